@@ -1,0 +1,70 @@
+"""The quantized convolution: the linear layer's product and epilogue, with one scale and zero point per sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import select
+from . import cpu, reference
+
+
+@torch.library.custom_op("dgq::conv2d", mutates_args=())
+def conv2d(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
+    bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int],
+) -> Tensor:  # fmt: skip
+    """Convolution of padded codes with int8 weights.
+
+    Args:
+        codes: uint8 (B, C, Hp, Wp), channels-last, from `quantize_samples` (padding already there).
+        scale, zero_point: float32 and int32 (B,).
+        weight: int8 (N, C, kh, kw).
+        weight_scale: float32 (N,); column_sum: int32 (N,), sum over c, kh, kw of 2^class(c) weight.
+        bias: float (N,) or None.
+        stride: 1 or more, both directions.
+        out_dtype: float16, bfloat16 or float32.
+        class_ends: shift classes over C, as in `linear_int8`.
+
+    Returns:
+        (B, N, Ho, Wo) of out_dtype, channels-last.
+    """
+    backend = select(codes.device)
+    if backend == "triton":
+        from . import triton as kernels
+
+        run = kernels.conv2d
+    else:
+        run = cpu.conv2d if backend == "cpu" else reference.conv2d
+    return run(codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, class_ends)
+
+
+@torch.library.custom_op("dgq::conv2d_prepacked", mutates_args=())
+def conv2d_prepacked(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: list[Tensor], class_ends: list[int], split: bool,
+    weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None, kernel_size: int, stride: int,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`conv2d` on the CPU with a weight packed once by `cpu.prepack`; kernel_size only gives the output's shape."""
+    return cpu.conv2d_prepacked(
+        codes, scale, zero_point, packed, class_ends, split, weight_scale, column_sum, bias, stride, out_dtype
+    )
+
+
+def _empty_output(codes: Tensor, n: int, kernel: tuple[int, int], stride: int, out_dtype: torch.dtype) -> Tensor:
+    batch, _, height, width = codes.shape
+    size = (batch, n, (height - kernel[0]) // stride + 1, (width - kernel[1]) // stride + 1)
+    return torch.empty(size, dtype=out_dtype, device=codes.device, memory_format=torch.channels_last)
+
+
+@conv2d.register_fake
+def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, class_ends):
+    return _empty_output(codes, weight.shape[0], weight.shape[2:], stride, out_dtype)
+
+
+@conv2d_prepacked.register_fake
+def _(
+    codes, scale, zero_point, packed, class_ends, split, weight_scale, column_sum, bias, kernel_size, stride,
+    out_dtype,
+):  # fmt: skip
+    return _empty_output(codes, column_sum.shape[0], (kernel_size, kernel_size), stride, out_dtype)

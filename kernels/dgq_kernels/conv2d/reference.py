@@ -1,0 +1,31 @@
+"""Definition of the quantized convolution (docs/method.md, "integer recipe", item 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import shift_classes
+
+
+def accumulate(codes: Tensor, weight: Tensor, stride: int, class_ends: list[int]) -> Tensor:
+    """Exact integer sums: int64 (B, N, Ho, Wo) of codes uint8 (B, C, Hp, Wp), already padded, and int8 weights."""
+
+    def product(_: int, start: int, end: int) -> Tensor:
+        part = torch.nn.functional.conv2d(codes[:, start:end].double(), weight[:, start:end].double(), stride=stride)
+        return part.to(torch.int64)
+
+    return shift_classes.accumulate(class_ends, product)
+
+
+def conv2d(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
+    bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int],
+) -> Tensor:  # fmt: skip
+    """See `dgq_kernels.conv2d`."""
+    total = accumulate(codes, weight, stride, class_ends)
+    centred = total - zero_point.long().view(-1, 1, 1, 1) * column_sum.long().view(1, -1, 1, 1)
+    y = centred.float() * (scale.view(-1, 1, 1, 1) * weight_scale.view(1, -1, 1, 1))
+    if bias is not None:
+        y = y + bias.view(1, -1, 1, 1)
+    return y.to(out_dtype).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,103 @@
+"""The quantized linear layer: one int8 product and one float epilogue.
+
+y[r, n] = s_r * s_w[n] * (sum_k xq[r, k] * W'[n, k] - z_r * C[n]) + bias[n], with C[n] = sum_k W'[n, k].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import select
+from ..packing import expand_two_level
+from . import cpu, reference
+
+
+@torch.library.custom_op("dgq::linear_int8", mutates_args=())
+def linear_int8(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
+    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int],
+) -> Tensor:  # fmt: skip
+    """Linear layer on int8 weights, with shift classes.
+
+    Args:
+        codes: uint8 (M, K) from `quantize_rows`.
+        scale, zero_point: float32 and int32 (M,) from `quantize_rows`.
+        weight: int8 (N, K).
+        weight_scale: float32 (N,).
+        column_sum: int32 (N,), sum_k 2^class(k) weight[n, k].
+        bias: float (N,) or None.
+        out_dtype: float16, bfloat16 or float32.
+        class_ends: ascending ends of the shift classes; channels [class_ends[i-1], class_ends[i]) count 2^i.
+            [K] where there is no shift.
+
+    Returns:
+        (M, N) of out_dtype.
+    """
+    backend = select(codes.device)
+    if backend == "triton":
+        from . import triton as kernels
+
+        return kernels.linear_int8(
+            codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends
+        )
+    run = cpu.linear_int8 if backend == "cpu" else reference.linear_int8
+    return run(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends)
+
+
+@torch.library.custom_op("dgq::linear_int4", mutates_args=())
+def linear_int4(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
+    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int,
+) -> Tensor:  # fmt: skip
+    """Linear layer on two-level int4 weights W' = w4 * m, unpacked in registers on CUDA.
+
+    Args:
+        packed: uint8 (N, Kp / 2) from `packing.pack_int4`; subscales: uint8 (N, ceil(Kp / group / 2)) from
+            `packing.pack_subscales`; group: input channels per sub-scale. The others as in `linear_int8`.
+
+    Returns:
+        (M, N) of out_dtype.
+    """
+    backend = select(codes.device)
+    if backend == "triton":
+        from . import triton as kernels
+
+        return kernels.linear_int4(
+            codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group
+        )
+    k = codes.shape[1]
+    weight = expand_two_level(packed, subscales, k, group)
+    run = cpu.linear_int8 if backend == "cpu" else reference.linear_int8
+    return run(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, [k])
+
+
+@torch.library.custom_op("dgq::linear_prepacked", mutates_args=())
+def linear_prepacked(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: list[Tensor], class_ends: list[int], split: bool,
+    weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`linear_int8` on the CPU with a weight packed once by `cpu.prepack`.
+
+    Args:
+        packed: one oneDNN weight per non-empty shift class.
+        split: run 8-bit codes as two 7-bit products (`cpu.needs_split`). The others as in `linear_int8`.
+    """
+    return cpu.linear_prepacked(
+        codes, scale, zero_point, packed, class_ends, split, weight_scale, column_sum, bias, out_dtype
+    )
+
+
+@linear_int8.register_fake
+def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends):
+    return codes.new_empty((codes.shape[0], column_sum.shape[0]), dtype=out_dtype)
+
+
+@linear_int4.register_fake
+def _(codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group):
+    return codes.new_empty((codes.shape[0], column_sum.shape[0]), dtype=out_dtype)
+
+
+@linear_prepacked.register_fake
+def _(codes, scale, zero_point, packed, class_ends, split, weight_scale, column_sum, bias, out_dtype):
+    return codes.new_empty((codes.shape[0], column_sum.shape[0]), dtype=out_dtype)

@@ -1,0 +1,51 @@
+"""Definition of the quantized linear layer (docs/method.md, "integer recipe")."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import shift_classes
+from ..packing import expand_two_level
+
+
+def accumulate(codes: Tensor, weight: Tensor, class_ends: list[int]) -> Tensor:
+    """Exact integer sums: int64 (M, N) of codes uint8 (M, K) and weight int8 (N, K).
+
+    Channels of shift class i count 2^i.
+    """
+
+    def product(_: int, start: int, end: int) -> Tensor:
+        # float64 holds every integer below 2^53, far above 255 * 128 * K; integer matmuls have no BLAS
+        return (codes[:, start:end].double() @ weight[:, start:end].double().t()).to(torch.int64)
+
+    return shift_classes.accumulate(class_ends, product)
+
+
+def dequantize(
+    total: Tensor, scale: Tensor, zero_point: Tensor, weight_scale: Tensor, column_sum: Tensor,
+    bias: Tensor | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The epilogue: y = s_r * s_w[n] * (total - z_r * C[n]) + bias[n], from exact integers."""
+    centred = total - zero_point[:, None].long() * column_sum.long()
+    y = centred.float() * (scale[:, None] * weight_scale)
+    return (y if bias is None else y + bias).to(out_dtype)
+
+
+def linear_int8(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
+    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int],
+) -> Tensor:  # fmt: skip
+    """See `dgq_kernels.linear_int8`."""
+    total = accumulate(codes, weight, class_ends)
+    return dequantize(total, scale, zero_point, weight_scale, column_sum, bias, out_dtype)
+
+
+def linear_int4(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
+    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int,
+) -> Tensor:  # fmt: skip
+    """See `dgq_kernels.linear_int4`."""
+    k = codes.shape[1]
+    weight = expand_two_level(packed, subscales, k, group)
+    return linear_int8(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, [k])

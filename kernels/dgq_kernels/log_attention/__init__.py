@@ -1,0 +1,56 @@
+"""Attention with base-2 logarithmic probabilities: integer products, a table and a shift instead of exponentials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..backend import select
+from . import cpu, reference
+
+
+@torch.library.custom_op("dgq::log_attention", mutates_args=())
+def log_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
+    qk_bits: int = 8, v_bits: int = 8,
+) -> Tensor:  # fmt: skip
+    """softmax(scale * q k^T) v with the probabilities as `bits`-bit codes (DGQ paper; docs/method.md).
+
+    With t = scale * log2(e) * q . k and m a row's largest t: code = clamp(rint((m - t) * 2^f), 0, 2^bits - 1), the
+    top code meaning zero, and p = rint(255 * 2^(-code / 2^f)), a byte (a small table and a shift give it).
+    q is quantized per row, k per head after subtracting the mean over its keys (softmax does not see it), v per head
+    and channel, all symmetric. With a start token (cross-attention's column 0) the start key, value, logit and
+    probability stay float, and mean, ranges and m are taken over the other keys.
+
+    Args:
+        q: float16, bfloat16 or float32 (B, H, T, d).
+        k, v: the same dtype, (B, H, S, d).
+        scale: positive factor of the logits, usually d^-0.5.
+        bits: 2 to 8 bits of a code.
+        fraction_bits: f, 0 to 5; steps per octave are 2^f.
+        start_token: key 0 is the start token; S >= 2 then.
+        qk_bits, v_bits: bits of the codes of q and k, and of v; 0 keeps them float.
+
+    Returns:
+        (B, H, T, d) in q's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes or numbers outside the above.
+    """
+    reference.validate(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
+    backend = select(q.device)
+    run: Callable[..., Tensor]
+    if backend == "triton":
+        from . import triton as kernels
+
+        run = kernels.log_attention
+    else:
+        run = cpu.log_attention if backend == "cpu" else reference.log_attention
+    return run(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
+
+
+@log_attention.register_fake
+def _(q, k, v, scale, bits, fraction_bits, start_token, qk_bits=8, v_bits=8):
+    return q.new_empty(q.shape)

@@ -1,0 +1,152 @@
+"""Definition of fractional-log attention in integers (docs/method.md, "fractional log attention")."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_FRACTION_BITS = 5
+# 255 * 127 per key and channel must stay below 2^31.
+MAX_KEYS = 2**31 // (255 * 127)
+
+
+class Operands(NamedTuple):
+    """What the products are made of; S' counts the keys without the start key.
+
+    Attributes:
+        q: float32 (B, H, T, d), integer codes (or plain values where qk_bits is 0).
+        q_scale: float32 (B, H, T, 1).
+        k: float32 (B, H, S', d), codes of the keys minus their mean.
+        key_step: float32 (B, H, 1, 1); q_scale * key_step turns q . k into codes (2^-f octaves).
+        v: float32 (B, H, S', d), codes.
+        v_scale: float32 (B, H, 1, d).
+        start_k: float32 (B, H, 1, d), the start key minus the mean of the others; None without a start token.
+        start_v: float32 (B, H, 1, d) or None.
+    """
+
+    q: Tensor
+    q_scale: Tensor
+    k: Tensor
+    key_step: Tensor
+    v: Tensor
+    v_scale: Tensor
+    start_k: Tensor | None
+    start_v: Tensor | None
+
+
+def validate(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
+    qk_bits: int, v_bits: int,
+) -> None:  # fmt: skip
+    """Raise ValueError where the arguments of `dgq_kernels.log_attention` make no sense."""
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q (B, H, T, d) and k, v (B, H, S, d) expected: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    keys = k.shape[2] - int(start_token)
+    if not 0 < keys <= MAX_KEYS:
+        raise ValueError(f"1 to {MAX_KEYS} keys (the start key apart) expected, got {keys}")
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if not 2 <= bits <= 8 or not 0 <= fraction_bits <= min(bits, MAX_FRACTION_BITS):
+        raise ValueError(f"2..8 bits, of which 0..{MAX_FRACTION_BITS} fractional, expected: {bits}, {fraction_bits}")
+    for name, value in (("qk_bits", qk_bits), ("v_bits", v_bits)):
+        if value != 0 and not 2 <= value <= 8:
+            raise ValueError(f"{name} must be 0 (float) or 2..8, got {value}")
+
+
+@functools.cache
+def probability_bytes(bits: int, fraction_bits: int) -> tuple[int, ...]:
+    """The probability, in units of 1/255 of the row's largest, that each of the 2^bits codes stands for.
+
+    A code counts 2^-fraction_bits octaves below the largest; the top code means zero. A kernel gets p from the entry
+    `code mod 2^f` of a small table with more than 8 bits, shifted right by `code div 2^f` and rounded once. (A table of
+    bytes, shifted down, biases the tail of every row: up to 8 dB on 1024 keys.)
+    """
+    return (*(round(255 * 2 ** (-code / 2**fraction_bits)) for code in range(2**bits - 1)), 0)
+
+
+def symmetric_scale(x: Tensor, dims: tuple[int, ...], bits: int) -> Tensor:
+    """Scale of symmetric codes: float32, largest |x| over `dims` (kept) / (2^(bits-1) - 1); 1 where x is all zero.
+
+    Magnitudes below 1e-30 count as zero, so that the reciprocal of a scale is always finite.
+    """
+    largest = x.abs().amax(dims, keepdim=True)
+    return torch.where(largest > 1e-30, largest / (2 ** (bits - 1) - 1), torch.ones_like(largest))
+
+
+def _symmetric_codes(x: Tensor, dims: tuple[int, ...], bits: int) -> tuple[Tensor, Tensor]:
+    """(codes as float32, scale); bits = 0 leaves x as it is, with scale 1."""
+    if not bits:
+        shape = [1 if axis - x.dim() in dims else size for axis, size in enumerate(x.shape)]
+        return x, x.new_ones(shape)
+    scale = symmetric_scale(x, dims, bits)
+    top = 2 ** (bits - 1) - 1
+    return (x * (1 / scale)).round_().clamp_(-top, top), scale
+
+
+def quantize_operands(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, fraction_bits: int, start_token: bool, qk_bits: int, v_bits: int
+) -> Operands:
+    """Codes and scales of q (per row), k (per head, minus its mean) and v (per head and channel)."""
+    first = int(start_token)
+    keys, values = k.float(), v.float()
+    centred = keys - keys[:, :, first:].mean(2, keepdim=True)
+    q_codes, q_scale = _symmetric_codes(q.float(), (-1,), qk_bits)
+    k_codes, k_scale = _symmetric_codes(centred[:, :, first:], (-2, -1), qk_bits)
+    v_codes, v_scale = _symmetric_codes(values[:, :, first:], (-2,), v_bits)
+    key_step = k_scale * (scale * math.log2(math.e) * 2**fraction_bits)
+    if not start_token:
+        return Operands(q_codes, q_scale, k_codes, key_step, v_codes, v_scale, None, None)
+    return Operands(q_codes, q_scale, k_codes, key_step, v_codes, v_scale, centred[:, :, :1], values[:, :, :1])
+
+
+def combine_start(
+    numerator: Tensor, normaliser: Tensor, largest: Tensor, start_logit: Tensor, start_v: Tensor
+) -> Tensor:
+    """The output once the start column joins in float; written so that neither exponential can overflow.
+
+    Args:
+        numerator: float32 (..., T, d), the quantized columns' P V, in units of 1/255 of the row's largest.
+        normaliser: float32 (..., T, 1), the sum of their p.
+        largest, start_logit: float32 (..., T, 1), the largest quantized logit and the start logit, in octaves.
+        start_v: float32 (..., 1, d).
+    """
+    gap = start_logit - largest
+    others = torch.exp2(-gap.clamp(min=0))
+    start = 255 * torch.exp2(gap.clamp(max=0))
+    return (others * numerator + start * start_v) / (others * normaliser + start)
+
+
+def log_codes(operands: Operands, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes int64 (B, H, T, S') and each row's largest q . k, float32 (B, H, T, 1).
+
+    Sums are exact for integer codes (float64 holds them, and |q . k| < 2^24 makes their float32 form exact), and the
+    difference to the row's largest is taken before the one rounding multiplication: every backend gets these codes.
+    """
+    products = (operands.q.double() @ operands.k.double().mT).float()
+    largest = products.amax(-1, keepdim=True)
+    step = operands.q_scale * operands.key_step
+    codes = ((largest - products) * step).clamp_(max=2**bits - 1).round_()
+    return codes.to(torch.int64), largest
+
+
+def log_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
+    qk_bits: int, v_bits: int,
+) -> Tensor:  # fmt: skip
+    """See `dgq_kernels.log_attention`."""
+    operands = quantize_operands(q, k, v, scale, fraction_bits, start_token, qk_bits, v_bits)
+    codes, largest = log_codes(operands, bits)
+    p = torch.tensor(probability_bytes(bits, fraction_bits), dtype=torch.float64, device=q.device)[codes]
+    numerator = (p @ operands.v.double()).float() * operands.v_scale
+    normaliser = p.sum(-1, keepdim=True).float()
+    if operands.start_k is None or operands.start_v is None:
+        return (numerator / normaliser).to(q.dtype)
+    octave = operands.q_scale * operands.key_step * 2.0**-fraction_bits
+    start_logit = (q.float() @ operands.start_k.mT) * (scale * math.log2(math.e))
+    return combine_start(numerator, normaliser, largest * octave, start_logit, operands.start_v).to(q.dtype)

@@ -1,0 +1,91 @@
+"""A tiny Stable Diffusion pipeline with random weights, for every test that needs a whole model."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+# Triton decides at its import, which diffusers causes, whether kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def build_tiny_pipeline(folder: Path) -> Path:
+    """Save a tiny pipeline with outlier channels in its norms to `folder`."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from embedded.tokenizer import build_tokenizer
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    with torch.no_grad():
+        for name, module in unet.named_modules():
+            if "norm" in name and getattr(module, "weight", None) is not None:
+                module.weight[3] *= 4
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=16,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=24, bos_token_id=598, eos_token_id=599, pad_token_id=599,
+        )
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=build_tokenizer(["a cat", "a dog on a blue background"], 600),
+        unet=unet,
+        scheduler=DDIMScheduler(
+            clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+    concepts = {
+        "concepts": [{"name": "a cat"}, {"name": "a dog"}],
+        "backgrounds": {"white": [255, 255, 255], "blue": [0, 0, 255], "red": [255, 0, 0]},
+        "default_background": "white",
+    }
+    (folder / "concepts.json").write_text(json.dumps(concepts))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny float pipeline."""
+    return build_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A W4A8 integer checkpoint of the tiny pipeline."""
+    from dgq.quantize import Options, calibrate
+    from dgq.recipe import Recipe
+
+    out = tmp_path_factory.mktemp("checkpoints") / "tiny-w4a8"
+    calibrate(tiny_pipeline, out, Recipe(wbits=4, abits=8), Options(prompts=["a cat", "a dog"], steps=3, evaluate=1))
+    return out

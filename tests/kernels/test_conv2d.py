@@ -1,0 +1,84 @@
+"""The quantized convolution: integer sums bit for bit, borders exact, per-sample scales."""
+
+import pytest
+import torch
+
+from dgq_kernels import backend, conv2d, conv2d_prepacked, quantize_samples
+from dgq_kernels.conv2d import cpu, reference
+from dgq_kernels.conv2d.triton import im2col
+
+
+def case(batch, channels, size, n, kernel, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    sizes = torch.tensor([1.0, 30.0, 0.1])[:batch, None, None, None]
+    x = torch.randn(batch, channels, size, size + 1, generator=g) * sizes
+    weight = torch.randint(-128, 128, (n, channels, kernel, kernel), dtype=torch.int8, generator=g)
+    return x, weight, torch.rand(n, generator=g) + 0.1, torch.randn(n, generator=g)
+
+
+CASES = [(1, 8, 6, 16, 3, 1), (2, 6, 9, 42, 3, 2), (3, 33, 5, 7, 1, 1), (2, 64, 8, 64, 3, 1)]
+
+
+@pytest.mark.skipif(backend.cpu_path() == "reference", reason="no exact oneDNN product on this CPU")
+@pytest.mark.parametrize("batch, channels, size, n, kernel, stride", CASES)
+def test_cpu_sums_are_bit_exact(batch, channels, size, n, kernel, stride):
+    x, weight, _, _ = case(batch, channels, size, n, kernel)
+    codes, _, _ = quantize_samples(x, 8, None, kernel // 2)
+    split = cpu.needs_split(8, weight)
+    for ends in ([channels], [channels // 3, channels // 3, channels]):
+        got = cpu.accumulate(codes, cpu.prepack(weight, stride, ends), ends, n, stride, split)
+        assert torch.equal(got.long(), reference.accumulate(codes, weight, stride, ends))
+
+
+@pytest.mark.parametrize("batch, channels, size, n, kernel, stride", CASES)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_equals_the_float_convolution_of_the_codes(batch, channels, size, n, kernel, stride, shifted):
+    x, weight, weight_scale, bias = case(batch, channels, size, n, kernel)
+    ends = [channels // 2, channels] if shifted else [channels]
+    exponents = torch.zeros(channels, dtype=torch.int64)
+    exponents[channels // 2 :] = int(shifted)
+    effective = weight.double() * (2.0**exponents)[None, :, None, None]
+    column_sum = effective.sum((1, 2, 3)).to(torch.int32)
+    codes, scale, zero = quantize_samples(x, 8, None, kernel // 2)
+    got = conv2d(codes, scale, zero, weight, weight_scale, column_sum, bias, stride, torch.float32, ends)
+    inner = codes[:, :, kernel // 2 : codes.shape[2] - kernel // 2, kernel // 2 : codes.shape[3] - kernel // 2]
+    back = (inner.double() - zero.view(-1, 1, 1, 1)) * scale.double().view(-1, 1, 1, 1)
+    expected = torch.nn.functional.conv2d(
+        back, effective * weight_scale.double().view(-1, 1, 1, 1), bias.double(), stride, kernel // 2
+    )
+    assert got.shape == expected.shape
+    for b in range(batch):
+        assert float((got[b] - expected[b]).norm() / expected[b].norm()) < 1e-5
+
+
+def test_a_sample_does_not_depend_on_its_batch_mates():
+    x, weight, weight_scale, bias = case(3, 16, 6, 24, 3)
+    column_sum = weight.sum((1, 2, 3), dtype=torch.int32)
+
+    def run(batch):
+        codes, scale, zero = quantize_samples(batch, 8, None, 1)
+        return conv2d(codes, scale, zero, weight, weight_scale, column_sum, bias, 1, torch.float32, [16])
+
+    assert torch.equal(run(x)[1:2], run(x[1:2]))
+
+
+def test_im2col_turns_the_convolution_into_a_product():
+    x, weight, _, _ = case(2, 5, 7, 9, 3)
+    codes, _, _ = quantize_samples(x, 8, None, 1)
+    columns, height, width = im2col(codes, (3, 3), 2)
+    total = columns.double() @ weight.flatten(1).double().t()
+    expected = reference.accumulate(codes, weight, 2, [5])
+    assert torch.equal(total.long().view(2, height, width, 9).permute(0, 3, 1, 2), expected)
+
+
+def test_opcheck():
+    x, weight, weight_scale, bias = case(2, 8, 4, 6, 3)
+    codes, scale, zero = quantize_samples(x, 8, None, 1)
+    sums = weight.sum((1, 2, 3), dtype=torch.int32)
+    torch.library.opcheck(conv2d, (codes, scale, zero, weight, weight_scale, sums, bias, 1, torch.float32, [8]))
+    if backend.cpu_path() != "reference":
+        packed = cpu.prepack(weight, 1, [8])
+        split = cpu.needs_split(8, weight)
+        args = (codes, scale, zero, packed, [8], split, weight_scale, sums, bias)
+        got = conv2d_prepacked(*args, 3, 1, torch.float32)
+        assert torch.equal(got, conv2d(codes, scale, zero, weight, weight_scale, sums, bias, 1, torch.float32, [8]))
