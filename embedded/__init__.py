@@ -1,0 +1,1 @@
+"""Building and training the embedded model ``dgq-emoji`` (see ``embedded/README.md``)."""
