@@ -1,0 +1,384 @@
+"""Calibration: record what the UNet sees, gather second moments, quantize layer by layer.
+
+Everything is computed from the float model: one run of the pipeline records the UNet's inputs, the recorded inputs
+are replayed through the UNet to gather per-layer statistics, and each layer is quantized from its own statistics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DgqError
+from .layers import IntegerLayer, replace_module
+from .quantizers.channels import (
+    ChannelGroups,
+    apply_layer,
+    choose_groups,
+    fake_quantize_input,
+    from_matrix,
+    to_matrix,
+)
+from .quantizers.weights import IntegerWeight, gptq, nearest, quantize_weight
+from .recipe import LayerPlan, Recipe
+
+# A layer's samples for choosing its channel handling: rows of a linear layer, pictures of a convolution.
+SAMPLE_ROWS = 512
+SAMPLE_PICTURES = 8
+# Second moments of longer sums would not fit (K^2 floats) and barely help: such layers round to nearest.
+GPTQ_MAX_REDUCTION = 12288
+DEFAULT_BUDGET_BYTES = 4 * 2**30
+
+Progress = Callable[[str, int, int, str], None]
+"""progress(stage, done, total, detail)"""
+
+
+def silent(stage: str, done: int, total: int, detail: str) -> None:
+    """A progress callback that says nothing."""
+
+
+@dataclass
+class Layer:
+    """A layer of the float model that will be quantized."""
+
+    name: str
+    module: nn.Linear | nn.Conv2d
+    plan: LayerPlan
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 (N, C), or (N, C, kh, kw) for a convolution with taps."""
+        weight = self.module.weight.detach().float()
+        return weight if self.plan.kind == "conv2d" else weight.flatten(1)
+
+    @property
+    def moment_bytes(self) -> int:
+        """Memory of its statistics."""
+        k = self.plan.reduction
+        return 4 * ((k * k if k <= GPTQ_MAX_REDUCTION else k) + SAMPLE_ROWS * self.plan.in_features)
+
+
+def quantizable(unet: nn.Module) -> tuple[dict[str, nn.Linear | nn.Conv2d], dict[str, str]]:
+    """Layers the method quantizes, and those it cannot with the reason: ({name: module}, {name: reason}).
+
+    Every Linear and Conv2d except conv_in and conv_out (DGQ paper, section 5.1).
+    """
+    layers: dict[str, nn.Linear | nn.Conv2d] = {}
+    skipped: dict[str, str] = {}
+    for name, module in unet.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            continue
+        if name in ("conv_in", "conv_out"):
+            skipped[name] = "first and last convolution stay float"
+        elif isinstance(module, nn.Conv2d) and (reason := _unsupported(module)):
+            skipped[name] = reason
+        else:
+            layers[name] = module
+    return layers, skipped
+
+
+def _unsupported(conv: nn.Conv2d) -> str | None:
+    if conv.groups != 1:
+        return f"groups={conv.groups}"
+    square = all(len({*pair}) == 1 for pair in (conv.kernel_size, conv.stride, conv.dilation))
+    if not square or conv.dilation[0] != 1 or conv.padding_mode != "zeros":
+        return "kernel, stride, dilation or padding mode without an integer kernel"
+    if isinstance(conv.padding, str) or len({*conv.padding}) != 1:
+        return f"padding {conv.padding!r}"
+    return None
+
+
+def plan_layers(unet: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
+    """The plan of every layer before its channel handling is chosen, and the layers that stay float.
+
+    Raises:
+        DgqError: an override's pattern matches no layer, or nothing is left to quantize.
+    """
+    modules, skipped = quantizable(unet)
+    if lost := recipe.unmatched_overrides(list(modules)):
+        raise DgqError(
+            f"override pattern {lost[0]!r} matches no layer", f"layers look like {next(iter(modules), 'none')!r}"
+        )
+    layers = []
+    for name, module in modules.items():
+        bits = recipe.weight_bits(name)
+        if bits == 0:
+            skipped[name] = "kept float by an override"
+            continue
+        layers.append(Layer(name, module, _plan(module, bits, recipe)))
+    if not layers:
+        raise DgqError("the model has no layer that could be quantized")
+    return layers, skipped
+
+
+def _plan(module: nn.Linear | nn.Conv2d, wbits: int, recipe: Recipe) -> LayerPlan:
+    common: dict[str, Any] = {
+        "wbits": wbits,
+        "abits": recipe.abits,
+        "bias": module.bias is not None,
+        "weight_group": recipe.weight_group,
+    }
+    if isinstance(module, nn.Linear):
+        n, c = module.weight.shape
+        return LayerPlan("linear", c, n, class_ends=[c], **common)
+    n, c = module.weight.shape[:2]
+    kernel, stride, padding = module.kernel_size[0], module.stride[0], int(module.padding[0])
+    if kernel == 1 and stride == 1 and padding == 0:
+        return LayerPlan("pointwise", c, n, class_ends=[c], **common)
+    return LayerPlan("conv2d", c, n, kernel_size=kernel, stride=stride, padding=padding, class_ends=[c], **common)
+
+
+def record_inputs(
+    run: Callable[[str, int], Any], unet: nn.Module, prompts: Sequence[str], progress: Progress = silent
+) -> list[list[dict[str, Any]]]:
+    """Every call the float pipeline makes to its UNet, per prompt.
+
+    Args:
+        run: run(prompt, i) makes picture i (steps, guidance and seed are the caller's).
+        unet: the module whose calls are recorded.
+        prompts: calibration prompts.
+
+    Returns:
+        For each prompt the list of its calls, one per sampler step, as keyword arguments (tensors detached).
+    """
+    calls: list[dict[str, Any]] = []
+
+    def keep(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = ("sample", "timestep", "encoder_hidden_states")
+        named = dict(zip(names, args, strict=False)) | kwargs
+        calls.append({name: keep(value) for name, value in named.items()})
+
+    recorded = []
+    handle = unet.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        for i, prompt in enumerate(prompts):
+            calls = []
+            run(prompt, i)
+            recorded.append(calls)
+            progress("record", i + 1, len(prompts), prompt)
+    finally:
+        handle.remove()
+    return recorded
+
+
+def spread(recorded: list[list[dict[str, Any]]], limit: int) -> list[dict[str, Any]]:
+    """At most `limit` calls, spread evenly over prompts and steps (a different set of steps for each prompt)."""
+    total = sum(map(len, recorded))
+    if total <= limit:
+        return [call for calls in recorded for call in calls]
+    flat = [(step / len(calls) + 0.618 * i) % 1 for i, calls in enumerate(recorded) for step in range(len(calls))]
+    order = sorted(range(total), key=lambda index: (round(flat[index], 9), index))
+    calls = [call for group in recorded for call in group]
+    picked = [order[round(i * (total - 1) / (limit - 1))] for i in range(limit)] if limit > 1 else order[:1]
+    return [calls[index] for index in sorted(picked)]
+
+
+class Statistics:
+    """Streamed statistics of one layer's input.
+
+    Attributes:
+        moment: float32 (K, K), sum of x x^T in the order of `to_matrix`, or None where K is too long.
+        mean_square: float32 (C,), of the input channels.
+        samples: (M, C) or (B, C, H, W), evenly drawn from the calls.
+    """
+
+    def __init__(self, plan: LayerPlan, calls: int) -> None:
+        self.plan = plan
+        k = plan.reduction
+        self.moment = torch.zeros(k, k) if k <= GPTQ_MAX_REDUCTION else None
+        self._squares = torch.zeros(plan.in_features)
+        self._channel_count = 0
+        self.count = 0
+        per_call = (SAMPLE_PICTURES if plan.kind == "conv2d" else SAMPLE_ROWS) / calls
+        self._quota, self._per_call = 0.0, per_call
+        self._samples: list[Tensor] = []
+        self._generator = torch.Generator().manual_seed(0)
+
+    def add(self, x: Tensor) -> None:
+        """Add one call's input: (..., C) for a linear layer, (B, C, H, W) otherwise."""
+        plan = self.plan
+        if plan.kind == "pointwise":
+            x = x.permute(0, 2, 3, 1)
+        x = x.detach().float()
+        if plan.kind != "conv2d":
+            x = x.reshape(-1, plan.in_features)
+        self._draw(x)
+        channels = x if x.dim() == 2 else x.permute(0, 2, 3, 1).flatten(0, 2)
+        self._squares = self._squares.to(x.device) + channels.square().sum(0)
+        self._channel_count += channels.shape[0]
+        columns = x if x.dim() == 2 else self._columns(x)
+        self.count += columns.shape[0]
+        if self.moment is not None:
+            self.moment = self.moment.to(x.device).addmm_(columns.t(), columns)
+
+    def _columns(self, x: Tensor) -> Tensor:
+        """im2col rows (B * Ho * Wo, K) in the order (kh, kw, C) of `to_matrix`."""
+        plan = self.plan
+        unfolded = nn.functional.unfold(x, plan.kernel_size, padding=plan.padding, stride=plan.stride)
+        batch, _, pixels = unfolded.shape
+        taps = unfolded.view(batch, plan.in_features, -1, pixels).permute(0, 3, 2, 1)
+        return taps.reshape(batch * pixels, -1)
+
+    def _draw(self, x: Tensor) -> None:
+        self._quota += self._per_call
+        take = min(int(self._quota), x.shape[0])
+        if take:
+            self._quota -= take
+            index = torch.randperm(x.shape[0], generator=self._generator)[:take]
+            self._samples.append(x[index.to(x.device)].clone())
+
+    @property
+    def samples(self) -> Tensor:
+        return torch.cat(self._samples)
+
+    @property
+    def mean_square(self) -> Tensor:
+        return self._squares / self._channel_count
+
+
+def gather(
+    unet: nn.Module, layers: Iterable[Layer], calls: Sequence[dict[str, Any]], progress: Progress = silent
+) -> dict[str, Statistics]:
+    """Replay recorded calls through the float UNet and gather the statistics of some layers."""
+    gathered = {layer.name: Statistics(layer.plan, len(calls)) for layer in layers}
+    handles = []
+    try:
+        for layer in layers:
+            statistics = gathered[layer.name]
+            handles.append(layer.module.register_forward_pre_hook(lambda _, args, s=statistics: s.add(args[0])))
+        with torch.no_grad():
+            for i, call in enumerate(calls):
+                unet(**call)
+                progress("statistics", i + 1, len(calls), f"call {i + 1}")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return gathered
+
+
+@dataclass
+class QuantizedLayer:
+    """One finished layer and how well it does on its calibration samples."""
+
+    layer: IntegerLayer
+    sqnr_db: float
+
+
+def quantize_layer(layer: Layer, statistics: Statistics, recipe: Recipe) -> QuantizedLayer:
+    """Choose the channel handling, round the weights, pack, and measure the output's SQNR.
+
+    Raises:
+        DgqError: the calibration inputs or the weight are not finite, or int32 sums could overflow.
+    """
+    weight, x = layer.weight.cpu(), statistics.samples.cpu()
+    if not torch.isfinite(weight).all():
+        raise DgqError(f"{layer.name}: the weight is not finite")
+    try:
+        groups = choose_groups(recipe.channels, x, weight, layer.plan)
+        plan = dataclasses.replace(
+            layer.plan, channels=groups.mode, class_ends=groups.class_ends, reordered=groups.order is not None
+        )
+        quantized = _round_weight(weight, groups, statistics, plan, recipe)
+        bias = None if layer.module.bias is None else layer.module.bias.cpu()
+        module = IntegerLayer.from_quantized(plan, quantized, groups, bias)
+        module.prepare(torch.device("cpu"))
+    except DgqError as error:
+        raise DgqError(f"{layer.name}: {error.message}", error.hint) from None
+    return QuantizedLayer(module, _sqnr(x, weight, quantized, groups, plan))
+
+
+def _round_weight(
+    weight: Tensor, groups: ChannelGroups, statistics: Statistics, plan: LayerPlan, recipe: Recipe
+) -> IntegerWeight:
+    """Fold the divisor into the weight, sort the channels, and round on the second moments of what x becomes."""
+    folded = torch.ones(plan.in_features) if groups.shifts_accumulator else groups.divisor
+    order = torch.arange(plan.in_features) if groups.order is None else groups.order
+    matrix = to_matrix((weight * folded.view([1, -1] + [1] * (weight.dim() - 2)))[:, order])
+    taps = torch.arange(plan.kernel_size**2)[:, None] * plan.in_features
+    index = (taps + order).flatten()
+    inverse = (1 / folded)[order].repeat(plan.kernel_size**2)
+    if statistics.moment is None or recipe.rounding == "nearest":
+        channel = statistics.mean_square.cpu()[order].repeat(plan.kernel_size**2)
+        importance = (channel * inverse.square()).clamp(min=1e-12)
+        return quantize_weight(matrix, plan.wbits, plan.weight_group, importance, nearest(importance))
+    moment = statistics.moment.cpu()[index][:, index] / statistics.count * torch.outer(inverse, inverse)
+    importance = moment.diagonal().clamp(min=1e-12)
+    return quantize_weight(matrix, plan.wbits, plan.weight_group, importance, gptq(moment))
+
+
+def _sqnr(x: Tensor, weight: Tensor, quantized: IntegerWeight, groups: ChannelGroups, plan: LayerPlan) -> float:
+    """Output signal to quantization noise on the samples, in dB."""
+    matrix = quantized.dequantize()
+    order = torch.arange(plan.in_features) if groups.order is None else groups.order
+    stored = from_matrix(matrix, plan)
+    natural = torch.empty_like(stored)
+    natural[:, order] = stored
+    if not groups.shifts_accumulator:
+        natural = natural / groups.divisor.view([1, -1] + [1] * (natural.dim() - 2))
+    target = apply_layer(x, weight, plan)
+    noise = apply_layer(fake_quantize_input(x, plan.abits, groups.divisor), natural, plan) - target
+    return float(20 * torch.log10(target.norm() / noise.norm().clamp(min=1e-20)))
+
+
+def passes(layers: Sequence[Layer], budget: int) -> list[list[Layer]]:
+    """Split the layers into runs whose statistics fit the memory budget (bytes) together."""
+    groups: list[list[Layer]] = []
+    room = 0
+    for layer in layers:
+        if not groups or layer.moment_bytes > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(layer)
+        room -= layer.moment_bytes
+    return groups
+
+
+def quantize_unet(
+    unet: nn.Module,
+    calls: Sequence[dict[str, Any]],
+    recipe: Recipe,
+    *,
+    progress: Progress = silent,
+    store: Callable[[str, QuantizedLayer], None] | None = None,
+    done: dict[str, QuantizedLayer] | None = None,
+    budget: int = DEFAULT_BUDGET_BYTES,
+) -> tuple[dict[str, LayerPlan], dict[str, float]]:
+    """Quantize a float UNet in place by the integer recipe.
+
+    Args:
+        unet: float model; its quantizable layers are replaced by `IntegerLayer`.
+        calls: recorded UNet calls (keyword arguments), from `record_inputs` and `spread`.
+        recipe: an "integer" recipe.
+        progress: told of stage "statistics" (calls) and "quantize" (layers, with the layer's SQNR).
+        store: called with each finished layer (for resuming).
+        done: layers finished earlier, kept as they are.
+        budget: bytes for second moments and samples; more layers than fit are gathered in further passes.
+
+    Returns:
+        The plan of every quantized layer, and its output SQNR in dB on the calibration samples.
+    """
+    layers, _ = plan_layers(unet, recipe)
+    finished = dict(done or {})
+    todo = [layer for layer in layers if layer.name not in finished]
+    for group in passes(todo, budget):
+        gathered = gather(unet, group, calls, progress)
+        for layer in group:
+            result = quantize_layer(layer, gathered.pop(layer.name), recipe)
+            finished[layer.name] = result
+            if store is not None:
+                store(layer.name, result)
+            progress("quantize", len(finished), len(layers), f"{layer.name}  {result.sqnr_db:.1f} dB")
+    for layer in layers:
+        replace_module(unet, layer.name, finished[layer.name].layer)
+    return (
+        {layer.name: finished[layer.name].layer.plan for layer in layers},
+        {layer.name: finished[layer.name].sqnr_db for layer in layers},
+    )

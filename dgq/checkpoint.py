@@ -1,0 +1,380 @@
+"""The file format of a dgq checkpoint: a diffusers folder whose UNet holds packed integers.
+
+    DIR/model_index.json, scheduler/, text_encoder/, tokenizer/, vae/   as the base model has them
+    DIR/unet/config.json                          the float config plus "quantization_config" (see `Header`)
+    DIR/unet/diffusion_pytorch_model.safetensors  per integer layer the tensors of `layers.buffer_specs`,
+                                                  under the layer's name; everything else as in the float model
+    DIR/README.md                                 generated model card
+
+A checkpoint is written to a temporary folder beside its place and renamed: an interrupted save never looks like one.
+Reading is strict: a missing, unknown or misshapen tensor is an error that names it. No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .attention import AttentionPlan
+from .errors import DgqError
+from .layers import build_skeleton
+from .recipe import LayerPlan, Recipe
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "dgq"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+# What a component's folder may carry into a checkpoint: data, never code or pickles.
+COPIED_SUFFIXES = {".json", ".txt", ".safetensors", ".model"}
+_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass
+class Header:
+    """`quantization_config` in unet/config.json.
+
+    Attributes:
+        recipe: what was asked for.
+        layers: integer recipe: the plan of every quantized layer.
+        attention: integer recipe: the log attention, or None for float attention.
+        paper: paper recipe: the table of `paper_calibration.calibrate_paper`, or None.
+        base_model: name of the float model.
+        generation: default "steps" and "guidance" of `dgq generate`.
+        calibration: how it was made and what was measured then (seed, prompts, sqnr_db per layer, fidelity).
+        dgq_version: version that wrote the file.
+    """
+
+    recipe: Recipe
+    layers: dict[str, LayerPlan] = field(default_factory=dict)
+    attention: AttentionPlan | None = None
+    paper: dict[str, Any] | None = None
+    base_model: str = ""
+    generation: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    dgq_version: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object as stored."""
+        data: dict[str, Any] = {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "dgq_version": self.dgq_version,
+            "recipe": self.recipe.to_dict(),
+            "layers": {name: plan.to_dict() for name, plan in self.layers.items()},
+            "attention": dataclasses.asdict(self.attention) if self.attention else None,
+            "base_model": self.base_model,
+            "generation": self.generation,
+            "calibration": self.calibration,
+        }
+        return data if self.paper is None else {**data, "paper": self.paper}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Header:
+        """Inverse of `to_dict`.
+
+        Raises:
+            DgqError: another method or format version, an unknown field, a value out of range.
+        """
+        if data.get("quant_method") != QUANT_METHOD:
+            raise DgqError(f"quantization_config: quant_method is {data.get('quant_method')!r}, not 'dgq'")
+        if data.get("format_version") != FORMAT_VERSION:
+            raise DgqError(
+                f"quantization_config: format version {data.get('format_version')!r}, this dgq reads {FORMAT_VERSION}",
+                "install the dgq that wrote it, or calibrate again",
+            )
+        known = {item.name for item in dataclasses.fields(cls)} | {"quant_method", "format_version"}
+        if unknown := sorted(set(data) - known):
+            raise DgqError(f"quantization_config: unknown field {unknown[0]!r}")
+        try:
+            attention = data.get("attention")
+            return cls(
+                recipe=Recipe.from_dict(data["recipe"]),
+                layers={name: LayerPlan.from_dict(plan) for name, plan in data.get("layers", {}).items()},
+                attention=AttentionPlan(**attention) if attention else None,
+                paper=data.get("paper"),
+                base_model=data.get("base_model", ""),
+                generation=data.get("generation", {}),
+                calibration=data.get("calibration", {}),
+                dgq_version=data.get("dgq_version", ""),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DgqError(f"quantization_config: damaged ({type(error).__name__}: {error})") from None
+
+
+def apply_header(unet: nn.Module, header: Header) -> None:
+    """Turn a float UNet (usually on the meta device) into the empty quantized model a header describes.
+
+    Raises:
+        DgqError: the header names a layer the model does not have.
+    """
+    if header.paper is not None:
+        from .paper_calibration import build_paper_skeleton
+
+        build_paper_skeleton(unet, header.paper)
+        return
+    for name in header.layers:
+        try:
+            unet.get_submodule(name)
+        except AttributeError:
+            raise DgqError(f"quantization_config: the model has no layer {name!r}") from None
+    build_skeleton(unet, header.layers)
+    if header.attention is not None:
+        from .attention import use_log_attention
+
+        use_log_attention(unet, header.attention)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        DgqError: the file is missing, unreadable or not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DgqError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise DgqError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(data, dict):
+        raise DgqError(f"{path}: not a JSON object")
+    return data
+
+
+def read_header(folder: Path) -> Header | None:
+    """The header of a model folder, or None for a float model.
+
+    Raises:
+        DgqError: not a model folder, or a damaged header.
+    """
+    config = read_json(folder / "unet" / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    try:
+        return Header.from_dict(quantization)
+    except DgqError as error:
+        raise DgqError(f"{folder / 'unet' / 'config.json'}: {error.message}", error.hint) from None
+
+
+def tensor_table(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, safetensors dtype) of a safetensors file, from its header alone.
+
+    Raises:
+        DgqError: the file is missing, truncated or not safetensors.
+    """
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except FileNotFoundError:
+        raise DgqError(f"{file}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        reason = f"{file}: not a readable safetensors file ({error})"
+        raise DgqError(reason, "it may be truncated: copy it again") from None
+
+
+def verify_tensors(files: Sequence[Path], unet: nn.Module) -> None:
+    """Compare the stored tensors with the empty model: names, shapes, and the dtypes of integers.
+
+    Raises:
+        DgqError: the first missing, unknown or misshapen tensor.
+    """
+    stored: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in files:
+        stored.update(tensor_table(file))
+    place = files[0] if len(files) == 1 else files[0].parent
+    expected = unet.state_dict()
+    for name, tensor in expected.items():
+        if name not in stored:
+            raise DgqError(f"{place}: tensor {name!r} is missing")
+        shape, dtype = stored[name]
+        if shape != tuple(tensor.shape):
+            raise DgqError(f"{place}: tensor {name!r} has shape {list(shape)}, expected {list(tensor.shape)}")
+        floating = dtype.startswith(("F", "BF"))
+        if floating != tensor.is_floating_point() or (not floating and _DTYPES.get(dtype) != tensor.element_size()):
+            raise DgqError(f"{place}: tensor {name!r} has dtype {dtype}, expected {tensor.dtype}")
+    if unknown := sorted(set(stored) - set(expected)):
+        raise DgqError(f"{place}: unknown tensor {unknown[0]!r}", "the config belongs to another checkpoint")
+
+
+def check_folder(folder: Path) -> None:
+    """Check a local pipeline folder before any weight is loaded.
+
+    Raises:
+        DgqError: no model_index.json, a component that is not plainly inside the folder, weights only as pickles,
+            an unreadable safetensors file, or a damaged header.
+    """
+    index = read_json(folder / "model_index.json")
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or not entry or entry[0] is None:
+            continue
+        component = folder / name
+        if Path(name).name != name:
+            raise DgqError(f"{folder / 'model_index.json'}: component {name!r} is not a plain folder name")
+        if not component.is_dir():
+            raise DgqError(f"{component}: the folder is missing")
+        for shard_index in component.glob("*.index.json"):
+            for shard in set(read_json(shard_index).get("weight_map", {}).values()):
+                if Path(shard).name != shard:
+                    raise DgqError(f"{shard_index}: {shard!r} leads outside the checkpoint")
+        weights = sorted(component.glob("*.safetensors"))
+        if not weights and (list(component.glob("*.bin")) or list(component.glob("*.pt"))):
+            raise DgqError(f"{component}: the weights are pickled", "convert them to safetensors; dgq loads no pickle")
+        for file in weights:
+            tensor_table(file)
+    read_header(folder)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` when the block ends well.
+
+    Raises:
+        DgqError: target exists and may not be replaced, the place cannot be written, or the disk is full.
+    """
+    if target.exists() and not overwrite:
+        raise DgqError(f"{target}: already exists", "choose another --out, or pass --overwrite")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise DgqError(f"{target.parent}: cannot be written ({error.strerror})") from None
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            old = temporary.with_suffix(".old")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"{target.parent}: no space left for the checkpoint"
+            raise DgqError(reason, "free some space or change --out") from None
+        raise DgqError(f"{target}: cannot be written ({error.strerror or error})") from None
+    except SafetensorError as error:
+        raise DgqError(f"{target}: cannot be written ({error})", "is the disk full?") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_component(source: Path, target: Path) -> None:
+    """Copy a component's data files (configs, vocabularies, safetensors of the plain variant), following links."""
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        variant = file.suffix == ".safetensors" and len(file.suffixes) > 1 and "-of-" not in file.stem
+        if file.is_file() and file.suffix in COPIED_SUFFIXES and not variant:
+            shutil.copyfile(file, target / file.name)
+
+
+def write_checkpoint(base: Path, unet: nn.Module, header: Header, target: Path, overwrite: bool = False) -> None:
+    """Write a checkpoint: the base folder's other components, the packed UNet, the header and a model card.
+
+    Args:
+        base: local folder of the float pipeline.
+        unet: quantized UNet.
+        header: its description.
+        target: where the checkpoint goes.
+        overwrite: replace an existing target.
+
+    Raises:
+        DgqError: the target cannot be written; nothing is left behind then.
+    """
+    index = read_json(base / "model_index.json")
+    with atomic_folder(target, overwrite) as folder:
+        for name in ("LICENSE", "NOTICE", "concepts.json"):
+            if (base / name).is_file():
+                shutil.copyfile(base / name, folder / name)
+        shutil.copyfile(base / "model_index.json", folder / "model_index.json")
+        for name, entry in index.items():
+            if name != "unet" and isinstance(entry, list) and entry and entry[0] is not None:
+                copy_component(base / name, folder / name)
+        (folder / "unet").mkdir()
+        config = read_json(base / "unet" / "config.json")
+        config.pop("_name_or_path", None)
+        config["quantization_config"] = header.to_dict()
+        text = json.dumps(config, indent=1, sort_keys=True)
+        (folder / "unet" / "config.json").write_text(text + "\n", encoding="utf-8")
+        # what stays float is stored in half precision, as published float checkpoints are; scales keep float32
+        quantized = {f"{name}." for name in header.layers} or {""}
+        state = {
+            name: tensor.half()
+            if tensor.dtype == torch.float32 and not any(name.startswith(prefix) for prefix in quantized)
+            else tensor
+            for name, tensor in unet.state_dict().items()
+        }
+        state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+        file = folder / "unet" / WEIGHTS_NAME
+        save_file(state, str(file), metadata={"format": "pt"})
+        (folder / "README.md").write_text(model_card(header, folder), encoding="utf-8")
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def unet_bytes(folder: Path) -> int:
+    """Size of the UNet's weight files."""
+    return sum(file.stat().st_size for file in (folder / "unet").glob("*.safetensors"))
+
+
+def float16_bytes(folder: Path) -> int:
+    """Size the UNet of this folder would have in float16, from its header or its float weights."""
+    header = read_header(folder)
+    files = sorted((folder / "unet").glob("*.safetensors"))
+    total = 0
+    packed = {}
+    if header is not None:
+        packed = {name: plan.reduction * plan.out_features for name, plan in header.layers.items()}
+        total += 2 * sum(packed.values())
+    for file in files:
+        for name, (shape, _) in tensor_table(file).items():
+            layer, _, leaf = name.rpartition(".")
+            if layer not in packed or leaf == "bias":
+                total += 2 * int(torch.Size(shape).numel())
+    return total
+
+
+def model_card(header: Header, folder: Path) -> str:
+    """The README of a checkpoint: what it is, how it was made, what was measured, how to use it."""
+    recipe, calibration = header.recipe, header.calibration
+    size = unet_bytes(folder)
+    lines = [
+        "---", "library_name: diffusers", "tags: [text-to-image, quantized, dgq]", "---", "",
+        f"# {header.base_model or folder.name}, {recipe.label}", "",
+        f"Made by `dgq calibrate` (dgq {header.dgq_version}) from `{header.base_model}`. "
+        "The licence is the base model's.", "",
+        "| | |", "|---|---|",
+        f"| recipe | {recipe.label} |",
+        f"| weight rounding | {recipe.rounding} |",
+        f"| quantized layers | {len(header.layers) or len((header.paper or {}).get('layers', {}))} |",
+        f"| UNet file | {size / 2**20:.1f} MiB |",
+        f"| calibration | {calibration.get('prompts', '?')} prompts, {calibration.get('steps', '?')} steps, "
+        f"seed {calibration.get('seed', '?')} |",
+    ]  # fmt: skip
+    fidelity = calibration.get("fidelity")
+    if fidelity:
+        lines += [
+            "", f"Against the float model at equal seeds, {fidelity['prompts']} prompts not used for calibration:", "",
+            "| PSNR (dB) | latent MSE |", "|---|---|",
+            f"| {fidelity['psnr_db']:.2f} | {fidelity['latent_mse']:.2e} |",
+        ]  # fmt: skip
+    lines += [
+        "", "```python", "import dgq", "", f'pipe = dgq.load("{folder.name.strip(".")}")',
+        'pipe("a cat").images[0].save("cat.png")', "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,242 @@
+"""Making pictures: checked settings, one seed a picture, PNG metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from . import embedded
+from .checkpoint import read_header
+from .errors import DgqError
+from .pipelines import DEFAULT_GENERATION
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are made; None leaves a choice to the model's defaults.
+
+    Attributes:
+        steps: sampler steps.
+        guidance: classifier-free guidance scale; 1 or less turns it off.
+        negative: negative prompt.
+        width, height: pixels.
+        seed: seed of the first picture; picture i of a call takes seed + i.
+        batch: pictures per UNet call.
+    """
+
+    steps: int | None = None
+    guidance: float | None = None
+    negative: str = ""
+    width: int | None = None
+    height: int | None = None
+    seed: int = 0
+    batch: int = 1
+
+    def resolved(self, folder: Path) -> Settings:
+        """With steps and guidance filled in from the model's own defaults.
+
+        Raises:
+            DgqError: a value out of range.
+        """
+        defaults = dict(DEFAULT_GENERATION)
+        if folder == embedded.FOLDER:
+            defaults |= embedded.GENERATION
+        elif header := read_header(folder):
+            defaults |= header.generation
+        steps = int(defaults["steps"]) if self.steps is None else self.steps
+        guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
+        checks = {
+            "steps": (steps, 1, 1000), "guidance": (guidance, 0, 100), "batch": (self.batch, 1, 256),
+            "seed": (self.seed, 0, MAX_SEED),
+        }  # fmt: skip
+        for name, (value, low, high) in checks.items():
+            if not low <= value <= high:
+                raise DgqError(f"{name} {value} is out of range ({low} to {high})")
+        return Settings(steps, guidance, self.negative, self.width, self.height, self.seed, self.batch)
+
+
+@dataclass
+class Picture:
+    """One picture and how it was made."""
+
+    image: Image.Image
+    prompt: str
+    seed: int
+    parameters: str
+    latents: Tensor = field(repr=False)
+
+    def save(self, path: Path, metadata: bool = True) -> None:
+        """Write a PNG; `metadata` adds the `parameters` text that web UIs read.
+
+        Raises:
+            DgqError: the file cannot be written.
+        """
+        info = PngInfo()
+        if metadata:
+            info.add_text("parameters", self.parameters)
+        write_png(self.image, path, info)
+
+
+def write_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """Write a PNG through a temporary file, so that a full disk leaves no half picture.
+
+    Raises:
+        DgqError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(temporary, format="PNG", pnginfo=info)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DgqError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
+    """Refuse prompts the text encoder cannot take.
+
+    Raises:
+        DgqError: an empty prompt, or one with more tokens than the model reads.
+    """
+    limit = pipe.tokenizer.model_max_length
+    for prompt in prompts:
+        if not prompt.strip():
+            raise DgqError("the prompt is empty", "say what to draw")
+        count = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        if count > limit:
+            raise DgqError(
+                f"the prompt has {count} tokens, the model reads {limit}: {prompt[:40]!r}...", "shorten the prompt"
+            )
+
+
+def check_size(pipe: Any, settings: Settings) -> tuple[int, int]:
+    """(width, height) in pixels.
+
+    Raises:
+        DgqError: a side is not divisible by the VAE's factor, or out of range.
+    """
+    factor = pipe.vae_scale_factor
+    default = pipe.unet.config.sample_size * factor
+    width, height = settings.width or default, settings.height or default
+    for name, value in (("width", width), ("height", height)):
+        if value % factor or not factor <= value <= 4096:
+            raise DgqError(f"{name} {value} must be a multiple of {factor}, from {factor} to 4096")
+    return width, height
+
+
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    settings: Settings,
+    *,
+    label: str = "float",
+    name: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Picture]:
+    """Make one picture a prompt.
+
+    Picture i comes from a fresh CPU generator seeded with seed + i, so it does not depend on the batch it is made in
+    (to rounding) nor on the device's random numbers.
+
+    Args:
+        pipe: a Stable Diffusion pipeline.
+        prompts: what to draw.
+        settings: resolved settings (`Settings.resolved`).
+        label: the recipe, for the metadata.
+        name: the model's name, for the metadata.
+        progress: called after every sampler step with (done, total) steps over all batches.
+
+    Raises:
+        DgqError: a bad prompt or size, or a picture with values that are not finite.
+    """
+    check_prompts(pipe, prompts)
+    width, height = check_size(pipe, settings)
+    assert settings.steps is not None
+    assert settings.guidance is not None
+    batches = [range(i, min(i + settings.batch, len(prompts))) for i in range(0, len(prompts), settings.batch)]
+    total = settings.steps * len(batches)
+    pictures: list[Picture] = []
+    for number, batch in enumerate(batches):
+        seeds = [(settings.seed + i) % (MAX_SEED + 1) for i in batch]
+
+        def on_step(step: int, first: int = number * settings.steps) -> None:
+            if progress:
+                progress(first + step, total)
+
+        latents = _sample(pipe, [prompts[i] for i in batch], seeds, settings, width, height, on_step)
+        for i, seed, latent, image in zip(batch, seeds, latents, decode(pipe, latents), strict=True):
+            text = _parameters(pipe, prompts[i], settings, seed, width, height, label, name)
+            pictures.append(Picture(image, prompts[i], seed, text, latent))
+    return pictures
+
+
+@torch.no_grad()
+def _sample(
+    pipe: Any, prompts: list[str], seeds: list[int], settings: Settings, width: int, height: int,
+    on_step: Callable[[int], None],
+) -> Tensor:  # fmt: skip
+    """Final latents (B, C, h, w) of one batch."""
+
+    def after(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        on_step(step + 1)
+        return tensors
+
+    latents = pipe(
+        prompt=prompts,
+        negative_prompt=[settings.negative] * len(prompts),
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        width=width,
+        height=height,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+        callback_on_step_end=after,
+    ).images
+    if not bool(torch.isfinite(latents).all()):
+        raise DgqError("the picture is not finite", "calibrate again, or use the float model")
+    return latents
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
+    """Pictures of latents (B, C, h, w)."""
+    pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+    if not bool(torch.isfinite(pixels).all()):
+        raise DgqError("the decoder's picture is not finite", "load the pipeline in float32")
+    return pipe.image_processor.postprocess(pixels, output_type="pil")
+
+
+def _parameters(
+    pipe: Any, prompt: str, settings: Settings, seed: int, width: int, height: int, label: str, name: str
+) -> str:
+    """The A1111 form of the `parameters` text, with the quantization at its end."""
+    sampler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
+    fields = {
+        "Steps": settings.steps, "Sampler": sampler, "CFG scale": settings.guidance, "Seed": seed,
+        "Size": f"{width}x{height}", "Model": name, "Quantization": label,
+    }  # fmt: skip
+    negative = f"Negative prompt: {settings.negative}\n" if settings.negative else ""
+    return f"{prompt}\n{negative}" + ", ".join(f"{key}: {value}" for key, value in fields.items() if value != "")
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None, scale: int = 1, gap: int = 4) -> Image.Image:
+    """Pictures of one size side by side on white, `columns` a row (default: about square)."""
+    columns = columns or max(1, round(len(images) ** 0.5 + 0.49))
+    width, height = images[0].width * scale, images[0].height * scale
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        place = (gap + column * (width + gap), gap + row * (height + gap))
+        sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), place)
+    return sheet

@@ -1,0 +1,1 @@
+"""Quantizers: weights, input channels, and the published activation groups."""

@@ -1,0 +1,155 @@
+"""Where a group is formed: outliers among input channels, handled layer by layer (docs/method.md, item 2).
+
+Three ways, one is chosen per layer by the measured error of its output:
+- none: channels stay as they are; the row-wise scale alone carries outliers.
+- smooth: x[k] / c[k] and W[:, k] * c[k] with c = max(1, rms / median rms)^0.5, before weights are quantized.
+- shift: c[k] = 2^e[k], e = round(log2(rms / median rms)) in 0..2; the channels of one e form one DGQ group.
+  With int8 weights the grid of W is untouched and a group's products are shifted by e in the accumulator; with int4
+  weights W * 2^e is quantized with the channels sorted by e, so that no sub-scale serves two groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dgq_kernels.quantize_activation.reference import quantize_rows, quantize_samples
+
+from ..recipe import LayerPlan
+from .weights import nearest, quantize_weight
+
+MAX_EXPONENT = 2
+# A handling other than "none" costs a pass over the input: it has to lower the output error by this much.
+WORTH = 0.03
+
+
+@dataclass
+class ChannelGroups:
+    """How a layer treats its input channels.
+
+    Attributes:
+        mode: "none", "smooth" or "shift".
+        divisor: float32 (C,), x is divided by it.
+        order: int64 (C,), the stored order of channels (sorted by exponent for "shift"), or None.
+        class_ends: ends of the shift classes in stored order where the accumulator shifts, else [C].
+    """
+
+    mode: Literal["none", "smooth", "shift"]
+    divisor: Tensor
+    order: Tensor | None
+    class_ends: list[int]
+
+    @property
+    def shifts_accumulator(self) -> bool:
+        """Whether weights keep their own grid and the products are shifted (int8 weights)."""
+        return len(self.class_ends) > 1
+
+    def class_of(self) -> Tensor:
+        """The shift class int64 (C,) of each channel in stored order."""
+        result = torch.zeros(self.class_ends[-1], dtype=torch.int64)
+        for end in self.class_ends[:-1]:
+            result[end:] += 1
+        return result
+
+
+def no_groups(channels: int) -> ChannelGroups:
+    """Channels as they are."""
+    return ChannelGroups("none", torch.ones(channels), None, [channels])
+
+
+def form_groups(mode: str, rms: Tensor, wbits: int) -> ChannelGroups:
+    """Form the groups of one mode from the channels' root mean square, float32 (C,)."""
+    channels = rms.shape[0]
+    if mode == "none":
+        return no_groups(channels)
+    positive = rms[rms > 0]
+    median = positive.median() if positive.numel() else torch.tensor(1.0)
+    ratio = rms / median
+    if mode == "smooth":
+        return ChannelGroups("smooth", ratio.clamp(min=1).sqrt(), None, [channels])
+    exponent = ratio.clamp(min=1e-6).log2().round().clamp(0, MAX_EXPONENT).long()
+    if not exponent.any():
+        return no_groups(channels)
+    order = torch.argsort(exponent, stable=True)
+    ends = [int((exponent <= e).sum()) for e in range(MAX_EXPONENT + 1)] if wbits == 8 else [channels]
+    return ChannelGroups("shift", 2.0**exponent, order, ends)
+
+
+def to_matrix(weight: Tensor) -> Tensor:
+    """A layer's weight as (N, K): (N, C) as it is, (N, C, kh, kw) as (N, kh * kw * C)."""
+    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def from_matrix(matrix: Tensor, plan: LayerPlan) -> Tensor:
+    """Inverse of `to_matrix` for a planned layer: (N, C), or (N, C, kh, kw) for a convolution with taps."""
+    if plan.kind != "conv2d":
+        return matrix
+    k = plan.kernel_size
+    return matrix.view(plan.out_features, k, k, plan.in_features).permute(0, 3, 1, 2)
+
+
+def apply_layer(x: Tensor, weight: Tensor, plan: LayerPlan) -> Tensor:
+    """The float layer without its bias: x (M, C) and weight (N, C), or x (B, C, H, W) and weight (N, C, kh, kw)."""
+    if plan.kind != "conv2d":
+        return x @ weight.t()
+    return torch.nn.functional.conv2d(x, weight, stride=plan.stride, padding=plan.padding)
+
+
+def fake_quantize_input(x: Tensor, bits: int, divisor: Tensor) -> Tensor:
+    """x after the run-time quantizer and back: rows of (M, C), samples of (B, C, H, W)."""
+    if x.dim() == 2:
+        codes, scale, zero = quantize_rows(x, bits, 1 / divisor)
+        return (codes.float() - zero[:, None]) * scale[:, None] * divisor
+    codes, scale, zero = quantize_samples(x, bits, 1 / divisor, 0)
+    return (codes.float() - zero.view(-1, 1, 1, 1)) * scale.view(-1, 1, 1, 1) * divisor.view(1, -1, 1, 1)
+
+
+def _candidates(mode: str, rms: Tensor, wbits: int) -> Iterator[ChannelGroups]:
+    for name in ("none", "smooth", "shift") if mode == "auto" else (mode,):
+        groups = form_groups(name, rms, wbits)
+        if groups.mode == name:
+            yield groups
+
+
+def choose_groups(mode: str, x: Tensor, weight: Tensor, plan: LayerPlan) -> ChannelGroups:
+    """The channel handling with the smallest measured output error.
+
+    Args:
+        mode: "auto", or one mode to use wherever it applies.
+        x: float calibration inputs, (M, C) or (B, C, H, W).
+        weight: the float weight.
+        plan: kind, bits and sizes of the layer.
+
+    Returns:
+        The groups; for "auto" another mode than "none" only where it lowers the error by more than 3%.
+    """
+    dims = [0] if x.dim() == 2 else [0, 2, 3]
+    mean_square = x.square().mean(dims)
+    target = apply_layer(x, weight, plan)
+    best, best_error = no_groups(plan.in_features), float("inf")
+    for groups in _candidates(mode, mean_square.sqrt(), plan.wbits):
+        quantized = quantize_handled(weight, groups, mean_square, plan)
+        y = apply_layer(fake_quantize_input(x, plan.abits, groups.divisor), quantized, plan)
+        error = float((y - target).norm())
+        if error < best_error * (1 - WORTH if best_error < float("inf") else 1):
+            best, best_error = groups, error
+    return best
+
+
+def quantize_handled(weight: Tensor, groups: ChannelGroups, mean_square: Tensor, plan: LayerPlan) -> Tensor:
+    """The float weight that nearest rounding under this handling stands for (divisor folded back out)."""
+    column = [1, -1] + [1] * (weight.dim() - 2)
+    folded = 1.0 if groups.shifts_accumulator else groups.divisor.view(column)
+    importance = mean_square if groups.shifts_accumulator else mean_square / groups.divisor.square()
+    scaled = weight * folded
+    order = torch.arange(plan.in_features) if groups.order is None else groups.order
+    importance = importance[order].repeat(plan.kernel_size**2).clamp(min=1e-12)
+    matrix = to_matrix(scaled[:, order])
+    rounded = quantize_weight(matrix, plan.wbits, plan.weight_group, importance, nearest(importance)).dequantize()
+    result = torch.empty_like(scaled)
+    result[:, order] = from_matrix(rounded, plan)
+    return result / folded

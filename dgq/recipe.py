@@ -1,0 +1,170 @@
+"""What to quantize and how: the recipe a user asks for and the plan of one layer that results from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import DgqError
+
+WEIGHT_BITS = (4, 8)
+ACTIVATION_BITS = (4, 5, 6, 7, 8)
+PAPER_GROUPS = (1, 8, 16)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A quantization recipe (docs/method.md).
+
+    Attributes:
+        name: "integer" (int8 products, the default) or "paper" (the published method, simulated in float).
+        wbits, abits: bits of weights (4 or 8) and activations (4 to 8).
+        rounding: how weights are rounded: "gptq" (second moments) or "nearest".
+        channels: outlier handling of input channels, integer recipe: "auto" chooses per layer by measured error.
+        attention: integer recipe: "log" (fractional log2 probabilities) or "float" (scaled dot product).
+        groups: activation groups G of the paper recipe (1 is the per-tensor baseline).
+        weight_group: input channels that share an int4 sub-scale, 32 or 64.
+        overrides: (pattern, bits) in order, the last match wins; bits 0 keeps the layer in float.
+    """
+
+    name: Literal["integer", "paper"] = "integer"
+    wbits: int = 4
+    abits: int = 8
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    channels: Literal["auto", "none", "smooth", "shift"] = "auto"
+    attention: Literal["log", "float"] = "log"
+    groups: int = 16
+    weight_group: int = 32
+    overrides: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        checks: list[tuple[str, Any, tuple[Any, ...]]] = [
+            ("recipe", self.name, ("integer", "paper")),
+            ("wbits", self.wbits, WEIGHT_BITS),
+            ("abits", self.abits, ACTIVATION_BITS),
+            ("rounding", self.rounding, ("gptq", "nearest")),
+            ("channels", self.channels, ("auto", "none", "smooth", "shift")),
+            ("attention", self.attention, ("log", "float")),
+            ("groups", self.groups, PAPER_GROUPS),
+            ("weight_group", self.weight_group, (32, 64)),
+        ]
+        for option, value, allowed in checks:
+            if value not in allowed:
+                raise DgqError(f"{option} {value!r} is not one of {', '.join(map(str, allowed))}")
+        for pattern, bits in self.overrides:
+            if bits not in (0, *WEIGHT_BITS):
+                raise DgqError(f"override '{pattern}={bits}': bits must be 0 (float), 4 or 8")
+        if self.name == "paper" and self.overrides:
+            raise DgqError("the paper recipe quantizes every layer alike and takes no overrides")
+
+    @property
+    def label(self) -> str:
+        """Short name for tables, such as "integer W4A8" or "paper G=16 W4A8"."""
+        kind = "integer" if self.name == "integer" else f"paper G={self.groups}"
+        return f"{kind} W{self.wbits}A{self.abits}"
+
+    def weight_bits(self, layer: str) -> int:
+        """Weight bits of a layer after the overrides; 0 means the layer stays float."""
+        bits = self.wbits
+        for pattern, value in self.overrides:
+            if fnmatch.fnmatchcase(layer, pattern):
+                bits = value
+        return bits
+
+    def unmatched_overrides(self, layers: list[str]) -> list[str]:
+        """Override patterns that match no layer (a typing error more often than not)."""
+        return [p for p, _ in self.overrides if not any(fnmatch.fnmatchcase(name, p) for name in layers)]
+
+    def to_dict(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["overrides"] = [list(item) for item in self.overrides]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Recipe:
+        """Inverse of `to_dict`.
+
+        Raises:
+            DgqError: an unknown field or a value out of range.
+        """
+        return _strict(cls, {**data, "overrides": tuple((p, b) for p, b in data.get("overrides", ()))})
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer of an integer checkpoint is stored and run; one entry of `quantization_config["layers"]`.
+
+    Attributes:
+        kind: "linear", "pointwise" (a 1x1 convolution, run as a linear layer over pixels so that every pixel
+            has its own scale) or "conv2d".
+        in_features, out_features: input and output channels.
+        kernel_size, stride, padding: of a convolution (square); 1, 1, 0 for a linear layer.
+        bias: whether the layer has one.
+        wbits, abits: bits of weights and activations.
+        channels: "none", "smooth" or "shift".
+        class_ends: shift classes of the sorted input channels; [in_features] where there are none.
+        reordered: whether input channels are stored sorted by their shift exponent.
+        weight_group: values per int4 sub-scale.
+    """
+
+    kind: Literal["linear", "pointwise", "conv2d"]
+    in_features: int
+    out_features: int
+    wbits: int
+    abits: int
+    bias: bool
+    kernel_size: int = 1
+    stride: int = 1
+    padding: int = 0
+    channels: Literal["none", "smooth", "shift"] = "none"
+    class_ends: list[int] = field(default_factory=list)
+    reordered: bool = False
+    weight_group: int = 32
+
+    @property
+    def reduction(self) -> int:
+        """Length of one output's sum: input channels times taps."""
+        return self.in_features * self.kernel_size**2
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        data = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.default is dataclasses.MISSING or value != item.default:
+                data[item.name] = value
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerPlan:
+        """Inverse of `to_dict`.
+
+        Raises:
+            DgqError: an unknown or missing field, or a value no layer can have.
+        """
+        plan = _strict(cls, data)
+        if plan.kind not in ("linear", "pointwise", "conv2d") or plan.channels not in ("none", "smooth", "shift"):
+            raise DgqError(f"unknown layer kind {plan.kind!r} or channel handling {plan.channels!r}")
+        sizes = (plan.in_features, plan.out_features, plan.kernel_size, plan.stride)
+        if any(not isinstance(size, int) or not 0 < size < 2**20 for size in sizes) or plan.padding not in range(8):
+            raise DgqError(f"layer sizes {sizes}, padding {plan.padding} are out of range")
+        if plan.wbits not in WEIGHT_BITS or plan.abits not in ACTIVATION_BITS or plan.weight_group not in (32, 64):
+            values = f"wbits {plan.wbits}, abits {plan.abits} or weight_group {plan.weight_group}"
+            raise DgqError(f"{values} is out of range")
+        ends = plan.class_ends
+        if ends != sorted(ends) or not ends or ends[-1] != plan.in_features or ends[0] < 0 or len(ends) > 5:
+            raise DgqError(f"class_ends {ends} do not cover {plan.in_features} channels")
+        return plan
+
+
+def _strict(cls: type, data: dict[str, Any]) -> Any:
+    """Build a dataclass from a dict, refusing unknown fields and missing ones."""
+    unknown = sorted(set(data) - {item.name for item in dataclasses.fields(cls)})
+    if unknown:
+        raise DgqError(f"unknown field {unknown[0]!r} in {cls.__name__}", "a newer dgq may have written it")
+    try:
+        return cls(**data)
+    except TypeError as error:
+        raise DgqError(f"{cls.__name__}: {error}") from None

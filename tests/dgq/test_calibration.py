@@ -1,0 +1,143 @@
+"""Statistics and the walk over the layers."""
+
+import pytest
+import torch
+from torch import nn
+
+from dgq.calibration import Statistics, _plan, gather, passes, plan_layers, quantize_unet, spread
+from dgq.errors import DgqError
+from dgq.layers import IntegerLayer
+from dgq.quantizers.channels import to_matrix
+from dgq.recipe import Recipe
+
+
+class Net(nn.Module):
+    """A small net with every kind of layer, called as a UNet is."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, 16, 3, padding=1)
+        self.body = nn.Conv2d(16, 24, 3, padding=1)
+        self.point = nn.Conv2d(24, 16, 1)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.head = nn.ModuleList([nn.Linear(16, 32), nn.Linear(32, 8, bias=False)])
+        self.conv_out = nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, sample):
+        x = self.depthwise(self.point(torch.relu(self.body(self.conv_in(sample)))))
+        x = self.head[1](torch.relu(self.head[0](x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+        return self.conv_out(x)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def calls():
+    g = torch.Generator().manual_seed(1)
+    return [{"sample": torch.randn(2, 4, 6, 6, generator=g)} for _ in range(6)]
+
+
+def test_plan_covers_what_can_be_quantized_and_says_why_not(net):
+    layers, kept = plan_layers(net, Recipe(overrides=(("head.1", 0), ("body", 8))))
+    assert {layer.name: (layer.plan.kind, layer.plan.wbits) for layer in layers} == {
+        "body": ("conv2d", 8), "point": ("pointwise", 4), "head.0": ("linear", 4),
+    }  # fmt: skip
+    assert set(kept) == {"conv_in", "conv_out", "depthwise", "head.1"}
+    assert "groups=16" in kept["depthwise"]
+
+
+def test_override_that_matches_nothing_is_an_error(net):
+    with pytest.raises(DgqError, match="nosuch"):
+        plan_layers(net, Recipe(overrides=(("nosuch*", 8),)))
+
+
+def test_second_moment_is_that_of_the_matrix_form():
+    """x x^T of im2col columns, in the order the weight matrix has."""
+    conv = nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False)
+    x = torch.randn(2, 3, 7, 7)
+    statistics = Statistics(_plan(conv, 8, Recipe()), 1)
+    statistics.add(x)
+    matrix = to_matrix(conv.weight.detach())
+    outputs = conv(x).permute(1, 0, 2, 3).flatten(1)
+    assert torch.allclose(matrix @ statistics.moment @ matrix.t(), outputs @ outputs.t(), rtol=1e-3, atol=1e-3)
+    assert statistics.count == outputs.shape[1]
+    assert torch.allclose(statistics.mean_square, x.square().mean((0, 2, 3)))
+
+
+def test_streaming_equals_one_batch():
+    linear = nn.Linear(6, 4)
+    x = torch.randn(40, 6)
+    whole, parts = (Statistics(_plan(linear, 8, Recipe()), n) for n in (1, 4))
+    whole.add(x)
+    for part in x.split(10):
+        parts.add(part)
+    assert torch.allclose(whole.moment, parts.moment, rtol=1e-5)
+    assert parts.samples.shape[1] == 6
+
+
+def test_spread_takes_every_prompt_and_different_steps():
+    recorded = [[{"prompt": i, "step": j} for j in range(10)] for i in range(8)]
+    chosen = spread(recorded, 16)
+    assert len(chosen) == 16
+    assert len({call["step"] for call in chosen}) >= 8
+    assert len({call["prompt"] for call in chosen}) >= 6
+    assert spread(recorded, 1000) == [call for calls in recorded for call in calls]
+
+
+def test_passes_keep_to_the_budget(net):
+    layers, _ = plan_layers(net, Recipe())
+    groups = passes(layers, 1)
+    assert [len(group) for group in groups] == [1] * len(layers)
+    assert len(passes(layers, 2**40)) == 1
+
+
+@pytest.mark.parametrize("wbits, abits, floor", [(8, 8, 33), (4, 8, 20), (4, 6, 18)])
+@torch.no_grad()
+def test_whole_net(net, calls, wbits, abits, floor):
+    expected = net(calls[0]["sample"])
+    plans, sqnr = quantize_unet(net, calls, Recipe(wbits=wbits, abits=abits))
+    assert set(plans) == set(sqnr) == {"body", "point", "head.0", "head.1"}
+    assert all(isinstance(net.get_submodule(name), IntegerLayer) for name in plans)
+    y = net(calls[0]["sample"])
+    assert float(20 * torch.log10(expected.norm() / (y - expected).norm())) > floor
+
+
+@torch.no_grad()
+def test_many_passes_give_the_same_model(net, calls):
+    import copy
+
+    one, many = copy.deepcopy(net), copy.deepcopy(net)
+    quantize_unet(one, calls, Recipe())
+    quantize_unet(many, calls, Recipe(), budget=1)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, many.state_dict()[name]), name
+
+
+def test_finished_layers_are_not_done_again(net, calls):
+    import copy
+
+    stored = {}
+    first = copy.deepcopy(net)
+    quantize_unet(first, calls, Recipe(), store=stored.__setitem__)
+    again = []
+    done = {name: stored[name] for name in ("body", "head.0")}
+    quantize_unet(net, calls, Recipe(), store=lambda name, _: again.append(name), done=done)
+    assert again == ["point", "head.1"]
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, net.state_dict()[name])
+
+
+def test_layer_with_bad_weights_is_named(net, calls):
+    net.point.weight.data[0, 0] = float("nan")
+    with pytest.raises(DgqError, match=r"point|body|head"):
+        quantize_unet(net, calls, Recipe())
+
+
+def test_gather_removes_its_hooks(net, calls):
+    layers, _ = plan_layers(net, Recipe())
+    gather(net, layers, calls)
+    assert not any(layer.module._forward_pre_hooks for layer in layers)

@@ -1,0 +1,192 @@
+"""The file format: strict reading, atomic writing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dgq
+from dgq.checkpoint import (
+    FORMAT_VERSION,
+    Header,
+    atomic_folder,
+    check_folder,
+    float16_bytes,
+    read_header,
+    unet_bytes,
+)
+from dgq.errors import DgqError
+from dgq.recipe import LayerPlan, Recipe
+
+WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture
+def copy_of(tiny_checkpoint, tmp_path):
+    """A checkpoint that a test may damage."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def edit_config(folder, change):
+    file = folder / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    change(config["quantization_config"])
+    file.write_text(json.dumps(config))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def test_header_round_trip():
+    plan = LayerPlan("linear", 32, 64, 4, 8, False, class_ends=[32])
+    header = Header(Recipe(), {"a.b": plan}, base_model="x", calibration={"seed": 1}, dgq_version="9")
+    assert Header.from_dict(json.loads(json.dumps(header.to_dict()))) == header
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tiny_checkpoint):
+    suffixes = {file.suffix for file in tiny_checkpoint.rglob("*") if file.is_file()}
+    assert suffixes <= {".json", ".safetensors", ".txt", ".md"}
+
+
+def test_loads_and_draws(tiny_checkpoint):
+    pipe = dgq.load(tiny_checkpoint)
+    image = pipe("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda q: q.update(format_version=FORMAT_VERSION + 1), "format version"),
+        (lambda q: q.update(quant_method="other"), "quant_method"),
+        (lambda q: q.update(surprise=1), "surprise"),
+        (lambda q: q["recipe"].update(wbits=5), "wbits"),
+        (lambda q: q.pop("recipe"), "recipe"),
+        (lambda q: next(iter(q["layers"].values())).update(in_features=-1), "sizes"),
+        (lambda q: q.update(layers=[]), "damaged"),
+    ],
+)
+def test_damaged_headers_are_named(copy_of, change, message):
+    edit_config(copy_of, change)
+    with pytest.raises(DgqError, match=message):
+        dgq.load(copy_of)
+
+
+def test_header_of_another_model(copy_of):
+    edit_config(copy_of, lambda q: q["layers"].update(nosuch=next(iter(q["layers"].values()))))
+    with pytest.raises(DgqError, match="nosuch"):
+        dgq.load(copy_of)
+
+
+NAME = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.packed"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(NAME), f"{NAME}.*missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "unknown tensor 'extra'"),
+        (lambda t: t.update({NAME: t[NAME][:-1].clone()}), f"{NAME}.*shape"),
+        (lambda t: t.update({NAME: t[NAME].float()}), f"{NAME}.*dtype"),
+        (lambda t: t["conv_in.weight"].fill_(float("nan")), "conv_in.weight.*finite"),
+        (lambda t: t.pop("conv_in.weight"), "conv_in.weight.*missing"),
+    ],
+)  # fmt: skip
+def test_wrong_tensors_are_named(copy_of, change, message):
+    edit_tensors(copy_of, change)
+    with pytest.raises(DgqError, match=message):
+        dgq.load(copy_of)
+
+
+@pytest.mark.parametrize("length", [0, 7, 200, -1000])
+def test_truncated_weights(copy_of, length):
+    data = (copy_of / WEIGHTS).read_bytes()
+    (copy_of / WEIGHTS).write_bytes(data[:length])
+    with pytest.raises(DgqError, match=r"diffusion_pytorch_model.safetensors.*safetensors"):
+        dgq.load(copy_of)
+
+
+def test_missing_component(copy_of):
+    shutil.rmtree(copy_of / "vae")
+    with pytest.raises(DgqError, match=r"vae.*missing"):
+        dgq.load(copy_of)
+
+
+def test_pickled_weights_are_refused(copy_of):
+    (copy_of / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, copy_of / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(DgqError, match="pickle"):
+        dgq.load(copy_of)
+
+
+def test_paths_that_lead_outside(copy_of):
+    index = json.loads((copy_of / "model_index.json").read_text())
+    (copy_of / "model_index.json").write_text(json.dumps({**index, "../vae": index["vae"]}))
+    with pytest.raises(DgqError, match="plain folder name"):
+        check_folder(copy_of)
+    (copy_of / "model_index.json").write_text(json.dumps(index))
+    shards = json.dumps({"weight_map": {"a": "../../secret.safetensors"}})
+    (copy_of / "unet" / "x.safetensors.index.json").write_text(shards)
+    with pytest.raises(DgqError, match="outside"):
+        check_folder(copy_of)
+
+
+def test_not_a_model(tmp_path):
+    with pytest.raises(DgqError, match=r"model_index.json"):
+        dgq.load(tmp_path)
+    (tmp_path / "model_index.json").write_text("{not json")
+    with pytest.raises(DgqError, match="cannot be read"):
+        dgq.load(tmp_path)
+
+
+def test_interrupted_write_leaves_nothing(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as folder:  # noqa: PT012
+        (folder / "model_index.json").write_text("{}")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_one_clear_error(tmp_path):
+    with pytest.raises(DgqError, match="no space"), atomic_folder(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_target_is_kept_until_the_new_one_is_whole(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(DgqError, match="already exists"), atomic_folder(target):
+        pass
+    with pytest.raises(ZeroDivisionError), atomic_folder(target, overwrite=True):
+        raise ZeroDivisionError
+    assert (target / "old").exists()
+    with atomic_folder(target, overwrite=True) as folder:
+        (folder / "new").touch()
+    assert [file.name for file in target.iterdir()] == ["new"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_place_that_cannot_be_written():
+    with pytest.raises(DgqError, match="cannot be written"), atomic_folder(Path("/proc/nowhere/out")):
+        pass
+
+
+def test_sizes(tiny_checkpoint, tiny_pipeline):
+    packed, full = unet_bytes(tiny_checkpoint), float16_bytes(tiny_checkpoint)
+    assert full == pytest.approx(unet_bytes(tiny_pipeline) / 2, rel=0.1)
+    assert packed < 0.4 * full  # tiny layers: headers, scales and biases weigh more than in a real model
+
+
+def test_model_card_says_what_it_is(tiny_checkpoint):
+    card = (tiny_checkpoint / "README.md").read_text()
+    for part in ("integer W4A8", "gptq", "dgq.load", "PSNR"):
+        assert part in card
+    assert read_header(tiny_checkpoint).recipe == Recipe()

@@ -1,0 +1,160 @@
+"""Integer layers: bit-exact sums, real packing, and what `.to` must not do."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from dgq.calibration import Layer, Statistics, _plan, quantize_layer
+from dgq.layers import IntegerLayer, buffer_specs
+from dgq.recipe import LayerPlan, Recipe
+from dgq_kernels import backend, quantize_rows, quantize_samples
+from dgq_kernels.conv2d import cpu as conv_cpu
+from dgq_kernels.conv2d import reference as conv_reference
+from dgq_kernels.linear import cpu as linear_cpu
+from dgq_kernels.linear import reference as linear_reference
+
+
+def outliers(x, channel_axis):
+    index = [slice(None)] * x.dim()
+    index[channel_axis] = slice(0, 3)
+    x[tuple(index)] *= 15
+    return x
+
+
+def quantized(module, x, **recipe):
+    """Quantize one float module on the inputs x."""
+    wanted = Recipe(**recipe)
+    layer = Layer("layer", module, _plan(module, wanted.wbits, wanted))
+    statistics = Statistics(layer.plan, 1)
+    statistics.add(x)
+    return quantize_layer(layer, statistics, wanted)
+
+
+CASES = [
+    (lambda: nn.Linear(96, 80), lambda: outliers(torch.randn(2, 150, 96), -1)),
+    (lambda: nn.Linear(42, 6, bias=False), lambda: outliers(torch.randn(300, 42), -1)),
+    (lambda: nn.Conv2d(24, 40, 3, padding=1), lambda: outliers(torch.randn(4, 24, 8, 8), 1)),
+    (lambda: nn.Conv2d(32, 20, 3, stride=2, padding=1), lambda: outliers(torch.randn(4, 32, 8, 8), 1)),
+    (lambda: nn.Conv2d(33, 24, 1), lambda: outliers(torch.randn(4, 33, 8, 8), 1)),
+]
+
+
+@pytest.mark.parametrize("build, data", CASES)
+@pytest.mark.parametrize("wbits", [4, 8])
+@pytest.mark.parametrize("channels", ["none", "smooth", "shift"])
+@torch.no_grad()
+def test_layer_reproduces_the_float_module(build, data, wbits, channels):
+    torch.manual_seed(0)
+    module, x = build(), data()
+    result = quantized(module, x, wbits=wbits, channels=channels)
+    y, expected = result.layer(x), module(x)
+    assert y.shape == expected.shape
+    sqnr = float(20 * torch.log10(expected.norm() / (y - expected).norm()))
+    assert sqnr > (17 if wbits == 4 else 33)
+    if module.bias is None:  # the reported figure leaves the bias out
+        assert abs(sqnr - result.sqnr_db) < 3
+
+
+@pytest.mark.skipif(backend.cpu_path() == "reference", reason="no exact oneDNN product on this CPU")
+@pytest.mark.parametrize("build, data", CASES)
+@pytest.mark.parametrize("wbits", [4, 8])
+@torch.no_grad()
+def test_the_sums_of_a_layer_are_integers_bit_for_bit(build, data, wbits):
+    """What runs is an integer product of the stored codes: its sums equal the integer reference exactly."""
+    torch.manual_seed(1)
+    module, x = build(), data()
+    layer = quantized(module, x, wbits=wbits, channels="shift").layer
+    plan, ready = layer.plan, layer.prepare(x.device)
+    inv = layer.inv_divisor if plan.channels != "none" else None
+    matrix = layer.integer_weight() if ready.order is not None else layer.natural_weight
+    if plan.kind == "conv2d":
+        codes, _, _ = quantize_samples(x, plan.abits, inv, plan.padding)
+        codes = codes if ready.order is None else codes[:, ready.order]
+        weight = matrix.view(plan.out_features, 3, 3, -1).permute(0, 3, 1, 2)
+        expected = conv_reference.accumulate(codes, weight, plan.stride, plan.class_ends)
+        got = conv_cpu.accumulate(codes, ready.onednn, plan.class_ends, plan.out_features, plan.stride, ready.split)
+    else:
+        rows = x.permute(0, 2, 3, 1) if plan.kind == "pointwise" else x
+        codes, _, _ = quantize_rows(rows.reshape(-1, plan.in_features), plan.abits, inv)
+        codes = codes if ready.order is None else codes[:, ready.order]
+        expected = linear_reference.accumulate(codes, matrix, plan.class_ends)
+        got = linear_cpu.accumulate(codes, ready.onednn, plan.class_ends, plan.out_features, ready.split)
+    assert torch.equal(got.long(), expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # walking every object touches deprecated ones
+@torch.no_grad()
+def test_no_float_copy_of_the_weight_exists():
+    """Neither the layer nor anything a forward pass leaves behind holds as many floats as the weight."""
+    torch.manual_seed(0)
+    module, x = nn.Linear(384, 512), torch.randn(64, 384)
+    layer = quantized(module, x, wbits=4).layer
+    size = module.weight.numel()
+    del module
+    layer(x)
+    gc.collect()
+    floats = [
+        item for item in gc.get_objects()
+        if isinstance(item, torch.Tensor) and item.is_floating_point() and item.numel() >= size
+    ]  # fmt: skip
+    assert not floats
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in layer.state_dict().values())
+    assert stored < 0.29 * 2 * size
+    assert all(not t.is_floating_point() for t in layer.prepare(x.device).onednn or [])
+
+
+@torch.no_grad()
+def test_casting_moves_no_scale():
+    torch.manual_seed(0)
+    module, x = nn.Linear(64, 32), torch.randn(10, 64)
+    layer = quantized(module, x, wbits=8, channels="smooth").layer
+    expected = layer(x)
+    for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()):
+        cast(layer)
+        assert layer.weight_scale.dtype == torch.float32
+        assert torch.equal(layer(x), expected)
+    assert layer(x.half()).dtype == torch.float16
+
+
+@torch.no_grad()
+def test_copies_work_after_the_first_call():
+    module, x = nn.Linear(64, 32), torch.randn(10, 64)
+    layer = quantized(module, x).layer
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+
+
+@torch.no_grad()
+def test_reference_backend_agrees(monkeypatch):
+    torch.manual_seed(0)
+    for build, data in CASES:
+        module, x = build(), data()
+        layer = quantized(module, x, wbits=4, channels="shift").layer
+        fast = layer(x)
+        layer._prepared = None
+        with monkeypatch.context() as patch:
+            patch.setenv("DGQ_BACKEND", "reference")
+            slow = layer(x)
+        layer._prepared = None
+        assert float((fast - slow).norm() / slow.norm()) < 1e-5
+
+
+def test_buffer_sizes_are_what_the_format_says():
+    plan = LayerPlan("conv2d", 320, 640, 4, 8, True, kernel_size=3, padding=1, class_ends=[320])
+    specs = buffer_specs(plan)
+    assert specs["packed"] == ((640, 1440), torch.uint8)
+    assert specs["subscales"] == ((640, 45), torch.uint8)
+    with torch.device("meta"):
+        assert IntegerLayer(plan).packed.device.type == "meta"
+
+
+@torch.no_grad()
+def test_picture_alone_equals_picture_in_a_batch():
+    torch.manual_seed(0)
+    module = nn.Conv2d(16, 16, 3, padding=1)
+    x = torch.randn(4, 16, 8, 8) * torch.tensor([1.0, 5, 0.2, 9]).view(4, 1, 1, 1)
+    layer = quantized(module, x).layer
+    assert torch.equal(layer(x)[2:3], layer(x[2:3]))
