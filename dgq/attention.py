@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import dgq_kernels
@@ -90,8 +89,3 @@ class LogAttnProcessor:
 def use_log_attention(unet: Any, plan: AttentionPlan) -> None:
     """Set the log attention processor on every attention layer of a diffusers UNet."""
     unet.set_attn_processor(LogAttnProcessor(plan))
-
-
-def attention_mass(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Mean probability of the start token per head: q (B, H, T, d), k (B, H, S, d) -> (H,)."""
-    return torch.softmax(q @ k.transpose(-1, -2) * scale, -1)[..., 0].mean((0, 2))

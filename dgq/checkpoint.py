@@ -311,18 +311,15 @@ def write_checkpoint(base: Path, unet: nn.Module, header: Header, target: Path, 
         config["quantization_config"] = header.to_dict()
         text = json.dumps(config, indent=1, sort_keys=True)
         (folder / "unet" / "config.json").write_text(text + "\n", encoding="utf-8")
-        # what stays float is stored in half precision, as published float checkpoints are; scales keep float32
-        quantized = {f"{name}." for name in header.layers} or {""}
-        state = {
-            name: tensor.half()
-            if tensor.dtype == torch.float32 and not any(name.startswith(prefix) for prefix in quantized)
-            else tensor
-            for name, tensor in unet.state_dict().items()
-        }
+        # What stays float is stored in half precision, as published float checkpoints are. Those are the model's
+        # parameters; quantized layers hold buffers, and their scales keep float32.
+        parameters = {name for name, value in unet.named_parameters() if value.dtype == torch.float32}
+        state = {name: value.half() if name in parameters else value for name, value in unet.state_dict().items()}
         state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
         file = folder / "unet" / WEIGHTS_NAME
         save_file(state, str(file), metadata={"format": "pt"})
-        (folder / "README.md").write_text(model_card(header, folder), encoding="utf-8")
+        card = model_card(header, target.name, file.stat().st_size)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
 
@@ -333,29 +330,22 @@ def unet_bytes(folder: Path) -> int:
 
 
 def float16_bytes(folder: Path) -> int:
-    """Size the UNet of this folder would have in float16, from its header or its float weights."""
-    header = read_header(folder)
-    files = sorted((folder / "unet").glob("*.safetensors"))
-    total = 0
-    packed = {}
-    if header is not None:
-        packed = {name: plan.reduction * plan.out_features for name, plan in header.layers.items()}
-        total += 2 * sum(packed.values())
-    for file in files:
-        for name, (shape, _) in tensor_table(file).items():
-            layer, _, leaf = name.rpartition(".")
-            if layer not in packed or leaf == "bias":
-                total += 2 * int(torch.Size(shape).numel())
-    return total
+    """Size of the float model's UNet in float16, from its configuration."""
+    from diffusers import UNet2DConditionModel
+
+    config = read_json(folder / "unet" / "config.json")
+    config.pop("quantization_config", None)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    return 2 * sum(parameter.numel() for parameter in unet.parameters())
 
 
-def model_card(header: Header, folder: Path) -> str:
-    """The README of a checkpoint: what it is, how it was made, what was measured, how to use it."""
+def model_card(header: Header, name: str, size: int) -> str:
+    """The README of a checkpoint folder `name` with a UNet file of `size` bytes: what it is, measured, and its use."""
     recipe, calibration = header.recipe, header.calibration
-    size = unet_bytes(folder)
     lines = [
         "---", "library_name: diffusers", "tags: [text-to-image, quantized, dgq]", "---", "",
-        f"# {header.base_model or folder.name}, {recipe.label}", "",
+        f"# {header.base_model}, {recipe.label}", "",
         f"Made by `dgq calibrate` (dgq {header.dgq_version}) from `{header.base_model}`. "
         "The licence is the base model's.", "",
         "| | |", "|---|---|",
@@ -374,7 +364,7 @@ def model_card(header: Header, folder: Path) -> str:
             f"| {fidelity['psnr_db']:.2f} | {fidelity['latent_mse']:.2e} |",
         ]  # fmt: skip
     lines += [
-        "", "```python", "import dgq", "", f'pipe = dgq.load("{folder.name.strip(".")}")',
+        "", "```python", "import dgq", "", f'pipe = dgq.load("{name}")',
         'pipe("a cat").images[0].save("cat.png")', "```", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dgq_kernels import backend
+
 from . import embedded
 from .checkpoint import check_folder
 from .errors import DgqError
@@ -25,7 +27,7 @@ def resolve(model: str | os.PathLike[str] | None) -> Path:
         folder = embedded.FOLDER
         if not folder.is_dir():
             raise DgqError("the embedded model is not installed", "reinstall dgq, or name a --model")
-    elif Path(model).is_dir():
+    elif str(model) and Path(model).is_dir():
         folder = Path(model)
     else:
         folder = _download(str(model))
@@ -78,6 +80,10 @@ def load(
     place = default_device() if device is None else torch.device(device)
     if dtype is None:
         dtype = torch.float16 if place.type == "cuda" else torch.float32
+    try:
+        backend.select(place)
+    except ValueError as error:
+        raise DgqError(str(error)) from None
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

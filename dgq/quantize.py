@@ -105,7 +105,7 @@ def _float_folder(model: str | os.PathLike[str] | None) -> Path:
 
 
 def _model_name(model: str | os.PathLike[str] | None, folder: Path) -> str:
-    return embedded.NAME if folder == embedded.FOLDER else str(model if model is not None else folder.name)
+    return embedded.NAME if folder == embedded.FOLDER else str(model)
 
 
 def packed_bytes(plan: LayerPlan) -> int:
@@ -164,10 +164,15 @@ def _outputs_per_call(unet: nn.Module, layers: Sequence[Layer]) -> dict[str, int
     handles = [layer.module.register_forward_hook(hook(layer)) for layer in layers]
     size = config.sample_size
     with torch.device("meta"), torch.no_grad():
+        added = None
+        if config.addition_embed_type == "text_time":  # SDXL: pooled text and six sizes
+            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            added = {"text_embeds": torch.empty(2, width), "time_ids": torch.empty(2, 6)}
         unet(
             torch.empty(2, config.in_channels, size, size),
             torch.empty(2),
             torch.empty(2, 77, config.cross_attention_dim),
+            added_cond_kwargs=added,
         )
     for handle in handles:
         handle.remove()
@@ -314,7 +319,7 @@ def calibrate(
         recipe,
         base_model=_model_name(model, folder),
         generation={"steps": settings.steps, "guidance": settings.guidance},
-        calibration={"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed, "calls": options.calls},
+        calibration={"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed},
         dgq_version=__version__,
     )
     if recipe.name == "paper":
@@ -325,8 +330,10 @@ def calibrate(
             progress=lambda stage, i, total: progress(stage, i, total, ""),
         )  # fmt: skip
     else:
+        calls = spread(recorded, options.calls)
+        header.calibration["calls"] = len(calls)
         header.layers, sqnr = quantize_unet(
-            pipe.unet, spread(recorded, options.calls), recipe, progress=progress, store=partial.store, done=done,
+            pipe.unet, calls, recipe, progress=progress, store=partial.store, done=done,
             budget=options.budget,
         )  # fmt: skip
         header.calibration["sqnr_db"] = {name: round(value, 2) for name, value in sqnr.items()}
@@ -349,7 +356,8 @@ def _evaluate(
     progress: Progress, before: int,
 ) -> list[Picture]:  # fmt: skip
     """Pictures of the evaluation prompts (none of them a calibration prompt)."""
-    chosen = [p for p in evaluation_prompts(folder, options.evaluate) if p not in prompts]
+    pool = evaluation_prompts(folder, options.evaluate + len(prompts))
+    chosen = [prompt for prompt in pool if prompt not in prompts][: options.evaluate]
     pictures = []
     for i, prompt in enumerate(chosen):
         pictures += generate(pipe, [prompt], dataclasses.replace(settings, seed=10_000 + i))

@@ -53,7 +53,7 @@ def vocabulary(concepts: list[Concept]) -> dict[str, Any]:
         "default_background": DEFAULT_BACKGROUND,
         "styles": STYLES,
         "backgrounds": {name: list(rgb) for name, rgb in BACKGROUNDS.items()},
-        "caption_example": caption("a cat", "fluent-3d", "blue"),
+        "caption_example": caption("a picture of a cat", "fluent-3d", "blue"),
         "concepts": [
             {
                 "name": concept.name,

@@ -69,3 +69,18 @@ def test_saved_again_it_is_the_same(tiny_checkpoint, tmp_path):
     again = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     for name, tensor in unet.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_loaded_model_holds_no_float_weight(tiny_checkpoint):
+    """Every float of a quantized layer is per channel: scales, biases, divisors."""
+    unet = dgq.load(tiny_checkpoint).unet
+    unet(torch.randn(1, 4, 8, 8), 500, torch.randn(1, 24, 32))
+    layers = [module for module in unet.modules() if isinstance(module, IntegerLayer)]
+    assert len(layers) == 81
+    for layer in layers:
+        ready = layer.prepare(torch.device("cpu"))
+        tensors = [*layer.state_dict().values(), ready.column_sum, *(ready.onednn or [ready.weight])]
+        longest = max(layer.in_features, layer.out_features)
+        assert all(tensor.numel() <= longest for tensor in tensors if tensor.is_floating_point())
+    kept = {name.rpartition(".")[0] for name, _ in unet.named_parameters()}
+    assert all("norm" in name or name in ("conv_in", "conv_out") for name in kept)

@@ -1,0 +1,59 @@
+# Everything a person needs on a fresh Linux machine with Python 3.11+: `make demo`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORK ?= $(HOME)/.cache/dgq/embedded
+MINUTES ?= 180
+DEMO := build/demo
+
+.PHONY: demo test test-all lint types gpu aot bench fidelity embedded-data embedded-train clean
+
+demo: $(VENV)/ready
+	$(BIN)/dgq calibrate --out $(DEMO)/dgq-emoji-w4a8 --wbits 4 --abits 8 --overwrite
+	$(BIN)/dgq generate "a cat" --model $(DEMO)/dgq-emoji-w4a8 --seed 1 --out $(DEMO)/a-cat.png
+	@echo "The picture is $(DEMO)/a-cat.png"
+
+test: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" --numprocesses 2
+
+test-all: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
+	$(BIN)/mypy
+
+# On a machine with a CUDA device: every kernel against its reference, the model on cuda against cpu, bench rows.
+gpu: $(VENV)/ready
+	$(BIN)/dgq doctor
+	$(BIN)/python -m pytest tests/kernels -m "not slow"
+	$(BIN)/dgq bench --csv benchmarks/results.csv
+
+aot: $(VENV)/ready
+	$(BIN)/python -m dgq_kernels.aot --csv kernels/aot.csv
+
+bench: $(VENV)/ready
+	$(BIN)/dgq bench --csv benchmarks/results.csv
+
+fidelity: $(VENV)/ready
+	$(BIN)/python benchmarks/fidelity.py --work build/fidelity --grid docs/images/grid.png
+
+# The embedded model; training resumes where it stopped. WORK holds data and checkpoints, outside the repository.
+embedded-data: $(VENV)/ready
+	$(BIN)/python -m embedded.build_data --work $(WORK)
+
+embedded-train: embedded-data
+	nice -n 10 $(BIN)/python -m embedded.train_all --work $(WORK) --minutes $(MINUTES)
+
+# torch first: a looser request would fetch the CUDA build
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,plots]"
+	touch $@
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,220 @@
+"""How close quantized pictures are to the float model's: the table and the picture grid of the README.
+
+    python benchmarks/fidelity.py --work DIR [--model MODEL] [--prompts 32] [--grid FILE] [--out PREFIX]
+
+Calibrates each configuration once into DIR (kept, and used again while the float model and the settings stay the
+same), makes the same pictures with every system from the same seeds, and compares them with float32's. The prompts are
+none of the calibration prompts. Pictures are made in batches: every scale belongs to one row, one sample or one
+sampler step, so a batch changes results only as float rounding does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+import dgq
+from dgq import embedded
+from dgq.checkpoint import float16_bytes, read_header, unet_bytes
+from dgq.errors import DgqError
+from dgq.fidelity import compare
+from dgq.generation import Picture, Settings, generate, grid, write_png
+from dgq.pipelines import load, resolve
+from dgq.prompts import calibration_prompts, evaluation_prompts
+from dgq.quantize import Options, calibrate
+from dgq.recipe import Recipe
+
+BITS = ((8, 8), (4, 8), (4, 6))
+FIRST_SEED = 20_000
+GRID_ROWS = ("float32", "integer W8A8", "integer W4A8", "integer W4A6")
+GRID_PROMPTS = 6
+LABEL_WIDTH = 110
+
+
+def configurations() -> list[Recipe]:
+    """The published method per tensor and with 16 groups, and the integer recipe, at each bit width."""
+    return [
+        recipe
+        for wbits, abits in BITS
+        for recipe in (
+            Recipe(name="paper", wbits=wbits, abits=abits, groups=1),
+            Recipe(name="paper", wbits=wbits, abits=abits, groups=16),
+            Recipe(wbits=wbits, abits=abits),
+        )
+    ]
+
+
+def say(text: str) -> None:
+    """A line of progress on stderr."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Progress of a calibration: a line every half minute."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.last = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int, detail: str) -> None:
+        if time.monotonic() - self.last > 30:
+            self.last = time.monotonic()
+            say(f"{self.label}: {stage} {done}/{total}")
+
+
+def checkpoint(model: Path, recipe: Recipe, work: Path, options: Options, name: str) -> Path:
+    """The checkpoint of a recipe, made where `work` does not hold one of the same model, recipe and settings."""
+    folder = work / recipe.label.lower().replace(" ", "-").replace("=", "")
+    if folder.is_dir():
+        try:
+            header = read_header(folder)
+        except DgqError:
+            header = None
+        weights = [max(file.stat().st_mtime for file in (place / "unet").iterdir()) for place in (model, folder)]
+        if (
+            header is not None
+            and (header.recipe, header.base_model, header.dgq_version) == (recipe, name, dgq.__version__)
+            and header.calibration.get("prompts") == len(calibration_prompts(model, _count(options), options.seed))
+            and header.generation == {"steps": options.steps, "guidance": options.guidance}
+            and weights[0] < weights[1]
+        ):
+            say(f"{recipe.label}: {folder} is used again")
+            return folder
+    say(f"{recipe.label}: calibrating")
+    calibrate(name if name == embedded.NAME else model, folder, recipe, options, Progress(recipe.label))
+    return folder
+
+
+def _count(options: Options) -> int:
+    assert isinstance(options.prompts, int)
+    return options.prompts
+
+
+def pictures(pipe: Any, prompts: Sequence[str], settings: Settings, label: str) -> list[Picture]:
+    """One picture a prompt; seeds count up from the settings' seed."""
+    started = time.monotonic()
+    made = generate(pipe, prompts, settings)
+    say(f"{label}: {len(made)} pictures in {time.monotonic() - started:.0f} s")
+    return made
+
+
+def labelled(rows: dict[str, list[Image.Image]], scale: int) -> Image.Image:
+    """A sheet with one system a row, its name at the left."""
+    columns = len(next(iter(rows.values())))
+    sheet = grid([image for images in rows.values() for image in images], columns, scale)
+    canvas = Image.new("RGB", (sheet.width + LABEL_WIDTH, sheet.height), "white")
+    canvas.paste(sheet, (LABEL_WIDTH, 0))
+    draw = ImageDraw.Draw(canvas)
+    height = sheet.height / len(rows)
+    for i, name in enumerate(rows):
+        draw.text((6, int((i + 0.5) * height) - 6), name, fill="black")
+    return canvas
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The README's table."""
+    lines = [
+        "| system | PSNR (dB) | latent MSE | latent SQNR (dB) | UNet (MiB) | of float16 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        size = "-" if row["unet_mib"] is None else f"{row['unet_mib']:.1f}"
+        share = "-" if row["of_float16"] is None else f"{row['of_float16']:.0%}"
+        lines.append(
+            f"| {row['system']} | {row['psnr_db']:.2f} | {row['latent_mse']:.2e} | {row['latent_sqnr_db']:.2f} "
+            f"| {size} | {share} |"
+        )
+    return "\n".join(lines)
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", help="float model: a folder or hub id; the embedded model if left out")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
+    parser.add_argument("--prompts", type=int, default=32, help="evaluation prompts (default 32)")
+    # half of what `dgq calibrate` takes: each of the nine checkpoints records the float model anew
+    parser.add_argument("--calibration-prompts", type=int, default=16, help="as dgq calibrate --prompts (default 16)")
+    # a CPU without bfloat16 instructions emulates them, some thirty times slower than float32
+    parser.add_argument(
+        "--floor-prompts", type=int, default=4, help="prompts of the bfloat16 row, 0 for none (default 4)"
+    )
+    parser.add_argument("--steps", type=int, help="sampler steps; the model's own default if left out")
+    parser.add_argument("--guidance", type=float, help="guidance scale; the model's own default if left out")
+    parser.add_argument("--batch", type=int, default=8, help="pictures a UNet call (default 8)")
+    parser.add_argument("--only", help="only the systems whose label holds this text, such as 'integer' or 'W4A8'")
+    parser.add_argument("--out", type=Path, help="write PREFIX.md and PREFIX.json instead of printing them")
+    parser.add_argument("--grid", type=Path, help="write a PNG: one system a row, the same seeds")
+    parser.add_argument("--grid-prompts", nargs="+", help="prompts of the grid; some evaluation prompts if left out")
+    parser.add_argument("--grid-scale", type=int, default=2, help="pixels per pixel in the grid (default 2)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print."""
+    args = options()
+    model = resolve(args.model)
+    name = embedded.NAME if model == embedded.FOLDER else str(model)
+    if read_header(model) is not None:
+        raise DgqError(f"{model}: is quantized already", "name the float model")
+    settings = Settings(args.steps, args.guidance, seed=FIRST_SEED, batch=args.batch).resolved(model)
+    prompts = evaluation_prompts(model, args.prompts)
+    grid_prompts = list(args.grid_prompts or prompts[:GRID_PROMPTS]) if args.grid else []
+    calibration = Options(
+        prompts=args.calibration_prompts, steps=settings.steps, guidance=settings.guidance, evaluate=0, overwrite=True
+    )
+    recipes = [recipe for recipe in configurations() if not args.only or args.only in recipe.label]
+    sheets: dict[str, list[Image.Image]] = {}
+
+    def run(pipe: Any, label: str) -> list[Picture]:
+        if grid_prompts and label in GRID_ROWS:
+            sheets[label] = [picture.image for picture in pictures(pipe, grid_prompts, settings, f"{label}, grid")]
+        return pictures(pipe, prompts, settings, label)
+
+    reference = run(load(model, dtype=torch.float32), "float32")
+    unquantized = {"unet_mib": float16_bytes(model) / 2**20, "of_float16": 1.0}
+    rows: list[dict[str, Any]] = []
+    if few := min(args.floor_prompts, len(prompts)):
+        lower = pictures(load(model, dtype=torch.bfloat16), prompts[:few], settings, "bfloat16")
+        floor = compare(reference[:few], lower)
+        rows.append({"system": f"bfloat16, unquantized ({few} prompts)", **floor, **unquantized})
+    for recipe in recipes:
+        folder = checkpoint(model, recipe, args.work, calibration, name)
+        measured = compare(reference, run(load(folder, dtype=torch.float32), recipe.label))
+        size = unet_bytes(folder)
+        per_tensor = recipe.name == "paper" and recipe.groups == 1
+        rows.append({
+            "system": recipe.label + (" (per tensor)" if per_tensor else ""), **measured,
+            "unet_mib": size / 2**20, "of_float16": size / float16_bytes(model), "recipe": recipe.to_dict(),
+        })  # fmt: skip
+    report = {
+        "model": model.name, "dgq": dgq.__version__, "torch": torch.__version__,
+        "settings": dataclasses.asdict(settings),
+        "prompts": prompts, "calibration_prompts": args.calibration_prompts, "rows": rows,
+    }  # fmt: skip
+    if args.grid:
+        write_png(labelled(sheets, args.grid_scale), args.grid)
+        say(f"wrote {args.grid}")
+    table, text = markdown(rows), json.dumps(report, indent=2)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+        args.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    else:
+        print(f"{table}\n\n{text}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DgqError as error:
+        sys.exit(f"error: {error.message}" + (f"\n  {error.hint}" if error.hint else ""))

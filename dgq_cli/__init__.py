@@ -1,0 +1,1 @@
+"""The `dgq` command: one file a command; reads arguments, calls the library, renders. No tensors here."""

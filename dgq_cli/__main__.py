@@ -1,0 +1,5 @@
+"""`python -m dgq_cli` is `dgq`."""
+
+from .main import main
+
+main()

@@ -1,0 +1,89 @@
+"""dgq bench: speed, memory and error on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import DeviceOption, JsonOption, ModelOption, StageProgress, err, print_json
+
+if TYPE_CHECKING:
+    from dgq.bench import Report, Row
+
+STAGES = {"quantize": "quantize", "kernels": "kernels", "step": "UNet step", "memory": "memory"}
+# in the order of dgq.bench.Row
+COLUMNS = ("p20 ms", "p50 ms", "p80 ms", "x float32")
+
+
+def command(
+    model: ModelOption = None,
+    bits: Annotated[int | None, typer.Option(help="Weight bits, 4 or 8, where the model is a float model.")] = None,
+    what: Annotated[str, typer.Option(help="kernels (single layers), step (whole UNet calls) or all.")] = "all",
+    shapes: Annotated[str, typer.Option(help="Layers of the model, or also large ones of Stable Diffusion.")] = "model",
+    repeats: Annotated[int, typer.Option(min=1, max=100_000, metavar="N", help="Timed calls of each system.")] = 20,
+    memory: Annotated[bool, typer.Option("--memory", help="Also each system's peak memory, one process each.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, metavar="N", help="CPU threads.")] = None,
+    device: DeviceOption = None,
+    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to a CSV file.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Time quantized layers and UNet steps beside float ones, interleaved; says so where quantized is slower."""
+    _check("--bits", bits, (4, 8, None))
+    _check("--what", what, ("kernels", "step", "all"))
+    _check("--shapes", shapes, ("model", "large"))
+    from dgq.bench import bench
+
+    with StageProgress(STAGES) as progress:
+        report = bench(
+            model, what=what, bits=bits, repeats=repeats, large=shapes == "large", memory=memory, threads=threads,
+            device=device, progress=progress,
+        )  # fmt: skip
+    if csv is not None:
+        report.append_csv(csv)
+    if json:
+        print_json(report.to_dict())
+    else:
+        _print(report)
+
+
+def _check(option: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise typer.BadParameter(f"{option} {value} is not one of {', '.join(str(item) for item in allowed if item)}")
+
+
+def _print(report: Report) -> None:
+    machine = report.machine
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    typer.echo(f"{machine['cpu']}, {machine['isa']}, {threads}; device {machine['device']}, torch {machine['torch']}")
+    typer.echo(f"{machine['backend']}: {machine['backend_reason']}")
+    for table, extra in (("kernels", ("GOPS",)), ("step", ("error", "weights MiB", "disk MiB", "peak RSS MiB"))):
+        rows = [row for row in report.rows if row.table == table]
+        if rows:
+            _print_table(rows, extra)
+    for note in report.notes:
+        err.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def _print_table(rows: list[Row], extra: tuple[str, ...]) -> None:
+    """Aligned lines whatever the width of the terminal; "-" is what was not measured."""
+    cases = max(len(row.case) for row in rows)
+    systems = max(len(row.system) for row in rows)
+    widths = [max(10, len(title)) for title in (*COLUMNS, *extra)]
+    head = (f"{title:>{width}}" for title, width in zip((*COLUMNS, *extra), widths, strict=True))
+    typer.echo(f"\n{'case':<{cases}}  {'system':<{systems}}" + "".join(f" {cell}" for cell in head))
+    for row in rows:
+        if row.table == "kernels":
+            values = [_number(row.gops, 1)]
+        else:
+            error = "-" if row.relative_error is None else f"{row.relative_error:.2e}"
+            values = [error, _number(row.weights_mib, 1), _number(row.disk_mib, 1), _number(row.peak_rss_mib, 0)]
+        times = [_number(value, 3) for value in (row.p20_ms, row.p50_ms, row.p80_ms)]
+        cells = [*times, _number(row.ratio_to_float32, 2), *values]
+        line = "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        typer.echo(f"{row.case:<{cases}}  {row.system:<{systems}}{line}")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

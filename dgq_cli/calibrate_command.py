@@ -1,0 +1,120 @@
+"""dgq calibrate: a float model to a DGQ checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import JsonOption, StageProgress, duration, err, mib, print_json
+
+STAGES = {
+    "record": "record", "statistics": "statistics", "quantize": "quantize", "calibrate": "calibrate",
+    "compare": "compare", "save": "save",
+}  # fmt: skip
+
+
+def _override(text: str) -> tuple[str, int]:
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not (bits.isdigit() or bits == "float"):
+        raise typer.BadParameter(f"{text!r} is not PATTERN=BITS, such as '*.ff.net.2=8' or 'mid_block.*=float'")
+    return pattern, 0 if bits == "float" else int(bits)
+
+
+def command(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Diffusers folder or hub id; default: the embedded model.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoint.")] = Path("dgq-checkpoint"),
+    wbits: Annotated[int, typer.Option(help="Bits of weights: 4 or 8.")] = 4,
+    abits: Annotated[int, typer.Option(help="Bits of activations: 4 to 8.")] = 8,
+    recipe: Annotated[str, typer.Option(help="integer (int8 products) or paper (published, simulated).")] = "integer",
+    groups: Annotated[int, typer.Option(help="Activation groups of the paper recipe: 1, 8 or 16.")] = 16,
+    rounding: Annotated[str, typer.Option(help="Weight rounding: gptq or nearest (integer recipe).")] = "gptq",
+    channels: Annotated[str, typer.Option(help="Channel outliers: auto, none, smooth, shift (integer).")] = "auto",
+    attention: Annotated[str, typer.Option(help="Attention: log or float (integer recipe).")] = "log",
+    override: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=BITS", help="Weight bits (4, 8, float) of matching layers; repeatable."),
+    ] = None,
+    prompts: Annotated[
+        str, typer.Option(metavar="N|FILE", help="How many built-in calibration prompts, or a file with one a line.")
+    ] = "32",
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampler steps while calibrating.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale while calibrating.")] = None,
+    calls: Annotated[int, typer.Option(min=1, help="UNet calls replayed for the statistics.")] = 160,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration pictures.")] = 0,
+    evaluate: Annotated[int, typer.Option(min=0, help="Prompts for the comparison with the float model.")] = 4,
+    memory: Annotated[float, typer.Option(min=0.1, help="GiB for statistics at one time; less means more passes.")] = 4,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, memory and time.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Quantize a text-to-image model and write a diffusers checkpoint with packed weights."""
+    from dgq.errors import DgqError
+    from dgq.recipe import Recipe
+
+    overrides = tuple(_override(text) for text in override or [])
+    try:
+        wanted = Recipe(
+            name=recipe, wbits=wbits, abits=abits, rounding=rounding, channels=channels, attention=attention,  # type: ignore[arg-type]
+            groups=groups, overrides=overrides,
+        )  # fmt: skip
+    except DgqError as error:
+        raise typer.BadParameter(str(error)) from None
+    from dgq.prompts import read_prompts
+
+    if prompts.isdigit() and int(prompts) == 0:
+        raise typer.BadParameter("--prompts needs at least one prompt")
+    chosen = int(prompts) if prompts.isdigit() else read_prompts(Path(prompts))
+    from dgq.quantize import Options, calibrate, estimate
+
+    options = Options(
+        prompts=chosen, steps=steps, guidance=guidance, seed=seed, calls=calls, evaluate=evaluate,
+        budget=int(memory * 2**30), overwrite=overwrite, resume=resume,
+    )  # fmt: skip
+    if dry_run:
+        _print_estimate(estimate(model, wanted, options), wanted.label, json)
+        return
+    try:
+        with StageProgress(STAGES) as progress:
+            header = calibrate(model, out, wanted, options, progress)
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command with --resume goes on from here")
+        raise
+    from dgq.checkpoint import float16_bytes, unet_bytes
+
+    fidelity = header.calibration.get("fidelity", {})
+    before, after = float16_bytes(out), unet_bytes(out)
+    if json:
+        print_json({
+            "checkpoint": str(out), "recipe": wanted.to_dict(), "unet_bytes": after, "unet_float16_bytes": before,
+            "layers": len(header.layers), "calibration": header.calibration,
+        })  # fmt: skip
+        return
+    err.print(f"[bold]{out}[/]  {wanted.label}, UNet {mib(after)} ({after / before:.0%} of float16)")
+    if fidelity:
+        err.print(f"against float: PSNR {fidelity['psnr_db']:.1f} dB, latent SQNR {fidelity['latent_sqnr_db']:.1f} dB")
+
+
+def _print_estimate(estimate: object, label: str, json: bool) -> None:
+    data = dataclasses.asdict(estimate)  # type: ignore[call-overload]
+    if json:
+        print_json(data)
+        return
+    kept = data["kept"]
+    rows = [
+        ["recipe", label],
+        ["layers quantized", str(data["layers"])],
+        ["layers kept float", f"{len(kept)} ({', '.join(list(kept)[:4])}{', ...' if len(kept) > 4 else ''})"],
+        ["UNet file", f"{mib(data['packed_bytes'])} ({data['packed_bytes'] / data['float16_bytes']:.0%} of float16)"],
+        ["statistics", f"{mib(data['statistics_bytes'])} in {data['passes']} pass(es)"],
+        ["peak memory, about", mib(data["memory_bytes"])],
+        ["UNet calls", str(data["calls"])],
+        ["time, very roughly", duration(data["seconds"])],
+    ]
+    for name, value in rows:
+        typer.echo(f"{name:<20}{value}")

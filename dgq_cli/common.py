@@ -1,0 +1,89 @@
+"""What the commands share: consoles, JSON, progress, and options of one meaning everywhere.
+
+Data goes to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+err = Console(stderr=True, highlight=False)
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="MODEL", help="Checkpoint folder or hub id; the embedded model if left out."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Seed of the first picture; drawn and printed if left out.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; CUDA where there is one.")
+]
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
+
+
+def mib(size: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as s, min or h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class StageProgress:
+    """Progress bars with an ETA, one a stage, on a terminal; a line every few seconds elsewhere.
+
+    An instance is the progress callback of the library: progress(stage, done, total, detail).
+    """
+
+    QUIET_SECONDS = 15.0
+
+    def __init__(self, titles: dict[str, str]) -> None:
+        self._titles = titles
+        self._bars = Progress(
+            TextColumn("{task.description:<11}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("ETA"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[detail]}"), console=err,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+        self._started: dict[str, float] = {}
+        self._last = 0.0
+
+    def __enter__(self) -> StageProgress:
+        if err.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if err.is_terminal:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        title = self._titles.get(stage, stage)
+        now = time.monotonic()
+        started = self._started.setdefault(stage, now)
+        if not err.is_terminal:
+            if now - self._last > self.QUIET_SECONDS or done == total:
+                self._last = now
+                left = (now - started) / max(done - 1, 1) * (total - done)
+                err.print(f"{title} {done}/{total}, about {duration(left)} left  {detail}".rstrip(), soft_wrap=True)
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(title, total=total, detail="")
+        self._bars.update(self._tasks[stage], completed=done, total=total, detail=detail[:60])

@@ -1,0 +1,103 @@
+"""dgq generate: pictures from prompts."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import DeviceOption, JsonOption, ModelOption, SeedOption, StageProgress, err, print_json
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise typer.BadParameter(f"--size {text!r} is neither N nor WIDTHxHEIGHT")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _file_name(prompt: str, seed: int) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
+    return f"{slug}-{seed}.png"
+
+
+def command(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
+    model: ModelOption = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures, or a .png file.")] = Path("."),
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=10000, help="Pictures a prompt.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampler steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    size: Annotated[str | None, typer.Option(metavar="N|WxH", help="Size in pixels.")] = None,
+    seed: SeedOption = None,
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures a UNet call.")] = 1,
+    grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one sheet, grid.png.")] = False,
+    device: DeviceOption = None,
+    metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="Write settings into the PNG.")] = True,
+    json: JsonOption = False,
+) -> None:
+    """Make pictures. Each picture's seed is the first one plus its number."""
+    width, height = _size(size)
+    for prompt in prompts:
+        if not prompt.strip():
+            raise typer.BadParameter("a prompt is empty: say what to draw")
+    single = out.suffix.lower() == ".png"
+    if single and len(prompts) * count > 1 and not grid:
+        total = len(prompts) * count
+        raise typer.BadParameter(f"--out {out} names one file for {total} pictures: give a folder or --grid")
+    from dgq import embedded
+    from dgq.checkpoint import read_header
+    from dgq.generation import Settings, generate, write_png
+    from dgq.generation import grid as sheet
+    from dgq.pipelines import load, resolve
+
+    folder = resolve(model)
+    chosen = secrets.randbelow(2**32) if seed is None else seed
+    settings = Settings(steps, guidance, negative, width, height, chosen, batch).resolved(folder)
+    header = read_header(folder)
+    if (folder / "concepts.json").is_file():
+        _hint(prompts, folder)
+    pipe = load(folder, device=device)
+    name = embedded.NAME if folder == embedded.FOLDER else (header.base_model if header else folder.name)
+    wanted = [prompt for prompt in prompts for _ in range(count)]
+    with StageProgress({"generate": "generate"}) as progress:
+        pictures = generate(
+            pipe, wanted, settings, label=header.recipe.label if header else "float", name=name,
+            progress=lambda done, total: progress("generate", done, total, f"seed {chosen}"),
+        )  # fmt: skip
+    files = []
+    if single and grid:
+        write_png(sheet([picture.image for picture in pictures]), out)
+        files.append(out)
+    else:
+        for picture in pictures:
+            file = out if single else out / _file_name(picture.prompt, picture.seed)
+            picture.save(file, metadata)
+            files.append(file)
+        if grid:
+            write_png(sheet([picture.image for picture in pictures]), out / "grid.png")
+            files.append(out / "grid.png")
+    if json:
+        print_json({
+            "seed": chosen, "steps": settings.steps, "guidance": settings.guidance, "files": list(map(str, files)),
+            "pictures": [{"prompt": p.prompt, "seed": p.seed, "parameters": p.parameters} for p in pictures],
+        })  # fmt: skip
+        return
+    err.print(f"seed {chosen}, {settings.steps} steps, guidance {settings.guidance:g}")
+    for file in files:
+        print(file)
+
+
+def _hint(prompts: list[str], folder: Path) -> None:
+    """Say which words a small model never saw."""
+    from dgq.embedded import unknown_words
+
+    for prompt in prompts:
+        if words := unknown_words(prompt, folder):
+            err.print(f"note: this emoji-domain model never saw: {', '.join(words)}", markup=False)

@@ -1,0 +1,110 @@
+"""What inspection says about checkpoints of both recipes and about a float model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dgq.checkpoint import read_header, tensor_table, unet_bytes
+from dgq.errors import DgqError
+from dgq.inspection import Inspection, inspect
+
+
+@pytest.fixture(scope="module")
+def found(tiny_checkpoint: Path) -> Inspection:
+    return inspect(tiny_checkpoint)
+
+
+def float16_bytes(folder: Path) -> int:
+    table = tensor_table(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    total = 0
+    for shape, _ in table.values():
+        size = 2
+        for side in shape:
+            size *= side
+        total += size
+    return total
+
+
+def test_sizes_are_those_of_the_files(found: Inspection, tiny_checkpoint: Path, tiny_pipeline: Path) -> None:
+    assert found.quantized
+    assert found.unet_bytes == unet_bytes(tiny_checkpoint)
+    assert found.float16_bytes == float16_bytes(tiny_pipeline)
+    header_bytes = found.unet_bytes - found.float_bytes - sum(layer.bytes for layer in found.layers)
+    assert 0 < header_bytes < 64 * 1024  # what is left of the file is its header
+
+
+def test_layers_are_the_headers_with_their_errors(found: Inspection, tiny_checkpoint: Path) -> None:
+    header = read_header(tiny_checkpoint)
+    assert header is not None
+    assert [layer.name for layer in found.layers] == list(header.layers)
+    assert {layer.name: layer.sqnr_db for layer in found.layers} == header.calibration["sqnr_db"]
+    conv = next(layer for layer in found.layers if layer.name == "down_blocks.0.downsamplers.0.conv")
+    assert (conv.kind, conv.shape, conv.wbits, conv.abits) == ("conv2d", (32, 32, 3, 3), 4, 8)
+    assert sum(found.channel_modes.values()) == len(found.layers)
+    assert found.bits_per_weight is not None
+    assert 4 < found.bits_per_weight < 6
+    assert found.attention == {"bits": 8, "fraction_bits": 4}
+    assert "sqnr_db" not in found.calibration
+
+
+def test_worst_layers_come_first(found: Inspection) -> None:
+    errors = [layer.sqnr_db for layer in found.layers if layer.sqnr_db is not None]
+    assert [layer.sqnr_db for layer in found.worst] == sorted(errors)[:10]
+
+
+def test_suggested_overrides_name_the_worst_layers_within_the_budget(tiny_checkpoint: Path) -> None:
+    found = inspect(tiny_checkpoint, budget=0.01)
+    suggestion = found.suggestion
+    assert suggestion is not None
+    assert 0 < suggestion.extra_bytes <= suggestion.budget_bytes == int(0.01 * found.unet_bytes)
+    worst = [f"{layer.name}=8" for layer in found.worst]
+    assert suggestion.overrides == [item for item in worst if item in suggestion.overrides]
+    assert suggestion.command_line.startswith(f"--override '{suggestion.overrides[0]}'")
+    layer = found.worst[0]
+    assert layer.name + "=8" == suggestion.overrides[0]  # a small layer: it fits
+
+
+def test_nothing_is_suggested_without_a_budget(tiny_checkpoint: Path) -> None:
+    assert inspect(tiny_checkpoint, budget=0).suggestion is None
+
+
+def test_the_report_is_json(found: Inspection) -> None:
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["suggestion"]["command_line"]
+    assert data["layers"][0]["shape"]
+
+
+def test_a_float_model_is_called_one(tiny_pipeline: Path) -> None:
+    found = inspect(tiny_pipeline)
+    assert not found.quantized
+    assert found.layers == []
+    assert found.float16_bytes == float16_bytes(tiny_pipeline)
+
+
+def test_paper_checkpoint(tiny_pipeline: Path, tmp_path: Path) -> None:
+    from dgq.quantize import Options, calibrate
+    from dgq.recipe import Recipe
+
+    out = tmp_path / "paper"
+    calibrate(tiny_pipeline, out, Recipe(name="paper", groups=8), Options(prompts=["a cat"], steps=2, evaluate=0))
+    found = inspect(out)
+    assert found.label == "paper G=8 W4A8"
+    assert found.float16_bytes == float16_bytes(tiny_pipeline)
+    assert {layer.kind for layer in found.layers} == {"linear", "conv2d", "attention"}
+    assert found.worst == []
+    assert found.suggestion is None
+    attention = next(layer for layer in found.layers if layer.kind == "attention")
+    assert attention.bytes > 0
+    assert attention.channels.startswith("q:")
+
+
+@pytest.mark.parametrize("options", [{"worst": -1}, {"budget": 2.0}])
+def test_options_out_of_range(tiny_checkpoint: Path, options: dict[str, float]) -> None:
+    with pytest.raises(DgqError, match="out of range"):
+        inspect(tiny_checkpoint, **options)  # type: ignore[arg-type]
+
+
+def test_a_missing_folder_is_named() -> None:
+    with pytest.raises(DgqError, match="/nowhere/at/all"):
+        inspect("/nowhere/at/all")

@@ -1,0 +1,83 @@
+"""dgq calibrate as a person runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def test_calibrate_then_generate(dgq_command, tiny_pipeline, tmp_path):
+    out = tmp_path / "w8"
+    run = dgq_command(
+        "calibrate", tiny_pipeline, "--out", out, "--wbits", 8, "--prompts", 2, "--steps", 2, "--evaluate", 1, "--json"
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["checkpoint"] == str(out)
+    assert result["recipe"]["wbits"] == 8
+    assert result["unet_bytes"] < result["unet_float16_bytes"]
+    assert result["calibration"]["fidelity"]["prompts"] == 1
+    run = dgq_command("generate", "a cat", "--model", out, "--out", tmp_path / "cat.png", "--seed", 3, "--steps", 2)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(tmp_path / "cat.png")
+    assert (tmp_path / "cat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_dry_run_writes_nothing(dgq_command, tiny_pipeline, tmp_path):
+    run = dgq_command("calibrate", tiny_pipeline, "--out", tmp_path / "out", "--dry-run", "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["layers"] == 81
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "args, code, message",
+    [
+        (("--wbits", "5"), 2, "wbits"),
+        (("--abits", "2"), 2, "abits"),
+        (("--recipe", "magic"), 2, "recipe"),
+        (("--override", "mid_block"), 2, "PATTERN=BITS"),
+        (("--prompts", "0"), 2, "at least one"),
+        (("--prompts", "/no/such/file"), 1, "/no/such/file"),
+        (("--override", "nosuch.*=8", "--dry-run"), 1, "nosuch"),
+    ],
+)
+def test_wrong_options_end_in_one_line(dgq_command, tiny_pipeline, tmp_path, args, code, message):
+    run = dgq_command("calibrate", tiny_pipeline, "--out", tmp_path / "out", *args)
+    assert run.returncode == code
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_model(dgq_command, tmp_path):
+    run = dgq_command("calibrate", "./nosuch", "--out", tmp_path / "out")
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: ./nosuch: no such folder")
+
+
+def test_ctrl_c_leaves_no_checkpoint_and_resumes(tiny_pipeline, tmp_path, dgq_command):
+    args = ["calibrate", str(tiny_pipeline), "--out", str(tmp_path / "out"), "--prompts", "2", "--steps", "2",
+            "--evaluate", "0"]  # fmt: skip
+    # a session of its own, so that the signal reaches only this process
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dgq_cli", *args], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "NO_COLOR": "1"},
+    )  # fmt: skip
+    partial = tmp_path / ".out.partial"
+    deadline = time.monotonic() + 120
+    while not list(partial.glob("layer-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in stderr
+    assert not (tmp_path / "out").exists()
+    run = dgq_command(*args, "--resume")
+    assert run.returncode == 0, run.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

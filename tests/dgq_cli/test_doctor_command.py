@@ -1,0 +1,72 @@
+"""`dgq doctor`: what it reports, and that a broken op makes it fail."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from dgq import doctor
+from dgq_cli import doctor_command
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+OPS = ["quantize_rows", "quantize_samples", "linear_int8", "linear_int4", "conv2d", "log_attention"]
+
+
+def test_json_of_a_healthy_machine(dgq_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    run = dgq_command("doctor", "--json")
+    assert run.returncode == 0, run.stderr
+    assert "hf_secret" not in run.stdout
+    data = json.loads(run.stdout)
+    assert data["ok"] is True
+    assert [check["name"] for check in data["self_test"]] == OPS
+    assert all(check["ok"] for check in data["self_test"])
+    assert torch.__version__.startswith(data["versions"]["torch"].split("+")[0])
+    assert data["devices"][0]["device"] == "cpu"
+    assert data["devices"][0]["reason"]
+    assert data["machine"]["cpu_path"] in ("full", "split", "reference")
+    assert data["embedded"]["status"] in ("ok", "missing", "unverified")
+    assert data["disk"]["here"]["free_bytes"] > 0
+
+
+def test_a_wrong_op_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = doctor.dgq_kernels.linear_int8
+    monkeypatch.setattr(doctor.dgq_kernels, "linear_int8", lambda *args: right(*args) + 0.01)
+    with pytest.raises(typer.Exit) as stop:
+        doctor_command.command()
+    assert stop.value.exit_code == 1
+    captured = capsys.readouterr()
+    assert "FAILED: relative error" in captured.out
+    assert "linear_int8 on cpu" in captured.err
+
+
+def test_an_unknown_backend_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DGQ_BACKEND", "abacus")
+    data = doctor.report()
+    assert not data["ok"]
+    assert data["devices"][0]["backend"] == "none"
+    assert "abacus" in data["self_test"][0]["detail"]
+
+
+def test_the_embedded_models_hashes_are_checked(tiny_pipeline: Path, tmp_path: Path) -> None:
+    assert doctor.embedded_model(tmp_path / "none")["status"] == "missing"
+    assert doctor.embedded_model(tiny_pipeline)["status"] == "unverified"
+
+    folder = tmp_path / "model"
+    folder.symlink_to(tiny_pipeline)
+    manifest = tiny_pipeline / "manifest.json"
+    name = "unet/diffusion_pytorch_model.safetensors"
+    try:
+        for digest, status in ((doctor.embedded_model(folder)["unet_sha256"], "ok"), ("0" * 64, "damaged")):
+            manifest.write_text(json.dumps({"sha256": {name: digest}}))
+            assert doctor.embedded_model(folder)["status"] == status
+    finally:
+        manifest.unlink()
+
+
+def test_nan_is_an_infinite_error() -> None:
+    assert doctor.relative_error(torch.tensor([float("nan")]), torch.tensor([1.0])) == float("inf")

@@ -1,0 +1,52 @@
+"""dgq generate as a person runs it."""
+
+import json
+
+import pytest
+
+
+def test_pictures_grid_and_json(dgq_command, tiny_checkpoint, tmp_path):
+    run = dgq_command(
+        "generate", "a cat", "a zebra", "--model", tiny_checkpoint, "--out", tmp_path, "--steps", 2, "--count", 2,
+        "--seed", 5, "--grid", "--batch", 2, "--json",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["seed"] == 5
+    assert [p["seed"] for p in result["pictures"]] == [5, 6, 7, 8]
+    names = ["a-cat-5.png", "a-cat-6.png", "a-zebra-7.png", "a-zebra-8.png", "grid.png"]
+    assert result["files"] == [str(tmp_path / name) for name in names]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    assert "never saw: zebra" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "args, code, message",
+    [
+        ((" ",), 2, "empty"),
+        (("a cat", "--size", "17"), 1, "multiple of"),
+        (("a cat", "--size", "axb"), 2, "--size"),
+        (("a cat", "--steps", "0"), 2, "--steps"),
+        (("cat " * 40,), 1, "tokens"),
+        (("a cat", "--device", "nosuch"), 1, "nosuch"),
+        (("a cat", "a dog", "--out", "x.png"), 2, "folder"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(dgq_command, tiny_checkpoint, tmp_path, args, code, message):
+    run = dgq_command("generate", *args, "--model", tiny_checkpoint, cwd=tmp_path)
+    assert run.returncode == code
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_place_that_cannot_be_written(dgq_command, tiny_checkpoint):
+    run = dgq_command("generate", "a cat", "--model", tiny_checkpoint, "--steps", 1, "--out", "/proc/nowhere")
+    assert run.returncode == 1
+    assert "cannot be written" in run.stderr
+
+
+def test_version_and_no_command(dgq_command):
+    assert dgq_command("--version").stdout.startswith("dgq ")
+    assert dgq_command().returncode in (0, 2)
+    assert dgq_command("nosuch").returncode == 2
