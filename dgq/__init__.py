@@ -1,8 +1,10 @@
 """dgq: distribution-aware group quantization of text-to-image diffusion models, run on real integers.
 
-import dgq
-pipe = dgq.load("my-checkpoint")          # or DiffusionPipeline.from_pretrained after `import dgq`
-pipe("a cat").images[0].save("cat.png")
+Load a checkpoint and draw:
+
+    import dgq
+    pipe = dgq.load("my-checkpoint")      # or DiffusionPipeline.from_pretrained after `import dgq`
+    pipe("a cat").images[0].save("cat.png")
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ the data was), ``concepts.json`` (what the model has seen, and which pairs were 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import shutil
@@ -142,6 +143,12 @@ def tidy_configs(folder: Path) -> None:
         write_json(path, config)
 
 
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every weight file, by its path in the folder; `dgq doctor` compares them."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 def write_folder(pipeline: StableDiffusionPipeline, out: Path, extras: dict[str, Any], notice_text: str) -> int:
     """Write everything into a fresh folder that then takes ``out``'s place; returns its size in bytes."""
     fresh = out.with_name(out.name + ".new")
@@ -149,6 +156,7 @@ def write_folder(pipeline: StableDiffusionPipeline, out: Path, extras: dict[str,
     pipeline.save_pretrained(fresh, safe_serialization=True)
     save_slow_tokenizer(pipeline.tokenizer, fresh / "tokenizer")
     tidy_configs(fresh)
+    extras["manifest.json"]["sha256"] = weight_hashes(fresh)
     for name, value in extras.items():
         write_json(fresh / name, value)
     (fresh / "NOTICE").write_text(notice_text, encoding="utf-8")

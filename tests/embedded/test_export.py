@@ -1,5 +1,6 @@
 """The exported folder loads offline, without a warning, and holds what it should."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -35,7 +36,9 @@ def folder(tiny_models, tiny_tokenizer, tmp_path):
     pipeline = build_pipeline(vae, unet, encoder, tiny_tokenizer, build_scheduler())
     package = {"name": "@a/b", "version": "1.0.0", "licence": "CC-BY-4.0", "attribution": "By the makers of b."}
     out = tmp_path / "model"
-    write_folder(pipeline, out, {"concepts.json": {"concepts": []}}, notice({"packages": [package]}))
+    write_folder(
+        pipeline, out, {"concepts.json": {"concepts": []}, "manifest.json": {}}, notice({"packages": [package]})
+    )
     return out
 
 
@@ -53,6 +56,13 @@ def test_holds_its_notices(folder):
     assert json.loads((folder / "model_index.json").read_text())["safety_checker"] == [None, None]
     assert {"vocab.json", "merges.txt", "tokenizer.json"} <= {path.name for path in (folder / "tokenizer").iterdir()}
     assert not folder.with_name("model.new").exists()
+
+
+def test_manifest_lists_the_weights(folder):
+    hashes = json.loads((folder / "manifest.json").read_text())["sha256"]
+    assert hashes.keys() == {str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")}
+    data = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert hashes["unet/diffusion_pytorch_model.safetensors"] == hashlib.sha256(data).hexdigest()
 
 
 def test_configs_hold_no_path_of_this_machine(folder):
