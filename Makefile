@@ -39,7 +39,9 @@ bench: $(VENV)/ready
 	$(BIN)/dgq bench --csv benchmarks/results.csv
 
 fidelity: $(VENV)/ready
-	$(BIN)/python benchmarks/fidelity.py --work build/fidelity --grid docs/images/grid.png
+	$(BIN)/python benchmarks/fidelity.py --work build/fidelity --out benchmarks/fidelity-embedded \
+		--grid docs/images/grid.png --grid-prompts "a cat" "a red heart" "a smiling face with sunglasses" \
+		"a house on a blue background" "a car" "a tree" "the sun" "an apple"
 
 # The embedded model; training resumes where it stopped. WORK holds data and checkpoints, outside the repository.
 embedded-data: $(VENV)/ready
