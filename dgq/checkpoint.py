@@ -356,6 +356,8 @@ def model_card(header: Header, name: str, size: int) -> str:
         f"| calibration | {calibration.get('prompts', '?')} prompts, {calibration.get('steps', '?')} steps, "
         f"seed {calibration.get('seed', '?')} |",
     ]  # fmt: skip
+    names = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+    call = "".join(f", {names[key]}={value}" for key, value in header.generation.items() if key in names)
     fidelity = calibration.get("fidelity")
     if fidelity:
         lines += [
@@ -365,6 +367,6 @@ def model_card(header: Header, name: str, size: int) -> str:
         ]  # fmt: skip
     lines += [
         "", "```python", "import dgq", "", f'pipe = dgq.load("{name}")',
-        'pipe("a cat").images[0].save("cat.png")', "```", "",
+        f'pipe("a cat"{call}).images[0].save("cat.png")', "```", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -187,6 +187,6 @@ def test_sizes(tiny_checkpoint, tiny_pipeline):
 
 def test_model_card_says_what_it_is(tiny_checkpoint):
     card = (tiny_checkpoint / "README.md").read_text()
-    for part in ("integer W4A8", "gptq", 'dgq.load("tiny-w4a8")', "PSNR"):
+    for part in ("integer W4A8", "gptq", 'dgq.load("tiny-w4a8")', "num_inference_steps=3", "PSNR"):
         assert part in card
     assert read_header(tiny_checkpoint).recipe == Recipe()
