@@ -21,8 +21,6 @@ from .quantizers.channels import (
     apply_layer,
     choose_groups,
     fake_quantize_input,
-    from_matrix,
-    to_matrix,
 )
 from .quantizers.weights import IntegerWeight, gptq, nearest, quantize_weight
 from .recipe import LayerPlan, Recipe
@@ -299,12 +297,10 @@ def _round_weight(
     weight: Tensor, groups: ChannelGroups, statistics: Statistics, plan: LayerPlan, recipe: Recipe
 ) -> IntegerWeight:
     """Fold the divisor into the weight, sort the channels, and round on the second moments of what x becomes."""
-    folded = torch.ones(plan.in_features) if groups.shifts_accumulator else groups.divisor
-    order = torch.arange(plan.in_features) if groups.order is None else groups.order
-    matrix = to_matrix((weight * folded.view([1, -1] + [1] * (weight.dim() - 2)))[:, order])
+    order, matrix = groups.stored_order, groups.fold(weight)
     taps = torch.arange(plan.kernel_size**2)[:, None] * plan.in_features
     index = (taps + order).flatten()
-    inverse = (1 / folded)[order].repeat(plan.kernel_size**2)
+    inverse = (1 / groups.folded)[order].repeat(plan.kernel_size**2)
     if statistics.moment is None or recipe.rounding == "nearest":
         channel = statistics.mean_square.cpu()[order].repeat(plan.kernel_size**2)
         importance = (channel * inverse.square()).clamp(min=1e-12)
@@ -316,13 +312,7 @@ def _round_weight(
 
 def _sqnr(x: Tensor, weight: Tensor, quantized: IntegerWeight, groups: ChannelGroups, plan: LayerPlan) -> float:
     """Output signal to quantization noise on the samples, in dB."""
-    matrix = quantized.dequantize()
-    order = torch.arange(plan.in_features) if groups.order is None else groups.order
-    stored = from_matrix(matrix, plan)
-    natural = torch.empty_like(stored)
-    natural[:, order] = stored
-    if not groups.shifts_accumulator:
-        natural = natural / groups.divisor.view([1, -1] + [1] * (natural.dim() - 2))
+    natural = groups.unfold(quantized.dequantize(), plan)
     target = apply_layer(x, weight, plan)
     noise = apply_layer(fake_quantize_input(x, plan.abits, groups.divisor), natural, plan) - target
     return float(20 * torch.log10(target.norm() / noise.norm().clamp(min=1e-20)))

@@ -48,12 +48,38 @@ class ChannelGroups:
         """Whether weights keep their own grid and the products are shifted (int8 weights)."""
         return len(self.class_ends) > 1
 
+    @property
+    def folded(self) -> Tensor:
+        """What multiplies the weight's channels before rounding, float32 (C,): ones where the accumulator shifts."""
+        return torch.ones_like(self.divisor) if self.shifts_accumulator else self.divisor
+
+    @property
+    def stored_order(self) -> Tensor:
+        """The channel stored at each place, int64 (C,)."""
+        return torch.arange(self.class_ends[-1]) if self.order is None else self.order
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """The matrix (N, K) that is rounded: the weight with the divisor folded in, channels in stored order."""
+        return to_matrix((weight * _along_channels(self.folded, weight))[:, self.stored_order])
+
+    def unfold(self, matrix: Tensor, plan: LayerPlan) -> Tensor:
+        """Inverse of `fold`: the float weight that a rounded matrix (N, K) stands for."""
+        stored = from_matrix(matrix, plan)
+        natural = torch.empty_like(stored)
+        natural[:, self.stored_order] = stored
+        return natural / _along_channels(self.folded, natural)
+
     def class_of(self) -> Tensor:
         """The shift class int64 (C,) of each channel in stored order."""
         result = torch.zeros(self.class_ends[-1], dtype=torch.int64)
         for end in self.class_ends[:-1]:
             result[end:] += 1
         return result
+
+
+def _along_channels(values: Tensor, weight: Tensor) -> Tensor:
+    """values (C,) shaped to broadcast over the input channels of a weight (N, C) or (N, C, kh, kw)."""
+    return values.view([1, -1] + [1] * (weight.dim() - 2))
 
 
 def no_groups(channels: int) -> ChannelGroups:
@@ -142,14 +168,7 @@ def choose_groups(mode: str, x: Tensor, weight: Tensor, plan: LayerPlan) -> Chan
 
 def quantize_handled(weight: Tensor, groups: ChannelGroups, mean_square: Tensor, plan: LayerPlan) -> Tensor:
     """The float weight that nearest rounding under this handling stands for (divisor folded back out)."""
-    column = [1, -1] + [1] * (weight.dim() - 2)
-    folded = 1.0 if groups.shifts_accumulator else groups.divisor.view(column)
-    importance = mean_square if groups.shifts_accumulator else mean_square / groups.divisor.square()
-    scaled = weight * folded
-    order = torch.arange(plan.in_features) if groups.order is None else groups.order
-    importance = importance[order].repeat(plan.kernel_size**2).clamp(min=1e-12)
-    matrix = to_matrix(scaled[:, order])
-    rounded = quantize_weight(matrix, plan.wbits, plan.weight_group, importance, nearest(importance)).dequantize()
-    result = torch.empty_like(scaled)
-    result[:, order] = from_matrix(rounded, plan)
-    return result / folded
+    importance = (mean_square / groups.folded.square())[groups.stored_order]
+    importance = importance.repeat(plan.kernel_size**2).clamp(min=1e-12)
+    rounded = quantize_weight(groups.fold(weight), plan.wbits, plan.weight_group, importance, nearest(importance))
+    return groups.unfold(rounded.dequantize(), plan)
