@@ -5,7 +5,7 @@ its newest checkpoint. When the last step is done, ``vae/`` (a diffusers folder)
 brings the latents to unit deviation. ``--decoder-only`` continues from ``vae/`` with the encoder frozen, so that
 cached latents stay valid.
 
-    python -m embedded.train_vae --work DIR [--steps N] [--decoder-only]
+    python -m embedded.train_vae --work DIR [--steps N] [--decoder-only] [--init-from FOLDER]
 """
 
 from __future__ import annotations
@@ -63,6 +63,13 @@ def build_vae(channels: tuple[int, ...] = (16, 32, 64, 128), latent_channels: in
     )
     with torch.no_grad():
         vae.quant_conv.bias[latent_channels:] = -5.0
+    return vae
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """The autoencoder of a work folder's ``vae/`` or of an exported pipeline, in single precision."""
+    subfolder = "vae" if (folder / "vae").is_dir() else None
+    vae: AutoencoderKL = AutoencoderKL.from_pretrained(folder, subfolder=subfolder, torch_dtype=torch.float32)
     return vae
 
 
@@ -155,7 +162,8 @@ class Trainer:
         self.folder: Path = args.work / ("vae-decoder-checkpoints" if args.decoder_only else "vae-checkpoints")
         self.out: Path = args.work / "vae"
         torch.manual_seed(args.seed)
-        self.vae = AutoencoderKL.from_pretrained(self.out) if args.decoder_only else build_vae(args.channels)
+        start = self.out if args.decoder_only else args.init_from
+        self.vae = build_vae(args.channels) if start is None else load_vae(start)
         if args.decoder_only:
             self.vae.encoder.requires_grad_(False)
             self.vae.quant_conv.requires_grad_(False)
@@ -249,6 +257,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--channels", type=int, nargs="+", default=(16, 32, 64, 128))
     parser.add_argument("--decoder-only", action="store_true")
+    parser.add_argument("--init-from", type=Path, help="start from an exported folder where there is no checkpoint")
     return parser.parse_args()
 
 
