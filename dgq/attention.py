@@ -34,7 +34,7 @@ class AttentionPlan:
 
 
 class LogAttnProcessor:
-    """A diffusers attention processor that runs `dgq_kernels.log_attention`.
+    """A diffusers attention processor that runs `dgq_kernels.log_attention_eager`.
 
     Cross-attention keeps column 0, the start token, apart in float: it takes most of the probability and would
     otherwise set the scale for all others.
@@ -77,7 +77,7 @@ class LogAttnProcessor:
             q = module.norm_q(q)
         if module.norm_k is not None:
             k = module.norm_k(k)
-        out = dgq_kernels.log_attention(q, k, v, module.scale, self.plan.bits, self.plan.fraction_bits, cross, 8, 8)
+        out = dgq_kernels.log_attention_eager(q, k, v, module.scale, self.plan.bits, self.plan.fraction_bits, cross)
         hidden_states = module.to_out[1](module.to_out[0](out.transpose(1, 2).flatten(2)))
         if len(shape) == 4:
             hidden_states = hidden_states.transpose(1, 2).reshape(shape)

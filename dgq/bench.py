@@ -368,10 +368,9 @@ def weight_bytes(unet: nn.Module) -> int:
     """Bytes of a UNet's weights in memory, with the form a backend has packed for itself."""
     total = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
     for module in unet.modules():
-        # a prepared integer layer keeps a dense int8 weight (or oneDNN's blocked copy of it) beside the stored one
-        if isinstance(module, IntegerLayer) and (ready := module._prepared) is not None:
-            dense = ready.onednn is not None or ready.weight is not None
-            total += dense * module.plan.reduction * module.plan.out_features
+        # a prepared integer layer keeps a dense int8 weight, in its backend's order, beside the stored one
+        if isinstance(module, IntegerLayer) and (ready := module._prepared) is not None and ready.tensors:
+            total += module.plan.reduction * module.plan.out_features
     return total
 
 

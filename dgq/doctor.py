@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import dgq_kernels
-from dgq_kernels import backend, packing
+from dgq_kernels import backend, native, packing
 from dgq_kernels.conv2d import cpu as conv2d_cpu
 from dgq_kernels.conv2d import reference as conv2d_reference
 from dgq_kernels.linear import cpu as linear_cpu
@@ -73,6 +73,7 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "isa_flags": isa_flags(),
         "cpu_path": backend.cpu_path(),
+        "cpu_engine": native.describe(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "backend": kernels,
         "backend_reason": reason,
@@ -202,10 +203,12 @@ def _expected_hashes(folder: Path) -> dict[str, str]:
 
 def self_test(device: torch.device) -> list[Check]:
     """Run every op on a device and compare it with its reference on the CPU, on small and extreme inputs."""
-    tests = (
+    tests: tuple[Callable[[torch.device], float], ...] = (
         _test_quantize_rows, _test_quantize_samples, _test_linear_int8, _test_linear_int4, _test_conv2d,
         _test_log_attention,
     )  # fmt: skip
+    if device.type == "cpu" and native.available():
+        tests = (*tests, _test_engine)
     return [_run(test, device) for test in tests]
 
 
@@ -284,6 +287,28 @@ def _test_linear_int8(device: torch.device) -> float:
             codes, scale, zero, packed, [96], split, weight_scale, sums, bias, torch.float32
         )
         error = max(error, relative_error(y, expected))
+    return error
+
+
+def _test_engine(device: torch.device) -> float:
+    """Every instruction set of the CPU engine: a linear layer and a convolution, quantization included."""
+    weight, x = _weights(40, 216), _random(70, 216)
+    _, _, weight_scale, sums, bias = _epilogue(70, weight)
+    codes, scale, zero = quantize_reference.quantize_rows(x, 8, None)
+    rows = linear_reference.linear_int8(codes, scale, zero, weight, weight_scale, sums, bias, torch.float32, [216])
+    image = x.view(-1)[: 2 * 24 * 64].view(2, 24, 8, 8)
+    codes, scale, zero = quantize_reference.quantize_samples(image, 8, None, 1)
+    kernel = weight.view(40, 3, 3, 24).permute(0, 3, 1, 2)
+    pixels = conv2d_reference.conv2d(codes, scale, zero, kernel, weight_scale, sums, bias, 1, torch.float32, [24])
+    linear = native.Layer(weight, weight_scale, sums, bias, None, 8)
+    conv2d = native.Layer(weight, weight_scale, sums, bias, None, 8, 3, 1, 1)
+    error, chosen = 0.0, native.describe()
+    try:
+        for isa in native.supported():
+            native.use(isa)
+            error = max(error, relative_error(linear.linear(x), rows), relative_error(conv2d.conv2d(image), pixels))
+    finally:
+        native.use(chosen)
     return error
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dgq_kernels
-from dgq_kernels import backend, packing
+from dgq_kernels import backend, native, packing
 from dgq_kernels.conv2d import cpu as conv2d_cpu
 from dgq_kernels.linear import cpu as linear_cpu
 
@@ -50,9 +50,16 @@ class _Prepared:
     device: torch.device
     column_sum: Tensor
     order: Tensor | None  # gather of the codes' channels before the product, or None
+    engine: native.Layer | None = None  # int8 in the CPU engine's blocks
     weight: Tensor | None = None  # int8, dense
     onednn: list[Tensor] | None = None  # int8 in oneDNN's blocked layout
     split: bool = False
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The forms of the weight kept beside the stored buffers."""
+        dense = [] if self.weight is None else [self.weight]
+        return [*dense, *(self.onednn or []), *([] if self.engine is None else [self.engine.packed])]
 
 
 class IntegerLayer(nn.Module):
@@ -135,6 +142,12 @@ class IntegerLayer(nn.Module):
         prepared = _Prepared(device, sums, self.order.long() if gather else None)
         if kernel_unpacks:
             return prepared
+        if backend.select(device) == "cpu" and native.available() and not shifts:
+            prepared.engine = native.Layer(
+                matrix, self.weight_scale, sums, self._bias(), self._inv_divisor(), plan.abits,
+                plan.kernel_size, plan.stride, plan.padding,
+            )  # fmt: skip
+            return prepared
         weight = from_matrix(matrix, plan).contiguous()
         if backend.select(device) == "cpu" and backend.cpu_path() != "reference":
             prepared.split = linear_cpu.needs_split(plan.abits, matrix)
@@ -163,6 +176,8 @@ class IntegerLayer(nn.Module):
 
     def _rows(self, x: Tensor) -> Tensor:
         plan, ready = self.plan, self.prepare(x.device)
+        if ready.engine is not None:
+            return ready.engine.linear(x)
         rows = x.reshape(-1, plan.in_features)
         codes, scale, zero = dgq_kernels.quantize_rows(rows, plan.abits, self._inv_divisor())
         if ready.order is not None:
@@ -186,6 +201,8 @@ class IntegerLayer(nn.Module):
 
     def _convolve(self, x: Tensor) -> Tensor:
         plan, ready = self.plan, self.prepare(x.device)
+        if ready.engine is not None:
+            return ready.engine.conv2d(x)
         codes, scale, zero = dgq_kernels.quantize_samples(x, plan.abits, self._inv_divisor(), plan.padding)
         if ready.order is not None:
             codes = codes[:, ready.order].contiguous(memory_format=torch.channels_last)
@@ -218,7 +235,7 @@ class IntegerLayer(nn.Module):
         return super()._apply(move, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # oneDNN's opaque tensors cannot be copied or pickled
+        return {**self.__dict__, "_prepared": None}  # opaque tensors and addresses cannot be copied or pickled
 
     def extra_repr(self) -> str:
         p = self.plan

@@ -5,7 +5,7 @@ The references are the definitions (docs/method.md); integer results of every ba
 
 from .conv2d import conv2d, conv2d_prepacked
 from .linear import linear_int4, linear_int8, linear_prepacked
-from .log_attention import log_attention
+from .log_attention import log_attention, log_attention_eager
 from .quantize_activation import quantize_rows, quantize_samples
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "linear_int8",
     "linear_prepacked",
     "log_attention",
+    "log_attention_eager",
     "quantize_rows",
     "quantize_samples",
 ]

@@ -1,7 +1,8 @@
 """Which implementation runs an op on a device, and why.
 
-`reference` is the definition, `cpu` runs oneDNN's int8 products, `triton` the CUDA kernels. The environment variable
-DGQ_BACKEND=reference forces the definition everywhere (slow; for finding out which kernel is wrong).
+`reference` is the definition, `cpu` the own engine (`native`), or oneDNN's int8 products where that is missing, and
+`triton` the CUDA kernels. The environment variable DGQ_BACKEND=reference forces the definition everywhere (slow; for
+finding out which kernel is wrong).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import functools
 import os
 
 import torch
+
+from . import native
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -79,9 +82,12 @@ def describe(device: torch.device) -> tuple[str, str]:
         return backend, f"CUDA device of compute capability {major}.{minor}: Triton kernels"
     if backend == "reference":
         return backend, "forced by DGQ_BACKEND" if os.environ.get("DGQ_BACKEND") else f"no kernels for {device.type}"
+    if native.available():
+        count = torch.get_num_threads()
+        return f"cpu ({native.describe()})", f"own engine of fused int8 layers and attention, {count} threads"
     reasons = {
         "full": "exact int8 products in one pass (32-bit accumulation, as VNNI has it)",
         "split": "no 32-bit int8 accumulation (no VNNI): 8-bit codes run as two exact 7-bit products",
         "reference": "oneDNN's int8 products are missing or inexact here: slow exact fallback",
     }
-    return f"cpu ({cpu_path()})", reasons[cpu_path()]
+    return f"cpu ({cpu_path()})", f"{reasons[cpu_path()]}; own engine {native.describe()}"

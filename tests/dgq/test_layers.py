@@ -10,7 +10,7 @@ from torch import nn
 from dgq.calibration import Layer, Statistics, _plan, quantize_layer
 from dgq.layers import IntegerLayer, buffer_specs
 from dgq.recipe import LayerPlan, Recipe
-from dgq_kernels import backend, quantize_rows, quantize_samples
+from dgq_kernels import backend, native, quantize_rows, quantize_samples
 from dgq_kernels.conv2d import cpu as conv_cpu
 from dgq_kernels.conv2d import reference as conv_reference
 from dgq_kernels.linear import cpu as linear_cpu
@@ -62,8 +62,9 @@ def test_layer_reproduces_the_float_module(build, data, wbits, channels):
 @pytest.mark.parametrize("build, data", CASES)
 @pytest.mark.parametrize("wbits", [4, 8])
 @torch.no_grad()
-def test_the_sums_of_a_layer_are_integers_bit_for_bit(build, data, wbits):
-    """What runs is an integer product of the stored codes: its sums equal the integer reference exactly."""
+def test_the_sums_of_a_layer_are_integers_bit_for_bit(build, data, wbits, monkeypatch):
+    """Without the engine oneDNN multiplies the stored codes: its sums equal the integer reference exactly."""
+    monkeypatch.setattr(native, "available", lambda: False)
     torch.manual_seed(1)
     module, x = build(), data()
     layer = quantized(module, x, wbits=wbits, channels="shift").layer
@@ -85,6 +86,21 @@ def test_the_sums_of_a_layer_are_integers_bit_for_bit(build, data, wbits):
     assert torch.equal(got.long(), expected)
 
 
+@pytest.mark.skipif(not native.available(), reason="no CPU engine")
+@pytest.mark.parametrize("build, data", CASES)
+@pytest.mark.parametrize("wbits", [4, 8])
+@torch.no_grad()
+def test_the_engine_gives_the_bits_of_the_reference(build, data, wbits, monkeypatch):
+    torch.manual_seed(1)
+    module, x = build(), data()
+    layer = quantized(module, x, wbits=wbits, channels="smooth").layer
+    y = layer(x)
+    assert layer.prepare(x.device).engine is not None
+    monkeypatch.setenv("DGQ_BACKEND", "reference")
+    layer._prepared = None
+    assert torch.equal(y, layer(x))
+
+
 @pytest.mark.filterwarnings("ignore")  # walking every object touches deprecated ones
 @torch.no_grad()
 def test_no_float_copy_of_the_weight_exists():
@@ -103,7 +119,7 @@ def test_no_float_copy_of_the_weight_exists():
     assert not floats
     stored = sum(tensor.numel() * tensor.element_size() for tensor in layer.state_dict().values())
     assert stored < 0.29 * 2 * size
-    assert all(not t.is_floating_point() for t in layer.prepare(x.device).onednn or [])
+    assert all(not t.is_floating_point() for t in layer.prepare(x.device).tensors)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import typer
 
 from dgq import doctor
 from dgq_cli import doctor_command
+from dgq_kernels import native
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 OPS = ["quantize_rows", "quantize_samples", "linear_int8", "linear_int4", "conv2d", "log_attention"]
@@ -23,7 +24,7 @@ def test_json_of_a_healthy_machine(dgq_command: Run, monkeypatch: pytest.MonkeyP
     assert "hf_secret" not in run.stdout
     data = json.loads(run.stdout)
     assert data["ok"] is True
-    assert [check["name"] for check in data["self_test"]] == OPS
+    assert [check["name"] for check in data["self_test"]] == OPS + ["engine"] * native.available()
     assert all(check["ok"] for check in data["self_test"])
     assert torch.__version__.startswith(data["versions"]["torch"].split("+")[0])
     assert data["devices"][0]["device"] == "cpu"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import native
 from ..backend import select
 from . import cpu, reference
 
@@ -49,6 +50,17 @@ def log_attention(
     else:
         run = cpu.log_attention if backend == "cpu" else reference.log_attention
     return run(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
+
+
+def log_attention_eager(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
+    qk_bits: int = 8, v_bits: int = 8,
+) -> Tensor:  # fmt: skip
+    """`log_attention`; on the CPU without torch's dispatcher, and returned as a view of (B, T, H, d)."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or not cpu.engine_takes(q.device, qk_bits, v_bits):
+        return log_attention(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
+    reference.validate(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
+    return native.attention(q, k, v, scale * cpu.LOG2_E, bits, fraction_bits, start_token, qk_bits, v_bits)
 
 
 @log_attention.register_fake

@@ -1,4 +1,7 @@
-"""Fractional-log attention on the CPU: integer codes carried by float32 products, a slice of the rows at a time."""
+"""Fractional-log attention on the CPU: the engine's int8 products and table of probabilities.
+
+Where there is no engine, integer codes are carried by float32 products, a slice of the rows at a time.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,38 @@ import math
 import torch
 from torch import Tensor
 
+from .. import native
+from ..backend import select
 from .reference import combine_start, probability_bytes, quantize_operands
 
+LOG2_E = math.log2(math.e)
 # Logits held at once. With their int64 table indices 12 bytes each: 12 MiB, near the caches.
 CHUNK = 1 << 20
 # Keys whose products p * v (at most 255 * 127 each) float32 sums exactly: below 2^24.
 EXACT_KEYS = 2**24 // (255 * 127)
 
 
+def engine_takes(device: torch.device, qk_bits: int, v_bits: int) -> bool:
+    """Whether the CPU engine runs attention with these operands: integers on the CPU."""
+    return qk_bits > 0 and v_bits > 0 and select(device) == "cpu" and native.available()
+
+
 def log_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
     qk_bits: int, v_bits: int,
 ) -> Tensor:  # fmt: skip
-    """See `dgq_kernels.log_attention`.
+    """See `dgq_kernels.log_attention`."""
+    if engine_takes(q.device, qk_bits, v_bits):
+        factor = scale * LOG2_E
+        return native.attention(q, k, v, factor, bits, fraction_bits, start_token, qk_bits, v_bits).contiguous()
+    return carried_by_floats(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
+
+
+def carried_by_floats(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
+    qk_bits: int, v_bits: int,
+) -> Tensor:  # fmt: skip
+    """Attention on torch's float32 products.
 
     With integer operands every sum is exact: q . k stays below 2^24, and P V is summed over EXACT_KEYS keys at a time
     and those sums in float64. Only the float epilogue rounds.
@@ -60,6 +82,6 @@ def log_attention(
     if operands.start_k is None or operands.start_v is None:
         return (numerator / normaliser).to(q.dtype)
     octave = operands.q_scale * operands.key_step * 2.0**-fraction_bits
-    start_logit = (q.float() @ operands.start_k.mT) * (scale * math.log2(math.e))
+    start_logit = (q.float() @ operands.start_k.mT) * (scale * LOG2_E)
     highest = largest.unflatten(0, (batch, heads)) * octave
     return combine_start(numerator, normaliser, highest, start_logit, operands.start_v).to(q.dtype)

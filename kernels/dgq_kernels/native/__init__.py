@@ -1,0 +1,257 @@
+"""The CPU engine: a layer's quantization, integer product and epilogue in one call, and log attention.
+
+A small C++ library (engine.cpp) called through ctypes, without torch's dispatcher: a layer of a small model costs a
+few microseconds beside its arithmetic. The instruction set (AMX, AVX512-VNNI, AVX-VNNI, AVX2 or portable C++) is
+chosen at run time; all give the same bits. Everything here is for CPU tensors without gradients.
+
+DGQ_CPU_ENGINE=off leaves it out; DGQ_CPU_ENGINE=avx2 (or another name of ISAS) forces an instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .build import LIBRARY
+
+ABI = 1
+ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "amx")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_Pointer = ctypes.c_void_p
+_Int, _Long = ctypes.c_int32, ctypes.c_int64
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` in engine.cpp."""
+
+    _fields_ = (
+        *((name, _Pointer) for name in ("packed", "weight_scale", "column_sum", "bias", "inv_divisor")),
+        *((name, _Long) for name in ("n", "k", "channels")),
+        *((name, _Int) for name in ("bits", "kernel", "stride", "padding")),
+    )
+
+
+class _Attention(ctypes.Structure):
+    """`Attention` in engine.cpp."""
+
+    _fields_ = (
+        *((name, _Pointer) for name in ("q", "k", "v", "out")),
+        *((f"{tensor}_{axis}", _Long) for tensor in "qkv" for axis in ("batch", "head", "token")),
+        *((name, _Long) for name in ("batch", "heads", "rows", "keys", "width")),
+        ("logit_scale", ctypes.c_float),
+        *((name, _Int) for name in ("bits", "fraction_bits", "start_token", "qk_bits", "v_bits", "dtype")),
+    )
+
+
+_SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
+    "dgq_abi": (_Int, ()),
+    "dgq_supported": (_Int, (_Int,)),
+    "dgq_use": (None, (_Int, _Pointer)),
+    "dgq_packed_bytes": (_Long, (_Long, _Long)),
+    "dgq_pack": (_Int, (_Pointer, _Long, _Long, _Pointer, _Int)),
+    "dgq_linear": (_Int, (_Pointer, _Pointer, _Long, _Long, _Int, _Pointer, _Pointer, _Int)),
+    "dgq_conv2d": (_Int, (_Pointer, _Pointer, _Long, _Long, _Long, _Int, _Pointer, _Pointer, _Int)),
+    "dgq_attention": (_Int, (_Pointer, _Int)),
+}
+
+
+class _Engine:
+    """The loaded library and the instruction set in use."""
+
+    def __init__(self, library: ctypes.CDLL, region: int | None) -> None:
+        self.library, self.region = library, region
+        self.isas = [name for number, name in enumerate(ISAS) if library.dgq_supported(number)]
+        self.isa = ""
+
+    def use(self, isa: str) -> None:
+        self.library.dgq_use(ISAS.index(isa), self.region)
+        self.isa = isa
+
+
+def _parallel_region() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime torch has loaded (GNU's or LLVM's), so that there is one pool
+    of threads in the process; None where there is none: one thread then."""
+    try:
+        maps = Path("/proc/self/maps").read_text().split()
+    except OSError:
+        return None
+    names = sorted({part for part in maps if ".so" in part and "omp" in Path(part).name.lower()})
+    names.sort(key=lambda name: "torch" not in name)
+    for name in names:
+        try:
+            function = ctypes.CDLL(name).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, _Pointer).value
+    return None
+
+
+@functools.cache
+def _load() -> tuple[_Engine | None, str]:
+    """(the engine, "") or (None, why there is none)."""
+    wish = os.environ.get("DGQ_CPU_ENGINE", "")
+    if wish == "off":
+        return None, "switched off by DGQ_CPU_ENGINE"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        if library.dgq_abi() != ABI:
+            return None, f"{LIBRARY.name} belongs to another version: build it again"
+    except (OSError, AttributeError):
+        return None, "not built (a C++ compiler at installation builds it)"
+    engine = _Engine(library, _parallel_region())
+    if wish and wish not in engine.isas:
+        raise ValueError(f"DGQ_CPU_ENGINE={wish} is not one of off, {', '.join(engine.isas)} on this CPU")
+    engine.use(wish or engine.isas[-1])
+    return engine, ""
+
+
+def available() -> bool:
+    """Whether the engine is there.
+
+    Raises:
+        ValueError: DGQ_CPU_ENGINE asks for what this CPU has not.
+    """
+    return _load()[0] is not None
+
+
+def describe() -> str:
+    """The instruction set in use, or why there is no engine."""
+    engine, why = _load()
+    return why if engine is None else engine.isa
+
+
+def supported() -> list[str]:
+    """The instruction sets of this CPU the engine can use, slowest first."""
+    engine = _load()[0]
+    return engine.isas if engine is not None else []
+
+
+def use(isa: str) -> str:
+    """Switch to an instruction set of `supported()`; returns the one used before (for tests and comparisons)."""
+    engine = _engine()
+    before = engine.isa
+    engine.use(isa)
+    return before
+
+
+def _engine() -> _Engine:
+    engine, why = _load()
+    if engine is None:
+        raise RuntimeError(f"no CPU engine: {why}")
+    return engine
+
+
+def _check(code: int) -> None:
+    if code:
+        raise MemoryError("the CPU engine is out of memory")
+
+
+class Layer:
+    """The weight of a linear layer or convolution, packed for the engine.
+
+    Args:
+        weight: int8 (N, K), K = kernel^2 * C in the order (row, column, channel).
+        weight_scale, column_sum: float32 and int32 (N,).
+        bias: float32 (N,) or None.
+        inv_divisor: float32 (C,) or None.
+        bits: of the activation codes, 2 to 8.
+        kernel, stride, padding: of a convolution; 1, 1, 0 for a linear layer.
+    """
+
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None,
+        inv_divisor: Tensor | None, bits: int, kernel: int = 1, stride: int = 1, padding: int = 0,
+    ) -> None:  # fmt: skip
+        library = _engine().library
+        weight = weight.contiguous()
+        self.n, self.k = weight.shape
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.packed = torch.empty(library.dgq_packed_bytes(self.n, self.k) + 63, dtype=torch.int8)
+        start = self.packed.data_ptr() + 63 & ~63  # whole cache lines
+        _check(library.dgq_pack(weight.data_ptr(), self.n, self.k, start, torch.get_num_threads()))
+        vectors = [x if x is None else x.contiguous() for x in (weight_scale, column_sum, bias, inv_divisor)]
+        for vector, dtype in zip(vectors, (torch.float32, torch.int32, torch.float32, torch.float32), strict=True):
+            assert vector is None or vector.dtype == dtype
+        self._kept = vectors
+        pointers = [None if x is None else x.data_ptr() for x in vectors]
+        channels = self.k // kernel**2
+        self._struct = _Layer(start, *pointers, self.n, self.k, channels, bits, kernel, stride, padding)
+        self._address = ctypes.addressof(self._struct)
+        self._linear, self._conv2d = library.dgq_linear, library.dgq_conv2d
+
+    def linear(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (..., K) times the weight: (..., N) in x's dtype, plus `residual` (its shape and dtype)."""
+        dtype = _DTYPES.get(x.dtype)
+        if dtype is None:
+            return self.linear(x.float(), None if residual is None else residual.float()).to(x.dtype)
+        rows = x.reshape(-1, self.k)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        y = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
+        if rows.shape[0]:
+            kept = None if residual is None else residual.to(x.dtype).expand(y.shape).contiguous()
+            _check(
+                self._linear(
+                    self._address, rows.data_ptr(), rows.stride(0), rows.shape[0], dtype,
+                    None if kept is None else kept.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+                )
+            )  # fmt: skip
+        return y
+
+    def conv2d(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W) convolved: (B, N, Ho, Wo), channels-last, in x's dtype, plus `residual` (shaped alike)."""
+        dtype = _DTYPES.get(x.dtype)
+        if dtype is None:
+            return self.conv2d(x.float(), None if residual is None else residual.float()).to(x.dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        batch, _, height, width = x.shape
+        size = [(side + 2 * self.padding - self.kernel) // self.stride + 1 for side in (height, width)]
+        y = torch.empty((batch, self.n, *size), dtype=x.dtype, memory_format=torch.channels_last)
+        kept = None
+        if residual is not None:
+            kept = residual.to(x.dtype).expand(y.shape).contiguous(memory_format=torch.channels_last)
+        _check(
+            self._conv2d(
+                self._address, x.data_ptr(), batch, height, width, dtype, None if kept is None else kept.data_ptr(),
+                y.data_ptr(), torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return y
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, logit_scale: float, bits: int, fraction_bits: int, start_token: bool,
+    qk_bits: int, v_bits: int,
+) -> Tensor:  # fmt: skip
+    """`dgq_kernels.log_attention` with integer operands (qk_bits and v_bits not 0).
+
+    Args:
+        logit_scale: scale * log2(e). The others as in `log_attention`; q, k, v may be strided, but for their last axis.
+
+    Returns:
+        (B, H, T, d), a view of (B, T, H, d).
+    """
+    dtype = _DTYPES.get(q.dtype)
+    if dtype is None:
+        args = (logit_scale, bits, fraction_bits, start_token, qk_bits, v_bits)
+        return attention(q.float(), k.float(), v.float(), *args).to(q.dtype)
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    batch, heads, rows, width = q.shape
+    out = torch.empty((batch, rows, heads, width), dtype=q.dtype)
+    strides = [x.stride(axis) for x in (q, k, v) for axis in range(3)]
+    job = _Attention(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), *strides, batch, heads, rows, k.shape[2], width,
+        logit_scale, bits, fraction_bits, start_token, qk_bits, v_bits, dtype,
+    )  # fmt: skip
+    if out.numel():
+        _check(_engine().library.dgq_attention(ctypes.addressof(job), torch.get_num_threads()))
+    return out.transpose(1, 2)

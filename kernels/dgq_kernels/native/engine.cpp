@@ -1,0 +1,531 @@
+// The CPU engine: quantize, multiply and finish a layer in one call, and log attention.
+#include "engine.h"
+
+#include <cmath>
+#include <new>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define DGQ_X86 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace dgq {
+
+const Kernels* kernels = nullptr;
+ParallelRegion parallel_region = nullptr;
+
+#include "tiles.inc"
+
+#define LEVEL 0
+namespace plain {
+#include "vector.inc"
+}
+#undef LEVEL
+#ifdef DGQ_X86
+#define LEVEL 256
+#pragma GCC push_options
+#pragma GCC target("avx2")
+namespace vector256 {
+#include "vector.inc"
+}
+#pragma GCC pop_options
+#undef LEVEL
+#define LEVEL 512
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+namespace vector512 {
+#include "vector.inc"
+}
+#pragma GCC pop_options
+#undef LEVEL
+#endif
+
+static void nothing() {}
+
+#define DGQ_KERNELS(ELEMENTWISE, TILES, BEGIN, END)                                                            \
+    {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::epilogue, ELEMENTWISE::centre,                    \
+     ELEMENTWISE::probabilities, TILES::tile, BEGIN, END}
+
+static const Kernels all_kernels[ISA_COUNT] = {
+    DGQ_KERNELS(plain, portable, nothing, nothing),
+#ifdef DGQ_X86
+    DGQ_KERNELS(vector256, avx2, nothing, nothing),
+    DGQ_KERNELS(vector256, avx_vnni, nothing, nothing),
+    DGQ_KERNELS(vector512, avx512_vnni, nothing, nothing),
+    DGQ_KERNELS(vector512, amx, amx::thread_begin, amx::thread_end),
+#endif
+};
+
+static bool supported(int isa) {
+    if (isa == PORTABLE) return true;
+#ifdef DGQ_X86
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
+    if (isa == AVX2) return __builtin_cpu_supports("avx2");
+    if (isa == AVX_VNNI) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni");
+    if (isa == AVX512_VNNI) return avx512;
+    if (isa == AMX) {
+        constexpr int ask_permission = 0x1023, tile_data = 18;  // Linux grants the tiles' state on request only
+        return avx512 && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-tile") &&
+               syscall(SYS_arch_prctl, ask_permission, tile_data) == 0;
+    }
+#endif
+    return false;
+}
+
+static int64_t element_bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+// One quantized layer; pointers stay valid while the layer lives.
+struct Layer {
+    const int8_t* packed;         // from dgq_pack
+    const float* weight_scale;    // (n,)
+    const int32_t* column_sum;    // (n,)
+    const float* bias;            // (n,) or null
+    const float* inv_divisor;     // (channels,) or null
+    int64_t n, k, channels;       // k = kernel * kernel * channels
+    int32_t bits, kernel, stride, padding;
+};
+
+// Columns and rows of a product that one task works on.
+struct Split {
+    int64_t panel_rows, panels, columns, column_parts;
+};
+
+// Panels of A stay in the second-level cache with a block of B; few rows are shared out by columns instead.
+static Split split_work(int64_t m, int64_t n, int64_t k, int threads) {
+    constexpr int64_t cache = 512 * 1024;
+    Split split;
+    int64_t rows = cache / row_stride(k) / TILE_ROWS * TILE_ROWS;
+    rows = rows < TILE_ROWS ? TILE_ROWS : rows > 256 ? 256 : rows;
+    int64_t panels = ceil_div(m, rows);
+    if (m >= threads * TILE_ROWS) panels = round_up(panels, threads);
+    split.panel_rows = round_up(ceil_div(m, panels), TILE_ROWS);
+    split.panels = ceil_div(m, split.panel_rows);
+    split.column_parts = split.panels >= threads ? 1 : ceil_div(threads, split.panels);
+    split.columns = round_up(ceil_div(n, split.column_parts), TILE_COLS);
+    split.column_parts = ceil_div(n, split.columns);
+    return split;
+}
+
+// Columns [first, last) of the product of a panel of `rows` rows of codes, finished by `finish(row, col, count, sums)`.
+template <class Finish>
+static void multiply_panel(
+    const uint8_t* a, ptrdiff_t lda, int64_t rows, const int8_t* packed, int64_t k, int64_t first, int64_t last,
+    const Finish& finish) {
+    alignas(64) int32_t sums[TILE_ROWS * TILE_COLS];
+    const ptrdiff_t block = block_bytes(k);
+    for (int64_t col = first; col < last; col += TILE_COLS) {
+        const int8_t* b = packed + col / BLOCK_COLS * block;
+        const int64_t count = last - col < TILE_COLS ? last - col : TILE_COLS;
+        for (int64_t row = 0; row < rows; row += TILE_ROWS) {
+            const int height = static_cast<int>(rows - row < TILE_ROWS ? rows - row : TILE_ROWS);
+            kernels->tile(
+                a + row * lda, lda, b, block, k, height, count > BLOCK_COLS ? TILE_COLS : BLOCK_COLS, sums, TILE_COLS);
+            for (int i = 0; i < height; ++i) finish(row + i, col, count, sums + i * TILE_COLS);
+        }
+    }
+}
+
+static Scratch& panel_scratch() {
+    static thread_local Scratch scratch;
+    return scratch;
+}
+
+static void linear(
+    const Layer& layer, const void* x, int64_t ldx, int64_t m, int dtype, const void* residual, void* y, int threads) {
+    const int64_t size = element_bytes(dtype), lda = row_stride(layer.k);
+    const Split split = split_work(m, layer.n, layer.k, threads);
+    parallel(threads, split.panels * split.column_parts, [&](int64_t task) {
+        const int64_t start = task / split.column_parts * split.panel_rows;
+        const int64_t first = task % split.column_parts * split.columns;
+        const int64_t last = first + split.columns < layer.n ? first + split.columns : layer.n;
+        const int64_t rows = m - start < split.panel_rows ? m - start : split.panel_rows;
+        auto* codes = panel_scratch().get<uint8_t>(split.panel_rows * (lda + sizeof(Codes)));
+        auto* row_codes = reinterpret_cast<Codes*>(codes + split.panel_rows * lda);
+        for (int64_t row = 0; row < rows; ++row) {
+            const char* source = static_cast<const char*>(x) + (start + row) * ldx * size;
+            Range range;
+            kernels->range(source, dtype, layer.k, layer.inv_divisor, range);
+            row_codes[row] = codes_of(range, layer.bits);
+            uint8_t* out = codes + row * lda;
+            kernels->quantize(source, dtype, layer.k, layer.inv_divisor, row_codes[row], out);
+            std::memset(out + layer.k, 0, round_up(layer.k, K_BLOCK) - layer.k);
+        }
+        multiply_panel(
+            codes, lda, rows, layer.packed, layer.k, first, last,
+            [&](int64_t row, int64_t col, int64_t count, const int32_t* sums) {
+                const int64_t at = ((start + row) * layer.n + col) * size;
+                kernels->epilogue(
+                    sums, count, row_codes[row].scale, row_codes[row].zero, layer.weight_scale + col,
+                    layer.column_sum + col, layer.bias ? layer.bias + col : nullptr,
+                    residual ? static_cast<const char*>(residual) + at : nullptr, static_cast<char*>(y) + at, dtype);
+            });
+    });
+}
+
+static void convolve(
+    const Layer& layer, const void* x, int64_t batch, int64_t height, int64_t width, int dtype, const void* residual,
+    void* y, int threads) {
+    const int64_t size = element_bytes(dtype), channels = layer.channels, pad = layer.padding, kernel = layer.kernel;
+    const int64_t padded_height = height + 2 * pad, padded_width = width + 2 * pad;
+    const int64_t out_height = (padded_height - kernel) / layer.stride + 1;
+    const int64_t out_width = (padded_width - kernel) / layer.stride + 1;
+    const char* source = static_cast<const char*>(x);
+
+    static thread_local Scratch code_scratch;
+    const int64_t image_bytes = padded_height * padded_width * channels;
+    auto* codes = code_scratch.get<uint8_t>(batch * image_bytes);
+
+    std::vector<Range> ranges(batch * height);
+    parallel(threads, batch * height, [&](int64_t line) {
+        for (int64_t column = 0; column < (layer.inv_divisor ? width : 1); ++column)
+            kernels->range(
+                source + (line * width + column) * channels * size, dtype,
+                layer.inv_divisor ? channels : width * channels, layer.inv_divisor, ranges[line]);
+    });
+    std::vector<Codes> sample(batch);
+    for (int64_t b = 0; b < batch; ++b) {
+        Range range;
+        for (int64_t line = b * height; line < (b + 1) * height; ++line) {
+            range.low = ranges[line].low < range.low ? ranges[line].low : range.low;
+            range.high = ranges[line].high > range.high ? ranges[line].high : range.high;
+        }
+        sample[b] = codes_of(range, layer.bits);
+    }
+    parallel(threads, batch * padded_height, [&](int64_t line) {
+        const int64_t b = line / padded_height, row = line % padded_height - pad;
+        uint8_t* out = codes + line * padded_width * channels;
+        if (row < 0 || row >= height) {
+            std::memset(out, sample[b].zero, padded_width * channels);
+            return;
+        }
+        std::memset(out, sample[b].zero, pad * channels);
+        std::memset(out + (pad + width) * channels, sample[b].zero, pad * channels);
+        const char* in = source + (b * height + row) * width * channels * size;
+        out += pad * channels;
+        if (!layer.inv_divisor) {
+            kernels->quantize(in, dtype, width * channels, nullptr, sample[b], out);
+            return;
+        }
+        for (int64_t column = 0; column < width; ++column)
+            kernels->quantize(
+                in + column * channels * size, dtype, channels, layer.inv_divisor, sample[b], out + column * channels);
+    });
+
+    // The rows of the product are output pixels; a panel of them is gathered from the codes as it is needed.
+    const int64_t m = batch * out_height * out_width, lda = row_stride(layer.k), run = kernel * channels;
+    const Split split = split_work(m, layer.n, layer.k, threads);
+    parallel(threads, split.panels * split.column_parts, [&](int64_t task) {
+        const int64_t start = task / split.column_parts * split.panel_rows;
+        const int64_t first = task % split.column_parts * split.columns;
+        const int64_t last = first + split.columns < layer.n ? first + split.columns : layer.n;
+        const int64_t rows = m - start < split.panel_rows ? m - start : split.panel_rows;
+        auto* panel = panel_scratch().get<uint8_t>(split.panel_rows * lda);
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t pixel = start + row, b = pixel / (out_height * out_width);
+            const int64_t line = pixel / out_width % out_height, column = pixel % out_width;
+            const uint8_t* corner =
+                codes + b * image_bytes + (line * padded_width + column) * layer.stride * channels;
+            uint8_t* out = panel + row * lda;
+            for (int64_t tap = 0; tap < kernel; ++tap)
+                std::memcpy(out + tap * run, corner + tap * padded_width * channels, run);
+            std::memset(out + layer.k, 0, round_up(layer.k, K_BLOCK) - layer.k);
+        }
+        multiply_panel(
+            panel, lda, rows, layer.packed, layer.k, first, last,
+            [&](int64_t row, int64_t col, int64_t count, const int32_t* sums) {
+                const Codes& at_sample = sample[(start + row) / (out_height * out_width)];
+                const int64_t at = ((start + row) * layer.n + col) * size;
+                kernels->epilogue(
+                    sums, count, at_sample.scale, at_sample.zero, layer.weight_scale + col, layer.column_sum + col,
+                    layer.bias ? layer.bias + col : nullptr,
+                    residual ? static_cast<const char*>(residual) + at : nullptr, static_cast<char*>(y) + at, dtype);
+            });
+    });
+}
+
+// Packs one block of 16 columns: rows [16 block, 16 block + 16) of a row-major matrix (n, k).
+static void pack_rows(const int8_t* matrix, int64_t n, int64_t k, int64_t block, int8_t* out) {
+    std::memset(out, 0, block_bytes(k));
+    for (int64_t col = 0; col < BLOCK_COLS && block * BLOCK_COLS + col < n; ++col) {
+        const int8_t* row = matrix + (block * BLOCK_COLS + col) * k;
+        int64_t i = 0;
+        for (; i + 4 <= k; i += 4) std::memcpy(out + i * BLOCK_COLS + 4 * col, row + i, 4);
+        for (; i < k; ++i) out[i / 4 * 4 * BLOCK_COLS + 4 * col + i % 4] = row[i];
+    }
+}
+
+// The same for columns [16 block, 16 block + 16) of a row-major matrix (k, n).
+static void pack_columns(const int8_t* matrix, int64_t n, int64_t k, int64_t block, int8_t* out) {
+    std::memset(out, 0, block_bytes(k));
+    const int64_t first = block * BLOCK_COLS, cols = n - first < BLOCK_COLS ? n - first : BLOCK_COLS;
+    for (int64_t i = 0; i < k; ++i) {
+        int8_t* quad = out + i / 4 * 4 * BLOCK_COLS + i % 4;
+        const int8_t* row = matrix + i * n + first;
+        for (int64_t col = 0; col < cols; ++col) quad[4 * col] = row[col];
+    }
+}
+
+struct Attention {
+    const void *q, *k, *v;        // element (b, h, t, i) at b * batch + h * head + t * token + i
+    void* out;                    // (batch, rows, heads, width), contiguous
+    int64_t q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token;
+    int64_t batch, heads, rows, keys, width;  // keys include the start key
+    float logit_scale;            // scale * log2(e)
+    int32_t bits, fraction_bits, start_token, qk_bits, v_bits, dtype;
+};
+
+static float at(const void* x, int64_t i, int dtype) {
+    return dtype == FLOAT32 ? static_cast<const float*>(x)[i] : plain::widen(static_cast<const uint16_t*>(x)[i]);
+}
+
+static void read_row(const void* x, int64_t offset, int64_t n, int dtype, float* out) {
+    if (dtype == FLOAT32)
+        std::memcpy(out, static_cast<const float*>(x) + offset, 4 * n);
+    else
+        for (int64_t i = 0; i < n; ++i) out[i] = at(x, offset + i, dtype);
+}
+
+static float symmetric_scale(float largest, int bits) {
+    return largest > 1e-30f ? largest / static_cast<float>((1 << (bits - 1)) - 1) : 1.0f;
+}
+
+static int32_t symmetric_code(float x, float inverse, int top) {
+    const float code = __builtin_rintf(x * inverse);
+    return static_cast<int32_t>(code < -top ? -top : code > top ? top : code);
+}
+
+// What one head's products are made of.
+struct Head {
+    float k_scale;
+    float* start_k;       // (width,), minus the mean of the other keys
+    float* start_v;       // (width,)
+    float* v_scale;       // (width,)
+    int8_t* packed_k;     // keys as columns
+    int8_t* packed_v;     // channels as columns
+    int32_t* offset;      // 128 * sum of a key's codes: queries are stored as code + 128
+};
+
+// Codes of k (per head, minus its mean) and v (per head and channel), packed. See Kernels and log_attention/reference.py.
+static void prepare_head(const Attention& a, int64_t b, int64_t h, const Head& head, float* k_scale) {
+    const int64_t width = a.width, first = a.start_token, count = a.keys - first;
+    const int64_t k_base = b * a.k_batch + h * a.k_head, v_base = b * a.v_batch + h * a.v_head;
+    static thread_local Scratch scratch;
+    float* values = scratch.get<float>(count * width + 4 * width);
+    float *mean = values + count * width, *largest = mean + width;
+    auto* codes = reinterpret_cast<int8_t*>(values);  // codes overwrite the values they come from
+    std::vector<double> sum(width, 0.0);
+    for (int64_t t = 0; t < count; ++t) {
+        float* row = values + t * width;
+        read_row(a.k, k_base + (first + t) * a.k_token, width, a.dtype, row);
+        for (int64_t i = 0; i < width; ++i) sum[i] += row[i];
+    }
+    for (int64_t i = 0; i < width; ++i) mean[i] = static_cast<float>(sum[i] / static_cast<double>(count));
+    float high = 0.0f;
+    for (int64_t t = 0; t < count; ++t)
+        for (int64_t i = 0; i < width; ++i) {
+            float& x = values[t * width + i];
+            x -= mean[i];
+            const float size = std::fabs(x);
+            high = size > high ? size : high;
+        }
+    *k_scale = symmetric_scale(high, a.qk_bits);
+    float inverse = 1.0f / *k_scale;
+    int top = (1 << (a.qk_bits - 1)) - 1;
+    for (int64_t t = 0; t < count; ++t) {
+        int32_t total = 0;
+        for (int64_t i = 0; i < width; ++i) {
+            const int32_t code = symmetric_code(values[t * width + i], inverse, top);
+            codes[t * width + i] = static_cast<int8_t>(code);
+            total += code;
+        }
+        head.offset[t] = 128 * total;
+    }
+    for (int64_t block = 0; block < round_up(count, TILE_COLS) / BLOCK_COLS; ++block)
+        pack_rows(codes, count, width, block, head.packed_k + block * block_bytes(width));
+    if (first) {
+        read_row(a.k, k_base, width, a.dtype, head.start_k);
+        for (int64_t i = 0; i < width; ++i) head.start_k[i] -= mean[i];
+        read_row(a.v, v_base, width, a.dtype, head.start_v);
+    }
+
+    for (int64_t i = 0; i < width; ++i) largest[i] = 0.0f;
+    for (int64_t t = 0; t < count; ++t) {
+        float* row = values + t * width;
+        read_row(a.v, v_base + (first + t) * a.v_token, width, a.dtype, row);
+        for (int64_t i = 0; i < width; ++i) {
+            const float size = std::fabs(row[i]);
+            largest[i] = size > largest[i] ? size : largest[i];
+        }
+    }
+    top = (1 << (a.v_bits - 1)) - 1;
+    for (int64_t i = 0; i < width; ++i) {
+        head.v_scale[i] = symmetric_scale(largest[i], a.v_bits);
+        mean[i] = 1.0f / head.v_scale[i];
+    }
+    for (int64_t t = 0; t < count; ++t)
+        for (int64_t i = 0; i < width; ++i)
+            codes[t * width + i] = static_cast<int8_t>(symmetric_code(values[t * width + i], mean[i], top));
+    for (int64_t block = 0; block < round_up(width, TILE_COLS) / BLOCK_COLS; ++block)
+        pack_columns(codes, width, count, block, head.packed_v + block * block_bytes(count));
+}
+
+static void attend(const Attention& a, int threads) {
+    const int64_t width = a.width, count = a.keys - a.start_token, heads = a.batch * a.heads;
+    const int64_t k_bytes = round_up(count, TILE_COLS) / BLOCK_COLS * block_bytes(width);
+    const int64_t v_bytes = round_up(width, TILE_COLS) / BLOCK_COLS * block_bytes(count);
+    const int64_t offsets = round_up(count, 16), floats = round_up(3 * width + 1, 16);
+    const int64_t head_bytes = k_bytes + v_bytes + 4 * (offsets + floats);
+    static thread_local Scratch head_scratch;
+    auto* memory = head_scratch.get<char>(heads * head_bytes);
+    std::vector<Head> all(heads);
+    for (int64_t i = 0; i < heads; ++i) {
+        char* at = memory + i * head_bytes;
+        all[i].packed_k = reinterpret_cast<int8_t*>(at);
+        all[i].packed_v = reinterpret_cast<int8_t*>(at + k_bytes);
+        all[i].offset = reinterpret_cast<int32_t*>(at + k_bytes + v_bytes);
+        all[i].v_scale = reinterpret_cast<float*>(all[i].offset + offsets);
+        all[i].start_k = all[i].v_scale + width;
+        all[i].start_v = all[i].start_k + width;
+    }
+    parallel(threads, heads, [&](int64_t i) {
+        prepare_head(a, i / a.heads, i % a.heads, all[i], &all[i].k_scale);
+    });
+
+    float table[32];
+    for (int i = 0; i < 32; ++i)
+        table[i] = static_cast<float>(255.0 * std::exp2(-static_cast<double>(i & ((1 << a.fraction_bits) - 1)) / (1 << a.fraction_bits)));
+    const int64_t blocks = ceil_div(a.rows, TILE_ROWS);
+    const int64_t q_stride = row_stride(width), p_stride = row_stride(count);
+    const int64_t logit_stride = round_up(count, TILE_COLS) + 16, out_stride = round_up(width, TILE_COLS);
+    parallel(threads, heads * blocks, [&](int64_t task) {
+        const Head& head = all[task / blocks];
+        const int64_t b = task / blocks / a.heads, h = task / blocks % a.heads, start = task % blocks * TILE_ROWS;
+        const int rows = static_cast<int>(a.rows - start < TILE_ROWS ? a.rows - start : TILE_ROWS);
+        const int64_t bytes = TILE_ROWS * (q_stride + p_stride + 4 * (logit_stride + out_stride) + 4 * width);
+        char* memory = panel_scratch().get<char>(bytes);
+        auto* codes = reinterpret_cast<uint8_t*>(memory);
+        auto* p = codes + TILE_ROWS * q_stride;
+        auto* logits = reinterpret_cast<int32_t*>(p + TILE_ROWS * p_stride);
+        auto* sums = logits + TILE_ROWS * logit_stride;
+        auto* queries = reinterpret_cast<float*>(sums + TILE_ROWS * out_stride);
+        float q_scale[TILE_ROWS];
+        for (int row = 0; row < rows; ++row) {
+            float* q = queries + row * width;
+            read_row(a.q, b * a.q_batch + h * a.q_head + (start + row) * a.q_token, width, a.dtype, q);
+            Range range;
+            kernels->range(q, FLOAT32, width, nullptr, range);
+            q_scale[row] = symmetric_scale(range.high > -range.low ? range.high : -range.low, a.qk_bits);
+            const int top = (1 << (a.qk_bits - 1)) - 1;
+            // the same codes, moved by 128 into a byte
+            const Codes shifted{q_scale[row], 1.0f / q_scale[row], 128, 128 + top};
+            kernels->quantize(q, FLOAT32, width, nullptr, shifted, codes + row * q_stride);
+            std::memset(codes + row * q_stride + width, 0, q_stride - width);
+        }
+        const ptrdiff_t k_block = block_bytes(width), v_block = block_bytes(count);
+        for (int64_t key = 0; key < count; key += TILE_COLS)
+            kernels->tile(
+                codes, q_stride, head.packed_k + key / BLOCK_COLS * k_block, k_block, width, rows,
+                count - key > BLOCK_COLS ? TILE_COLS : BLOCK_COLS, logits + key, logit_stride);
+        int32_t largest[TILE_ROWS];
+        int64_t total[TILE_ROWS];
+        const float key_step = head.k_scale * (a.logit_scale * static_cast<float>(1 << a.fraction_bits));
+        for (int row = 0; row < rows; ++row) {
+            int32_t* line = logits + row * logit_stride;
+            largest[row] = kernels->centre(line, head.offset, count);
+            total[row] = kernels->probabilities(
+                line, count, largest[row], q_scale[row] * key_step, a.bits, a.fraction_bits, table, p + row * p_stride);
+            std::memset(p + row * p_stride + count, 0, round_up(count, K_BLOCK) - count);
+        }
+        for (int64_t channel = 0; channel < width; channel += TILE_COLS)
+            kernels->tile(
+                p, p_stride, head.packed_v + channel / BLOCK_COLS * v_block, v_block, count, rows,
+                width - channel > BLOCK_COLS ? TILE_COLS : BLOCK_COLS, sums + channel, out_stride);
+        for (int row = 0; row < rows; ++row) {
+            float* y = queries + row * width;  // read for the start logit first, then overwritten
+            const int32_t* sum = sums + row * out_stride;
+            const auto normaliser = static_cast<float>(total[row]);
+            float others = 1.0f, start_weight = 0.0f;
+            if (a.start_token) {
+                float logit = 0.0f;
+                for (int64_t i = 0; i < width; ++i) logit += y[i] * head.start_k[i];
+                const float octave = q_scale[row] * key_step / static_cast<float>(1 << a.fraction_bits);
+                const float gap = logit * a.logit_scale - static_cast<float>(largest[row]) * octave;
+                others = std::exp2(gap > 0.0f ? -gap : 0.0f);
+                start_weight = 255.0f * std::exp2(gap < 0.0f ? gap : 0.0f);
+            }
+            const float denominator = others * normaliser + start_weight;
+            for (int64_t i = 0; i < width; ++i) {
+                const float numerator = static_cast<float>(sum[i]) * head.v_scale[i];
+                y[i] = (others * numerator + (a.start_token ? start_weight * head.start_v[i] : 0.0f)) / denominator;
+            }
+            const int64_t at = ((b * a.rows + start + row) * a.heads + h) * width;
+            if (a.dtype == FLOAT32)
+                std::memcpy(static_cast<float*>(a.out) + at, y, 4 * width);
+            else
+                for (int64_t i = 0; i < width; ++i) static_cast<uint16_t*>(a.out)[at + i] = plain::narrow(y[i]);
+        }
+    });
+}
+
+template <class Body> static int guarded(const Body& body) {
+    try {
+        body();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // namespace dgq
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Changes with every change of the structures or functions below.
+int32_t dgq_abi() { return 1; }
+
+int32_t dgq_supported(int32_t isa) { return isa >= 0 && isa < dgq::ISA_COUNT && dgq::supported(isa); }
+
+// Use an instruction set (one that dgq_supported confirms) and the host's parallel region (or null: one thread).
+void dgq_use(int32_t isa, void* region) {
+    dgq::kernels = &dgq::all_kernels[isa];
+    dgq::parallel_region = reinterpret_cast<dgq::ParallelRegion>(region);
+}
+
+int64_t dgq_packed_bytes(int64_t n, int64_t k) {
+    return dgq::round_up(n, dgq::TILE_COLS) / dgq::BLOCK_COLS * dgq::block_bytes(k);
+}
+
+// weight int8 (n, k), contiguous, to the engine's blocks.
+int32_t dgq_pack(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int32_t threads) {
+    using namespace dgq;
+    return guarded([&] {
+        parallel(threads, round_up(n, TILE_COLS) / BLOCK_COLS, [&](int64_t block) {
+            pack_rows(weight, n, k, block, packed + block * block_bytes(k));
+        });
+    });
+}
+
+int32_t dgq_linear(
+    const dgq::Layer* layer, const void* x, int64_t ldx, int64_t m, int32_t dtype, const void* residual, void* y,
+    int32_t threads) {
+    return dgq::guarded([&] { dgq::linear(*layer, x, ldx, m, dtype, residual, y, threads); });
+}
+
+int32_t dgq_conv2d(
+    const dgq::Layer* layer, const void* x, int64_t batch, int64_t height, int64_t width, int32_t dtype,
+    const void* residual, void* y, int32_t threads) {
+    return dgq::guarded([&] { dgq::convolve(*layer, x, batch, height, width, dtype, residual, y, threads); });
+}
+
+int32_t dgq_attention(const dgq::Attention* attention, int32_t threads) {
+    return dgq::guarded([&] { dgq::attend(*attention, threads); });
+}
+}  // extern "C"
+#pragma GCC visibility pop

@@ -1,0 +1,126 @@
+// Shared declarations of the CPU engine. Plain C ABI outside, no dependency on torch.
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace dgq {
+
+// Rows of a product computed at once, and columns a packed block holds.
+constexpr int TILE_ROWS = 32;
+constexpr int BLOCK_COLS = 16;
+constexpr int TILE_COLS = 2 * BLOCK_COLS;
+constexpr int K_BLOCK = 64;  // bytes of K in a cache line, and in an AMX tile row
+
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX_VNNI = 2, AVX512_VNNI = 3, AMX = 4, ISA_COUNT = 5 };
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+// An odd number of cache lines, so that the rows of a tile do not fall into one set of the first-level cache.
+inline int64_t row_stride(int64_t k) { return (ceil_div(k, K_BLOCK) | 1) * K_BLOCK; }
+
+// Codes of one row or sample: x ~ scale * (code - zero).
+struct Range {
+    float low = 0.0f, high = 0.0f;  // always holds 0
+};
+struct Codes {
+    float scale, inverse;
+    int32_t zero, top;
+};
+
+// What differs between instruction sets. Every implementation gives the same bits.
+struct Kernels {
+    // Widen `range` by n values times inv_divisor (or 1 where null).
+    void (*range)(const void* x, int dtype, int64_t n, const float* inv_divisor, Range& range);
+    // n codes of values times inv_divisor.
+    void (*quantize)(const void* x, int dtype, int64_t n, const float* inv_divisor, const Codes& codes, uint8_t* out);
+    // out[0..n) = (sum - zero * column_sum) * (scale * weight_scale) + bias + residual; bias, residual may be null.
+    void (*epilogue)(
+        const int32_t* sum, int64_t n, float scale, int32_t zero, const float* weight_scale,
+        const int32_t* column_sum, const float* bias, const void* residual, void* out, int dtype);
+    // Largest of products[i] - offset[i] over n keys, which are written back.
+    int32_t (*centre)(int32_t* products, const int32_t* offset, int64_t n);
+    // Byte probabilities of a row of logits; returns their sum.
+    int64_t (*probabilities)(
+        const int32_t* logits, int64_t n, int32_t largest, float step, int bits, int fraction_bits,
+        const float* table, uint8_t* out);
+    // int32 sums (rows x cols) of u8 A (row stride lda) and s8 blocks of 16 columns packed as [k / 4][16][4], the
+    // second block b_stride bytes after the first; cols is 16 or 32, rows 1 to 32. Rows up to the next 32 are
+    // readable, and the result has room for 32 rows.
+    void (*tile)(
+        const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t b_stride, int64_t k, int rows, int cols,
+        int32_t* c, ptrdiff_t ldc);
+    void (*thread_begin)();
+    void (*thread_end)();
+};
+
+extern const Kernels* kernels;
+
+// Memory that grows and is kept, aligned to cache lines.
+class Scratch {
+  public:
+    ~Scratch() { std::free(data_); }
+    template <class T> T* get(int64_t count) {
+        const size_t bytes = round_up(count * sizeof(T) + 256, 4096);
+        if (bytes > size_) {
+            std::free(data_);
+            data_ = std::aligned_alloc(4096, bytes);
+            size_ = data_ ? bytes : 0;
+            if (!data_) throw std::bad_alloc();
+        }
+        return static_cast<T*>(data_);
+    }
+
+  private:
+    void* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// Runs task(0..count) on the threads of the OpenMP runtime that the host process already uses.
+using ParallelRegion = void (*)(void (*)(void*), void*, unsigned, unsigned);
+extern ParallelRegion parallel_region;
+
+template <class Task> void parallel(int threads, int64_t count, const Task& task) {
+    struct Shared {
+        const Task* task;
+        std::atomic<int64_t> next;
+        std::atomic<bool> failed;
+        int64_t count;
+    } shared{&task, {0}, {false}, count};
+    auto body = [](void* argument) {
+        auto& job = *static_cast<Shared*>(argument);
+        kernels->thread_begin();
+        try {
+            for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) (*job.task)(i);
+        } catch (const std::bad_alloc&) {
+            job.failed = true;
+        }
+        kernels->thread_end();
+    };
+    if (threads > count) threads = static_cast<int>(count);
+    if (threads <= 1 || !parallel_region)
+        body(&shared);
+    else
+        parallel_region(body, &shared, static_cast<unsigned>(threads), 0);
+    if (shared.failed) throw std::bad_alloc();
+}
+
+// Scale and zero point of a range (docs/method.md, "integer recipe", item 1).
+inline Codes codes_of(const Range& range, int bits) {
+    Codes codes;
+    codes.top = (1 << bits) - 1;
+    codes.scale = (range.high - range.low) / static_cast<float>(codes.top);
+    if (!(codes.scale > 1e-30f)) codes.scale = 1.0f;
+    codes.inverse = 1.0f / codes.scale;
+    codes.zero = static_cast<int32_t>(__builtin_rintf(-range.low * codes.inverse));
+    return codes;
+}
+
+// The packed weight of a product: ceil(n / 16) blocks of [round_up(k, 64) / 4][16][4] bytes.
+inline int64_t block_bytes(int64_t k) { return round_up(k, K_BLOCK) * BLOCK_COLS; }
+
+}  // namespace dgq

@@ -1,0 +1,209 @@
+"""The CPU engine: every instruction set gives the bits of the references."""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dgq_kernels import native
+from dgq_kernels.conv2d import reference as conv2d_reference
+from dgq_kernels.linear import reference as linear_reference
+from dgq_kernels.log_attention import cpu as attention_cpu
+from dgq_kernels.log_attention import reference as attention_reference
+from dgq_kernels.quantize_activation import reference as quantize_reference
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=f"no CPU engine: {native.describe()}")
+
+
+@pytest.fixture(params=native.ISAS)
+def isa(request):
+    if request.param not in native.supported():
+        pytest.skip(f"this CPU has no {request.param}")
+    before = native.use(request.param)
+    yield request.param
+    native.use(before)
+
+
+def weights(n, k, g, extreme=False):
+    weight = torch.randint(-128, 128, (n, k), generator=g).to(torch.int8)
+    if extreme:
+        weight = torch.where(torch.rand(n, k, generator=g) < 0.5, -128, 127).to(torch.int8)
+        weight[0] = 127
+    return weight, torch.rand(n, generator=g) + 0.1, weight.sum(1, dtype=torch.int32), torch.randn(n, generator=g)
+
+
+def check_linear(m, k, n, bits, dtype, divide, extreme=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    weight, scale, sums, bias = weights(n, k, g, extreme)
+    x = torch.randn(m, k, generator=g)
+    if extreme:
+        x[0], x[-1] = 1.0, -1.0  # every code at an end of its range
+        x[m // 2] = 0.0
+    x = x.to(dtype)
+    divisor = torch.rand(k, generator=g) + 0.5 if divide else None
+    codes, row_scale, zero = quantize_reference.quantize_rows(x, bits, divisor)
+    layer = native.Layer(weight, scale, sums, bias, divisor, bits)
+    expected = linear_reference.linear_int8(codes, row_scale, zero, weight, scale, sums, bias, dtype, [k])
+    assert torch.equal(layer.linear(x), expected)
+    residual = torch.randn(m, n, generator=g).to(dtype)
+    exact = linear_reference.linear_int8(codes, row_scale, zero, weight, scale, sums, bias, torch.float32, [k])
+    assert torch.equal(layer.linear(x, residual), (exact + residual.float()).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 5), (6, 42, 123), (33, 431, 17), (77, 768, 320), (130, 2880, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_equals_the_reference(isa, shape, dtype):
+    check_linear(*shape, 8, dtype, divide=shape[0] == 33)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+def test_linear_at_the_ends_of_the_ranges(isa, bits):
+    check_linear(35, 200, 50, bits, torch.float32, divide=False, extreme=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 80), st.integers(1, 300), st.integers(1, 70), st.integers(2, 8), st.booleans(), st.integers(0, 2**30)
+)
+def test_linear_of_any_shape(m, k, n, bits, divide, seed):
+    check_linear(m, k, n, bits, torch.float32, divide, seed=seed)
+
+
+def test_linear_takes_strided_rows_and_half_precision():
+    g = torch.Generator().manual_seed(0)
+    weight, scale, sums, bias = weights(20, 64, g)
+    layer = native.Layer(weight, scale, sums, bias, None, 8)
+    wide = torch.randn(5, 3, 100, generator=g)
+    assert torch.equal(layer.linear(wide[..., 10:74]), layer.linear(wide[..., 10:74].contiguous()))
+    turned = torch.randn(64, 9, generator=g)
+    assert torch.equal(layer.linear(turned.t()), layer.linear(turned.t().contiguous()))
+    half = turned.t().half()
+    assert torch.equal(layer.linear(half), layer.linear(half.float()).half())
+    assert layer.linear(turned.new_empty(0, 64)).shape == (0, 20)
+
+
+def test_every_number_of_threads_gives_the_same(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    weight, scale, sums, bias = weights(96, 100, g)
+    layer = native.Layer(weight, scale, sums, bias, None, 8)
+    x = torch.randn(70, 100, generator=g)
+    results = []
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        results.append(layer.linear(x))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_two_callers_at_once():
+    g = torch.Generator().manual_seed(0)
+    weight, scale, sums, bias = weights(64, 300, g)
+    layer = native.Layer(weight, scale, sums, bias, None, 8)
+    inputs = [torch.randn(40, 300, generator=g) for _ in range(4)]
+    expected = [layer.linear(x) for x in inputs]
+    wrong = []
+
+    def call(i):
+        for _ in range(50):
+            if not torch.equal(layer.linear(inputs[i]), expected[i]):
+                wrong.append(i)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "sizes, kernel, stride, padding",
+    [
+        ((2, 32, 8, 8, 48), 3, 1, 1), ((1, 5, 7, 9, 3), 3, 2, 1), ((3, 160, 4, 5, 33), 3, 1, 1),
+        ((2, 20, 9, 6, 40), 5, 1, 2), ((1, 64, 6, 6, 16), 3, 2, 0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conv2d_equals_the_reference(isa, sizes, kernel, stride, padding, dtype):
+    batch, channels, height, width, n = sizes
+    g = torch.Generator().manual_seed(0)
+    weight, scale, sums, bias = weights(n, kernel**2 * channels, g)
+    x = torch.randn(batch, channels, height, width, generator=g).to(dtype)
+    divisor = torch.rand(channels, generator=g) + 0.5 if channels % 32 else None
+    codes, sample_scale, zero = quantize_reference.quantize_samples(x, 8, divisor, padding)
+    four_d = weight.view(n, kernel, kernel, channels).permute(0, 3, 1, 2)
+    args = (codes, sample_scale, zero, four_d, scale, sums, bias, stride)
+    layer = native.Layer(weight, scale, sums, bias, divisor, 8, kernel, stride, padding)
+    got = layer.conv2d(x)
+    assert torch.equal(got, conv2d_reference.conv2d(*args, dtype, [channels]))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    residual = torch.randn(got.shape, generator=g).to(dtype)
+    exact = conv2d_reference.conv2d(*args, torch.float32, [channels])
+    assert torch.equal(layer.conv2d(x, residual), (exact + residual.float()).to(dtype))
+
+
+def heads(g, batch, heads, tokens, width, dtype=torch.float32):
+    return torch.randn(batch, tokens, heads, width, generator=g).to(dtype).transpose(1, 2)
+
+
+def sqnr(got, expected):
+    noise = (got.double() - expected.double()).square().sum()
+    return 10 * math.log10(float(expected.double().square().sum() / noise.clamp(min=1e-30)))
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 64, 64, 32, False), (2, 3, 33, 77, 40, True), (1, 2, 50, 131, 160, False), (1, 1, 5, 2, 16, True)]
+)
+@pytest.mark.parametrize("bits, fraction_bits", [(8, 4), (6, 3), (8, 5), (4, 0), (8, 0)])
+def test_attention_equals_the_reference(isa, shape, bits, fraction_bits):
+    """The mean of the keys is summed in another order, which may move single codes: hence not bit for bit."""
+    batch, count, rows, keys, width, start = shape
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (heads(g, batch, count, tokens, width) * factor for tokens, factor in ((rows, 2), (keys, 2), (keys, 1)))
+    args = (bits, fraction_bits, start, 8, 8)
+    got = native.attention(q, k, v, width**-0.5 * attention_cpu.LOG2_E, *args)
+    expected = attention_reference.log_attention(q, k, v, width**-0.5, *args)
+    assert got.shape == expected.shape
+    assert sqnr(got, expected) > 60
+
+
+def test_attention_is_exact_where_the_operands_are(isa):
+    """Keys and values that are their own codes, with mean zero: the integers must be the reference's."""
+    g = torch.Generator().manual_seed(0)
+    half = torch.randint(-127, 128, (1, 2, 20, 24), generator=g).float()
+    k = torch.cat((half, -half), dim=2)
+    k[0, :, 0, 0], k[0, :, 20, 0] = 127, -127
+    v = torch.randint(-127, 128, (1, 2, 40, 24), generator=g).float()
+    v[:, :, 3] = 127
+    q = torch.randint(-127, 128, (1, 2, 37, 24), generator=g).float()
+    q[..., 5] = 127
+    got = native.attention(q, k, v, 2.0**-14, 8, 4, False, 8, 8)
+    expected = attention_reference.log_attention(q, k, v, 2.0**-14 / attention_cpu.LOG2_E, 8, 4, False, 8, 8)
+    torch.testing.assert_close(got, expected, rtol=3e-7, atol=0)
+
+
+def test_the_engine_equals_attention_carried_by_floats():
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (heads(g, 2, 2, tokens, 40, torch.bfloat16) for tokens in (30, 50, 50))
+    args = (8, 4, True, 8, 8)
+    got = native.attention(q, k, v, 40**-0.5 * attention_cpu.LOG2_E, *args)
+    assert got.dtype == torch.bfloat16
+    assert sqnr(got, attention_cpu.carried_by_floats(q, k, v, 40**-0.5, *args)) > 45  # bfloat16 outputs
+
+
+@pytest.mark.parametrize("wish", ["off", "portable", "no-such-cpu"])
+def test_the_environment_chooses(wish):
+    code = "from dgq_kernels import native; print(native.available(), native.describe())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "DGQ_CPU_ENGINE": wish}, capture_output=True, text=True
+    )
+    expected = {"off": "False switched off by DGQ_CPU_ENGINE", "portable": "True portable"}
+    if wish in expected:
+        assert done.stdout.strip() == expected[wish]
+    else:
+        assert "DGQ_CPU_ENGINE=no-such-cpu is not one of off, portable" in done.stderr
