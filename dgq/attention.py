@@ -83,7 +83,8 @@ class LogAttnProcessor:
             hidden_states = hidden_states.transpose(1, 2).reshape(shape)
         if module.residual_connection:
             hidden_states = hidden_states + residual
-        return hidden_states / module.rescale_output_factor
+        # a division by 1 would still be a pass over memory
+        return hidden_states if module.rescale_output_factor == 1 else hidden_states / module.rescale_output_factor
 
 
 def use_log_attention(unet: Any, plan: AttentionPlan) -> None:

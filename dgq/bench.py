@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dgq_kernels import backend
 
-from . import embedded
+from . import architectures, embedded
 from .attention import AttentionPlan, use_log_attention
 from .calibration import Progress, plan_layers, record_inputs, silent
 from .checkpoint import Header, read_header, read_json, unet_bytes, write_checkpoint
@@ -40,7 +40,7 @@ from .layers import IntegerLayer, replace_module
 from .pipelines import default_device, load, resolve
 from .prompts import evaluation_prompts
 from .quantizers.channels import no_groups, to_matrix
-from .quantizers.weights import nearest, quantize_weight
+from .quantizers.weights import SUBSCALE_MAX, IntegerWeight, nearest, quantize_weight
 from .recipe import LayerPlan, Recipe
 from .version import __version__
 
@@ -343,7 +343,30 @@ def _synthetic_call(folder: Path, unet: nn.Module, device: torch.device) -> dict
     }
 
 
-def quantize_nearest(unet: nn.Module, recipe: Recipe, progress: Progress = silent) -> Header:
+def searched_weight(matrix: Tensor, plan: LayerPlan) -> IntegerWeight:
+    """A weight rounded to nearest on the best grid of the range search: what calibration does at least."""
+    ones = torch.ones(plan.reduction)
+    return quantize_weight(matrix, plan.wbits, plan.weight_group, ones, nearest(ones))
+
+
+def absmax_weight(matrix: Tensor, plan: LayerPlan) -> IntegerWeight:
+    """A weight (N, K) rounded to nearest on a grid that spans its range: no search, seconds for a thousand million."""
+    largest = matrix.abs().amax(1).clamp(min=1e-12)
+    if plan.wbits == 8:
+        scale = largest / 127
+        return IntegerWeight((matrix / scale[:, None]).round_().to(torch.int8), scale)
+    group, k = plan.weight_group, matrix.shape[1]
+    groups = nn.functional.pad(matrix, (0, -k % group)).unflatten(1, (-1, group))
+    scale = largest / (7.5 * SUBSCALE_MAX)
+    subscales = (groups.abs().amax(2) / (7.5 * scale[:, None])).ceil_().clamp_(1, SUBSCALE_MAX)
+    codes = (groups / (subscales * scale[:, None])[:, :, None]).round_().clamp_(-8, 7).flatten(1)[:, :k]
+    return IntegerWeight(codes.to(torch.int8), scale, subscales.to(torch.uint8), group)
+
+
+def quantize_nearest(
+    unet: nn.Module, recipe: Recipe, progress: Progress = silent,
+    rounded: Callable[[Tensor, LayerPlan], IntegerWeight] = searched_weight,
+) -> Header:  # fmt: skip
     """Quantize a float UNet in place without calibration: nearest rounding, channels as they are.
 
     Returns:
@@ -351,9 +374,7 @@ def quantize_nearest(unet: nn.Module, recipe: Recipe, progress: Progress = silen
     """
     layers, _ = plan_layers(unet, recipe)
     for i, layer in enumerate(layers):
-        matrix = to_matrix(layer.weight.cpu())
-        ones = torch.ones(layer.plan.reduction)
-        weight = quantize_weight(matrix, layer.plan.wbits, layer.plan.weight_group, ones, nearest(ones))
+        weight = rounded(to_matrix(layer.weight.cpu()), layer.plan)
         groups = no_groups(layer.plan.in_features)
         bias = None if layer.module.bias is None else layer.module.bias.cpu()
         device = layer.module.weight.device
@@ -468,6 +489,64 @@ def bench_step(
     if device.type == "cpu" and "avx2" in flags and not {"avx512_bf16", "amx_bf16"} & set(flags):
         notes.append("this CPU has no bfloat16 instructions: bfloat16 is emulated")
     return rows, [*notes, *verdicts(rows, device)]
+
+
+@torch.no_grad()
+def bench_architecture(
+    name: str, bits: Sequence[int], repeats: int, device: torch.device, progress: Progress = silent
+) -> tuple[list[Row], list[str]]:
+    """Time whole UNet calls of a well-known architecture with random weights, at 512 pixels.
+
+    Args:
+        name: of `architectures.ARCHITECTURES`.
+        bits: weight bits of the quantized systems.
+        repeats: timed calls of each system.
+        device: where to run.
+
+    Returns:
+        The rows and what to know about them.
+
+    Raises:
+        DgqError: no such architecture, or too little memory for the systems side by side.
+    """
+    parameters = architectures.architecture(name).parameters
+    # float32, half precision, and for each quantized system what is stored and what the engine keeps
+    needed = parameters * (4 + 2 + sum(width / 8 + 1 for width in bits)) + 2 * 2**30
+    available = _available_memory() if device.type == "cpu" else None
+    if available is not None and needed > available:
+        advice = "give --bits 4 or 8 to compare one" if len(bits) > 1 else "run it on a larger machine"
+        raise DgqError(f"{name} takes {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are free", advice)
+    half = half_dtype(device)
+    base = architectures.fill(architectures.skeleton(name), device)
+    lower = nn.Module.to(copy.deepcopy(base), half)
+    unets = {"float32": base, f"{_name(half)} channels-last": lower.to(memory_format=torch.channels_last)}  # type: ignore[call-overload]
+    for wbits in bits:
+        # layer by layer from the float model: no second float32 copy exists
+        quantized = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+        quantize_nearest(quantized, Recipe(wbits=wbits, rounding="nearest", channels="none"), progress, absmax_weight)
+        for parameter_name, parameter in list(quantized.named_parameters()):
+            module, _, leaf = parameter_name.rpartition(".")
+            copied = nn.Parameter(parameter.to(half), requires_grad=False)
+            setattr(quantized.get_submodule(module), leaf, copied)
+        unets[f"dgq W{wbits}A8"] = quantized
+    dtypes = {system: torch.float32 if system == "float32" else half for system in unets}
+    disk = {system: _stored_bytes(unet) for system, unet in unets.items() if system.startswith("dgq")}
+    notes = [
+        f"{name} has random weights: speed and memory are the model's, errors are not",
+        f"the dgq systems take and return {_name(half)} activations",
+    ]
+    systems = _Systems(unets, dtypes, disk, True)
+    calls = [architectures.call(name, torch.float32, device)]
+    rows = _measure(systems, calls, "", repeats, device, notes, progress)
+    rows = [dataclasses.replace(row, case=f"{name} step") for row in rows]
+    return rows, [*notes, *verdicts(rows, device)]
+
+
+def _available_memory() -> int | None:
+    """Bytes a process may still take, where the system tells."""
+    status = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", status.read_text(), re.MULTILINE) if status.is_file() else None
+    return None if found is None else int(found[1]) * 1024
 
 
 def _plans(unet: nn.Module) -> dict[str, LayerPlan]:
@@ -644,16 +723,17 @@ def kernel_verdicts(rows: Sequence[Row], device: torch.device) -> list[str]:
 
 
 def bench(
-    model: str | os.PathLike[str] | None = None, *, what: str = "all", bits: int | None = None, repeats: int = 20,
-    large: bool = False, memory: bool = False, threads: int | None = None, device: str | None = None,
-    progress: Progress = silent,
+    model: str | os.PathLike[str] | None = None, *, arch: str | None = None, what: str = "all",
+    bits: int | None = None, repeats: int = 20, large: bool = False, memory: bool = False, threads: int | None = None,
+    device: str | None = None, progress: Progress = silent,
 ) -> Report:  # fmt: skip
     """Measure a model on this machine.
 
     Args:
         model: checkpoint, float model (quantized on the fly), or None for the embedded model.
+        arch: instead of a model, the step of a well-known architecture with random weights.
         what: "kernels", "step" or "all".
-        bits: weight bits; default both for kernels, 4 for the step of a float model.
+        bits: weight bits; default both for kernels and architectures, 4 for the step of a float model.
         repeats: timed calls of each system.
         large: kernels at Stable Diffusion's shapes too.
         memory: also each system's peak memory, in processes of their own.
@@ -670,8 +750,10 @@ def bench(
         raise DgqError(f"bits {bits} is not one of 4, 8")
     if repeats < 1 or (threads is not None and not 1 <= threads <= 1024):
         raise DgqError(f"repeats {repeats} or threads {threads} is out of range")
+    if arch is not None and (model is not None or memory or what == "kernels"):
+        raise DgqError("an architecture has only a step to time", "leave out --model, --memory and --what kernels")
     folder = resolve(model)
-    header = read_header(folder)
+    header = None if arch is not None else read_header(folder)
     if header is not None and bits is not None and what != "kernels":
         raise DgqError(f"{folder}: is {header.recipe.label} already", "--bits is for float models; leave it out")
     place = default_device() if device is None else torch.device(device)
@@ -681,11 +763,13 @@ def bench(
     try:
         rows: list[Row] = []
         notes: list[str] = []
-        if what != "step":
+        if arch is not None:
+            rows, notes = bench_architecture(arch, (8, 4) if bits is None else (bits,), repeats, place, progress)
+        if what != "step" and arch is None:
             cases = model_cases(folder) + (large_cases() if large else [])
             rows += bench_kernels(cases, (8, 4) if bits is None else (bits,), repeats, place, progress)
             notes += kernel_verdicts(rows, place)
-        if what != "kernels":
+        if what != "kernels" and arch is None:
             steps, more = bench_step(folder, bits, repeats, memory, place, progress)
             rows += steps
             notes += more
@@ -694,7 +778,7 @@ def bench(
         torch.set_num_threads(before)
     # a folder's name without its path: results are meant to be shown around
     local = folder == embedded.FOLDER or Path(str(model)).is_dir()
-    name = folder.name if local else str(model)
+    name = arch or (folder.name if local else str(model))
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Report({**facts, "date": date, "model": name}, rows, notes)
 

@@ -19,6 +19,9 @@ COLUMNS = ("p20 ms", "p50 ms", "p80 ms", "x float32")
 
 def command(
     model: ModelOption = None,
+    arch: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead: sd-v1.4 or sdxl-turbo with random weights, at 512 px.")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="Weight bits, 4 or 8, where the model is a float model.")] = None,
     what: Annotated[str, typer.Option(help="kernels (single layers), step (whole UNet calls) or all.")] = "all",
     shapes: Annotated[str, typer.Option(help="Layers of the model, or also large ones of Stable Diffusion.")] = "model",
@@ -37,8 +40,8 @@ def command(
 
     with StageProgress(STAGES) as progress:
         report = bench(
-            model, what=what, bits=bits, repeats=repeats, large=shapes == "large", memory=memory, threads=threads,
-            device=device, progress=progress,
+            model, arch=arch, what=what, bits=bits, repeats=repeats, large=shapes == "large", memory=memory,
+            threads=threads, device=device, progress=progress,
         )  # fmt: skip
     if csv is not None:
         report.append_csv(csv)

@@ -17,6 +17,44 @@ namespace dgq {
 const Kernels* kernels = nullptr;
 ParallelRegion parallel_region = nullptr;
 
+// Packs one block of 16 columns: rows [16 block, 16 block + 16) of a row-major matrix (n, k).
+static void pack_rows(const int8_t* matrix, int64_t n, int64_t k, int64_t block, int8_t* out) {
+    std::memset(out, 0, block_bytes(k));
+    for (int64_t col = 0; col < BLOCK_COLS && block * BLOCK_COLS + col < n; ++col) {
+        const int8_t* row = matrix + (block * BLOCK_COLS + col) * k;
+        int64_t i = 0;
+        for (; i + 4 <= k; i += 4) std::memcpy(out + i * BLOCK_COLS + 4 * col, row + i, 4);
+        for (; i < k; ++i) out[i / 4 * 4 * BLOCK_COLS + 4 * col + i % 4] = row[i];
+    }
+}
+
+// The same for columns [16 block, 16 block + 16) of a row-major matrix (k, n).
+static void pack_columns(const int8_t* matrix, int64_t n, int64_t k, int64_t block, int8_t* out) {
+    std::memset(out, 0, block_bytes(k));
+    const int64_t first = block * BLOCK_COLS, cols = n - first < BLOCK_COLS ? n - first : BLOCK_COLS;
+    for (int64_t i = 0; i < k; ++i) {
+        int8_t* quad = out + i / 4 * 4 * BLOCK_COLS + i % 4;
+        const int8_t* row = matrix + i * n + first;
+        for (int64_t col = 0; col < cols; ++col) quad[4 * col] = row[col];
+    }
+}
+
+static void read_row(const void* x, int64_t offset, int64_t n, int dtype, float* out) {
+    if (dtype == FLOAT32) {
+        std::memcpy(out, static_cast<const float*>(x) + offset, 4 * n);
+        return;
+    }
+    const uint16_t* in = static_cast<const uint16_t*>(x) + offset;
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(in[i]) << 16;
+        std::memcpy(out + i, &bits, 4);
+    }
+}
+
+static float symmetric_scale(float largest, int top) {
+    return largest > 1e-30f ? largest / static_cast<float>(top) : 1.0f;
+}
+
 #include "tiles.inc"
 
 #define LEVEL 0
@@ -46,8 +84,8 @@ namespace vector512 {
 static void nothing() {}
 
 #define DGQ_KERNELS(ELEMENTWISE, TILES, BEGIN, END)                                                            \
-    {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::epilogue, ELEMENTWISE::centre,                    \
-     ELEMENTWISE::probabilities, TILES::tile, BEGIN, END}
+    {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::epilogue, ELEMENTWISE::largest_of,                \
+     ELEMENTWISE::probabilities, ELEMENTWISE::prepare_head, TILES::tile, BEGIN, END}
 
 static const Kernels all_kernels[ISA_COUNT] = {
     DGQ_KERNELS(plain, portable, nothing, nothing),
@@ -249,132 +287,6 @@ static void convolve(
     });
 }
 
-// Packs one block of 16 columns: rows [16 block, 16 block + 16) of a row-major matrix (n, k).
-static void pack_rows(const int8_t* matrix, int64_t n, int64_t k, int64_t block, int8_t* out) {
-    std::memset(out, 0, block_bytes(k));
-    for (int64_t col = 0; col < BLOCK_COLS && block * BLOCK_COLS + col < n; ++col) {
-        const int8_t* row = matrix + (block * BLOCK_COLS + col) * k;
-        int64_t i = 0;
-        for (; i + 4 <= k; i += 4) std::memcpy(out + i * BLOCK_COLS + 4 * col, row + i, 4);
-        for (; i < k; ++i) out[i / 4 * 4 * BLOCK_COLS + 4 * col + i % 4] = row[i];
-    }
-}
-
-// The same for columns [16 block, 16 block + 16) of a row-major matrix (k, n).
-static void pack_columns(const int8_t* matrix, int64_t n, int64_t k, int64_t block, int8_t* out) {
-    std::memset(out, 0, block_bytes(k));
-    const int64_t first = block * BLOCK_COLS, cols = n - first < BLOCK_COLS ? n - first : BLOCK_COLS;
-    for (int64_t i = 0; i < k; ++i) {
-        int8_t* quad = out + i / 4 * 4 * BLOCK_COLS + i % 4;
-        const int8_t* row = matrix + i * n + first;
-        for (int64_t col = 0; col < cols; ++col) quad[4 * col] = row[col];
-    }
-}
-
-struct Attention {
-    const void *q, *k, *v;        // element (b, h, t, i) at b * batch + h * head + t * token + i
-    void* out;                    // (batch, rows, heads, width), contiguous
-    int64_t q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token;
-    int64_t batch, heads, rows, keys, width;  // keys include the start key
-    float logit_scale;            // scale * log2(e)
-    int32_t bits, fraction_bits, start_token, qk_bits, v_bits, dtype;
-};
-
-static float at(const void* x, int64_t i, int dtype) {
-    return dtype == FLOAT32 ? static_cast<const float*>(x)[i] : plain::widen(static_cast<const uint16_t*>(x)[i]);
-}
-
-static void read_row(const void* x, int64_t offset, int64_t n, int dtype, float* out) {
-    if (dtype == FLOAT32)
-        std::memcpy(out, static_cast<const float*>(x) + offset, 4 * n);
-    else
-        for (int64_t i = 0; i < n; ++i) out[i] = at(x, offset + i, dtype);
-}
-
-static float symmetric_scale(float largest, int bits) {
-    return largest > 1e-30f ? largest / static_cast<float>((1 << (bits - 1)) - 1) : 1.0f;
-}
-
-static int32_t symmetric_code(float x, float inverse, int top) {
-    const float code = __builtin_rintf(x * inverse);
-    return static_cast<int32_t>(code < -top ? -top : code > top ? top : code);
-}
-
-// What one head's products are made of.
-struct Head {
-    float k_scale;
-    float* start_k;       // (width,), minus the mean of the other keys
-    float* start_v;       // (width,)
-    float* v_scale;       // (width,)
-    int8_t* packed_k;     // keys as columns
-    int8_t* packed_v;     // channels as columns
-    int32_t* offset;      // 128 * sum of a key's codes: queries are stored as code + 128
-};
-
-// Codes of k (per head, minus its mean) and v (per head and channel), packed. See Kernels and log_attention/reference.py.
-static void prepare_head(const Attention& a, int64_t b, int64_t h, const Head& head, float* k_scale) {
-    const int64_t width = a.width, first = a.start_token, count = a.keys - first;
-    const int64_t k_base = b * a.k_batch + h * a.k_head, v_base = b * a.v_batch + h * a.v_head;
-    static thread_local Scratch scratch;
-    float* values = scratch.get<float>(count * width + 4 * width);
-    float *mean = values + count * width, *largest = mean + width;
-    auto* codes = reinterpret_cast<int8_t*>(values);  // codes overwrite the values they come from
-    std::vector<double> sum(width, 0.0);
-    for (int64_t t = 0; t < count; ++t) {
-        float* row = values + t * width;
-        read_row(a.k, k_base + (first + t) * a.k_token, width, a.dtype, row);
-        for (int64_t i = 0; i < width; ++i) sum[i] += row[i];
-    }
-    for (int64_t i = 0; i < width; ++i) mean[i] = static_cast<float>(sum[i] / static_cast<double>(count));
-    float high = 0.0f;
-    for (int64_t t = 0; t < count; ++t)
-        for (int64_t i = 0; i < width; ++i) {
-            float& x = values[t * width + i];
-            x -= mean[i];
-            const float size = std::fabs(x);
-            high = size > high ? size : high;
-        }
-    *k_scale = symmetric_scale(high, a.qk_bits);
-    float inverse = 1.0f / *k_scale;
-    int top = (1 << (a.qk_bits - 1)) - 1;
-    for (int64_t t = 0; t < count; ++t) {
-        int32_t total = 0;
-        for (int64_t i = 0; i < width; ++i) {
-            const int32_t code = symmetric_code(values[t * width + i], inverse, top);
-            codes[t * width + i] = static_cast<int8_t>(code);
-            total += code;
-        }
-        head.offset[t] = 128 * total;
-    }
-    for (int64_t block = 0; block < round_up(count, TILE_COLS) / BLOCK_COLS; ++block)
-        pack_rows(codes, count, width, block, head.packed_k + block * block_bytes(width));
-    if (first) {
-        read_row(a.k, k_base, width, a.dtype, head.start_k);
-        for (int64_t i = 0; i < width; ++i) head.start_k[i] -= mean[i];
-        read_row(a.v, v_base, width, a.dtype, head.start_v);
-    }
-
-    for (int64_t i = 0; i < width; ++i) largest[i] = 0.0f;
-    for (int64_t t = 0; t < count; ++t) {
-        float* row = values + t * width;
-        read_row(a.v, v_base + (first + t) * a.v_token, width, a.dtype, row);
-        for (int64_t i = 0; i < width; ++i) {
-            const float size = std::fabs(row[i]);
-            largest[i] = size > largest[i] ? size : largest[i];
-        }
-    }
-    top = (1 << (a.v_bits - 1)) - 1;
-    for (int64_t i = 0; i < width; ++i) {
-        head.v_scale[i] = symmetric_scale(largest[i], a.v_bits);
-        mean[i] = 1.0f / head.v_scale[i];
-    }
-    for (int64_t t = 0; t < count; ++t)
-        for (int64_t i = 0; i < width; ++i)
-            codes[t * width + i] = static_cast<int8_t>(symmetric_code(values[t * width + i], mean[i], top));
-    for (int64_t block = 0; block < round_up(width, TILE_COLS) / BLOCK_COLS; ++block)
-        pack_columns(codes, width, count, block, head.packed_v + block * block_bytes(count));
-}
-
 static void attend(const Attention& a, int threads) {
     const int64_t width = a.width, count = a.keys - a.start_token, heads = a.batch * a.heads;
     const int64_t k_bytes = round_up(count, TILE_COLS) / BLOCK_COLS * block_bytes(width);
@@ -393,9 +305,7 @@ static void attend(const Attention& a, int threads) {
         all[i].start_k = all[i].v_scale + width;
         all[i].start_v = all[i].start_k + width;
     }
-    parallel(threads, heads, [&](int64_t i) {
-        prepare_head(a, i / a.heads, i % a.heads, all[i], &all[i].k_scale);
-    });
+    parallel(threads, heads, [&](int64_t i) { kernels->prepare_head(a, i / a.heads, i % a.heads, all[i]); });
 
     float table[32];
     for (int i = 0; i < 32; ++i)
@@ -420,8 +330,8 @@ static void attend(const Attention& a, int threads) {
             read_row(a.q, b * a.q_batch + h * a.q_head + (start + row) * a.q_token, width, a.dtype, q);
             Range range;
             kernels->range(q, FLOAT32, width, nullptr, range);
-            q_scale[row] = symmetric_scale(range.high > -range.low ? range.high : -range.low, a.qk_bits);
             const int top = (1 << (a.qk_bits - 1)) - 1;
+            q_scale[row] = symmetric_scale(range.high > -range.low ? range.high : -range.low, top);
             // the same codes, moved by 128 into a byte
             const Codes shifted{q_scale[row], 1.0f / q_scale[row], 128, 128 + top};
             kernels->quantize(q, FLOAT32, width, nullptr, shifted, codes + row * q_stride);
@@ -436,10 +346,10 @@ static void attend(const Attention& a, int threads) {
         int64_t total[TILE_ROWS];
         const float key_step = head.k_scale * (a.logit_scale * static_cast<float>(1 << a.fraction_bits));
         for (int row = 0; row < rows; ++row) {
-            int32_t* line = logits + row * logit_stride;
-            largest[row] = kernels->centre(line, head.offset, count);
+            const int32_t* line = logits + row * logit_stride;
+            largest[row] = kernels->largest(line, head.offset, count);
             total[row] = kernels->probabilities(
-                line, count, largest[row], q_scale[row] * key_step, a.bits, a.fraction_bits, table, p + row * p_stride);
+                line, head.offset, count, largest[row], q_scale[row] * key_step, a.bits, a.fraction_bits, table, p + row * p_stride);
             std::memset(p + row * p_stride + count, 0, round_up(count, K_BLOCK) - count);
         }
         for (int64_t channel = 0; channel < width; channel += TILE_COLS)

@@ -32,6 +32,27 @@ struct Codes {
     int32_t zero, top;
 };
 
+// The arguments of log attention (see log_attention/__init__.py).
+struct Attention {
+    const void *q, *k, *v;  // element (b, h, t, i) at b * batch + h * head + t * token + i
+    void* out;              // (batch, rows, heads, width), contiguous
+    int64_t q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token;
+    int64_t batch, heads, rows, keys, width;  // keys include the start key
+    float logit_scale;                        // scale * log2(e)
+    int32_t bits, fraction_bits, start_token, qk_bits, v_bits, dtype;
+};
+
+// What one head's products are made of.
+struct Head {
+    float k_scale;
+    float* start_k;    // (width,), minus the mean of the other keys
+    float* start_v;    // (width,)
+    float* v_scale;    // (width,)
+    int8_t* packed_k;  // keys as columns
+    int8_t* packed_v;  // channels as columns
+    int32_t* offset;   // 128 * sum of a key's codes: queries are stored as code + 128
+};
+
 // What differs between instruction sets. Every implementation gives the same bits.
 struct Kernels {
     // Widen `range` by n values times inv_divisor (or 1 where null).
@@ -42,12 +63,14 @@ struct Kernels {
     void (*epilogue)(
         const int32_t* sum, int64_t n, float scale, int32_t zero, const float* weight_scale,
         const int32_t* column_sum, const float* bias, const void* residual, void* out, int dtype);
-    // Largest of products[i] - offset[i] over n keys, which are written back.
-    int32_t (*centre)(int32_t* products, const int32_t* offset, int64_t n);
-    // Byte probabilities of a row of logits; returns their sum.
+    // Largest of products[i] - offset[i] over n keys.
+    int32_t (*largest)(const int32_t* products, const int32_t* offset, int64_t n);
+    // Byte probabilities of a row of logits products[i] - offset[i]; returns their sum. table[i] is
+    // 255 * 2^(-i / 2^fraction_bits), repeated to 32 entries.
     int64_t (*probabilities)(
-        const int32_t* logits, int64_t n, int32_t largest, float step, int bits, int fraction_bits,
-        const float* table, uint8_t* out);
+        const int32_t* products, const int32_t* offset, int64_t n, int32_t largest, float step, int bits,
+        int fraction_bits, const float* table, uint8_t* out);
+    void (*prepare_head)(const Attention& attention, int64_t batch, int64_t number, Head& head);
     // int32 sums (rows x cols) of u8 A (row stride lda) and s8 blocks of 16 columns packed as [k / 4][16][4], the
     // second block b_stride bytes after the first; cols is 16 or 32, rows 1 to 32. Rows up to the next 32 are
     // readable, and the result has room for 32 rows.
