@@ -231,9 +231,10 @@ def column_sum(integer: Tensor, class_of: Tensor | None = None) -> Tensor:
     Raises:
         DgqError: some output's int32 accumulator could overflow (255 * sum_k 2^class |W'| >= 2^31).
     """
-    wide = integer.to(torch.int64)
+    wide = integer.to(torch.int16)
+    size = wide.abs()
     if class_of is not None:
-        wide = wide << class_of
-    if integer.numel() and int(wide.abs().sum(1).max()) * 255 >= 2**31:
+        wide, size = wide.to(torch.int64) << class_of, size.to(torch.int64) << class_of
+    if integer.numel() and int(size.sum(1, dtype=torch.int64).max()) * 255 >= 2**31:
         raise DgqError(f"a sum over {integer.shape[1]} products could overflow int32", "quantize this layer to 4 bits")
-    return wide.sum(1).to(torch.int32)
+    return wide.sum(1, dtype=torch.int64).to(torch.int32)

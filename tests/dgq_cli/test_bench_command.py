@@ -35,3 +35,10 @@ def test_bad_bits_are_a_usage_error(dgq_command: Run) -> None:
     assert run.returncode == 2
     assert run.stdout == ""
     assert "5 is not one of 4, 8" in run.stderr
+
+
+def test_an_unknown_architecture_is_one_line(dgq_command: Run) -> None:
+    run = dgq_command("bench", "--arch", "sd-v9")
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert "architecture 'sd-v9' is not one of sd-v1.4, sdxl-turbo" in run.stderr
