@@ -19,6 +19,7 @@ class EngineBuildHook(BuildHookInterface):
         try:
             script["build"]()
         except RuntimeError as failure:
+            script["LIBRARY"].unlink(missing_ok=True)  # one left from before may be older than its source
             self.app.display_warning(f"the CPU engine was not built, torch's integer products serve instead: {failure}")
             return
         # the library is tied to the platform, not to a version of Python
