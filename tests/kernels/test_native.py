@@ -147,6 +147,22 @@ def test_conv2d_equals_the_reference(isa, sizes, kernel, stride, padding, dtype)
     assert torch.equal(layer.conv2d(x, residual), (exact + residual.float()).to(dtype))
 
 
+def test_inputs_of_another_shape_are_refused():
+    g = torch.Generator().manual_seed(0)
+    layer = native.Layer(*weights(20, 32, g), None, 8)
+    with pytest.raises(ValueError, match="32 input channels expected"):
+        layer.linear(torch.zeros(2, 64))  # would be four rows of 32
+    conv = native.Layer(*weights(8, 36, g), None, 8, 3, 1, 0)
+    for shape in ((1, 5, 8, 8), (4, 8, 8)):
+        with pytest.raises(ValueError, match="4 input channels expected"):
+            conv.conv2d(torch.zeros(shape))
+    with pytest.raises(ValueError, match="smaller than the kernel"):
+        conv.conv2d(torch.zeros(1, 4, 2, 8))
+    with pytest.raises(ValueError, match="on meta"):
+        layer.linear(torch.zeros(2, 32, device="meta"))
+    assert conv.conv2d(torch.zeros(0, 4, 8, 8)).shape == (0, 8, 6, 6)
+
+
 def heads(g, batch, heads, tokens, width, dtype=torch.float32):
     return torch.randn(batch, tokens, heads, width, generator=g).to(dtype).transpose(1, 2)
 

@@ -188,8 +188,21 @@ class Layer:
         self._address = ctypes.addressof(self._struct)
         self._linear, self._conv2d = library.dgq_linear, library.dgq_conv2d
 
+    @staticmethod
+    def _check_input(x: Tensor, channels: int, expected: int) -> None:
+        """The library trusts the sizes it is given."""
+        if channels != expected:
+            raise ValueError(f"{expected} input channels expected, got an input of {tuple(x.shape)}")
+        if x.device.type != "cpu":
+            raise ValueError(f"the CPU engine cannot read an input on {x.device}")
+
     def linear(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x (..., K) times the weight: (..., N) in x's dtype, plus `residual` (its shape and dtype)."""
+        """x (..., K) times the weight: (..., N) in x's dtype, plus `residual` (shaped alike).
+
+        Raises:
+            ValueError: x has another number of channels, or is not on the CPU.
+        """
+        self._check_input(x, x.shape[-1], self.k)
         dtype = _DTYPES.get(x.dtype)
         if dtype is None:
             return self.linear(x.float(), None if residual is None else residual.float()).to(x.dtype)
@@ -208,7 +221,14 @@ class Layer:
         return y
 
     def conv2d(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W) convolved: (B, N, Ho, Wo), channels-last, in x's dtype, plus `residual` (shaped alike)."""
+        """x (B, C, H, W) convolved: (B, N, Ho, Wo), channels-last, in x's dtype, plus `residual` (shaped alike).
+
+        Raises:
+            ValueError: x is not 4-D, has other channels, is smaller than the kernel, or is not on the CPU.
+        """
+        self._check_input(x, x.shape[1] if x.dim() == 4 else -1, self.k // self.kernel**2)
+        if min(x.shape[2:]) + 2 * self.padding < self.kernel:
+            raise ValueError(f"input {tuple(x.shape)} is smaller than the kernel of {self.kernel}")
         dtype = _DTYPES.get(x.dtype)
         if dtype is None:
             return self.conv2d(x.float(), None if residual is None else residual.float()).to(x.dtype)
@@ -219,6 +239,8 @@ class Layer:
         kept = None
         if residual is not None:
             kept = residual.to(x.dtype).expand(y.shape).contiguous(memory_format=torch.channels_last)
+        if not batch:
+            return y
         _check(
             self._conv2d(
                 self._address, x.data_ptr(), batch, height, width, dtype, None if kept is None else kept.data_ptr(),
