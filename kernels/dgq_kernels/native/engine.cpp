@@ -2,7 +2,6 @@
 #include "engine.h"
 
 #include <cmath>
-#include <new>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -130,8 +129,18 @@ struct Layer {
 };
 
 // Columns and rows of a product that one task works on.
+struct Part {
+    int64_t start, rows, first, last;  // rows [start, start + rows), columns [first, last)
+};
 struct Split {
     int64_t panel_rows, panels, columns, column_parts;
+
+    int64_t parts() const { return panels * column_parts; }
+    Part part(int64_t task, int64_t m, int64_t n) const {
+        const int64_t start = task / column_parts * panel_rows, first = task % column_parts * columns;
+        return {start, m - start < panel_rows ? m - start : panel_rows, first,
+                first + columns < n ? first + columns : n};
+    }
 };
 
 // Panels of A stay in the second-level cache with a block of B; few rows are shared out by columns instead.
@@ -178,11 +187,9 @@ static void linear(
     const Layer& layer, const void* x, int64_t ldx, int64_t m, int dtype, const void* residual, void* y, int threads) {
     const int64_t size = element_bytes(dtype), lda = row_stride(layer.k);
     const Split split = split_work(m, layer.n, layer.k, threads);
-    parallel(threads, split.panels * split.column_parts, [&](int64_t task) {
-        const int64_t start = task / split.column_parts * split.panel_rows;
-        const int64_t first = task % split.column_parts * split.columns;
-        const int64_t last = first + split.columns < layer.n ? first + split.columns : layer.n;
-        const int64_t rows = m - start < split.panel_rows ? m - start : split.panel_rows;
+    parallel(threads, split.parts(), [&](int64_t task) {
+        const Part part = split.part(task, m, layer.n);
+        const int64_t start = part.start, rows = part.rows;
         auto* codes = panel_scratch().get<uint8_t>(split.panel_rows * (lda + sizeof(Codes)));
         auto* row_codes = reinterpret_cast<Codes*>(codes + split.panel_rows * lda);
         for (int64_t row = 0; row < rows; ++row) {
@@ -195,7 +202,7 @@ static void linear(
             std::memset(out + layer.k, 0, round_up(layer.k, K_BLOCK) - layer.k);
         }
         multiply_panel(
-            codes, lda, rows, layer.packed, layer.k, first, last,
+            codes, lda, rows, layer.packed, layer.k, part.first, part.last,
             [&](int64_t row, int64_t col, int64_t count, const int32_t* sums) {
                 const int64_t at = ((start + row) * layer.n + col) * size;
                 kernels->epilogue(
@@ -258,11 +265,9 @@ static void convolve(
     // The rows of the product are output pixels; a panel of them is gathered from the codes as it is needed.
     const int64_t m = batch * out_height * out_width, lda = row_stride(layer.k), run = kernel * channels;
     const Split split = split_work(m, layer.n, layer.k, threads);
-    parallel(threads, split.panels * split.column_parts, [&](int64_t task) {
-        const int64_t start = task / split.column_parts * split.panel_rows;
-        const int64_t first = task % split.column_parts * split.columns;
-        const int64_t last = first + split.columns < layer.n ? first + split.columns : layer.n;
-        const int64_t rows = m - start < split.panel_rows ? m - start : split.panel_rows;
+    parallel(threads, split.parts(), [&](int64_t task) {
+        const Part part = split.part(task, m, layer.n);
+        const int64_t start = part.start, rows = part.rows;
         auto* panel = panel_scratch().get<uint8_t>(split.panel_rows * lda);
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t pixel = start + row, b = pixel / (out_height * out_width);
@@ -275,7 +280,7 @@ static void convolve(
             std::memset(out + layer.k, 0, round_up(layer.k, K_BLOCK) - layer.k);
         }
         multiply_panel(
-            panel, lda, rows, layer.packed, layer.k, first, last,
+            panel, lda, rows, layer.packed, layer.k, part.first, part.last,
             [&](int64_t row, int64_t col, int64_t count, const int32_t* sums) {
                 const Codes& at_sample = sample[(start + row) / (out_height * out_width)];
                 const int64_t at = ((start + row) * layer.n + col) * size;
@@ -308,8 +313,9 @@ static void attend(const Attention& a, int threads) {
     parallel(threads, heads, [&](int64_t i) { kernels->prepare_head(a, i / a.heads, i % a.heads, all[i]); });
 
     float table[32];
+    const int steps = 1 << a.fraction_bits;
     for (int i = 0; i < 32; ++i)
-        table[i] = static_cast<float>(255.0 * std::exp2(-static_cast<double>(i & ((1 << a.fraction_bits) - 1)) / (1 << a.fraction_bits)));
+        table[i] = static_cast<float>(255.0 * std::exp2(-static_cast<double>(i % steps) / steps));
     const int64_t blocks = ceil_div(a.rows, TILE_ROWS);
     const int64_t q_stride = row_stride(width), p_stride = row_stride(count);
     const int64_t logit_stride = round_up(count, TILE_COLS) + 16, out_stride = round_up(width, TILE_COLS);
@@ -349,7 +355,8 @@ static void attend(const Attention& a, int threads) {
             const int32_t* line = logits + row * logit_stride;
             largest[row] = kernels->largest(line, head.offset, count);
             total[row] = kernels->probabilities(
-                line, head.offset, count, largest[row], q_scale[row] * key_step, a.bits, a.fraction_bits, table, p + row * p_stride);
+                line, head.offset, count, largest[row], q_scale[row] * key_step, a.bits, a.fraction_bits, table,
+                p + row * p_stride);
             std::memset(p + row * p_stride + count, 0, round_up(count, K_BLOCK) - count);
         }
         for (int64_t channel = 0; channel < width; channel += TILE_COLS)
