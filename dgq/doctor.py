@@ -41,7 +41,8 @@ ISA_FLAGS = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16",
 )  # fmt: skip
 VARIABLES = (
-    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_TOKEN", "DGQ_BACKEND", "DGQ_DEBUG",
+    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_TOKEN", "DGQ_BACKEND",
+    "DGQ_CPU_ENGINE", "DGQ_DEBUG",
     "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NO_COLOR",
 )  # fmt: skip
 # Two float32 computations of one sum may round differently; a wrong kernel is off by far more.
@@ -73,7 +74,7 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "isa_flags": isa_flags(),
         "cpu_path": backend.cpu_path(),
-        "cpu_engine": native.describe(),
+        "cpu_engine": _engine(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "backend": kernels,
         "backend_reason": reason,
@@ -110,6 +111,14 @@ def _describe(device: torch.device) -> tuple[str, str]:
         return backend.describe(device)
     except ValueError as error:
         return "none", str(error)
+
+
+def _engine() -> str:
+    """`native.describe`, with a bad DGQ_CPU_ENGINE as an answer rather than an error."""
+    try:
+        return native.describe()
+    except ValueError as error:
+        return str(error)
 
 
 def devices() -> list[torch.device]:
@@ -207,7 +216,7 @@ def self_test(device: torch.device) -> list[Check]:
         _test_quantize_rows, _test_quantize_samples, _test_linear_int8, _test_linear_int4, _test_conv2d,
         _test_log_attention,
     )  # fmt: skip
-    if device.type == "cpu" and native.available():
+    if device.type == "cpu" and _engine() in native.ISAS:
         tests = (*tests, _test_engine)
     return [_run(test, device) for test in tests]
 

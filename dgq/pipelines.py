@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dgq_kernels import backend
+from dgq_kernels import backend, native
 
 from . import embedded
 from .checkpoint import check_folder
@@ -82,6 +82,7 @@ def load(
         dtype = torch.float16 if place.type == "cuda" else torch.float32
     try:
         backend.select(place)
+        native.available()
     except ValueError as error:
         raise DgqError(str(error)) from None
     from diffusers import DiffusionPipeline

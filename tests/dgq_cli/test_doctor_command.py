@@ -71,3 +71,15 @@ def test_the_embedded_models_hashes_are_checked(tiny_pipeline: Path, tmp_path: P
 
 def test_nan_is_an_infinite_error() -> None:
     assert doctor.relative_error(torch.tensor([float("nan")]), torch.tensor([1.0])) == float("inf")
+
+
+def test_an_instruction_set_this_cpu_lacks_is_told(dgq_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native.LIBRARY.exists():
+        pytest.skip("no CPU engine")
+    monkeypatch.setenv("DGQ_CPU_ENGINE", "abacus")
+    run = dgq_command("doctor")
+    assert run.returncode == 1
+    assert "DGQ_CPU_ENGINE=abacus is not one of off, portable" in " ".join(run.stdout.split())
+    run = dgq_command("generate", "a cat")
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: DGQ_CPU_ENGINE=abacus is not one of")
