@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dgq_kernels import backend
 
-from . import architectures, embedded
+from . import architectures, doctor, embedded
 from .attention import AttentionPlan, use_log_attention
 from .calibration import Progress, plan_layers, record_inputs, silent
 from .checkpoint import Header, read_header, read_json, unet_bytes, write_checkpoint
@@ -512,14 +512,16 @@ def bench_architecture(
     parameters = architectures.architecture(name).parameters
     # float32, half precision, and for each quantized system what is stored and what the engine keeps
     needed = parameters * (4 + 2 + sum(width / 8 + 1 for width in bits)) + 2 * 2**30
-    available = _available_memory() if device.type == "cpu" else None
+    available = doctor.memory()["available"] if device.type == "cpu" else None
     if available is not None and needed > available:
         advice = "give --bits 4 or 8 to compare one" if len(bits) > 1 else "run it on a larger machine"
         raise DgqError(f"{name} takes {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are free", advice)
     half = half_dtype(device)
     base = architectures.fill(architectures.skeleton(name), device)
     lower = nn.Module.to(copy.deepcopy(base), half)
-    unets = {"float32": base, f"{_name(half)} channels-last": lower.to(memory_format=torch.channels_last)}  # type: ignore[call-overload]
+    # torch's stubs do not know `to` with nothing but a memory format
+    last = lower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    unets = {"float32": base, f"{_name(half)} channels-last": last}
     for wbits in bits:
         # layer by layer from the float model: no second float32 copy exists
         quantized = copy.deepcopy(base, {id(p): p for p in base.parameters()})
@@ -540,13 +542,6 @@ def bench_architecture(
     rows = _measure(systems, calls, "", repeats, device, notes, progress)
     rows = [dataclasses.replace(row, case=f"{name} step") for row in rows]
     return rows, [*notes, *verdicts(rows, device)]
-
-
-def _available_memory() -> int | None:
-    """Bytes a process may still take, where the system tells."""
-    status = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", status.read_text(), re.MULTILINE) if status.is_file() else None
-    return None if found is None else int(found[1]) * 1024
 
 
 def _plans(unet: nn.Module) -> dict[str, LayerPlan]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dgq import architectures, bench
+from dgq import architectures, bench, doctor
 from dgq.architectures import ARCHITECTURES
 from dgq.errors import DgqError
 from dgq.layers import IntegerLayer
@@ -79,6 +79,6 @@ def test_what_an_architecture_refuses(monkeypatch):
         bench.bench(arch="sd-v9", device="cpu")
     with pytest.raises(DgqError, match="only a step"):
         bench.bench(arch="sd-v1.4", memory=True, device="cpu")
-    monkeypatch.setattr(bench, "_available_memory", lambda: 2**30)
+    monkeypatch.setattr(doctor, "memory", lambda: {"total": 2**30, "available": 2**30})
     with pytest.raises(DgqError, match=r"sd-v1\.4 takes .* GiB, 1 GiB are free"):
         bench.bench(arch="sd-v1.4", device="cpu")

@@ -165,21 +165,30 @@ static Split split_work(int64_t m, int64_t n, int64_t k, int threads) {
     return split;
 }
 
-// Columns [first, last) of the product of a panel of `rows` rows of codes, finished by `finish(row, col, count, sums)`.
-template <class Finish>
+// A part of a layer's output from its panel of codes; `codes_at(row)` gives scale and zero point of an output row.
+template <class CodesAt>
 static void multiply_panel(
-    const uint8_t* a, ptrdiff_t lda, int64_t rows, const int8_t* packed, int64_t k, int64_t first, int64_t last,
-    const Finish& finish) {
+    const Layer& layer, const uint8_t* a, ptrdiff_t lda, const Part& part, int dtype, const void* residual, void* y,
+    const CodesAt& codes_at) {
     alignas(64) int32_t sums[TILE_ROWS * TILE_COLS];
-    const ptrdiff_t block = block_bytes(k);
-    for (int64_t col = first; col < last; col += TILE_COLS) {
-        const int8_t* b = packed + col / BLOCK_COLS * block;
-        const int64_t count = last - col < TILE_COLS ? last - col : TILE_COLS;
-        for (int64_t row = 0; row < rows; row += TILE_ROWS) {
-            const int height = static_cast<int>(rows - row < TILE_ROWS ? rows - row : TILE_ROWS);
+    const ptrdiff_t block = block_bytes(layer.k);
+    for (int64_t col = part.first; col < part.last; col += TILE_COLS) {
+        const int8_t* b = layer.packed + col / BLOCK_COLS * block;
+        const int64_t count = part.last - col < TILE_COLS ? part.last - col : TILE_COLS;
+        for (int64_t row = 0; row < part.rows; row += TILE_ROWS) {
+            const int height = static_cast<int>(part.rows - row < TILE_ROWS ? part.rows - row : TILE_ROWS);
             kernels->tile(
-                a + row * lda, lda, b, block, k, height, count > BLOCK_COLS ? TILE_COLS : BLOCK_COLS, sums, TILE_COLS);
-            for (int i = 0; i < height; ++i) finish(row + i, col, count, sums + i * TILE_COLS);
+                a + row * lda, lda, b, block, layer.k, height, count > BLOCK_COLS ? TILE_COLS : BLOCK_COLS, sums,
+                TILE_COLS);
+            for (int i = 0; i < height; ++i) {
+                const int64_t out_row = part.start + row + i;
+                const int64_t at = (out_row * layer.n + col) * element_bytes(dtype);
+                const Codes& codes = codes_at(out_row);
+                kernels->epilogue(
+                    sums + i * TILE_COLS, count, codes.scale, codes.zero, layer.weight_scale + col,
+                    layer.column_sum + col, layer.bias ? layer.bias + col : nullptr,
+                    residual ? static_cast<const char*>(residual) + at : nullptr, static_cast<char*>(y) + at, dtype);
+            }
         }
     }
 }
@@ -207,15 +216,9 @@ static void linear(
             kernels->quantize(source, dtype, layer.k, layer.inv_divisor, row_codes[row], out);
             std::memset(out + layer.k, 0, round_up(layer.k, K_BLOCK) - layer.k);
         }
-        multiply_panel(
-            codes, lda, rows, layer.packed, layer.k, part.first, part.last,
-            [&](int64_t row, int64_t col, int64_t count, const int32_t* sums) {
-                const int64_t at = ((start + row) * layer.n + col) * size;
-                kernels->epilogue(
-                    sums, count, row_codes[row].scale, row_codes[row].zero, layer.weight_scale + col,
-                    layer.column_sum + col, layer.bias ? layer.bias + col : nullptr,
-                    residual ? static_cast<const char*>(residual) + at : nullptr, static_cast<char*>(y) + at, dtype);
-            });
+        multiply_panel(layer, codes, lda, part, dtype, residual, y, [&](int64_t row) -> const Codes& {
+            return row_codes[row - start];
+        });
     });
 }
 
@@ -285,16 +288,9 @@ static void convolve(
                 std::memcpy(out + tap * run, corner + tap * padded_width * channels, run);
             std::memset(out + layer.k, 0, round_up(layer.k, K_BLOCK) - layer.k);
         }
-        multiply_panel(
-            panel, lda, rows, layer.packed, layer.k, part.first, part.last,
-            [&](int64_t row, int64_t col, int64_t count, const int32_t* sums) {
-                const Codes& at_sample = sample[(start + row) / (out_height * out_width)];
-                const int64_t at = ((start + row) * layer.n + col) * size;
-                kernels->epilogue(
-                    sums, count, at_sample.scale, at_sample.zero, layer.weight_scale + col, layer.column_sum + col,
-                    layer.bias ? layer.bias + col : nullptr,
-                    residual ? static_cast<const char*>(residual) + at : nullptr, static_cast<char*>(y) + at, dtype);
-            });
+        multiply_panel(layer, panel, lda, part, dtype, residual, y, [&](int64_t row) -> const Codes& {
+            return sample[row / (out_height * out_width)];
+        });
     });
 }
 
