@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .build import LIBRARY
 
-ABI = 1
-ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "amx")
+ABI = 2
+ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _Pointer = ctypes.c_void_p
 _Int, _Long = ctypes.c_int32, ctypes.c_int64

@@ -38,18 +38,6 @@ static void pack_columns(const int8_t* matrix, int64_t n, int64_t k, int64_t blo
     }
 }
 
-static void read_row(const void* x, int64_t offset, int64_t n, int dtype, float* out) {
-    if (dtype == FLOAT32) {
-        std::memcpy(out, static_cast<const float*>(x) + offset, 4 * n);
-        return;
-    }
-    const uint16_t* in = static_cast<const uint16_t*>(x) + offset;
-    for (int64_t i = 0; i < n; ++i) {
-        const uint32_t bits = static_cast<uint32_t>(in[i]) << 16;
-        std::memcpy(out + i, &bits, 4);
-    }
-}
-
 static float symmetric_scale(float largest, int top) {
     return largest > 1e-30f ? largest / static_cast<float>(top) : 1.0f;
 }
@@ -82,17 +70,19 @@ namespace vector512 {
 
 static void nothing() {}
 
-#define DGQ_KERNELS(ELEMENTWISE, TILES, BEGIN, END)                                                            \
+#define DGQ_KERNELS(ELEMENTWISE, PROBABILITIES, TILES, BEGIN, END)                                             \
     {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::epilogue, ELEMENTWISE::largest_of,                \
-     ELEMENTWISE::probabilities, ELEMENTWISE::prepare_head, TILES::tile, BEGIN, END}
+     ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head, ELEMENTWISE::prepare_query,                  \
+     ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, BEGIN, END}
 
 static const Kernels all_kernels[ISA_COUNT] = {
-    DGQ_KERNELS(plain, portable, nothing, nothing),
+    DGQ_KERNELS(plain, probabilities, portable, nothing, nothing),
 #ifdef DGQ_X86
-    DGQ_KERNELS(vector256, avx2, nothing, nothing),
-    DGQ_KERNELS(vector256, avx_vnni, nothing, nothing),
-    DGQ_KERNELS(vector512, avx512_vnni, nothing, nothing),
-    DGQ_KERNELS(vector512, amx, amx::thread_begin, amx::thread_end),
+    DGQ_KERNELS(vector256, probabilities, avx2, nothing, nothing),
+    DGQ_KERNELS(vector256, probabilities, avx_vnni, nothing, nothing),
+    DGQ_KERNELS(vector512, probabilities, avx512_vnni, nothing, nothing),
+    DGQ_KERNELS(vector512, probabilities_vbmi, avx512_vnni, nothing, nothing),
+    DGQ_KERNELS(vector512, probabilities_vbmi, amx, amx::thread_begin, amx::thread_end),
 #endif
 };
 
@@ -106,9 +96,11 @@ static bool supported(int isa) {
     if (isa == AVX2) return __builtin_cpu_supports("avx2");
     if (isa == AVX_VNNI) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni");
     if (isa == AVX512_VNNI) return avx512;
+    const bool vbmi = avx512 && __builtin_cpu_supports("avx512vbmi");
+    if (isa == AVX512_VBMI) return vbmi;
     if (isa == AMX) {
         constexpr int ask_permission = 0x1023, tile_data = 18;  // Linux grants the tiles' state on request only
-        return avx512 && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-tile") &&
+        return vbmi && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-tile") &&
                syscall(SYS_arch_prctl, ask_permission, tile_data) == 0;
     }
 #endif
@@ -178,8 +170,8 @@ static void multiply_panel(
         for (int64_t row = 0; row < part.rows; row += TILE_ROWS) {
             const int height = static_cast<int>(part.rows - row < TILE_ROWS ? part.rows - row : TILE_ROWS);
             kernels->tile(
-                a + row * lda, lda, b, block, layer.k, height, count > BLOCK_COLS ? TILE_COLS : BLOCK_COLS, sums,
-                TILE_COLS);
+                a + row * lda, lda, b, block, layer.k, height, count > BLOCK_COLS ? TILE_COLS : BLOCK_COLS, ZEROS,
+                sums, TILE_COLS);
             for (int i = 0; i < height; ++i) {
                 const int64_t out_row = part.start + row + i;
                 const int64_t at = (out_row * layer.n + col) * element_bytes(dtype);
@@ -298,8 +290,8 @@ static void attend(const Attention& a, int threads) {
     const int64_t width = a.width, count = a.keys - a.start_token, heads = a.batch * a.heads;
     const int64_t k_bytes = round_up(count, TILE_COLS) / BLOCK_COLS * block_bytes(width);
     const int64_t v_bytes = round_up(width, TILE_COLS) / BLOCK_COLS * block_bytes(count);
-    const int64_t offsets = round_up(count, 16), floats = round_up(3 * width + 1, 16);
-    const int64_t head_bytes = k_bytes + v_bytes + 4 * (offsets + floats);
+    const int64_t starts = round_up(count, TILE_COLS), floats = round_up(3 * width + 1, 16);
+    const int64_t head_bytes = k_bytes + v_bytes + 4 * (starts + floats);
     static thread_local Scratch head_scratch;
     auto* memory = head_scratch.get<char>(heads * head_bytes);
     std::vector<Head> all(heads);
@@ -307,17 +299,19 @@ static void attend(const Attention& a, int threads) {
         char* at = memory + i * head_bytes;
         all[i].packed_k = reinterpret_cast<int8_t*>(at);
         all[i].packed_v = reinterpret_cast<int8_t*>(at + k_bytes);
-        all[i].offset = reinterpret_cast<int32_t*>(at + k_bytes + v_bytes);
-        all[i].v_scale = reinterpret_cast<float*>(all[i].offset + offsets);
+        all[i].start = reinterpret_cast<int32_t*>(at + k_bytes + v_bytes);
+        all[i].v_scale = reinterpret_cast<float*>(all[i].start + starts);
         all[i].start_k = all[i].v_scale + width;
         all[i].start_v = all[i].start_k + width;
     }
     parallel(threads, heads, [&](int64_t i) { kernels->prepare_head(a, i / a.heads, i % a.heads, all[i]); });
 
-    float table[32];
+    Probabilities table{a.bits, a.fraction_bits, {}, {}};
     const int steps = 1 << a.fraction_bits;
-    for (int i = 0; i < 32; ++i)
-        table[i] = static_cast<float>(255.0 * std::exp2(-static_cast<double>(i % steps) / steps));
+    const auto probability = [&](int code) { return 255.0 * std::exp2(-static_cast<double>(code) / steps); };
+    for (int i = 0; i < 32; ++i) table.steps[i] = static_cast<float>(probability(i % steps));
+    for (int code = 0; code < (1 << a.bits) - 1; ++code)
+        table.bytes[code] = static_cast<uint8_t>(std::nearbyint(probability(code)));
     const int64_t blocks = ceil_div(a.rows, TILE_ROWS);
     const int64_t q_stride = row_stride(width), p_stride = row_stride(count);
     const int64_t logit_stride = round_up(count, TILE_COLS) + 16, out_stride = round_up(width, TILE_COLS);
@@ -333,62 +327,29 @@ static void attend(const Attention& a, int threads) {
         auto* sums = logits + TILE_ROWS * logit_stride;
         auto* queries = reinterpret_cast<float*>(sums + TILE_ROWS * out_stride);
         float q_scale[TILE_ROWS];
-        for (int row = 0; row < rows; ++row) {
-            float* q = queries + row * width;
-            read_row(a.q, b * a.q_batch + h * a.q_head + (start + row) * a.q_token, width, a.dtype, q);
-            Range range;
-            kernels->range(q, FLOAT32, width, nullptr, range);
-            const int top = (1 << (a.qk_bits - 1)) - 1;
-            q_scale[row] = symmetric_scale(range.high > -range.low ? range.high : -range.low, top);
-            // the same codes, moved by 128 into a byte
-            const Codes shifted{q_scale[row], 1.0f / q_scale[row], 128, 128 + top};
-            kernels->quantize(q, FLOAT32, width, nullptr, shifted, codes + row * q_stride);
-            std::memset(codes + row * q_stride + width, 0, q_stride - width);
-        }
+        for (int row = 0; row < rows; ++row)
+            q_scale[row] = kernels->prepare_query(
+                a, b * a.q_batch + h * a.q_head + (start + row) * a.q_token, queries + row * width,
+                codes + row * q_stride);
         const ptrdiff_t k_block = block_bytes(width), v_block = block_bytes(count);
-        for (int64_t key = 0; key < count; key += TILE_COLS)
-            kernels->tile(
-                codes, q_stride, head.packed_k + key / BLOCK_COLS * k_block, k_block, width, rows,
-                count - key > BLOCK_COLS ? TILE_COLS : BLOCK_COLS, logits + key, logit_stride);
+        kernels->tiles(codes, q_stride, head.packed_k, k_block, width, rows, count, head.start, logits, logit_stride);
         int32_t largest[TILE_ROWS];
         int64_t total[TILE_ROWS];
         const float key_step = head.k_scale * (a.logit_scale * static_cast<float>(1 << a.fraction_bits));
         for (int row = 0; row < rows; ++row) {
             const int32_t* line = logits + row * logit_stride;
-            largest[row] = kernels->largest(line, head.offset, count);
+            largest[row] = kernels->largest(line, count);
             total[row] = kernels->probabilities(
-                line, head.offset, count, largest[row], q_scale[row] * key_step, a.bits, a.fraction_bits, table,
-                p + row * p_stride);
+                line, count, largest[row], q_scale[row] * key_step, table, p + row * p_stride);
             std::memset(p + row * p_stride + count, 0, round_up(count, K_BLOCK) - count);
         }
-        for (int64_t channel = 0; channel < width; channel += TILE_COLS)
-            kernels->tile(
-                p, p_stride, head.packed_v + channel / BLOCK_COLS * v_block, v_block, count, rows,
-                width - channel > BLOCK_COLS ? TILE_COLS : BLOCK_COLS, sums + channel, out_stride);
-        for (int row = 0; row < rows; ++row) {
-            float* y = queries + row * width;  // read for the start logit first, then overwritten
-            const int32_t* sum = sums + row * out_stride;
-            const auto normaliser = static_cast<float>(total[row]);
-            float others = 1.0f, start_weight = 0.0f;
-            if (a.start_token) {
-                float logit = 0.0f;
-                for (int64_t i = 0; i < width; ++i) logit += y[i] * head.start_k[i];
-                const float octave = q_scale[row] * key_step / static_cast<float>(1 << a.fraction_bits);
-                const float gap = logit * a.logit_scale - static_cast<float>(largest[row]) * octave;
-                others = std::exp2(gap > 0.0f ? -gap : 0.0f);
-                start_weight = 255.0f * std::exp2(gap < 0.0f ? gap : 0.0f);
-            }
-            const float denominator = others * normaliser + start_weight;
-            for (int64_t i = 0; i < width; ++i) {
-                const float numerator = static_cast<float>(sum[i]) * head.v_scale[i];
-                y[i] = (others * numerator + (a.start_token ? start_weight * head.start_v[i] : 0.0f)) / denominator;
-            }
-            const int64_t at = ((b * a.rows + start + row) * a.heads + h) * width;
-            if (a.dtype == FLOAT32)
-                std::memcpy(static_cast<float*>(a.out) + at, y, 4 * width);
-            else
-                for (int64_t i = 0; i < width; ++i) static_cast<uint16_t*>(a.out)[at + i] = plain::narrow(y[i]);
-        }
+        kernels->tiles(p, p_stride, head.packed_v, v_block, count, rows, width, nullptr, sums, out_stride);
+        const float octave_step = key_step / static_cast<float>(1 << a.fraction_bits);
+        for (int row = 0; row < rows; ++row)
+            kernels->finish_query(
+                a, head, sums + row * out_stride, static_cast<float>(total[row]),
+                static_cast<float>(largest[row]) * (q_scale[row] * octave_step), queries + row * width,
+                ((b * a.rows + start + row) * a.heads + h) * width);
     });
 }
 
@@ -407,7 +368,7 @@ template <class Body> static int guarded(const Body& body) {
 extern "C" {
 
 // Changes with every change of the structures or functions below.
-int32_t dgq_abi() { return 1; }
+int32_t dgq_abi() { return 2; }
 
 int32_t dgq_supported(int32_t isa) { return isa >= 0 && isa < dgq::ISA_COUNT && dgq::supported(isa); }
 

@@ -16,7 +16,7 @@ constexpr int TILE_COLS = 2 * BLOCK_COLS;
 constexpr int K_BLOCK = 64;  // bytes of K in a cache line, and in an AMX tile row
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
-enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX_VNNI = 2, AVX512_VNNI = 3, AMX = 4, ISA_COUNT = 5 };
+enum Isa : int32_t { PORTABLE, AVX2, AVX_VNNI, AVX512_VNNI, AVX512_VBMI, AMX, ISA_COUNT };
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
@@ -50,7 +50,14 @@ struct Head {
     float* v_scale;    // (width,)
     int8_t* packed_k;  // keys as columns
     int8_t* packed_v;  // channels as columns
-    int32_t* offset;   // 128 * sum of a key's codes: queries are stored as code + 128
+    int32_t* start;    // -128 * sum of a key's codes: queries are stored as code + 128
+};
+
+// What a code of log attention stands for (log_attention/reference.py).
+struct Probabilities {
+    int32_t bits, fraction_bits;
+    alignas(64) float steps[32];     // 255 * 2^(-i / 2^fraction_bits), repeated
+    alignas(64) uint8_t bytes[256];  // of every code; those from the top code on are zero
 };
 
 // What differs between instruction sets. Every implementation gives the same bits.
@@ -63,25 +70,34 @@ struct Kernels {
     void (*epilogue)(
         const int32_t* sum, int64_t n, float scale, int32_t zero, const float* weight_scale,
         const int32_t* column_sum, const float* bias, const void* residual, void* out, int dtype);
-    // Largest of products[i] - offset[i] over n keys.
-    int32_t (*largest)(const int32_t* products, const int32_t* offset, int64_t n);
-    // Byte probabilities of a row of logits products[i] - offset[i]; returns their sum. table[i] is
-    // 255 * 2^(-i / 2^fraction_bits), repeated to 32 entries.
+    int32_t (*largest)(const int32_t* logits, int64_t n);
+    // Byte probabilities of a row of logits; returns their sum.
     int64_t (*probabilities)(
-        const int32_t* products, const int32_t* offset, int64_t n, int32_t largest, float step, int bits,
-        int fraction_bits, const float* table, uint8_t* out);
+        const int32_t* logits, int64_t n, int32_t largest, float step, const Probabilities& table, uint8_t* out);
     void (*prepare_head)(const Attention& attention, int64_t batch, int64_t number, Head& head);
+    // The query at an offset: its values, and its codes + 128 with zeros up to row_stride(width); returns the scale.
+    float (*prepare_query)(const Attention& attention, int64_t offset, float* values, uint8_t* codes);
+    // An output row at an offset from its products with the values; the start key joins in float. largest is in
+    // octaves. `values` is scratch afterwards.
+    void (*finish_query)(
+        const Attention& attention, const Head& head, const int32_t* sum, float normaliser, float largest,
+        float* values, int64_t offset);
     // int32 sums (rows x cols) of u8 A (row stride lda) and s8 blocks of 16 columns packed as [k / 4][16][4], the
-    // second block b_stride bytes after the first; cols is 16 or 32, rows 1 to 32. Rows up to the next 32 are
-    // readable, and the result has room for 32 rows.
+    // second block b_stride bytes after the first, plus start[col]; cols is 16 or 32, rows 1 to 32. Rows up to the
+    // next 32 are readable, and the result has room for 32 rows.
     void (*tile)(
         const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t b_stride, int64_t k, int rows, int cols,
-        int32_t* c, ptrdiff_t ldc);
+        const int32_t* start, int32_t* c, ptrdiff_t ldc);
+    // The same for any number of columns; start may be null. Start and result have room for whole blocks of 32.
+    void (*tiles)(
+        const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t b_stride, int64_t k, int rows, int64_t cols,
+        const int32_t* start, int32_t* c, ptrdiff_t ldc);
     void (*thread_begin)();
     void (*thread_end)();
 };
 
 extern const Kernels* kernels;
+alignas(64) inline constexpr int32_t ZEROS[TILE_COLS] = {};
 
 // Memory that grows and is kept, aligned to cache lines.
 class Scratch {
