@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import dgq_kernels
 
 from .errors import DgqError
+from .layers import IntegerLayer
 
 FRACTION_BITS = {8: 4, 6: 3}
 
@@ -37,7 +38,7 @@ class LogAttnProcessor:
     """A diffusers attention processor that runs `dgq_kernels.log_attention_eager`.
 
     Cross-attention keeps column 0, the start token, apart in float: it takes most of the probability and would
-    otherwise set the scale for all others.
+    otherwise set the scale for all others. A `residual` shaped like the result is added by the last layer.
     """
 
     def __init__(self, plan: AttentionPlan) -> None:
@@ -51,12 +52,13 @@ class LogAttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         *args: Any,
+        residual: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         if attention_mask is not None:
             raise DgqError("log attention does not take an attention mask", "calibrate with --attention float")
         module: Any = attn
-        residual = hidden_states
+        own = hidden_states
         if module.spatial_norm is not None:
             hidden_states = module.spatial_norm(hidden_states, temb)
         shape = hidden_states.shape
@@ -78,13 +80,20 @@ class LogAttnProcessor:
         if module.norm_k is not None:
             k = module.norm_k(k)
         out = dgq_kernels.log_attention_eager(q, k, v, module.scale, self.plan.bits, self.plan.fraction_bits, cross)
-        hidden_states = module.to_out[1](module.to_out[0](out.transpose(1, 2).flatten(2)))
+        out = out.transpose(1, 2).flatten(2)
+        plain = len(shape) == 3 and not module.residual_connection and module.rescale_output_factor == 1
+        if residual is not None and plain and isinstance(module.to_out[0], IntegerLayer):
+            fused: Tensor = module.to_out[0](out, residual)
+            return fused
+        hidden_states = module.to_out[1](module.to_out[0](out))
         if len(shape) == 4:
             hidden_states = hidden_states.transpose(1, 2).reshape(shape)
         if module.residual_connection:
-            hidden_states = hidden_states + residual
+            hidden_states = hidden_states + own
         # a division by 1 would still be a pass over memory
-        return hidden_states if module.rescale_output_factor == 1 else hidden_states / module.rescale_output_factor
+        if module.rescale_output_factor != 1:
+            hidden_states = hidden_states / module.rescale_output_factor
+        return hidden_states if residual is None else hidden_states + residual
 
 
 def use_log_attention(unet: Any, plan: AttentionPlan) -> None:

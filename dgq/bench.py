@@ -35,6 +35,7 @@ from .calibration import Progress, plan_layers, record_inputs, silent
 from .checkpoint import Header, read_header, read_json, unet_bytes, write_checkpoint
 from .doctor import isa_flags, machine, relative_error
 from .errors import DgqError
+from .fusion import fuse
 from .generation import Settings, generate
 from .layers import IntegerLayer, replace_module
 from .pipelines import default_device, load, resolve
@@ -382,6 +383,7 @@ def quantize_nearest(
         progress("quantize", i + 1, len(layers), layer.name)
     plan = AttentionPlan.for_activations(recipe.abits)
     use_log_attention(unet, plan)
+    fuse(unet)
     return Header(recipe, {layer.name: layer.plan for layer in layers}, plan, dgq_version=__version__)
 
 
@@ -389,9 +391,8 @@ def weight_bytes(unet: nn.Module) -> int:
     """Bytes of a UNet's weights in memory, with the form a backend has packed for itself."""
     total = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
     for module in unet.modules():
-        # a prepared integer layer keeps a dense int8 weight, in its backend's order, beside the stored one
-        if isinstance(module, IntegerLayer) and (ready := module._prepared) is not None and ready.tensors:
-            total += module.plan.reduction * module.plan.out_features
+        if isinstance(module, IntegerLayer):
+            total += module.prepared_bytes
     return total
 
 

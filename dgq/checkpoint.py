@@ -31,6 +31,7 @@ from torch import nn
 
 from .attention import AttentionPlan
 from .errors import DgqError
+from .fusion import fuse
 from .layers import build_skeleton
 from .recipe import LayerPlan, Recipe
 
@@ -131,6 +132,7 @@ def apply_header(unet: nn.Module, header: Header) -> None:
         except AttributeError:
             raise DgqError(f"quantization_config: the model has no layer {name!r}") from None
     build_skeleton(unet, header.layers)
+    fuse(unet)
     if header.attention is not None:
         from .attention import use_log_attention
 

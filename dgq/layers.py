@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,10 @@ def buffer_specs(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtyp
     return specs
 
 
+# Layers may be used from several threads, and packing takes the stored form away.
+_preparing = threading.Lock()
+
+
 @dataclass
 class _Prepared:
     """What a backend needs at run time, made once from the stored buffers."""
@@ -66,6 +71,8 @@ class IntegerLayer(nn.Module):
     """A quantized linear layer or convolution (docs/method.md, "integer recipe").
 
     Weights stay packed integers; no float copy of them exists. The layer takes and returns the dtype of its input.
+    Where the CPU engine has packed the weight, its blocks are the only copy: the stored form, which state_dict and
+    moves to another device need, is made from them.
 
     Args:
         plan: sizes, bits and channel handling. Buffers are allocated uninitialised (on the current default device).
@@ -109,9 +116,34 @@ class IntegerLayer(nn.Module):
 
     def integer_weight(self) -> Tensor:
         """The int8 matrix W' (N, K), channels in stored order."""
-        if self.plan.wbits == 8:
-            return self.weight
-        return packing.expand_two_level(self.packed, self.subscales, self.plan.reduction, self.plan.weight_group)
+        weight, subscales = self._stored(), self.subscales if self.plan.wbits == 4 else None
+        if subscales is None:
+            return weight
+        return packing.expand_two_level(weight, subscales, self.plan.reduction, self.plan.weight_group)
+
+    @property
+    def _stored_name(self) -> str:
+        return "weight" if self.plan.wbits == 8 else "packed"
+
+    def _stored(self) -> Tensor:
+        """The buffer `weight` or `packed`, made again from the engine's blocks where it was dropped."""
+        plan, ready = self.plan, self._prepared
+        buffer: Tensor = getattr(self, self._stored_name)
+        if ready is None or ready.engine is None:
+            return buffer
+        matrix = ready.engine.weight()
+        if plan.reordered:
+            by_channel = matrix.view(plan.out_features, -1, plan.in_features)
+            matrix = by_channel[:, :, self.order.long()].view_as(matrix)
+        if plan.wbits == 8:
+            return matrix
+        return packing.pack_two_level(matrix, self.subscales, plan.weight_group)
+
+    def restore(self) -> None:
+        """Give up the backend's form of the weight; the next call makes it again."""
+        if self._prepared is not None and self._prepared.engine is not None:
+            setattr(self, self._stored_name, self._stored())
+        self._prepared = None
 
     @property
     def natural_weight(self) -> Tensor:
@@ -161,23 +193,55 @@ class IntegerLayer(nn.Module):
 
     def prepare(self, device: torch.device) -> _Prepared:
         """The backend's form of the weight, made at the first call on a device and kept."""
-        if self._prepared is None or self._prepared.device != device:
-            self._prepared = self._prepare(device)
-        return self._prepared
+        ready = self._prepared
+        if ready is not None and ready.device == device:
+            return ready
+        with _preparing:
+            if self._prepared is None or self._prepared.device != device:
+                self.restore()
+                ready = self._prepare(device)
+                if ready.engine is not None:
+                    name = self._stored_name
+                    setattr(self, name, getattr(self, name).new_empty(0))
+                self._prepared = ready
+            return self._prepared
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., C) for a linear layer, (B, C, H, W) for a convolution; returns x's dtype."""
+    @property
+    def prepared_bytes(self) -> int:
+        """Bytes a backend keeps beside the buffers. (A tensor in oneDNN's layout does not tell its size.)"""
+        ready = self._prepared
+        if ready is None or not ready.tensors:
+            return 0
+        return self.plan.reduction * self.plan.out_features if ready.engine is None else ready.engine.packed.nbytes
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
+        """x (..., C) for a linear layer, (B, C, H, W) for a convolution; returns x's dtype.
+
+        Args:
+            residual: added to the result, shaped like it.
+            sample_bias: (B, N), added too; of a convolution larger than 1x1.
+        """
         kind = self.plan.kind
         if kind == "conv2d":
-            return self._convolve(x)
+            return self._convolve(x, residual, sample_bias)
+        assert sample_bias is None
         if kind == "pointwise":
-            return self._rows(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self._rows(x)
+            moved = None if residual is None else residual.permute(0, 2, 3, 1)
+            return self._rows(x.permute(0, 2, 3, 1), moved).permute(0, 3, 1, 2)
+        return self._rows(x, residual)
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def gated(self, x: Tensor) -> Tensor:
+        """value * gelu(gate) (..., N / 2) of the two halves (..., N) that `forward` gives for x (..., C)."""
+        engine = self.prepare(x.device).engine
+        if engine is not None and engine.can_gate:
+            return engine.linear(x, gated=True)
+        value, gate = self(x).chunk(2, dim=-1)
+        return value * nn.functional.gelu(gate)
+
+    def _rows(self, x: Tensor, residual: Tensor | None) -> Tensor:
         plan, ready = self.plan, self.prepare(x.device)
         if ready.engine is not None:
-            return ready.engine.linear(x)
+            return ready.engine.linear(x, residual)
         rows = x.reshape(-1, plan.in_features)
         codes, scale, zero = dgq_kernels.quantize_rows(rows, plan.abits, self._inv_divisor())
         if ready.order is not None:
@@ -197,26 +261,33 @@ class IntegerLayer(nn.Module):
                 codes, scale, zero, self.packed, self.subscales, self.weight_scale, ready.column_sum, bias, x.dtype,
                 plan.weight_group,
             )  # fmt: skip
-        return y.view(*x.shape[:-1], plan.out_features)
+        y = y.view(*x.shape[:-1], plan.out_features)
+        return y if residual is None else y + residual
 
-    def _convolve(self, x: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor, residual: Tensor | None, sample_bias: Tensor | None) -> Tensor:
         plan, ready = self.plan, self.prepare(x.device)
         if ready.engine is not None:
-            return ready.engine.conv2d(x)
+            if sample_bias is not None and plan.bias:
+                sample_bias = sample_bias.float() + self.bias
+            return ready.engine.conv2d(x, residual, sample_bias)
         codes, scale, zero = dgq_kernels.quantize_samples(x, plan.abits, self._inv_divisor(), plan.padding)
         if ready.order is not None:
             codes = codes[:, ready.order].contiguous(memory_format=torch.channels_last)
         bias = self._bias()
         if ready.onednn is not None:
-            return dgq_kernels.conv2d_prepacked(
+            y = dgq_kernels.conv2d_prepacked(
                 codes, scale, zero, ready.onednn, plan.class_ends, ready.split, self.weight_scale, ready.column_sum,
                 bias, plan.kernel_size, plan.stride, x.dtype,
             )  # fmt: skip
-        assert ready.weight is not None
-        return dgq_kernels.conv2d(
-            codes, scale, zero, ready.weight, self.weight_scale, ready.column_sum, bias, plan.stride, x.dtype,
-            plan.class_ends,
-        )  # fmt: skip
+        else:
+            assert ready.weight is not None
+            y = dgq_kernels.conv2d(
+                codes, scale, zero, ready.weight, self.weight_scale, ready.column_sum, bias, plan.stride, x.dtype,
+                plan.class_ends,
+            )  # fmt: skip
+        if sample_bias is not None:
+            y = y + sample_bias.to(y.dtype)[:, :, None, None]
+        return y if residual is None else y + residual
 
     def _inv_divisor(self) -> Tensor | None:
         return self.inv_divisor if self.plan.channels != "none" else None
@@ -226,7 +297,7 @@ class IntegerLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLayer:
         """Move between devices, but never change a dtype: scales in half precision would be another model."""
-        self._prepared = None
+        self.restore()
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -234,7 +305,16 @@ class IntegerLayer(nn.Module):
 
         return super()._apply(move, recurse)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + self._stored_name] = self._stored()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
+        self.restore()
         return {**self.__dict__, "_prepared": None}  # opaque tensors and addresses cannot be copied or pickled
 
     def extra_repr(self) -> str:

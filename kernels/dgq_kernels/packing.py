@@ -81,3 +81,19 @@ def expand_two_level(packed: Tensor, subscales: Tensor, k: int, group: int) -> T
     codes = unpack_int4(packed, groups * group, group).reshape(packed.shape[0], groups, group)
     m = unpack_subscales(subscales, groups).to(torch.int8)
     return (codes * m[:, :, None]).reshape(packed.shape[0], -1)[:, :k].contiguous()
+
+
+def pack_two_level(weight: Tensor, subscales: Tensor, group: int) -> Tensor:
+    """Inverse of `expand_two_level`: int8 (N, k) and its packed sub-scales -> uint8 (N, Kp / 2).
+
+    Raises:
+        ValueError: an element is not a 4-bit code times the sub-scale of its group.
+    """
+    n, k = weight.shape
+    groups = padded_length(k, group) // group
+    m = unpack_subscales(subscales, groups).to(torch.int8)[:, :, None]
+    values = torch.nn.functional.pad(weight, (0, groups * group - k)).view(n, groups, group)
+    codes = values.div(m.clamp(min=1), rounding_mode="floor")
+    if not torch.equal(codes * m, values):
+        raise ValueError("the weight is no product of 4-bit codes and these sub-scales")
+    return pack_int4(codes.reshape(n, -1), group)

@@ -97,7 +97,7 @@ def test_the_engine_gives_the_bits_of_the_reference(build, data, wbits, monkeypa
     y = layer(x)
     assert layer.prepare(x.device).engine is not None
     monkeypatch.setenv("DGQ_BACKEND", "reference")
-    layer._prepared = None
+    layer.restore()
     assert torch.equal(y, layer(x))
 
 
@@ -143,6 +143,53 @@ def test_copies_work_after_the_first_call():
     assert torch.equal(copy.deepcopy(layer)(x), expected)
 
 
+@pytest.mark.parametrize("build, data", CASES)
+@pytest.mark.parametrize("wbits", [4, 8])
+@pytest.mark.parametrize("channels", ["none", "smooth", "shift"])
+@torch.no_grad()
+def test_the_stored_form_comes_back_from_the_packed_one(build, data, wbits, channels):
+    torch.manual_seed(0)
+    module, x = build(), data()
+    layer = quantized(module, x, wbits=wbits, channels=channels).layer
+    stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    y = layer(x)
+    if layer.prepare(x.device).engine is not None:
+        assert not (layer.weight if wbits == 8 else layer.packed).numel()
+    again = layer.state_dict()
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[name], stored[name]) for name in stored)
+    name = "weight" if wbits == 8 else "packed"
+    layer.load_state_dict({**stored, name: torch.zeros_like(stored[name])})
+    assert not torch.equal(layer(x), y)
+    layer.load_state_dict(stored)
+    assert torch.equal(layer(x), y)
+
+
+@torch.no_grad()
+def test_layers_add_what_they_are_given():
+    torch.manual_seed(0)
+    for build, data in CASES:
+        module, x = build(), data()
+        layer = quantized(module, x).layer
+        y = layer(x)
+        residual = torch.randn_like(y)
+        assert torch.allclose(layer(x, residual), y + residual, rtol=0, atol=1e-5)
+        if layer.plan.kind == "conv2d":
+            each = torch.randn(y.shape[:2])
+            expected = y + each[:, :, None, None] + residual
+            assert torch.allclose(layer(x, residual, each), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [64, 60])  # 60: halves that are no whole blocks
+@torch.no_grad()
+def test_layers_gate_their_output(width):
+    torch.manual_seed(0)
+    module, x = nn.Linear(48, width), torch.randn(10, 48)
+    layer = quantized(module, x).layer
+    value, gate = layer(x).chunk(2, -1)
+    assert torch.allclose(layer.gated(x), value * nn.functional.gelu(gate), rtol=1e-6, atol=1e-6)
+
+
 @torch.no_grad()
 def test_reference_backend_agrees(monkeypatch):
     torch.manual_seed(0)
@@ -150,11 +197,11 @@ def test_reference_backend_agrees(monkeypatch):
         module, x = build(), data()
         layer = quantized(module, x, wbits=4, channels="shift").layer
         fast = layer(x)
-        layer._prepared = None
+        layer.restore()
         with monkeypatch.context() as patch:
             patch.setenv("DGQ_BACKEND", "reference")
             slow = layer(x)
-        layer._prepared = None
+        layer.restore()
         assert float((fast - slow).norm() / slow.norm()) < 1e-5
 
 

@@ -147,6 +147,67 @@ def test_conv2d_equals_the_reference(isa, sizes, kernel, stride, padding, dtype)
     assert torch.equal(layer.conv2d(x, residual), (exact + residual.float()).to(dtype))
 
 
+@pytest.mark.parametrize("shape", [(1, 7, 32), (33, 130, 64), (70, 320, 2560)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_linear_equals_the_reference(isa, shape, dtype):
+    m, k, n = shape
+    g = torch.Generator().manual_seed(0)
+    weight, scale, sums, bias = weights(n, k, g)
+    x = (torch.randn(m, k, generator=g) / 1000).to(dtype)
+    layer = native.Layer(weight, scale / k, sums, bias, None, 8)
+    codes, row_scale, zero = quantize_reference.quantize_rows(x, 8, None)
+    y = linear_reference.linear_int8(codes, row_scale, zero, weight, scale / k, sums, bias, torch.float32, [k])
+    value, gate = y.double().chunk(2, -1)
+    got = layer.linear(x, gated=True)
+    exact = value * torch.nn.functional.gelu(gate)
+    assert got.dtype == dtype
+    assert got.shape == exact.shape
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+    assert bool(((got.double() - exact).abs() <= rounding * exact.abs() + 3e-7 * (value * gate).abs()).all())
+
+
+def test_every_instruction_set_gates_with_the_same_bits():
+    g = torch.Generator().manual_seed(0)
+    weight, scale, sums, bias = weights(96, 100, g)
+    layer = native.Layer(weight, scale / 100, sums, bias, None, 8)
+    x = torch.randn(40, 100, generator=g) * torch.logspace(-6, 3, 40)[:, None]
+    results = []
+    before = native.describe()
+    for name in native.supported():
+        native.use(name)
+        results.append(layer.linear(x, gated=True))
+    native.use(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    assert bool(torch.isfinite(results[0]).all())
+
+
+def test_gating_wants_whole_blocks_and_no_residual():
+    weight, scale, sums, bias = weights(48, 8, torch.Generator().manual_seed(0))
+    layer = native.Layer(weight, scale, sums, bias, None, 8)
+    assert not layer.can_gate
+    with pytest.raises(ValueError, match="48 outputs"):
+        layer.linear(torch.randn(2, 8), gated=True)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (16, 64), (33, 431), (320, 2880)])
+def test_the_weight_comes_back_from_its_blocks(shape):
+    weight, scale, sums, bias = weights(*shape, torch.Generator().manual_seed(0))
+    assert torch.equal(native.Layer(weight, scale, sums, bias, None, 8).weight(), weight)
+
+
+def test_a_convolution_takes_a_bias_for_every_sample():
+    g = torch.Generator().manual_seed(0)
+    weight, scale, sums, bias = weights(33, 9 * 20, g)
+    x = torch.randn(3, 20, 5, 6, generator=g)
+    each = torch.randn(3, 33, generator=g)
+    layer = native.Layer(weight, scale, sums, bias, None, 8, 3, 1, 1)
+    for i in range(3):
+        alone = native.Layer(weight, scale, sums, each[i], None, 8, 3, 1, 1).conv2d(x[i : i + 1])
+        assert torch.equal(layer.conv2d(x, sample_bias=each)[i : i + 1], alone)
+    with pytest.raises(ValueError, match=r"sample_bias \(3, 33\)"):
+        layer.conv2d(x, sample_bias=each[:2])
+
+
 def test_inputs_of_another_shape_are_refused():
     g = torch.Generator().manual_seed(0)
     layer = native.Layer(*weights(20, 32, g), None, 8)

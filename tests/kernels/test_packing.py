@@ -51,3 +51,18 @@ def test_out_of_range_values_are_refused():
         packing.pack_int4(torch.full((1, 4), 8, dtype=torch.int8))
     with pytest.raises(ValueError, match=r"0\.\.15"):
         packing.pack_subscales(torch.full((1, 4), 16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("k, group", [(64, 32), (70, 32), (33, 16)])
+def test_two_level_weights_pack_again(k, group):
+    g = torch.Generator().manual_seed(0)
+    groups = packing.padded_length(k, group) // group
+    codes = torch.randint(-8, 8, (5, k), generator=g).to(torch.int8)
+    m = torch.randint(1, 16, (5, groups), generator=g).to(torch.uint8)
+    packed, subscales = packing.pack_int4(codes, group), packing.pack_subscales(m)
+    weight = packing.expand_two_level(packed, subscales, k, group)
+    assert torch.equal(packing.pack_two_level(weight, subscales, group), packed)
+    m[0, 0] = 7
+    weight[0, :group] = 5  # no multiple of 7
+    with pytest.raises(ValueError, match="product"):
+        packing.pack_two_level(weight, packing.pack_subscales(m), group)

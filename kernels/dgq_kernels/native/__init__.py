@@ -22,6 +22,7 @@ from .build import LIBRARY
 
 ABI = 2
 ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx")
+BLOCK = 16  # output channels in a block of the packed weight
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _Pointer = ctypes.c_void_p
 _Int, _Long = ctypes.c_int32, ctypes.c_int64
@@ -55,8 +56,8 @@ _SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "dgq_use": (None, (_Int, _Pointer)),
     "dgq_packed_bytes": (_Long, (_Long, _Long)),
     "dgq_pack": (_Int, (_Pointer, _Long, _Long, _Pointer, _Int)),
-    "dgq_linear": (_Int, (_Pointer, _Pointer, _Long, _Long, _Int, _Pointer, _Pointer, _Int)),
-    "dgq_conv2d": (_Int, (_Pointer, _Pointer, _Long, _Long, _Long, _Int, _Pointer, _Pointer, _Int)),
+    "dgq_linear": (_Int, (_Pointer, _Pointer, _Long, _Long, _Int, _Pointer, _Int, _Pointer, _Int)),
+    "dgq_conv2d": (_Int, (_Pointer, _Pointer, _Long, _Long, _Long, _Int, _Pointer, _Pointer, _Pointer, _Int)),
     "dgq_attention": (_Int, (_Pointer, _Int)),
 }
 
@@ -175,7 +176,9 @@ class Layer:
         weight = weight.contiguous()
         self.n, self.k = weight.shape
         self.kernel, self.stride, self.padding = kernel, stride, padding
-        self.packed = torch.empty(library.dgq_packed_bytes(self.n, self.k) + 63, dtype=torch.int8)
+        size = library.dgq_packed_bytes(self.n, self.k)
+        self.packed_k = size // (-(-self.n // (2 * BLOCK)) * 2 * BLOCK)
+        self.packed = torch.empty(size + 63, dtype=torch.int8)
         start = self.packed.data_ptr() + 63 & ~63  # whole cache lines
         _check(library.dgq_pack(weight.data_ptr(), self.n, self.k, start, torch.get_num_threads()))
         vectors = [x if x is None else x.contiguous() for x in (weight_scale, column_sum, bias, inv_divisor)]
@@ -188,6 +191,12 @@ class Layer:
         self._address = ctypes.addressof(self._struct)
         self._linear, self._conv2d = library.dgq_linear, library.dgq_conv2d
 
+    def weight(self) -> Tensor:
+        """The int8 matrix (N, K) the layer was made of, from its blocks."""
+        start = -self.packed.data_ptr() % 64
+        blocks = self.packed[start : start + self.packed.numel() - 63].view(-1, self.packed_k // 4, BLOCK, 4)
+        return blocks.transpose(1, 2).reshape(-1, self.packed_k)[: self.n, : self.k].contiguous()
+
     @staticmethod
     def _check_input(x: Tensor, channels: int, expected: int) -> None:
         """The library trusts the sizes it is given."""
@@ -196,42 +205,60 @@ class Layer:
         if x.device.type != "cpu":
             raise ValueError(f"the CPU engine cannot read an input on {x.device}")
 
-    def linear(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    @property
+    def can_gate(self) -> bool:
+        """Whether `linear` can gate: both halves of the outputs are whole blocks."""
+        return self.n % (2 * BLOCK) == 0
+
+    def linear(self, x: Tensor, residual: Tensor | None = None, gated: bool = False) -> Tensor:
         """x (..., K) times the weight: (..., N) in x's dtype, plus `residual` (shaped alike).
 
+        With `gated` the result is (..., N / 2): value * gelu(gate), where the value is the first half of the outputs
+        and the gate the second (GELU by the error function, to 1.5e-7 of the gate's size).
+
         Raises:
-            ValueError: x has another number of channels, or is not on the CPU.
+            ValueError: x has another number of channels, or is not on the CPU; `gated` with a residual, or where
+                `can_gate` is false.
         """
         self._check_input(x, x.shape[-1], self.k)
+        if gated and (residual is not None or not self.can_gate):
+            raise ValueError(f"{self.n} outputs cannot be gated in blocks of {BLOCK}, or beside a residual")
         dtype = _DTYPES.get(x.dtype)
         if dtype is None:
-            return self.linear(x.float(), None if residual is None else residual.float()).to(x.dtype)
+            return self.linear(x.float(), None if residual is None else residual.float(), gated).to(x.dtype)
         rows = x.reshape(-1, self.k)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        y = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
+        y = torch.empty((*x.shape[:-1], self.n // 2 if gated else self.n), dtype=x.dtype)
         if rows.shape[0]:
             kept = None if residual is None else residual.to(x.dtype).expand(y.shape).contiguous()
             _check(
                 self._linear(
                     self._address, rows.data_ptr(), rows.stride(0), rows.shape[0], dtype,
-                    None if kept is None else kept.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+                    None if kept is None else kept.data_ptr(), gated, y.data_ptr(), torch.get_num_threads(),
                 )
             )  # fmt: skip
         return y
 
-    def conv2d(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def conv2d(self, x: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
         """x (B, C, H, W) convolved: (B, N, Ho, Wo), channels-last, in x's dtype, plus `residual` (shaped alike).
 
+        `sample_bias`, float32 (B, N), takes the place of the layer's bias.
+
         Raises:
-            ValueError: x is not 4-D, has other channels, is smaller than the kernel, or is not on the CPU.
+            ValueError: x is not 4-D, has other channels, is smaller than the kernel, or is not on the CPU;
+                `sample_bias` has another shape.
         """
         self._check_input(x, x.shape[1] if x.dim() == 4 else -1, self.k // self.kernel**2)
         if min(x.shape[2:]) + 2 * self.padding < self.kernel:
             raise ValueError(f"input {tuple(x.shape)} is smaller than the kernel of {self.kernel}")
+        if sample_bias is not None:
+            if sample_bias.shape != (x.shape[0], self.n):
+                raise ValueError(f"sample_bias {(x.shape[0], self.n)} expected, got {tuple(sample_bias.shape)}")
+            sample_bias = sample_bias.float().contiguous()
         dtype = _DTYPES.get(x.dtype)
         if dtype is None:
-            return self.conv2d(x.float(), None if residual is None else residual.float()).to(x.dtype)
+            return self.conv2d(x.float(), None if residual is None else residual.float(), sample_bias).to(x.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         batch, _, height, width = x.shape
         size = [(side + 2 * self.padding - self.kernel) // self.stride + 1 for side in (height, width)]
@@ -241,10 +268,11 @@ class Layer:
             kept = residual.to(x.dtype).expand(y.shape).contiguous(memory_format=torch.channels_last)
         if not batch:
             return y
+        pointers = [None if t is None else t.data_ptr() for t in (sample_bias, kept)]
         _check(
             self._conv2d(
-                self._address, x.data_ptr(), batch, height, width, dtype, None if kept is None else kept.data_ptr(),
-                y.data_ptr(), torch.get_num_threads(),
+                self._address, x.data_ptr(), batch, height, width, dtype, *pointers, y.data_ptr(),
+                torch.get_num_threads(),
             )
         )  # fmt: skip
         return y

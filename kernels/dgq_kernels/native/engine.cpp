@@ -71,7 +71,8 @@ namespace vector512 {
 static void nothing() {}
 
 #define DGQ_KERNELS(ELEMENTWISE, PROBABILITIES, TILES, BEGIN, END)                                             \
-    {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::epilogue, ELEMENTWISE::largest_of,                \
+    {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::epilogue, ELEMENTWISE::gated_epilogue,            \
+     ELEMENTWISE::largest_of,                                                                                  \
      ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head, ELEMENTWISE::prepare_query,                  \
      ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, BEGIN, END}
 
@@ -157,29 +158,45 @@ static Split split_work(int64_t m, int64_t n, int64_t k, int threads) {
     return split;
 }
 
-// A part of a layer's output from its panel of codes; `codes_at(row)` gives scale and zero point of an output row.
-template <class CodesAt>
+// What happens to a layer's sums. Null pointers stand for nothing.
+struct Finish {
+    const float* sample_bias;  // (batch, n), in place of the layer's bias
+    const void* residual;      // shaped like the output
+    int32_t gated;             // the second half of the columns gates the first: value * gelu(gate)
+};
+
+// A part of a layer's output from its panel of codes. `codes_at(row)` gives scale and zero point of an output row,
+// `bias_at(row)` its bias or null. Part counts output columns, of which a gated layer has half as many as sums.
+template <class CodesAt, class BiasAt>
 static void multiply_panel(
-    const Layer& layer, const uint8_t* a, ptrdiff_t lda, const Part& part, int dtype, const void* residual, void* y,
-    const CodesAt& codes_at) {
+    const Layer& layer, const uint8_t* a, ptrdiff_t lda, const Part& part, int dtype, const Finish& finish, void* y,
+    const CodesAt& codes_at, const BiasAt& bias_at) {
     alignas(64) int32_t sums[TILE_ROWS * TILE_COLS];
     const ptrdiff_t block = block_bytes(layer.k);
-    for (int64_t col = part.first; col < part.last; col += TILE_COLS) {
+    const int64_t n = finish.gated ? layer.n / 2 : layer.n, step = finish.gated ? BLOCK_COLS : TILE_COLS;
+    const ptrdiff_t second = finish.gated ? n / BLOCK_COLS * block : block;
+    for (int64_t col = part.first; col < part.last; col += step) {
         const int8_t* b = layer.packed + col / BLOCK_COLS * block;
-        const int64_t count = part.last - col < TILE_COLS ? part.last - col : TILE_COLS;
+        const int64_t count = part.last - col < step ? part.last - col : step;
+        const int cols = finish.gated || count > BLOCK_COLS ? TILE_COLS : BLOCK_COLS;
         for (int64_t row = 0; row < part.rows; row += TILE_ROWS) {
             const int height = static_cast<int>(part.rows - row < TILE_ROWS ? part.rows - row : TILE_ROWS);
-            kernels->tile(
-                a + row * lda, lda, b, block, layer.k, height, count > BLOCK_COLS ? TILE_COLS : BLOCK_COLS, ZEROS,
-                sums, TILE_COLS);
+            kernels->tile(a + row * lda, lda, b, second, layer.k, height, cols, ZEROS, sums, TILE_COLS);
             for (int i = 0; i < height; ++i) {
                 const int64_t out_row = part.start + row + i;
-                const int64_t at = (out_row * layer.n + col) * element_bytes(dtype);
+                const int64_t at = (out_row * n + col) * element_bytes(dtype);
                 const Codes& codes = codes_at(out_row);
-                kernels->epilogue(
-                    sums + i * TILE_COLS, count, codes.scale, codes.zero, layer.weight_scale + col,
-                    layer.column_sum + col, layer.bias ? layer.bias + col : nullptr,
-                    residual ? static_cast<const char*>(residual) + at : nullptr, static_cast<char*>(y) + at, dtype);
+                const float* bias = bias_at(out_row);
+                if (finish.gated)
+                    kernels->gated_epilogue(
+                        sums + i * TILE_COLS, n, codes.scale, codes.zero, layer.weight_scale + col,
+                        layer.column_sum + col, bias ? bias + col : nullptr, static_cast<char*>(y) + at, dtype);
+                else
+                    kernels->epilogue(
+                        sums + i * TILE_COLS, count, codes.scale, codes.zero, layer.weight_scale + col,
+                        layer.column_sum + col, bias ? bias + col : nullptr,
+                        finish.residual ? static_cast<const char*>(finish.residual) + at : nullptr,
+                        static_cast<char*>(y) + at, dtype);
             }
         }
     }
@@ -191,11 +208,12 @@ static Scratch& panel_scratch() {
 }
 
 static void linear(
-    const Layer& layer, const void* x, int64_t ldx, int64_t m, int dtype, const void* residual, void* y, int threads) {
+    const Layer& layer, const void* x, int64_t ldx, int64_t m, int dtype, const Finish& finish, void* y, int threads) {
     const int64_t size = element_bytes(dtype), lda = row_stride(layer.k);
-    const Split split = split_work(m, layer.n, layer.k, threads);
+    const int64_t n = finish.gated ? layer.n / 2 : layer.n;
+    const Split split = split_work(m, n, layer.k, threads);
     parallel(threads, split.parts(), [&](int64_t task) {
-        const Part part = split.part(task, m, layer.n);
+        const Part part = split.part(task, m, n);
         const int64_t start = part.start, rows = part.rows;
         auto* codes = panel_scratch().get<uint8_t>(split.panel_rows * (lda + sizeof(Codes)));
         auto* row_codes = reinterpret_cast<Codes*>(codes + split.panel_rows * lda);
@@ -208,14 +226,15 @@ static void linear(
             kernels->quantize(source, dtype, layer.k, layer.inv_divisor, row_codes[row], out);
             std::memset(out + layer.k, 0, round_up(layer.k, K_BLOCK) - layer.k);
         }
-        multiply_panel(layer, codes, lda, part, dtype, residual, y, [&](int64_t row) -> const Codes& {
-            return row_codes[row - start];
-        });
+        multiply_panel(
+            layer, codes, lda, part, dtype, finish, y,
+            [&](int64_t row) -> const Codes& { return row_codes[row - start]; },
+            [&](int64_t) { return layer.bias; });
     });
 }
 
 static void convolve(
-    const Layer& layer, const void* x, int64_t batch, int64_t height, int64_t width, int dtype, const void* residual,
+    const Layer& layer, const void* x, int64_t batch, int64_t height, int64_t width, int dtype, const Finish& finish,
     void* y, int threads) {
     const int64_t size = element_bytes(dtype), channels = layer.channels, pad = layer.padding, kernel = layer.kernel;
     const int64_t padded_height = height + 2 * pad, padded_width = width + 2 * pad;
@@ -280,9 +299,13 @@ static void convolve(
                 std::memcpy(out + tap * run, corner + tap * padded_width * channels, run);
             std::memset(out + layer.k, 0, round_up(layer.k, K_BLOCK) - layer.k);
         }
-        multiply_panel(layer, panel, lda, part, dtype, residual, y, [&](int64_t row) -> const Codes& {
-            return sample[row / (out_height * out_width)];
-        });
+        const auto sample_of = [&](int64_t row) { return row / (out_height * out_width); };
+        multiply_panel(
+            layer, panel, lda, part, dtype, finish, y,
+            [&](int64_t row) -> const Codes& { return sample[sample_of(row)]; },
+            [&](int64_t row) {
+                return finish.sample_bias ? finish.sample_bias + sample_of(row) * layer.n : layer.bias;
+            });
     });
 }
 
@@ -393,15 +416,17 @@ int32_t dgq_pack(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int
 }
 
 int32_t dgq_linear(
-    const dgq::Layer* layer, const void* x, int64_t ldx, int64_t m, int32_t dtype, const void* residual, void* y,
-    int32_t threads) {
-    return dgq::guarded([&] { dgq::linear(*layer, x, ldx, m, dtype, residual, y, threads); });
+    const dgq::Layer* layer, const void* x, int64_t ldx, int64_t m, int32_t dtype, const void* residual,
+    int32_t gated, void* y, int32_t threads) {
+    return dgq::guarded([&] { dgq::linear(*layer, x, ldx, m, dtype, {nullptr, residual, gated}, y, threads); });
 }
 
 int32_t dgq_conv2d(
     const dgq::Layer* layer, const void* x, int64_t batch, int64_t height, int64_t width, int32_t dtype,
-    const void* residual, void* y, int32_t threads) {
-    return dgq::guarded([&] { dgq::convolve(*layer, x, batch, height, width, dtype, residual, y, threads); });
+    const float* sample_bias, const void* residual, void* y, int32_t threads) {
+    return dgq::guarded([&] {
+        dgq::convolve(*layer, x, batch, height, width, dtype, {sample_bias, residual, 0}, y, threads);
+    });
 }
 
 int32_t dgq_attention(const dgq::Attention* attention, int32_t threads) {

@@ -70,6 +70,11 @@ struct Kernels {
     void (*epilogue)(
         const int32_t* sum, int64_t n, float scale, int32_t zero, const float* weight_scale,
         const int32_t* column_sum, const float* bias, const void* residual, void* out, int dtype);
+    // out[0..16) = value * gelu(gate) of 16 sums of values followed by 16 of gates, whose scales, column sums and biases
+    // lie n columns on.
+    void (*gated_epilogue)(
+        const int32_t* sum, int64_t n, float scale, int32_t zero, const float* weight_scale,
+        const int32_t* column_sum, const float* bias, void* out, int dtype);
     int32_t (*largest)(const int32_t* logits, int64_t n);
     // Byte probabilities of a row of logits; returns their sum.
     int64_t (*probabilities)(

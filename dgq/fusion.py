@@ -1,0 +1,134 @@
+"""Modules of a diffusers UNet that hand their neighbours' work to quantized layers: residuals, GEGLU, time embeddings.
+
+The layers can add a residual and gate their output while a tile of sums is still in the cache; diffusers' modules do
+both as passes over memory of their own. `fuse` changes the class of the modules that can do better, and nothing of
+their parameters: names, state_dict and results stay (results up to the rounding of what is no longer stored between).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from .attention import LogAttnProcessor
+from .layers import IntegerLayer
+
+
+class FusedGEGLU(GEGLU):
+    """GEGLU whose projection gates its own output."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self.proj
+        gated: Tensor = layer.gated(hidden_states)
+        return gated
+
+
+class FusedTransformerBlock(BasicTransformerBlock):
+    """A transformer block whose last layers add the residuals."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Any = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Any = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        special = (attention_mask, encoder_attention_mask, cross_attention_kwargs or None, self._chunk_size)
+        if self.training or any(value is not None for value in special):
+            plain: Any = super()
+            result: Tensor = plain.forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+                cross_attention_kwargs, class_labels, added_cond_kwargs,
+            )  # fmt: skip
+            return result
+        x = _attend(self.attn1, self.norm1(hidden_states), None, hidden_states)
+        if self.attn2 is not None:
+            x = _attend(self.attn2, self.norm2(x), encoder_hidden_states, x)
+        *first, last = (module for module in self.ff.net if not isinstance(module, nn.Dropout))
+        hidden = self.norm3(x)
+        for module in first:
+            hidden = module(hidden)
+        out: Tensor = last(hidden, x)
+        return out
+
+
+def _attend(attention: Any, x: Tensor, context: Tensor | None, residual: Tensor) -> Tensor:
+    if isinstance(attention.processor, LogAttnProcessor):
+        return attention.processor(attention, x, context, residual=residual)
+    result: Tensor = attention(x, encoder_hidden_states=context)
+    return result + residual
+
+
+class FusedTransformer(Transformer2DModel):
+    """A transformer over pixels whose last projection adds the residual, and leaves pixels channels-last."""
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        pixels = hidden_states.reshape(batch_size, height, width, -1)
+        if not self.use_linear_projection:
+            projected: Tensor = self.proj_out(pixels.permute(0, 3, 1, 2), residual)
+            return projected
+        moved: Tensor = self.proj_out(pixels, residual.permute(0, 2, 3, 1))
+        return moved.permute(0, 3, 1, 2)
+
+
+class FusedResnetBlock(ResnetBlock2D):
+    """A residual block whose convolutions add the time embedding and the residual."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        if self.training:
+            plain: Any = super()
+            result: Tensor = plain.forward(input_tensor, temb, *args, **kwargs)
+            return result
+        x = self.nonlinearity(self.norm1(input_tensor))
+        embedding = None
+        if temb is not None and self.time_emb_proj is not None:
+            embedding = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        x = self.conv1(x, None, embedding)
+        x = self.nonlinearity(self.norm2(x))
+        shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        out: Tensor = self.conv2(x, shortcut)
+        return out
+
+
+def _is_layer(module: object, kind: str | None = None) -> bool:
+    return isinstance(module, IntegerLayer) and kind in (None, module.plan.kind)
+
+
+def _fused_class(module: Any) -> type[nn.Module] | None:
+    """The class to change to. Exact types only: a subclass has a forward of its own."""
+    kind = type(module)
+    if kind is GEGLU and _is_layer(module.proj, "linear"):
+        return FusedGEGLU
+    if kind is BasicTransformerBlock:
+        plain = module.norm_type == "layer_norm" and module.pos_embed is None and not module.only_cross_attention
+        layers = [x for x in module.ff.net if not isinstance(x, nn.Dropout)] if type(module.ff) is FeedForward else []
+        return FusedTransformerBlock if plain and layers and _is_layer(layers[-1], "linear") else None
+    if kind is Transformer2DModel:
+        return FusedTransformer if module.is_input_continuous and _is_layer(module.proj_out) else None
+    if kind is ResnetBlock2D:
+        plain = (
+            module.time_embedding_norm == "default" and module.output_scale_factor == 1
+            and module.upsample is None and module.downsample is None
+        )  # fmt: skip
+        both = _is_layer(module.conv1, "conv2d") and _is_layer(module.conv2, "conv2d")
+        return FusedResnetBlock if plain and both else None
+    return None
+
+
+def fuse(unet: nn.Module) -> None:
+    """Change the class of every module of a quantized UNet that can leave work to its quantized layers, in place."""
+    for module in unet.modules():
+        fused = _fused_class(module)
+        if fused is not None:
+            module.__class__ = fused
