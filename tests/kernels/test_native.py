@@ -126,6 +126,9 @@ def test_two_callers_at_once():
     [
         ((2, 32, 8, 8, 48), 3, 1, 1), ((1, 5, 7, 9, 3), 3, 2, 1), ((3, 160, 4, 5, 33), 3, 1, 1),
         ((2, 20, 9, 6, 40), 5, 1, 2), ((1, 64, 6, 6, 16), 3, 2, 0),
+        # lines of whole groups of pixels and blocks of channels: multiplied in place
+        ((2, 64, 6, 32, 40), 3, 1, 1), ((1, 128, 10, 32, 48), 3, 2, 1), ((3, 64, 3, 16, 33), 3, 1, 1),
+        ((1, 64, 16, 18, 70), 3, 1, 0), ((2, 64, 5, 48, 16), 5, 1, 2),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -163,7 +166,7 @@ def test_gated_linear_equals_the_reference(isa, shape, dtype):
     assert got.dtype == dtype
     assert got.shape == exact.shape
     rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
-    assert bool(((got.double() - exact).abs() <= rounding * exact.abs() + 3e-7 * (value * gate).abs()).all())
+    assert bool(((got.double() - exact).abs() <= rounding * exact.abs() + 1e-6 * (value * gate).abs()).all())
 
 
 def test_every_instruction_set_gates_with_the_same_bits():

@@ -214,7 +214,7 @@ class Layer:
         """x (..., K) times the weight: (..., N) in x's dtype, plus `residual` (shaped alike).
 
         With `gated` the result is (..., N / 2): value * gelu(gate), where the value is the first half of the outputs
-        and the gate the second (GELU by the error function, to 1.5e-7 of the gate's size).
+        and the gate the second (GELU by the error function, to 1e-6 of the gate's size).
 
         Raises:
             ValueError: x has another number of channels, or is not on the CPU; `gated` with a residual, or where

@@ -74,7 +74,7 @@ static void nothing() {}
     {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::epilogue, ELEMENTWISE::gated_epilogue,            \
      ELEMENTWISE::largest_of,                                                                                  \
      ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head, ELEMENTWISE::prepare_query,                  \
-     ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, BEGIN, END}
+     ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::panel, BEGIN, END}
 
 static const Kernels all_kernels[ISA_COUNT] = {
     DGQ_KERNELS(plain, probabilities, portable, nothing, nothing),
@@ -138,7 +138,7 @@ struct Split {
 
 // Panels of A stay in the second-level cache with a block of B; few rows are shared out by columns instead.
 static Split split_work(int64_t m, int64_t n, int64_t k, int threads) {
-    constexpr int64_t cache = 512 * 1024;
+    constexpr int64_t cache = 1536 * 1024;
     Split split;
     int64_t rows = cache / row_stride(k) / TILE_ROWS * TILE_ROWS;
     rows = rows < TILE_ROWS ? TILE_ROWS : rows > 256 ? 256 : rows;
@@ -146,9 +146,11 @@ static Split split_work(int64_t m, int64_t n, int64_t k, int threads) {
     if (m >= threads * TILE_ROWS) panels = round_up(panels, threads);
     split.panel_rows = round_up(ceil_div(m, panels), TILE_ROWS);
     split.panels = ceil_div(m, split.panel_rows);
-    // A few panels of whole tiles may leave a thread idle (77 rows: 64 and 13); columns divide more evenly.
+    // A few panels of whole tiles may leave a thread idle (77 rows: 64 and 13), and each reads all of the weight; columns
+    // divide more evenly, at the price of quantizing the rows once for every thread.
     const int64_t busiest = ceil_div(split.panels, threads) * split.panel_rows;
-    if (m <= rows && 4 * busiest * threads > 5 * m && n >= threads * 2 * TILE_COLS) {
+    const bool uneven = 4 * busiest * threads > 5 * m, mostly_weight = 8 * m <= n;
+    if (m <= rows && (uneven || mostly_weight) && n >= threads * 2 * TILE_COLS) {
         split.panel_rows = round_up(m, TILE_ROWS);
         split.panels = 1;
     }
@@ -163,41 +165,33 @@ struct Finish {
     const float* sample_bias;  // (batch, n), in place of the layer's bias
     const void* residual;      // shaped like the output
     int32_t gated;             // the second half of the columns gates the first: value * gelu(gate)
+    void* y;
+
+    Output output(int64_t row, int64_t n, int64_t size, const float* bias, const Codes& codes) const {
+        const int64_t at = row * n * size;
+        const char* added = residual ? static_cast<const char*>(residual) + at : nullptr;
+        return {codes.scale, codes.zero, bias, added, static_cast<char*>(y) + at};
+    }
 };
 
-// A part of a layer's output from its panel of codes. `codes_at(row)` gives scale and zero point of an output row,
-// `bias_at(row)` its bias or null. Part counts output columns, of which a gated layer has half as many as sums.
-template <class CodesAt, class BiasAt>
+// A part of a layer's output from its panel of codes; outputs are of the panel's rows. Part counts output columns, of
+// which a gated layer has half as many as sums.
 static void multiply_panel(
-    const Layer& layer, const uint8_t* a, ptrdiff_t lda, const Part& part, int dtype, const Finish& finish, void* y,
-    const CodesAt& codes_at, const BiasAt& bias_at) {
-    alignas(64) int32_t sums[TILE_ROWS * TILE_COLS];
+    const Layer& layer, const Rows& a, const Part& part, const Output* outputs, bool gated, int dtype) {
+    static thread_local Scratch sum_scratch;
+    auto* sums = sum_scratch.get<int32_t>(round_up(part.rows, TILE_ROWS) * TILE_COLS);
     const ptrdiff_t block = block_bytes(layer.k);
-    const int64_t n = finish.gated ? layer.n / 2 : layer.n, step = finish.gated ? BLOCK_COLS : TILE_COLS;
-    const ptrdiff_t second = finish.gated ? n / BLOCK_COLS * block : block;
+    const int64_t gates = layer.n / 2, step = gated ? BLOCK_COLS : TILE_COLS;
     for (int64_t col = part.first; col < part.last; col += step) {
         const int8_t* b = layer.packed + col / BLOCK_COLS * block;
         const int64_t count = part.last - col < step ? part.last - col : step;
-        const int cols = finish.gated || count > BLOCK_COLS ? TILE_COLS : BLOCK_COLS;
-        for (int64_t row = 0; row < part.rows; row += TILE_ROWS) {
-            const int height = static_cast<int>(part.rows - row < TILE_ROWS ? part.rows - row : TILE_ROWS);
-            kernels->tile(a + row * lda, lda, b, second, layer.k, height, cols, ZEROS, sums, TILE_COLS);
-            for (int i = 0; i < height; ++i) {
-                const int64_t out_row = part.start + row + i;
-                const int64_t at = (out_row * n + col) * element_bytes(dtype);
-                const Codes& codes = codes_at(out_row);
-                const float* bias = bias_at(out_row);
-                if (finish.gated)
-                    kernels->gated_epilogue(
-                        sums + i * TILE_COLS, n, codes.scale, codes.zero, layer.weight_scale + col,
-                        layer.column_sum + col, bias ? bias + col : nullptr, static_cast<char*>(y) + at, dtype);
-                else
-                    kernels->epilogue(
-                        sums + i * TILE_COLS, count, codes.scale, codes.zero, layer.weight_scale + col,
-                        layer.column_sum + col, bias ? bias + col : nullptr,
-                        finish.residual ? static_cast<const char*>(finish.residual) + at : nullptr,
-                        static_cast<char*>(y) + at, dtype);
-            }
+        if (gated) {
+            kernels->panel(a, b, gates / BLOCK_COLS * block, part.rows, TILE_COLS, sums);
+            kernels->gated_epilogue(
+                sums, outputs, part.rows, col, gates, layer.weight_scale, layer.column_sum, dtype);
+        } else {
+            kernels->panel(a, b, block, part.rows, count > BLOCK_COLS ? TILE_COLS : BLOCK_COLS, sums);
+            kernels->epilogue(sums, outputs, part.rows, col, count, layer.weight_scale, layer.column_sum, dtype);
         }
     }
 }
@@ -207,35 +201,40 @@ static Scratch& panel_scratch() {
     return scratch;
 }
 
+static std::vector<const uint8_t*> evenly_spaced(const uint8_t* a, ptrdiff_t stride, int64_t rows) {
+    std::vector<const uint8_t*> groups(ceil_div(rows, GROUP_ROWS));
+    for (size_t i = 0; i < groups.size(); ++i) groups[i] = a + i * GROUP_ROWS * stride;
+    return groups;
+}
+
 static void linear(
-    const Layer& layer, const void* x, int64_t ldx, int64_t m, int dtype, const Finish& finish, void* y, int threads) {
+    const Layer& layer, const void* x, int64_t ldx, int64_t m, int dtype, const Finish& finish, int threads) {
     const int64_t size = element_bytes(dtype), lda = row_stride(layer.k);
     const int64_t n = finish.gated ? layer.n / 2 : layer.n;
     const Split split = split_work(m, n, layer.k, threads);
     parallel(threads, split.parts(), [&](int64_t task) {
         const Part part = split.part(task, m, n);
         const int64_t start = part.start, rows = part.rows;
-        auto* codes = panel_scratch().get<uint8_t>(split.panel_rows * (lda + sizeof(Codes)));
-        auto* row_codes = reinterpret_cast<Codes*>(codes + split.panel_rows * lda);
+        auto* codes = panel_scratch().get<uint8_t>(split.panel_rows * lda);
+        std::vector<Output> outputs(rows);
         for (int64_t row = 0; row < rows; ++row) {
             const char* source = static_cast<const char*>(x) + (start + row) * ldx * size;
             Range range;
             kernels->range(source, dtype, layer.k, layer.inv_divisor, range);
-            row_codes[row] = codes_of(range, layer.bits);
+            const Codes row_codes = codes_of(range, layer.bits);
             uint8_t* out = codes + row * lda;
-            kernels->quantize(source, dtype, layer.k, layer.inv_divisor, row_codes[row], out);
+            kernels->quantize(source, dtype, layer.k, layer.inv_divisor, row_codes, out);
             std::memset(out + layer.k, 0, round_up(layer.k, K_BLOCK) - layer.k);
+            outputs[row] = finish.output(start + row, n, size, layer.bias, row_codes);
         }
-        multiply_panel(
-            layer, codes, lda, part, dtype, finish, y,
-            [&](int64_t row) -> const Codes& { return row_codes[row - start]; },
-            [&](int64_t) { return layer.bias; });
+        const std::vector<const uint8_t*> groups = evenly_spaced(codes, lda, rows);
+        multiply_panel(layer, {groups.data(), lda, 1, layer.k, 0}, part, outputs.data(), finish.gated, dtype);
     });
 }
 
 static void convolve(
     const Layer& layer, const void* x, int64_t batch, int64_t height, int64_t width, int dtype, const Finish& finish,
-    void* y, int threads) {
+    int threads) {
     const int64_t size = element_bytes(dtype), channels = layer.channels, pad = layer.padding, kernel = layer.kernel;
     const int64_t padded_height = height + 2 * pad, padded_width = width + 2 * pad;
     const int64_t out_height = (padded_height - kernel) / layer.stride + 1;
@@ -282,30 +281,42 @@ static void convolve(
                 in + column * channels * size, dtype, channels, layer.inv_divisor, sample[b], out + column * channels);
     });
 
-    // The rows of the product are output pixels; a panel of them is gathered from the codes as it is needed.
-    const int64_t m = batch * out_height * out_width, lda = row_stride(layer.k), run = kernel * channels;
-    const Split split = split_work(m, layer.n, layer.k, threads);
+    // The rows of the product are output pixels. Where 16 of them lie in one line of the picture and a line of the kernel
+    // is whole blocks of K, they are multiplied where they are; else a panel is gathered as it is needed.
+    const int64_t m = batch * out_height * out_width, run = kernel * channels;
+    const bool in_place = out_width % GROUP_ROWS == 0 && run % K_BLOCK == 0;
+    const int64_t lda = row_stride(layer.k), line_bytes = padded_width * channels;
+    const Split split = split_work(m, layer.n, in_place ? channels : layer.k, threads);
+    const auto corner = [&](int64_t pixel) {
+        const int64_t line = pixel / out_width % out_height, column = pixel % out_width;
+        return codes + pixel / (out_height * out_width) * image_bytes +
+               (line * padded_width + column) * layer.stride * channels;
+    };
     parallel(threads, split.parts(), [&](int64_t task) {
         const Part part = split.part(task, m, layer.n);
         const int64_t start = part.start, rows = part.rows;
+        std::vector<Output> outputs(rows);
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t b = (start + row) / (out_height * out_width);
+            const float* bias = finish.sample_bias ? finish.sample_bias + b * layer.n : layer.bias;
+            outputs[row] = finish.output(start + row, layer.n, size, bias, sample[b]);
+        }
+        if (in_place) {
+            std::vector<const uint8_t*> groups(ceil_div(rows, GROUP_ROWS));
+            for (size_t i = 0; i < groups.size(); ++i) groups[i] = corner(start + i * GROUP_ROWS);
+            const Rows a{groups.data(), layer.stride * channels, kernel, run, line_bytes};
+            multiply_panel(layer, a, part, outputs.data(), false, dtype);
+            return;
+        }
         auto* panel = panel_scratch().get<uint8_t>(split.panel_rows * lda);
         for (int64_t row = 0; row < rows; ++row) {
-            const int64_t pixel = start + row, b = pixel / (out_height * out_width);
-            const int64_t line = pixel / out_width % out_height, column = pixel % out_width;
-            const uint8_t* corner =
-                codes + b * image_bytes + (line * padded_width + column) * layer.stride * channels;
+            const uint8_t* from = corner(start + row);
             uint8_t* out = panel + row * lda;
-            for (int64_t tap = 0; tap < kernel; ++tap)
-                std::memcpy(out + tap * run, corner + tap * padded_width * channels, run);
+            for (int64_t tap = 0; tap < kernel; ++tap) std::memcpy(out + tap * run, from + tap * line_bytes, run);
             std::memset(out + layer.k, 0, round_up(layer.k, K_BLOCK) - layer.k);
         }
-        const auto sample_of = [&](int64_t row) { return row / (out_height * out_width); };
-        multiply_panel(
-            layer, panel, lda, part, dtype, finish, y,
-            [&](int64_t row) -> const Codes& { return sample[sample_of(row)]; },
-            [&](int64_t row) {
-                return finish.sample_bias ? finish.sample_bias + sample_of(row) * layer.n : layer.bias;
-            });
+        const std::vector<const uint8_t*> groups = evenly_spaced(panel, lda, rows);
+        multiply_panel(layer, {groups.data(), lda, 1, layer.k, 0}, part, outputs.data(), false, dtype);
     });
 }
 
@@ -418,14 +429,14 @@ int32_t dgq_pack(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int
 int32_t dgq_linear(
     const dgq::Layer* layer, const void* x, int64_t ldx, int64_t m, int32_t dtype, const void* residual,
     int32_t gated, void* y, int32_t threads) {
-    return dgq::guarded([&] { dgq::linear(*layer, x, ldx, m, dtype, {nullptr, residual, gated}, y, threads); });
+    return dgq::guarded([&] { dgq::linear(*layer, x, ldx, m, dtype, {nullptr, residual, gated, y}, threads); });
 }
 
 int32_t dgq_conv2d(
     const dgq::Layer* layer, const void* x, int64_t batch, int64_t height, int64_t width, int32_t dtype,
     const float* sample_bias, const void* residual, void* y, int32_t threads) {
     return dgq::guarded([&] {
-        dgq::convolve(*layer, x, batch, height, width, dtype, {sample_bias, residual, 0}, y, threads);
+        dgq::convolve(*layer, x, batch, height, width, dtype, {sample_bias, residual, 0, y}, threads);
     });
 }
 

@@ -11,6 +11,7 @@ namespace dgq {
 
 // Rows of a product computed at once, and columns a packed block holds.
 constexpr int TILE_ROWS = 32;
+constexpr int GROUP_ROWS = 16;
 constexpr int BLOCK_COLS = 16;
 constexpr int TILE_COLS = 2 * BLOCK_COLS;
 constexpr int K_BLOCK = 64;  // bytes of K in a cache line, and in an AMX tile row
@@ -30,6 +31,24 @@ struct Range {
 struct Codes {
     float scale, inverse;
     int32_t zero, top;
+};
+
+// Where the rows of A are, in groups of 16 that are evenly spaced. K comes in parts (the lines of a convolution's
+// kernel), each a multiple of 64 bytes where there are several.
+struct Rows {
+    const uint8_t* const* groups;
+    ptrdiff_t stride;
+    int64_t parts, part_k;
+    ptrdiff_t part_stride;
+};
+
+// What becomes of a row of sums. Bias, residual and out point at column 0; the first two may be null.
+struct Output {
+    float scale;
+    int32_t zero;
+    const float* bias;
+    const char* residual;
+    char* out;
 };
 
 // The arguments of log attention (see log_attention/__init__.py).
@@ -66,15 +85,16 @@ struct Kernels {
     void (*range)(const void* x, int dtype, int64_t n, const float* inv_divisor, Range& range);
     // n codes of values times inv_divisor.
     void (*quantize)(const void* x, int dtype, int64_t n, const float* inv_divisor, const Codes& codes, uint8_t* out);
-    // out[0..n) = (sum - zero * column_sum) * (scale * weight_scale) + bias + residual; bias, residual may be null.
+    // What columns [col, col + n) of a panel's rows become: (sum - zero * column_sum) * (scale * weight_scale) + bias +
+    // residual; sums in rows of 32.
     void (*epilogue)(
-        const int32_t* sum, int64_t n, float scale, int32_t zero, const float* weight_scale,
-        const int32_t* column_sum, const float* bias, const void* residual, void* out, int dtype);
-    // out[0..16) = value * gelu(gate) of 16 sums of values followed by 16 of gates, whose scales, column sums and biases
-    // lie n columns on.
+        const int32_t* sums, const Output* rows, int64_t count, int64_t col, int64_t n, const float* weight_scale,
+        const int32_t* column_sum, int dtype);
+    // The same for 16 sums of values followed by 16 of gates, whose scales, column sums and biases lie `gates` columns
+    // on: value * gelu(gate).
     void (*gated_epilogue)(
-        const int32_t* sum, int64_t n, float scale, int32_t zero, const float* weight_scale,
-        const int32_t* column_sum, const float* bias, void* out, int dtype);
+        const int32_t* sums, const Output* rows, int64_t count, int64_t col, int64_t gates, const float* weight_scale,
+        const int32_t* column_sum, int dtype);
     int32_t (*largest)(const int32_t* logits, int64_t n);
     // Byte probabilities of a row of logits; returns their sum.
     int64_t (*probabilities)(
@@ -88,15 +108,17 @@ struct Kernels {
         const Attention& attention, const Head& head, const int32_t* sum, float normaliser, float largest,
         float* values, int64_t offset);
     // int32 sums (rows x cols) of u8 A (row stride lda) and s8 blocks of 16 columns packed as [k / 4][16][4], the
-    // second block b_stride bytes after the first, plus start[col]; cols is 16 or 32, rows 1 to 32. Rows up to the
-    // next 32 are readable, and the result has room for 32 rows.
+    // second block b_stride bytes after the first, plus start; cols is 16 or 32, rows 1 to 32. Rows up to the next 16
+    // are readable, and the result has room for them.
     void (*tile)(
         const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t b_stride, int64_t k, int rows, int cols,
-        const int32_t* start, int32_t* c, ptrdiff_t ldc);
-    // The same for any number of columns; start may be null. Start and result have room for whole blocks of 32.
+        const int32_t* start, ptrdiff_t start_stride, int32_t* c, ptrdiff_t ldc);
+    // The same for any number of columns; start (of a column) may be null. Start and result have room for whole blocks of 32.
     void (*tiles)(
         const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t b_stride, int64_t k, int rows, int64_t cols,
         const int32_t* start, int32_t* c, ptrdiff_t ldc);
+    // The sums of a panel of rows and 16 or 32 columns, in rows of 32; room for whole groups of rows.
+    void (*panel)(const Rows& a, const int8_t* b, ptrdiff_t b_stride, int64_t rows, int cols, int32_t* c);
     void (*thread_begin)();
     void (*thread_end)();
 };
