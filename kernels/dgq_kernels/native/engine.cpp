@@ -366,17 +366,17 @@ static void attend(const Attention& a, int threads) {
                 a, b * a.q_batch + h * a.q_head + (start + row) * a.q_token, queries + row * width,
                 codes + row * q_stride);
         const ptrdiff_t k_block = block_bytes(width), v_block = block_bytes(count);
-        kernels->tiles(codes, q_stride, head.packed_k, k_block, width, rows, count, head.start, logits, logit_stride);
+        const float key_step = head.k_scale * (a.logit_scale * static_cast<float>(1 << a.fraction_bits));
         int32_t largest[TILE_ROWS];
         int64_t total[TILE_ROWS];
-        const float key_step = head.k_scale * (a.logit_scale * static_cast<float>(1 << a.fraction_bits));
+        float step[TILE_ROWS];
         for (int row = 0; row < rows; ++row) {
-            const int32_t* line = logits + row * logit_stride;
-            largest[row] = kernels->largest(line, count);
-            total[row] = kernels->probabilities(
-                line, count, largest[row], q_scale[row] * key_step, table, p + row * p_stride);
+            step[row] = q_scale[row] * key_step;
             std::memset(p + row * p_stride + count, 0, round_up(count, K_BLOCK) - count);
         }
+        kernels->tiles(codes, q_stride, head.packed_k, k_block, width, rows, count, head.start, logits, logit_stride);
+        kernels->largest(logits, logit_stride, rows, count, largest);
+        kernels->probabilities(logits, logit_stride, rows, count, largest, step, table, p, p_stride, total);
         kernels->tiles(p, p_stride, head.packed_v, v_block, count, rows, width, nullptr, sums, out_stride);
         const float octave_step = key_step / static_cast<float>(1 << a.fraction_bits);
         for (int row = 0; row < rows; ++row)

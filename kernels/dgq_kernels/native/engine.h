@@ -95,10 +95,12 @@ struct Kernels {
     void (*gated_epilogue)(
         const int32_t* sums, const Output* rows, int64_t count, int64_t col, int64_t gates, const float* weight_scale,
         const int32_t* column_sum, int dtype);
-    int32_t (*largest)(const int32_t* logits, int64_t n);
-    // Byte probabilities of a row of logits; returns their sum.
-    int64_t (*probabilities)(
-        const int32_t* logits, int64_t n, int32_t largest, float step, const Probabilities& table, uint8_t* out);
+    // The largest of n logits of every row.
+    void (*largest)(const int32_t* logits, ptrdiff_t stride, int rows, int64_t n, int32_t* largest);
+    // Byte probabilities of n logits of every row, and their sums.
+    void (*probabilities)(
+        const int32_t* logits, ptrdiff_t stride, int rows, int64_t n, const int32_t* largest, const float* step,
+        const Probabilities& table, uint8_t* out, ptrdiff_t out_stride, int64_t* total);
     void (*prepare_head)(const Attention& attention, int64_t batch, int64_t number, Head& head);
     // The query at an offset: its values, and its codes + 128 with zeros up to row_stride(width); returns the scale.
     float (*prepare_query)(const Attention& attention, int64_t offset, float* values, uint8_t* codes);
