@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import dgq_kernels
 
 from .errors import DgqError
-from .layers import IntegerLayer
+from .layers import IntegerLayer, project
 
 FRACTION_BITS = {8: 4, 6: 3}
 
@@ -38,7 +38,8 @@ class LogAttnProcessor:
     """A diffusers attention processor that runs `dgq_kernels.log_attention_eager`.
 
     Cross-attention keeps column 0, the start token, apart in float: it takes most of the probability and would
-    otherwise set the scale for all others. A `residual` shaped like the result is added by the last layer.
+    otherwise set the scale for all others. A `residual` shaped like the result is added by the last layer;
+    a `norm` is applied to the hidden states first, by the layers that take them.
     """
 
     def __init__(self, plan: AttentionPlan) -> None:
@@ -53,6 +54,7 @@ class LogAttnProcessor:
         temb: Tensor | None = None,
         *args: Any,
         residual: Tensor | None = None,
+        norm: nn.Module | None = None,
         **kwargs: Any,
     ) -> Tensor:
         if attention_mask is not None:
@@ -74,7 +76,12 @@ class LogAttnProcessor:
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (module.heads, -1)).transpose(1, 2)
 
-        q, k, v = heads(module.to_q(hidden_states)), heads(module.to_k(context)), heads(module.to_v(context))
+        if cross:
+            (query,) = project([module.to_q], hidden_states, norm)
+            key, value = project([module.to_k, module.to_v], context)
+        else:
+            query, key, value = project([module.to_q, module.to_k, module.to_v], hidden_states, norm)
+        q, k, v = heads(query), heads(key), heads(value)
         if module.norm_q is not None:
             q = module.norm_q(q)
         if module.norm_k is not None:

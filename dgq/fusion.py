@@ -1,7 +1,7 @@
-"""Modules of a diffusers UNet that hand their neighbours' work to quantized layers: residuals, GEGLU, time embeddings.
+"""Modules of a diffusers UNet that hand their neighbours' work to quantized layers: norms, residuals, GEGLU, embeddings.
 
-The layers can add a residual and gate their output while a tile of sums is still in the cache; diffusers' modules do
-both as passes over memory of their own. `fuse` changes the class of the modules that can do better, and nothing of
+The layers can normalize while they quantize, and add a residual and gate their output while the sums are still in the
+cache; diffusers' modules do each as a pass over memory of its own. `fuse` changes the class of the modules that can do better, and nothing of
 their parameters: names, state_dict and results stay (results up to the rounding of what is no longer stored between).
 """
 
@@ -20,16 +20,16 @@ from .layers import IntegerLayer
 
 
 class FusedGEGLU(GEGLU):
-    """GEGLU whose projection gates its own output."""
+    """GEGLU whose projection gates its own output, and normalizes its input."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, norm: nn.Module | None = None, **kwargs: Any) -> Tensor:
         layer: Any = self.proj
-        gated: Tensor = layer.gated(hidden_states)
+        gated: Tensor = layer.gated(hidden_states, norm)
         return gated
 
 
 class FusedTransformerBlock(BasicTransformerBlock):
-    """A transformer block whose last layers add the residuals."""
+    """A transformer block whose first layers normalize and whose last ones add the residuals."""
 
     def forward(
         self,
@@ -50,22 +50,25 @@ class FusedTransformerBlock(BasicTransformerBlock):
                 cross_attention_kwargs, class_labels, added_cond_kwargs,
             )  # fmt: skip
             return result
-        x = _attend(self.attn1, self.norm1(hidden_states), None, hidden_states)
+        x = _attend(self.attn1, self.norm1, hidden_states, None)
         if self.attn2 is not None:
-            x = _attend(self.attn2, self.norm2(x), encoder_hidden_states, x)
-        *first, last = (module for module in self.ff.net if not isinstance(module, nn.Dropout))
-        hidden = self.norm3(x)
-        for module in first:
+            x = _attend(self.attn2, self.norm2, x, encoder_hidden_states)
+        first, *middle, last = (module for module in self.ff.net if not isinstance(module, nn.Dropout))
+        if isinstance(first, FusedGEGLU):
+            hidden = first(x, norm=self.norm3)
+        else:
+            hidden = first(self.norm3(x))
+        for module in middle:
             hidden = module(hidden)
         out: Tensor = last(hidden, x)
         return out
 
 
-def _attend(attention: Any, x: Tensor, context: Tensor | None, residual: Tensor) -> Tensor:
+def _attend(attention: Any, norm: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
     if isinstance(attention.processor, LogAttnProcessor):
-        return attention.processor(attention, x, context, residual=residual)
-    result: Tensor = attention(x, encoder_hidden_states=context)
-    return result + residual
+        return attention.processor(attention, x, context, residual=x, norm=norm)
+    result: Tensor = attention(norm(x), encoder_hidden_states=context)
+    return result + x
 
 
 class FusedTransformer(Transformer2DModel):
@@ -83,21 +86,19 @@ class FusedTransformer(Transformer2DModel):
 
 
 class FusedResnetBlock(ResnetBlock2D):
-    """A residual block whose convolutions add the time embedding and the residual."""
+    """A residual block whose convolutions normalize, and add the time embedding and the residual."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         if self.training:
             plain: Any = super()
             result: Tensor = plain.forward(input_tensor, temb, *args, **kwargs)
             return result
-        x = self.nonlinearity(self.norm1(input_tensor))
         embedding = None
         if temb is not None and self.time_emb_proj is not None:
             embedding = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-        x = self.conv1(x, None, embedding)
-        x = self.nonlinearity(self.norm2(x))
+        x = self.conv1(input_tensor, None, embedding, self.norm1, silu=True)
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        out: Tensor = self.conv2(x, shortcut)
+        out: Tensor = self.conv2(x, shortcut, None, self.norm2, silu=True)
         return out
 
 
@@ -119,7 +120,7 @@ def _fused_class(module: Any) -> type[nn.Module] | None:
     if kind is ResnetBlock2D:
         plain = (
             module.time_embedding_norm == "default" and module.output_scale_factor == 1
-            and module.upsample is None and module.downsample is None
+            and module.upsample is None and module.downsample is None and type(module.nonlinearity) is nn.SiLU
         )  # fmt: skip
         both = _is_layer(module.conv1, "conv2d") and _is_layer(module.conv2, "conv2d")
         return FusedResnetBlock if plain and both else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,34 +214,60 @@ class IntegerLayer(nn.Module):
             return 0
         return self.plan.reduction * self.plan.out_features if ready.engine is None else ready.engine.packed.nbytes
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        sample_bias: Tensor | None = None,
+        norm: nn.Module | None = None,
+        silu: bool = False,
+    ) -> Tensor:
         """x (..., C) for a linear layer, (B, C, H, W) for a convolution; returns x's dtype.
 
         Args:
             residual: added to the result, shaped like it.
             sample_bias: (B, N), added too; of a convolution larger than 1x1.
+            norm: applied to x first, then SiLU if `silu`; the engine does both while it quantizes.
         """
         kind = self.plan.kind
+        before = self._engine_norm(norm, silu, x)
+        if norm is not None and before is None:
+            x = norm(x)
+            x = nn.functional.silu(x) if silu else x
         if kind == "conv2d":
-            return self._convolve(x, residual, sample_bias)
+            return self._convolve(x, residual, sample_bias, before)
         assert sample_bias is None
         if kind == "pointwise":
             moved = None if residual is None else residual.permute(0, 2, 3, 1)
-            return self._rows(x.permute(0, 2, 3, 1), moved).permute(0, 3, 1, 2)
-        return self._rows(x, residual)
+            return self._rows(x.permute(0, 2, 3, 1), moved, None).permute(0, 3, 1, 2)
+        return self._rows(x, residual, before)
 
-    def gated(self, x: Tensor) -> Tensor:
+    def _engine_norm(self, norm: nn.Module | None, silu: bool, x: Tensor) -> native.Norm | None:
+        """The norm as the engine takes it; None where it does not."""
+        kind = self.plan.kind
+        if norm is None or self.prepare(x.device).engine is None:
+            return None
+        known: Any = norm
+        if kind == "conv2d" and type(norm) is nn.GroupNorm and known.affine:
+            return native.Norm(known.weight.float(), known.bias.float(), known.eps, known.num_groups, silu)
+        if kind == "linear" and type(norm) is nn.LayerNorm and known.bias is not None and not silu:
+            return native.Norm(known.weight.float(), known.bias.float(), known.eps)
+        return None
+
+    def gated(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """value * gelu(gate) (..., N / 2) of the two halves (..., N) that `forward` gives for x (..., C)."""
         engine = self.prepare(x.device).engine
         if engine is not None and engine.can_gate:
-            return engine.linear(x, gated=True)
-        value, gate = self(x).chunk(2, dim=-1)
+            before = self._engine_norm(norm, False, x)
+            x = x if norm is None or before is not None else norm(x)
+            return engine.linear(x, gated=True, norm=before)
+        value, gate = self(x, norm=norm).chunk(2, dim=-1)
         return value * nn.functional.gelu(gate)
 
-    def _rows(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _rows(self, x: Tensor, residual: Tensor | None, norm: native.Norm | None) -> Tensor:
         plan, ready = self.plan, self.prepare(x.device)
         if ready.engine is not None:
-            return ready.engine.linear(x, residual)
+            return ready.engine.linear(x, residual, norm=norm)
         rows = x.reshape(-1, plan.in_features)
         codes, scale, zero = dgq_kernels.quantize_rows(rows, plan.abits, self._inv_divisor())
         if ready.order is not None:
@@ -264,12 +290,14 @@ class IntegerLayer(nn.Module):
         y = y.view(*x.shape[:-1], plan.out_features)
         return y if residual is None else y + residual
 
-    def _convolve(self, x: Tensor, residual: Tensor | None, sample_bias: Tensor | None) -> Tensor:
+    def _convolve(
+        self, x: Tensor, residual: Tensor | None, sample_bias: Tensor | None, norm: native.Norm | None
+    ) -> Tensor:
         plan, ready = self.plan, self.prepare(x.device)
         if ready.engine is not None:
             if sample_bias is not None and plan.bias:
                 sample_bias = sample_bias.float() + self.bias
-            return ready.engine.conv2d(x, residual, sample_bias)
+            return ready.engine.conv2d(x, residual, sample_bias, norm)
         codes, scale, zero = dgq_kernels.quantize_samples(x, plan.abits, self._inv_divisor(), plan.padding)
         if ready.order is not None:
             codes = codes[:, ready.order].contiguous(memory_format=torch.channels_last)
@@ -320,6 +348,20 @@ class IntegerLayer(nn.Module):
     def extra_repr(self) -> str:
         p = self.plan
         return f"{p.kind} {p.in_features} -> {p.out_features}, W{p.wbits}A{p.abits}, channels {p.channels}"
+
+
+def project(layers: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = None) -> list[Tensor]:
+    """The results of several layers on one input (..., C), normalized first; normalized and quantized once where the
+    engine can."""
+    own = [layer for layer in layers if isinstance(layer, IntegerLayer) and layer.plan.kind == "linear"]
+    if len(own) == len(layers):
+        engines = [engine for layer in own if (engine := layer.prepare(x.device).engine) is not None]
+        if len(engines) == len(own) and native.can_share(engines):
+            before = own[0]._engine_norm(norm, False, x)
+            x = x if norm is None or before is not None else norm(x)
+            return native.linear(engines, x, norm=before)
+    x = x if norm is None else norm(x)
+    return [layer(x) for layer in layers]
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -211,6 +211,79 @@ def test_a_convolution_takes_a_bias_for_every_sample():
         layer.conv2d(x, sample_bias=each[:2])
 
 
+def relative(got, expected):
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def norm_of(channels, g, **options):
+    return native.Norm(torch.rand(channels, generator=g) + 0.5, torch.randn(channels, generator=g), 1e-5, **options)
+
+
+@pytest.mark.parametrize("k", [7, 64, 330])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_normalizes_its_input(isa, k, dtype):
+    g = torch.Generator().manual_seed(0)
+    weight, scale, sums, bias = weights(40, k, g)
+    x = (torch.randn(70, k, generator=g) * 3 + 5).to(dtype)
+    norm = norm_of(k, g)
+    layer = native.Layer(weight, scale, sums, bias, None, 8)
+    normal = torch.nn.functional.layer_norm(x.float(), (k,), norm.gain, norm.shift, norm.eps)
+    got = layer.linear(x, norm=norm)
+    assert got.dtype == dtype
+    # a value on the edge of two codes may fall to either side
+    assert relative(got, layer.linear(normal)) < (0.002 if dtype == torch.float32 else 0.005)
+
+
+@pytest.mark.parametrize("sizes", [(2, 64, 6, 32, 40, 32), (1, 20, 7, 5, 33, 4), (3, 160, 4, 4, 16, 1)])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conv2d_normalizes_its_input(isa, sizes, silu, dtype):
+    batch, channels, height, width, n, groups = sizes
+    g = torch.Generator().manual_seed(0)
+    weight, scale, sums, bias = weights(n, 9 * channels, g)
+    x = (torch.randn(batch, channels, height, width, generator=g) * 3 + 2).to(dtype)
+    norm = norm_of(channels, g, groups=groups, silu=silu)
+    layer = native.Layer(weight, scale, sums, bias, None, 8, 3, 1, 1)
+    normal = torch.nn.functional.group_norm(x.float(), groups, norm.gain, norm.shift, norm.eps)
+    normal = torch.nn.functional.silu(normal) if silu else normal
+    got = layer.conv2d(x, norm=norm)
+    assert relative(got, layer.conv2d(normal.to(dtype))) < (0.002 if dtype == torch.float32 else 0.01)
+
+
+def test_every_instruction_set_normalizes_with_the_same_bits():
+    g = torch.Generator().manual_seed(0)
+    weight, scale, sums, bias = weights(32, 9 * 40, g)
+    conv = native.Layer(weight, scale, sums, bias, None, 8, 3, 1, 1)
+    line = native.Layer(weight[:, :40].contiguous(), scale, sums, bias, None, 8)
+    x = torch.randn(2, 40, 9, 5, generator=g) * torch.logspace(-4, 4, 9)[:, None]
+    groups, rows = norm_of(40, g, groups=8, silu=True), norm_of(40, g)
+    results = []
+    before = native.describe()
+    for name in native.supported():
+        native.use(name)
+        results.append((conv.conv2d(x, norm=groups), line.linear(x.permute(0, 2, 3, 1), norm=rows)))
+    native.use(before)
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0])
+        assert torch.equal(results[0][1], other[1])
+
+
+def test_layers_share_an_input():
+    g = torch.Generator().manual_seed(0)
+    made = [weights(48, 70, g) for _ in range(3)]
+    layers = [native.Layer(*parts, None, 8) for parts in made]
+    x, norm = torch.randn(2, 33, 70, generator=g), norm_of(70, g)
+    for before in (None, norm):
+        together = native.linear(layers, x, norm=before)
+        assert all(torch.equal(y, layer.linear(x, norm=before)) for y, layer in zip(together, layers, strict=True))
+    divided = native.Layer(*made[0], torch.ones(70), 8)
+    assert not native.can_share([layers[0], divided])
+    with pytest.raises(ValueError, match="share"):
+        native.linear([layers[0], divided], x)
+    with pytest.raises(ValueError, match="norm of 70 channels"):
+        native.linear(layers, x, norm=norm_of(69, g))
+
+
 def test_inputs_of_another_shape_are_refused():
     g = torch.Generator().manual_seed(0)
     layer = native.Layer(*weights(20, 32, g), None, 8)

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .build import LIBRARY
 
-ABI = 2
+ABI = 3
 ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx")
 BLOCK = 16  # output channels in a block of the packed weight
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -36,6 +37,12 @@ class _Layer(ctypes.Structure):
         *((name, _Long) for name in ("n", "k", "channels")),
         *((name, _Int) for name in ("bits", "kernel", "stride", "padding")),
     )
+
+
+class _Norm(ctypes.Structure):
+    """`Norm` in engine.h."""
+
+    _fields_ = (("gain", _Pointer), ("shift", _Pointer), ("eps", ctypes.c_float), ("groups", _Int), ("silu", _Int))
 
 
 class _Attention(ctypes.Structure):
@@ -56,8 +63,14 @@ _SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "dgq_use": (None, (_Int, _Pointer)),
     "dgq_packed_bytes": (_Long, (_Long, _Long)),
     "dgq_pack": (_Int, (_Pointer, _Long, _Long, _Pointer, _Int)),
-    "dgq_linear": (_Int, (_Pointer, _Pointer, _Long, _Long, _Int, _Pointer, _Int, _Pointer, _Int)),
-    "dgq_conv2d": (_Int, (_Pointer, _Pointer, _Long, _Long, _Long, _Int, _Pointer, _Pointer, _Pointer, _Int)),
+    "dgq_linear": (
+        _Int,
+        (_Pointer, _Long, _Pointer, _Long, _Long, _Int, _Pointer, _Pointer, _Int, _Pointer, _Int),
+    ),
+    "dgq_conv2d": (
+        _Int,
+        (_Pointer, _Pointer, _Long, _Long, _Long, _Int, _Pointer, _Pointer, _Pointer, _Pointer, _Int),
+    ),
     "dgq_attention": (_Int, (_Pointer, _Int)),
 }
 
@@ -156,6 +169,35 @@ def _check(code: int) -> None:
         raise MemoryError("the CPU engine is out of memory")
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A normalization that a layer applies to its input before it quantizes it.
+
+    Attributes:
+        gain, shift: float32 (C,).
+        eps: added to the variance.
+        groups: of channels, over the whole picture (convolutions); 0 for a LayerNorm (linear layers).
+        silu: x * sigmoid(x) afterwards (convolutions).
+    """
+
+    gain: Tensor
+    shift: Tensor
+    eps: float
+    groups: int = 0
+    silu: bool = False
+
+    def _struct(self, channels: int) -> _Norm:
+        assert self.gain.dtype == self.shift.dtype == torch.float32
+        if self.gain.shape != (channels,) or self.shift.shape != (channels,):
+            raise ValueError(f"a norm of {channels} channels expected, got {tuple(self.gain.shape)}")
+        if self.groups and channels % self.groups:
+            raise ValueError(f"{channels} channels are not whole groups of {self.groups}")
+        gain, shift = self.gain.contiguous(), self.shift.contiguous()
+        struct = _Norm(gain.data_ptr(), shift.data_ptr(), self.eps, self.groups, self.silu)
+        struct.kept = gain, shift
+        return struct
+
+
 class Layer:
     """The weight of a linear layer or convolution, packed for the engine.
 
@@ -176,6 +218,7 @@ class Layer:
         weight = weight.contiguous()
         self.n, self.k = weight.shape
         self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.bits, self.divided = bits, inv_divisor is not None
         size = library.dgq_packed_bytes(self.n, self.k)
         self.packed_k = size // (-(-self.n // (2 * BLOCK)) * 2 * BLOCK)
         self.packed = torch.empty(size + 63, dtype=torch.int8)
@@ -210,7 +253,9 @@ class Layer:
         """Whether `linear` can gate: both halves of the outputs are whole blocks."""
         return self.n % (2 * BLOCK) == 0
 
-    def linear(self, x: Tensor, residual: Tensor | None = None, gated: bool = False) -> Tensor:
+    def linear(
+        self, x: Tensor, residual: Tensor | None = None, gated: bool = False, norm: Norm | None = None
+    ) -> Tensor:
         """x (..., K) times the weight: (..., N) in x's dtype, plus `residual` (shaped alike).
 
         With `gated` the result is (..., N / 2): value * gelu(gate), where the value is the first half of the outputs
@@ -218,36 +263,24 @@ class Layer:
 
         Raises:
             ValueError: x has another number of channels, or is not on the CPU; `gated` with a residual, or where
-                `can_gate` is false.
+                `can_gate` is false; a norm of groups, or of other channels.
         """
-        self._check_input(x, x.shape[-1], self.k)
-        if gated and (residual is not None or not self.can_gate):
-            raise ValueError(f"{self.n} outputs cannot be gated in blocks of {BLOCK}, or beside a residual")
-        dtype = _DTYPES.get(x.dtype)
-        if dtype is None:
-            return self.linear(x.float(), None if residual is None else residual.float(), gated).to(x.dtype)
-        rows = x.reshape(-1, self.k)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        y = torch.empty((*x.shape[:-1], self.n // 2 if gated else self.n), dtype=x.dtype)
-        if rows.shape[0]:
-            kept = None if residual is None else residual.to(x.dtype).expand(y.shape).contiguous()
-            _check(
-                self._linear(
-                    self._address, rows.data_ptr(), rows.stride(0), rows.shape[0], dtype,
-                    None if kept is None else kept.data_ptr(), gated, y.data_ptr(), torch.get_num_threads(),
-                )
-            )  # fmt: skip
-        return y
+        return linear([self], x, residual, gated, norm)[0]
 
-    def conv2d(self, x: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
+    def conv2d(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        sample_bias: Tensor | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
         """x (B, C, H, W) convolved: (B, N, Ho, Wo), channels-last, in x's dtype, plus `residual` (shaped alike).
 
         `sample_bias`, float32 (B, N), takes the place of the layer's bias.
 
         Raises:
             ValueError: x is not 4-D, has other channels, is smaller than the kernel, or is not on the CPU;
-                `sample_bias` has another shape.
+                `sample_bias` has another shape; a norm without groups, or of other channels.
         """
         self._check_input(x, x.shape[1] if x.dim() == 4 else -1, self.k // self.kernel**2)
         if min(x.shape[2:]) + 2 * self.padding < self.kernel:
@@ -258,7 +291,8 @@ class Layer:
             sample_bias = sample_bias.float().contiguous()
         dtype = _DTYPES.get(x.dtype)
         if dtype is None:
-            return self.conv2d(x.float(), None if residual is None else residual.float(), sample_bias).to(x.dtype)
+            half = None if residual is None else residual.float()
+            return self.conv2d(x.float(), half, sample_bias, norm).to(x.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         batch, _, height, width = x.shape
         size = [(side + 2 * self.padding - self.kernel) // self.stride + 1 for side in (height, width)]
@@ -268,14 +302,65 @@ class Layer:
             kept = residual.to(x.dtype).expand(y.shape).contiguous(memory_format=torch.channels_last)
         if not batch:
             return y
+        if norm is not None and not norm.groups:
+            raise ValueError("a convolution's norm has groups")
+        before = None if norm is None else norm._struct(x.shape[1])
         pointers = [None if t is None else t.data_ptr() for t in (sample_bias, kept)]
         _check(
             self._conv2d(
-                self._address, x.data_ptr(), batch, height, width, dtype, *pointers, y.data_ptr(),
+                self._address, x.data_ptr(), batch, height, width, dtype,
+                None if before is None else ctypes.addressof(before), *pointers, y.data_ptr(),
                 torch.get_num_threads(),
             )
         )  # fmt: skip
         return y
+
+
+def linear(
+    layers: Sequence[Layer], x: Tensor, residual: Tensor | None = None, gated: bool = False, norm: Norm | None = None
+) -> list[Tensor]:
+    """`Layer.linear` of layers that share an input, which is normalized and quantized once.
+
+    Raises:
+        ValueError: as `Layer.linear`; the layers differ in sizes or bits, or have divisors of their own
+            (`can_share`); several of them with a residual.
+    """
+    one = layers[0]
+    one._check_input(x, x.shape[-1], one.k)
+    if gated and (residual is not None or not one.can_gate):
+        raise ValueError(f"{one.n} outputs cannot be gated in blocks of {BLOCK}, or beside a residual")
+    if len(layers) > 1 and (residual is not None or not can_share(layers)):
+        raise ValueError("layers that share an input need equal sizes and bits, and no divisors or residual")
+    if norm is not None and norm.groups:
+        raise ValueError("a linear layer's norm has no groups")
+    dtype = _DTYPES.get(x.dtype)
+    if dtype is None:
+        full = linear(layers, x.float(), None if residual is None else residual.float(), gated, norm)
+        return [y.to(x.dtype) for y in full]
+    rows = x.reshape(-1, one.k)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    n = one.n // 2 if gated else one.n
+    outputs = [torch.empty((*x.shape[:-1], n), dtype=x.dtype) for _ in layers]
+    if rows.shape[0]:
+        kept = None if residual is None else residual.to(x.dtype).expand(outputs[0].shape).contiguous()
+        before = None if norm is None else norm._struct(one.k)
+        pointers = _Pointer * len(layers)
+        _check(
+            one._linear(
+                pointers(*(layer._address for layer in layers)), len(layers), rows.data_ptr(), rows.stride(0),
+                rows.shape[0], dtype, None if before is None else ctypes.addressof(before),
+                None if kept is None else kept.data_ptr(), gated, pointers(*(y.data_ptr() for y in outputs)),
+                torch.get_num_threads(),
+            )
+        )  # fmt: skip
+    return outputs
+
+
+def can_share(layers: Sequence[Layer]) -> bool:
+    """Whether layers can share the codes of one input."""
+    kinds = {(layer.n, layer.k, layer.bits) for layer in layers}
+    return len(kinds) == 1 and not any(layer.divided for layer in layers)
 
 
 def attention(

@@ -71,7 +71,8 @@ namespace vector512 {
 static void nothing() {}
 
 #define DGQ_KERNELS(ELEMENTWISE, PROBABILITIES, TILES, BEGIN, END)                                             \
-    {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::epilogue, ELEMENTWISE::gated_epilogue,            \
+    {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::layer_norm, ELEMENTWISE::moments,                 \
+     ELEMENTWISE::affine, ELEMENTWISE::epilogue, ELEMENTWISE::gated_epilogue,                                  \
      ELEMENTWISE::largest_of,                                                                                  \
      ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head, ELEMENTWISE::prepare_query,                  \
      ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::panel, BEGIN, END}
@@ -207,34 +208,77 @@ static std::vector<const uint8_t*> evenly_spaced(const uint8_t* a, ptrdiff_t str
     return groups;
 }
 
+// Layers of the same sizes and bits on the same input share its codes; only where there is one may it have divisors.
 static void linear(
-    const Layer& layer, const void* x, int64_t ldx, int64_t m, int dtype, const Finish& finish, int threads) {
-    const int64_t size = element_bytes(dtype), lda = row_stride(layer.k);
-    const int64_t n = finish.gated ? layer.n / 2 : layer.n;
-    const Split split = split_work(m, n, layer.k, threads);
+    const Layer* const* layers, int64_t count, const void* x, int64_t ldx, int64_t m, int dtype, const Norm* norm,
+    const Finish* finishes, int threads) {
+    const Layer& one = *layers[0];
+    const bool gated = finishes[0].gated;
+    const int64_t k = one.k, size = element_bytes(dtype), lda = row_stride(k), n = gated ? one.n / 2 : one.n;
+    const Split split = split_work(m, n, k, threads);
     parallel(threads, split.parts(), [&](int64_t task) {
         const Part part = split.part(task, m, n);
         const int64_t start = part.start, rows = part.rows;
-        auto* codes = panel_scratch().get<uint8_t>(split.panel_rows * lda);
-        std::vector<Output> outputs(rows);
+        auto* codes = panel_scratch().get<uint8_t>(split.panel_rows * lda + 4 * k);
+        auto* values = reinterpret_cast<float*>(codes + split.panel_rows * lda);
+        std::vector<Codes> row_codes(rows);
         for (int64_t row = 0; row < rows; ++row) {
-            const char* source = static_cast<const char*>(x) + (start + row) * ldx * size;
+            const void* source = static_cast<const char*>(x) + (start + row) * ldx * size;
+            int type = dtype;
+            if (norm) {
+                kernels->layer_norm(source, dtype, k, *norm, values);
+                source = values;
+                type = FLOAT32;
+            }
             Range range;
-            kernels->range(source, dtype, layer.k, layer.inv_divisor, range);
-            const Codes row_codes = codes_of(range, layer.bits);
+            kernels->range(source, type, k, one.inv_divisor, range);
+            row_codes[row] = codes_of(range, one.bits);
             uint8_t* out = codes + row * lda;
-            kernels->quantize(source, dtype, layer.k, layer.inv_divisor, row_codes, out);
-            std::memset(out + layer.k, 0, round_up(layer.k, K_BLOCK) - layer.k);
-            outputs[row] = finish.output(start + row, n, size, layer.bias, row_codes);
+            kernels->quantize(source, type, k, one.inv_divisor, row_codes[row], out);
+            std::memset(out + k, 0, round_up(k, K_BLOCK) - k);
         }
         const std::vector<const uint8_t*> groups = evenly_spaced(codes, lda, rows);
-        multiply_panel(layer, {groups.data(), lda, 1, layer.k, 0}, part, outputs.data(), finish.gated, dtype);
+        std::vector<Output> outputs(rows);
+        for (int64_t i = 0; i < count; ++i) {
+            for (int64_t row = 0; row < rows; ++row)
+                outputs[row] = finishes[i].output(start + row, n, size, layers[i]->bias, row_codes[row]);
+            multiply_panel(*layers[i], {groups.data(), lda, 1, k, 0}, part, outputs.data(), gated, dtype);
+        }
     });
 }
 
-static void convolve(
-    const Layer& layer, const void* x, int64_t batch, int64_t height, int64_t width, int dtype, const Finish& finish,
+// GroupNorm (and SiLU) of a channels-last picture as a factor and an offset for every sample and channel.
+static std::vector<float> group_norm(
+    const Norm& norm, const char* x, int64_t batch, int64_t height, int64_t width, int64_t channels, int dtype,
     int threads) {
+    const int64_t line_bytes = width * channels * element_bytes(dtype), size = channels / norm.groups;
+    std::vector<float> moments(batch * height * 2 * channels, 0.0f), affine(batch * 2 * channels);
+    parallel(threads, batch * height, [&](int64_t line) {
+        float* sums = moments.data() + line * 2 * channels;
+        kernels->moments(x + line * line_bytes, dtype, width, channels, sums, sums + channels);
+    });
+    const auto count = static_cast<double>(height * width * size);
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t group = 0; group < norm.groups; ++group) {
+            double sum = 0.0, square = 0.0;
+            for (int64_t line = b * height; line < (b + 1) * height; ++line)
+                for (int64_t c = group * size; c < (group + 1) * size; ++c) {
+                    sum += moments[line * 2 * channels + c];
+                    square += moments[line * 2 * channels + channels + c];
+                }
+            const double mean = sum / count, variance = square / count - mean * mean;
+            const double factor = 1.0 / std::sqrt((variance > 0.0 ? variance : 0.0) + norm.eps);
+            for (int64_t c = group * size; c < (group + 1) * size; ++c) {
+                affine[b * 2 * channels + c] = static_cast<float>(factor * norm.gain[c]);
+                affine[(b * 2 + 1) * channels + c] = static_cast<float>(norm.shift[c] - mean * factor * norm.gain[c]);
+            }
+        }
+    return affine;
+}
+
+static void convolve(
+    const Layer& layer, const void* x, int64_t batch, int64_t height, int64_t width, int dtype, const Norm* norm,
+    const Finish& finish, int threads) {
     const int64_t size = element_bytes(dtype), channels = layer.channels, pad = layer.padding, kernel = layer.kernel;
     const int64_t padded_height = height + 2 * pad, padded_width = width + 2 * pad;
     const int64_t out_height = (padded_height - kernel) / layer.stride + 1;
@@ -245,8 +289,21 @@ static void convolve(
     const int64_t image_bytes = padded_height * padded_width * channels;
     auto* codes = code_scratch.get<uint8_t>(batch * image_bytes);
 
+    std::vector<float> affine;
+    if (norm) {
+        static thread_local Scratch normal_scratch;
+        affine = group_norm(*norm, source, batch, height, width, channels, dtype, threads);
+        source = normal_scratch.get<char>(batch * height * width * channels * size);
+    }
     std::vector<Range> ranges(batch * height);
     parallel(threads, batch * height, [&](int64_t line) {
+        if (norm) {
+            const int64_t at = line * width * channels * size;
+            const float* factor = affine.data() + line / height * 2 * channels;
+            kernels->affine(
+                static_cast<const char*>(x) + at, dtype, width, channels, factor, factor + channels, norm->silu,
+                const_cast<char*>(source) + at);
+        }
         for (int64_t column = 0; column < (layer.inv_divisor ? width : 1); ++column)
             kernels->range(
                 source + (line * width + column) * channels * size, dtype,
@@ -402,7 +459,7 @@ template <class Body> static int guarded(const Body& body) {
 extern "C" {
 
 // Changes with every change of the structures or functions below.
-int32_t dgq_abi() { return 2; }
+int32_t dgq_abi() { return 3; }
 
 int32_t dgq_supported(int32_t isa) { return isa >= 0 && isa < dgq::ISA_COUNT && dgq::supported(isa); }
 
@@ -426,17 +483,22 @@ int32_t dgq_pack(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int
     });
 }
 
+// Several layers of the same sizes and bits may share an input: pointers to `count` layers and outputs.
 int32_t dgq_linear(
-    const dgq::Layer* layer, const void* x, int64_t ldx, int64_t m, int32_t dtype, const void* residual,
-    int32_t gated, void* y, int32_t threads) {
-    return dgq::guarded([&] { dgq::linear(*layer, x, ldx, m, dtype, {nullptr, residual, gated, y}, threads); });
+    const dgq::Layer* const* layers, int64_t count, const void* x, int64_t ldx, int64_t m, int32_t dtype,
+    const dgq::Norm* norm, const void* residual, int32_t gated, void* const* y, int32_t threads) {
+    return dgq::guarded([&] {
+        std::vector<dgq::Finish> finishes(count);
+        for (int64_t i = 0; i < count; ++i) finishes[i] = {nullptr, residual, gated, y[i]};
+        dgq::linear(layers, count, x, ldx, m, dtype, norm, finishes.data(), threads);
+    });
 }
 
 int32_t dgq_conv2d(
     const dgq::Layer* layer, const void* x, int64_t batch, int64_t height, int64_t width, int32_t dtype,
-    const float* sample_bias, const void* residual, void* y, int32_t threads) {
+    const dgq::Norm* norm, const float* sample_bias, const void* residual, void* y, int32_t threads) {
     return dgq::guarded([&] {
-        dgq::convolve(*layer, x, batch, height, width, dtype, {sample_bias, residual, 0, y}, threads);
+        dgq::convolve(*layer, x, batch, height, width, dtype, norm, {sample_bias, residual, 0, y}, threads);
     });
 }
 

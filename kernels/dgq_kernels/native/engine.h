@@ -51,6 +51,14 @@ struct Output {
     char* out;
 };
 
+// A normalization in front of a layer: over a row of a linear layer, or in `groups` of channels over a picture. gain and
+// shift are (channels,).
+struct Norm {
+    const float *gain, *shift;
+    float eps;
+    int32_t groups, silu;
+};
+
 // The arguments of log attention (see log_attention/__init__.py).
 struct Attention {
     const void *q, *k, *v;  // element (b, h, t, i) at b * batch + h * head + t * token + i
@@ -85,6 +93,14 @@ struct Kernels {
     void (*range)(const void* x, int dtype, int64_t n, const float* inv_divisor, Range& range);
     // n codes of values times inv_divisor.
     void (*quantize)(const void* x, int dtype, int64_t n, const float* inv_divisor, const Codes& codes, uint8_t* out);
+    // A row of n values to mean 0 and variance 1, times gain plus shift.
+    void (*layer_norm)(const void* x, int dtype, int64_t n, const Norm& norm, float* out);
+    // Adds values and their squares over `pixels` rows of `channels` to `sum` and `square`, both (channels,).
+    void (*moments)(const void* x, int dtype, int64_t pixels, int64_t channels, float* sum, float* square);
+    // x * factor + offset per channel, then x * sigmoid(x) where silu says so; out may be x.
+    void (*affine)(
+        const void* x, int dtype, int64_t pixels, int64_t channels, const float* factor, const float* offset, bool silu,
+        void* out);
     // What columns [col, col + n) of a panel's rows become: (sum - zero * column_sum) * (scale * weight_scale) + bias +
     // residual; sums in rows of 32.
     void (*epilogue)(
