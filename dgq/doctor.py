@@ -309,8 +309,8 @@ def _test_engine(device: torch.device) -> float:
     codes, scale, zero = quantize_reference.quantize_samples(image, 8, None, 1)
     kernel = weight.view(40, 3, 3, 24).permute(0, 3, 1, 2)
     pixels = conv2d_reference.conv2d(codes, scale, zero, kernel, weight_scale, sums, bias, 1, torch.float32, [24])
-    linear = native.Layer(weight, weight_scale, sums, bias, None, 8)
-    conv2d = native.Layer(weight, weight_scale, sums, bias, None, 8, 3, 1, 1)
+    linear = native.Layer(weight, weight_scale, bias, None, 8)
+    conv2d = native.Layer(weight, weight_scale, bias, None, 8, 3, 1, 1)
     error, chosen = 0.0, native.describe()
     try:
         for isa in native.supported():

@@ -1,8 +1,9 @@
-"""Modules of a diffusers UNet that hand their neighbours' work to quantized layers: norms, residuals, GEGLU, embeddings.
+"""Modules of a diffusers UNet that hand their neighbours' work to quantized layers: norms, residuals, GEGLU.
 
-The layers can normalize while they quantize, and add a residual and gate their output while the sums are still in the
-cache; diffusers' modules do each as a pass over memory of its own. `fuse` changes the class of the modules that can do better, and nothing of
-their parameters: names, state_dict and results stay (results up to the rounding of what is no longer stored between).
+The layers can normalize while they quantize, and add a residual or a time embedding and gate their output while the
+sums are still in the cache; diffusers' modules do each as a pass over memory of its own. `fuse` changes the class of
+the modules that can do better, and nothing of their parameters: names, state_dict and results stay (results up to the
+rounding of what is no longer stored between).
 """
 
 from __future__ import annotations
@@ -54,10 +55,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
         if self.attn2 is not None:
             x = _attend(self.attn2, self.norm2, x, encoder_hidden_states)
         first, *middle, last = (module for module in self.ff.net if not isinstance(module, nn.Dropout))
-        if isinstance(first, FusedGEGLU):
-            hidden = first(x, norm=self.norm3)
-        else:
-            hidden = first(self.norm3(x))
+        hidden = first(x, norm=self.norm3) if isinstance(first, FusedGEGLU) else first(self.norm3(x))
         for module in middle:
             hidden = module(hidden)
         out: Tensor = last(hidden, x)

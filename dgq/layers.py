@@ -15,6 +15,7 @@ from dgq_kernels import backend, native, packing
 from dgq_kernels.conv2d import cpu as conv2d_cpu
 from dgq_kernels.linear import cpu as linear_cpu
 
+from .errors import DgqError
 from .quantizers.channels import ChannelGroups, from_matrix
 from .quantizers.weights import IntegerWeight, column_sum
 from .recipe import LayerPlan
@@ -160,6 +161,8 @@ class IntegerLayer(nn.Module):
         """Pack for the backend of `device`. A sum that could overflow int32 is refused here (DgqError)."""
         plan = self.plan
         shifts = len(plan.class_ends) > 1
+        if backend.select(device) == "cpu" and native.available() and not shifts:
+            return self._pack(device)
         # Without shift classes the stored order only served the sub-scale groups: int8 weights go back to natural
         # order, and the codes need no gather. The int4 kernel reads the packed form, so there the codes follow.
         kernel_unpacks = backend.select(device) == "triton" and plan.wbits == 4 and plan.kind != "conv2d"
@@ -174,12 +177,6 @@ class IntegerLayer(nn.Module):
         prepared = _Prepared(device, sums, self.order.long() if gather else None)
         if kernel_unpacks:
             return prepared
-        if backend.select(device) == "cpu" and native.available() and not shifts:
-            prepared.engine = native.Layer(
-                matrix, self.weight_scale, sums, self._bias(), self._inv_divisor(), plan.abits,
-                plan.kernel_size, plan.stride, plan.padding,
-            )  # fmt: skip
-            return prepared
         weight = from_matrix(matrix, plan).contiguous()
         if backend.select(device) == "cpu" and backend.cpu_path() != "reference":
             prepared.split = linear_cpu.needs_split(plan.abits, matrix)
@@ -190,6 +187,21 @@ class IntegerLayer(nn.Module):
         else:
             prepared.weight = weight
         return prepared
+
+    def _pack(self, device: torch.device) -> _Prepared:
+        """For the CPU engine, straight from the stored form."""
+        plan = self.plan
+        weight: Tensor | native.TwoLevel = self._stored()
+        if plan.wbits == 4:
+            weight = native.TwoLevel(self._stored(), self.subscales, plan.reduction, plan.weight_group)
+        try:
+            engine = native.Layer(
+                weight, self.weight_scale, self._bias(), self._inv_divisor(), plan.abits, plan.kernel_size, plan.stride,
+                plan.padding, self.order if plan.reordered else None,
+            )  # fmt: skip
+        except OverflowError as error:
+            raise DgqError(str(error), "quantize this layer to 4 bits") from None
+        return _Prepared(device, engine.column_sum, None, engine)
 
     def prepare(self, device: torch.device) -> _Prepared:
         """The backend's form of the weight, made at the first call on a device and kept."""
@@ -202,6 +214,7 @@ class IntegerLayer(nn.Module):
                 ready = self._prepare(device)
                 if ready.engine is not None:
                     name = self._stored_name
+                    native.page_out(getattr(self, name))
                     setattr(self, name, getattr(self, name).new_empty(0))
                 self._prepared = ready
             return self._prepared

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgq_kernels import native
+from dgq_kernels import native, packing
 from dgq_kernels.conv2d import reference as conv2d_reference
 from dgq_kernels.linear import reference as linear_reference
 from dgq_kernels.log_attention import cpu as attention_cpu
@@ -48,7 +48,7 @@ def check_linear(m, k, n, bits, dtype, divide, extreme=False, seed=0):
     x = x.to(dtype)
     divisor = torch.rand(k, generator=g) + 0.5 if divide else None
     codes, row_scale, zero = quantize_reference.quantize_rows(x, bits, divisor)
-    layer = native.Layer(weight, scale, sums, bias, divisor, bits)
+    layer = native.Layer(weight, scale, bias, divisor, bits)
     expected = linear_reference.linear_int8(codes, row_scale, zero, weight, scale, sums, bias, dtype, [k])
     assert torch.equal(layer.linear(x), expected)
     residual = torch.randn(m, n, generator=g).to(dtype)
@@ -77,8 +77,8 @@ def test_linear_of_any_shape(m, k, n, bits, divide, seed):
 
 def test_linear_takes_strided_rows_and_half_precision():
     g = torch.Generator().manual_seed(0)
-    weight, scale, sums, bias = weights(20, 64, g)
-    layer = native.Layer(weight, scale, sums, bias, None, 8)
+    weight, scale, _sums, bias = weights(20, 64, g)
+    layer = native.Layer(weight, scale, bias, None, 8)
     wide = torch.randn(5, 3, 100, generator=g)
     assert torch.equal(layer.linear(wide[..., 10:74]), layer.linear(wide[..., 10:74].contiguous()))
     turned = torch.randn(64, 9, generator=g)
@@ -90,8 +90,8 @@ def test_linear_takes_strided_rows_and_half_precision():
 
 def test_every_number_of_threads_gives_the_same(monkeypatch):
     g = torch.Generator().manual_seed(0)
-    weight, scale, sums, bias = weights(96, 100, g)
-    layer = native.Layer(weight, scale, sums, bias, None, 8)
+    weight, scale, _sums, bias = weights(96, 100, g)
+    layer = native.Layer(weight, scale, bias, None, 8)
     x = torch.randn(70, 100, generator=g)
     results = []
     for threads in (1, 2, 3, 7):
@@ -102,8 +102,8 @@ def test_every_number_of_threads_gives_the_same(monkeypatch):
 
 def test_two_callers_at_once():
     g = torch.Generator().manual_seed(0)
-    weight, scale, sums, bias = weights(64, 300, g)
-    layer = native.Layer(weight, scale, sums, bias, None, 8)
+    weight, scale, _sums, bias = weights(64, 300, g)
+    layer = native.Layer(weight, scale, bias, None, 8)
     inputs = [torch.randn(40, 300, generator=g) for _ in range(4)]
     expected = [layer.linear(x) for x in inputs]
     wrong = []
@@ -141,7 +141,7 @@ def test_conv2d_equals_the_reference(isa, sizes, kernel, stride, padding, dtype)
     codes, sample_scale, zero = quantize_reference.quantize_samples(x, 8, divisor, padding)
     four_d = weight.view(n, kernel, kernel, channels).permute(0, 3, 1, 2)
     args = (codes, sample_scale, zero, four_d, scale, sums, bias, stride)
-    layer = native.Layer(weight, scale, sums, bias, divisor, 8, kernel, stride, padding)
+    layer = native.Layer(weight, scale, bias, divisor, 8, kernel, stride, padding)
     got = layer.conv2d(x)
     assert torch.equal(got, conv2d_reference.conv2d(*args, dtype, [channels]))
     assert got.is_contiguous(memory_format=torch.channels_last)
@@ -157,7 +157,7 @@ def test_gated_linear_equals_the_reference(isa, shape, dtype):
     g = torch.Generator().manual_seed(0)
     weight, scale, sums, bias = weights(n, k, g)
     x = (torch.randn(m, k, generator=g) / 1000).to(dtype)
-    layer = native.Layer(weight, scale / k, sums, bias, None, 8)
+    layer = native.Layer(weight, scale / k, bias, None, 8)
     codes, row_scale, zero = quantize_reference.quantize_rows(x, 8, None)
     y = linear_reference.linear_int8(codes, row_scale, zero, weight, scale / k, sums, bias, torch.float32, [k])
     value, gate = y.double().chunk(2, -1)
@@ -171,8 +171,8 @@ def test_gated_linear_equals_the_reference(isa, shape, dtype):
 
 def test_every_instruction_set_gates_with_the_same_bits():
     g = torch.Generator().manual_seed(0)
-    weight, scale, sums, bias = weights(96, 100, g)
-    layer = native.Layer(weight, scale / 100, sums, bias, None, 8)
+    weight, scale, _sums, bias = weights(96, 100, g)
+    layer = native.Layer(weight, scale / 100, bias, None, 8)
     x = torch.randn(40, 100, generator=g) * torch.logspace(-6, 3, 40)[:, None]
     results = []
     before = native.describe()
@@ -185,8 +185,8 @@ def test_every_instruction_set_gates_with_the_same_bits():
 
 
 def test_gating_wants_whole_blocks_and_no_residual():
-    weight, scale, sums, bias = weights(48, 8, torch.Generator().manual_seed(0))
-    layer = native.Layer(weight, scale, sums, bias, None, 8)
+    weight, scale, _sums, bias = weights(48, 8, torch.Generator().manual_seed(0))
+    layer = native.Layer(weight, scale, bias, None, 8)
     assert not layer.can_gate
     with pytest.raises(ValueError, match="48 outputs"):
         layer.linear(torch.randn(2, 8), gated=True)
@@ -194,18 +194,61 @@ def test_gating_wants_whole_blocks_and_no_residual():
 
 @pytest.mark.parametrize("shape", [(5, 7), (16, 64), (33, 431), (320, 2880)])
 def test_the_weight_comes_back_from_its_blocks(shape):
-    weight, scale, sums, bias = weights(*shape, torch.Generator().manual_seed(0))
-    assert torch.equal(native.Layer(weight, scale, sums, bias, None, 8).weight(), weight)
+    weight, scale, _sums, bias = weights(*shape, torch.Generator().manual_seed(0))
+    assert torch.equal(native.Layer(weight, scale, bias, None, 8).weight(), weight)
+
+
+@pytest.mark.parametrize(
+    "n, k, group, taps", [(5, 70, 32, 1), (33, 9 * 20, 32, 9), (64, 320, 64, 1), (48, 9 * 33, 64, 9)]
+)
+@pytest.mark.parametrize("reordered", [False, True])
+def test_packing_reads_the_stored_form(n, k, group, taps, reordered):
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (n, k), generator=g).to(torch.int8)
+    groups = packing.padded_length(k, group) // group
+    packed = packing.pack_int4(codes, group)
+    subscales = packing.pack_subscales(torch.randint(0, 16, (n, groups), generator=g).to(torch.uint8))
+    integers = packing.expand_two_level(packed, subscales, k, group)
+    channels = k // taps
+    order = torch.randperm(channels, generator=g) if reordered else None
+    natural = integers
+    if order is not None:
+        natural = torch.empty_like(integers).view(n, taps, channels)
+        natural[:, :, order] = integers.view(n, taps, channels)
+        natural = natural.view(n, k)
+    side = 3 if taps == 9 else 1
+    for weight in (integers, native.TwoLevel(packed, subscales, k, group)):
+        layer = native.Layer(weight, torch.ones(n), None, None, 8, side, order=order)
+        assert torch.equal(layer.weight(), natural)
+        assert torch.equal(layer.column_sum, integers.sum(1, dtype=torch.int32))
+
+
+def test_sums_that_could_overflow_are_refused():
+    weight = torch.full((1, 70_000), 127, dtype=torch.int8)
+    native.Layer(weight[:, :66_000].contiguous(), torch.ones(1), None, None, 8)
+    with pytest.raises(OverflowError, match="70000 products"):
+        native.Layer(weight, torch.ones(1), None, None, 8)
+
+
+def test_paging_out_loses_nothing(tmp_path):
+    file = tmp_path / "values"
+    values = torch.arange(100_000, dtype=torch.int32)
+    values.numpy().tofile(file)
+    mapped = torch.from_file(str(file), size=100_000, dtype=torch.int32)
+    for tensor in (values.clone(), mapped, values[3:5], values[:0]):
+        expected = tensor.clone()
+        native.page_out(tensor)
+        assert torch.equal(tensor, expected)
 
 
 def test_a_convolution_takes_a_bias_for_every_sample():
     g = torch.Generator().manual_seed(0)
-    weight, scale, sums, bias = weights(33, 9 * 20, g)
+    weight, scale, _sums, bias = weights(33, 9 * 20, g)
     x = torch.randn(3, 20, 5, 6, generator=g)
     each = torch.randn(3, 33, generator=g)
-    layer = native.Layer(weight, scale, sums, bias, None, 8, 3, 1, 1)
+    layer = native.Layer(weight, scale, bias, None, 8, 3, 1, 1)
     for i in range(3):
-        alone = native.Layer(weight, scale, sums, each[i], None, 8, 3, 1, 1).conv2d(x[i : i + 1])
+        alone = native.Layer(weight, scale, each[i], None, 8, 3, 1, 1).conv2d(x[i : i + 1])
         assert torch.equal(layer.conv2d(x, sample_bias=each)[i : i + 1], alone)
     with pytest.raises(ValueError, match=r"sample_bias \(3, 33\)"):
         layer.conv2d(x, sample_bias=each[:2])
@@ -223,10 +266,10 @@ def norm_of(channels, g, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_normalizes_its_input(isa, k, dtype):
     g = torch.Generator().manual_seed(0)
-    weight, scale, sums, bias = weights(40, k, g)
+    weight, scale, _sums, bias = weights(40, k, g)
     x = (torch.randn(70, k, generator=g) * 3 + 5).to(dtype)
     norm = norm_of(k, g)
-    layer = native.Layer(weight, scale, sums, bias, None, 8)
+    layer = native.Layer(weight, scale, bias, None, 8)
     normal = torch.nn.functional.layer_norm(x.float(), (k,), norm.gain, norm.shift, norm.eps)
     got = layer.linear(x, norm=norm)
     assert got.dtype == dtype
@@ -240,10 +283,10 @@ def test_linear_normalizes_its_input(isa, k, dtype):
 def test_conv2d_normalizes_its_input(isa, sizes, silu, dtype):
     batch, channels, height, width, n, groups = sizes
     g = torch.Generator().manual_seed(0)
-    weight, scale, sums, bias = weights(n, 9 * channels, g)
+    weight, scale, _sums, bias = weights(n, 9 * channels, g)
     x = (torch.randn(batch, channels, height, width, generator=g) * 3 + 2).to(dtype)
     norm = norm_of(channels, g, groups=groups, silu=silu)
-    layer = native.Layer(weight, scale, sums, bias, None, 8, 3, 1, 1)
+    layer = native.Layer(weight, scale, bias, None, 8, 3, 1, 1)
     normal = torch.nn.functional.group_norm(x.float(), groups, norm.gain, norm.shift, norm.eps)
     normal = torch.nn.functional.silu(normal) if silu else normal
     got = layer.conv2d(x, norm=norm)
@@ -252,9 +295,9 @@ def test_conv2d_normalizes_its_input(isa, sizes, silu, dtype):
 
 def test_every_instruction_set_normalizes_with_the_same_bits():
     g = torch.Generator().manual_seed(0)
-    weight, scale, sums, bias = weights(32, 9 * 40, g)
-    conv = native.Layer(weight, scale, sums, bias, None, 8, 3, 1, 1)
-    line = native.Layer(weight[:, :40].contiguous(), scale, sums, bias, None, 8)
+    weight, scale, _sums, bias = weights(32, 9 * 40, g)
+    conv = native.Layer(weight, scale, bias, None, 8, 3, 1, 1)
+    line = native.Layer(weight[:, :40].contiguous(), scale, bias, None, 8)
     x = torch.randn(2, 40, 9, 5, generator=g) * torch.logspace(-4, 4, 9)[:, None]
     groups, rows = norm_of(40, g, groups=8, silu=True), norm_of(40, g)
     results = []
@@ -271,12 +314,12 @@ def test_every_instruction_set_normalizes_with_the_same_bits():
 def test_layers_share_an_input():
     g = torch.Generator().manual_seed(0)
     made = [weights(48, 70, g) for _ in range(3)]
-    layers = [native.Layer(*parts, None, 8) for parts in made]
+    layers = [native.Layer(weight, scale, bias, None, 8) for weight, scale, _, bias in made]
     x, norm = torch.randn(2, 33, 70, generator=g), norm_of(70, g)
     for before in (None, norm):
         together = native.linear(layers, x, norm=before)
         assert all(torch.equal(y, layer.linear(x, norm=before)) for y, layer in zip(together, layers, strict=True))
-    divided = native.Layer(*made[0], torch.ones(70), 8)
+    divided = native.Layer(made[0][0], made[0][1], made[0][3], torch.ones(70), 8)
     assert not native.can_share([layers[0], divided])
     with pytest.raises(ValueError, match="share"):
         native.linear([layers[0], divided], x)
@@ -286,10 +329,12 @@ def test_layers_share_an_input():
 
 def test_inputs_of_another_shape_are_refused():
     g = torch.Generator().manual_seed(0)
-    layer = native.Layer(*weights(20, 32, g), None, 8)
+    weight, scale, _, bias = weights(20, 32, g)
+    layer = native.Layer(weight, scale, bias, None, 8)
     with pytest.raises(ValueError, match="32 input channels expected"):
         layer.linear(torch.zeros(2, 64))  # would be four rows of 32
-    conv = native.Layer(*weights(8, 36, g), None, 8, 3, 1, 0)
+    weight, scale, _, bias = weights(8, 36, g)
+    conv = native.Layer(weight, scale, bias, None, 8, 3, 1, 0)
     for shape in ((1, 5, 8, 8), (4, 8, 8)):
         with pytest.raises(ValueError, match="4 input channels expected"):
             conv.conv2d(torch.zeros(shape))

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .build import LIBRARY
 
-ABI = 3
+ABI = 4
 ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx")
 BLOCK = 16  # output channels in a block of the packed weight
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -36,6 +39,15 @@ class _Layer(ctypes.Structure):
         *((name, _Pointer) for name in ("packed", "weight_scale", "column_sum", "bias", "inv_divisor")),
         *((name, _Long) for name in ("n", "k", "channels")),
         *((name, _Int) for name in ("bits", "kernel", "stride", "padding")),
+    )
+
+
+class _Stored(ctypes.Structure):
+    """`Stored` in engine.cpp."""
+
+    _fields_ = (
+        *((name, _Pointer) for name in ("weight", "packed", "subscales", "order")),
+        *((name, _Long) for name in ("n", "k", "channels", "group")),
     )
 
 
@@ -62,7 +74,7 @@ _SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "dgq_supported": (_Int, (_Int,)),
     "dgq_use": (None, (_Int, _Pointer)),
     "dgq_packed_bytes": (_Long, (_Long, _Long)),
-    "dgq_pack": (_Int, (_Pointer, _Long, _Long, _Pointer, _Int)),
+    "dgq_pack": (_Int, (_Pointer, _Pointer, _Pointer, _Pointer, _Int)),
     "dgq_linear": (
         _Int,
         (_Pointer, _Long, _Pointer, _Long, _Long, _Int, _Pointer, _Pointer, _Int, _Pointer, _Int),
@@ -126,6 +138,16 @@ def _load() -> tuple[_Engine | None, str]:
         raise ValueError(f"DGQ_CPU_ENGINE={wish} is not one of off, {', '.join(engine.isas)} on this CPU")
     engine.use(wish or engine.isas[-1])
     return engine, ""
+
+
+def page_out(tensor: Tensor) -> None:
+    """Tell the system that a tensor's memory is not needed for now: pages of a mapped file leave the resident set, and
+    come back from the file when they are read. A hint; does nothing where the system has none."""
+    page, advice = mmap.PAGESIZE, 21  # MADV_PAGEOUT
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    first, last = -(-start // page) * page, end // page * page
+    if last > first and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(_Pointer(first), ctypes.c_size_t(last - first), _Int(advice))
 
 
 def available() -> bool:
@@ -198,39 +220,67 @@ class Norm:
         return struct
 
 
+class TwoLevel(NamedTuple):
+    """A two-level int4 weight (N, k) as `packing` lays it out: uint8 `packed` and `subscales`, in groups of `group`."""
+
+    packed: Tensor
+    subscales: Tensor
+    k: int
+    group: int
+
+
 class Layer:
     """The weight of a linear layer or convolution, packed for the engine.
 
     Args:
-        weight: int8 (N, K), K = kernel^2 * C in the order (row, column, channel).
-        weight_scale, column_sum: float32 and int32 (N,).
+        weight: int8 (N, K) or two-level int4, K = kernel^2 * C in the order (row, column, channel).
+        weight_scale: float32 (N,).
         bias: float32 (N,) or None.
         inv_divisor: float32 (C,) or None.
         bits: of the activation codes, 2 to 8.
         kernel, stride, padding: of a convolution; 1, 1, 0 for a linear layer.
+        order: int32 (C,), the natural channel that the weight stores at each place; None where they are the same.
+
+    Attributes:
+        column_sum: int32 (N,), sums of the weight over K.
+
+    Raises:
+        OverflowError: a sum of products could leave int32.
     """
 
     def __init__(
-        self, weight: Tensor, weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None,
-        inv_divisor: Tensor | None, bits: int, kernel: int = 1, stride: int = 1, padding: int = 0,
+        self, weight: Tensor | TwoLevel, weight_scale: Tensor, bias: Tensor | None, inv_divisor: Tensor | None,
+        bits: int, kernel: int = 1, stride: int = 1, padding: int = 0, order: Tensor | None = None,
     ) -> None:  # fmt: skip
         library = _engine().library
-        weight = weight.contiguous()
-        self.n, self.k = weight.shape
+        if isinstance(weight, TwoLevel):
+            tensors = {"packed": weight.packed.contiguous(), "subscales": weight.subscales.contiguous()}
+            self.n, self.k, group = weight.packed.shape[0], weight.k, weight.group
+        else:
+            tensors = {"weight": weight.contiguous()}
+            (self.n, self.k), group = weight.shape, 0
+        if order is not None:
+            tensors["order"] = order.to(torch.int32).contiguous()
         self.kernel, self.stride, self.padding = kernel, stride, padding
         self.bits, self.divided = bits, inv_divisor is not None
+        channels = self.k // kernel**2
+        pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        stored = _Stored(n=self.n, k=self.k, channels=channels, group=group, **pointers)
         size = library.dgq_packed_bytes(self.n, self.k)
         self.packed_k = size // (-(-self.n // (2 * BLOCK)) * 2 * BLOCK)
         self.packed = torch.empty(size + 63, dtype=torch.int8)
         start = self.packed.data_ptr() + 63 & ~63  # whole cache lines
-        _check(library.dgq_pack(weight.data_ptr(), self.n, self.k, start, torch.get_num_threads()))
-        vectors = [x if x is None else x.contiguous() for x in (weight_scale, column_sum, bias, inv_divisor)]
+        self.column_sum, sizes = torch.empty(self.n, dtype=torch.int32), torch.empty(self.n, dtype=torch.int64)
+        sums = self.column_sum.data_ptr(), sizes.data_ptr()
+        _check(library.dgq_pack(ctypes.addressof(stored), start, *sums, torch.get_num_threads()))
+        if self.n and int(sizes.max()) * (2**bits - 1) >= 2**31:
+            raise OverflowError(f"a sum over {self.k} products could overflow int32")
+        vectors = [x if x is None else x.contiguous() for x in (weight_scale, self.column_sum, bias, inv_divisor)]
         for vector, dtype in zip(vectors, (torch.float32, torch.int32, torch.float32, torch.float32), strict=True):
             assert vector is None or vector.dtype == dtype
         self._kept = vectors
-        pointers = [None if x is None else x.data_ptr() for x in vectors]
-        channels = self.k // kernel**2
-        self._struct = _Layer(start, *pointers, self.n, self.k, channels, bits, kernel, stride, padding)
+        addresses = [None if x is None else x.data_ptr() for x in vectors]
+        self._struct = _Layer(start, *addresses, self.n, self.k, channels, bits, kernel, stride, padding)
         self._address = ctypes.addressof(self._struct)
         self._linear, self._conv2d = library.dgq_linear, library.dgq_conv2d
 

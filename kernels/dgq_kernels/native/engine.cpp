@@ -38,6 +38,42 @@ static void pack_columns(const int8_t* matrix, int64_t n, int64_t k, int64_t blo
     }
 }
 
+// A weight as a checkpoint stores it: int8 (n, k), or two-level int4 (dgq_kernels/packing.py). order[i] is the natural
+// place of the channel stored at i, in every tap of k / channels; null where they are the same.
+struct Stored {
+    const int8_t* weight;                // or null
+    const uint8_t *packed, *subscales;
+    const int32_t* order;
+    int64_t n, k, channels, group;
+};
+
+// A row in natural order; `scratch` has room for k + group values.
+static void read_stored(const Stored& stored, int64_t row, int8_t* scratch, int8_t* out) {
+    const int64_t k = stored.k, half = stored.group / 2;
+    const int8_t* values = scratch;
+    if (stored.weight) {
+        values = stored.weight + row * k;
+    } else {
+        const int64_t groups = ceil_div(k, stored.group);
+        const uint8_t* nibbles = stored.packed + row * groups * half;
+        const uint8_t* scales = stored.subscales + row * ceil_div(groups, 2);
+        for (int64_t g = 0; g < groups; ++g, nibbles += half) {
+            const int scale = scales[g / 2] >> (g % 2 * 4) & 15;
+            int8_t* to = scratch + g * stored.group;
+            for (int64_t i = 0; i < half; ++i) {
+                to[i] = static_cast<int8_t>(((nibbles[i] & 15 ^ 8) - 8) * scale);
+                to[i + half] = static_cast<int8_t>(((nibbles[i] >> 4 ^ 8) - 8) * scale);
+            }
+        }
+    }
+    if (!stored.order) {
+        std::memcpy(out, values, k);
+        return;
+    }
+    for (int64_t tap = 0; tap < k; tap += stored.channels)
+        for (int64_t i = 0; i < stored.channels; ++i) out[tap + stored.order[i]] = values[tap + i];
+}
+
 static float symmetric_scale(float largest, int top) {
     return largest > 1e-30f ? largest / static_cast<float>(top) : 1.0f;
 }
@@ -459,7 +495,7 @@ template <class Body> static int guarded(const Body& body) {
 extern "C" {
 
 // Changes with every change of the structures or functions below.
-int32_t dgq_abi() { return 3; }
+int32_t dgq_abi() { return 4; }
 
 int32_t dgq_supported(int32_t isa) { return isa >= 0 && isa < dgq::ISA_COUNT && dgq::supported(isa); }
 
@@ -473,12 +509,28 @@ int64_t dgq_packed_bytes(int64_t n, int64_t k) {
     return dgq::round_up(n, dgq::TILE_COLS) / dgq::BLOCK_COLS * dgq::block_bytes(k);
 }
 
-// weight int8 (n, k), contiguous, to the engine's blocks.
-int32_t dgq_pack(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int32_t threads) {
+// A stored weight to the engine's blocks, its sums over k to column_sum (n,), and the sums of its sizes to size_sum (n,).
+int32_t dgq_pack(
+    const dgq::Stored* stored, int8_t* packed, int32_t* column_sum, int64_t* size_sum, int32_t threads) {
     using namespace dgq;
     return guarded([&] {
+        const int64_t n = stored->n, k = stored->k;
         parallel(threads, round_up(n, TILE_COLS) / BLOCK_COLS, [&](int64_t block) {
-            pack_rows(weight, n, k, block, packed + block * block_bytes(k));
+            const int64_t first = block * BLOCK_COLS, rows = n - first < BLOCK_COLS ? n - first : BLOCK_COLS;
+            int8_t* values = panel_scratch().get<int8_t>(BLOCK_COLS * k + k + stored->group);
+            for (int64_t row = 0; row < rows; ++row) {
+                int8_t* out = values + row * k;
+                read_stored(*stored, first + row, values + BLOCK_COLS * k, out);
+                int32_t sum = 0;
+                int64_t size = 0;
+                for (int64_t i = 0; i < k; ++i) {
+                    sum += out[i];
+                    size += out[i] < 0 ? -out[i] : out[i];
+                }
+                column_sum[first + row] = sum;
+                size_sum[first + row] = size;
+            }
+            pack_rows(values, rows < 0 ? 0 : rows, k, 0, packed + block * block_bytes(k));
         });
     });
 }
