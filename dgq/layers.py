@@ -257,11 +257,11 @@ class IntegerLayer(nn.Module):
 
     def _engine_norm(self, norm: nn.Module | None, silu: bool, x: Tensor) -> native.Norm | None:
         """The norm as the engine takes it; None where it does not."""
-        kind = self.plan.kind
-        if norm is None or self.prepare(x.device).engine is None:
+        kind, engine = self.plan.kind, None if norm is None else self.prepare(x.device).engine
+        if engine is None:
             return None
         known: Any = norm
-        if kind == "conv2d" and type(norm) is nn.GroupNorm and known.affine:
+        if kind == "conv2d" and type(norm) is nn.GroupNorm and known.affine and not engine.divided:
             return native.Norm(known.weight.float(), known.bias.float(), known.eps, known.num_groups, silu)
         if kind == "linear" and type(norm) is nn.LayerNorm and known.bias is not None and not silu:
             return native.Norm(known.weight.float(), known.bias.float(), known.eps)

@@ -330,7 +330,7 @@ class Layer:
 
         Raises:
             ValueError: x is not 4-D, has other channels, is smaller than the kernel, or is not on the CPU;
-                `sample_bias` has another shape; a norm without groups, or of other channels.
+                `sample_bias` has another shape; a norm without groups or of other channels, or before a layer with divisors.
         """
         self._check_input(x, x.shape[1] if x.dim() == 4 else -1, self.k // self.kernel**2)
         if min(x.shape[2:]) + 2 * self.padding < self.kernel:
@@ -352,8 +352,8 @@ class Layer:
             kept = residual.to(x.dtype).expand(y.shape).contiguous(memory_format=torch.channels_last)
         if not batch:
             return y
-        if norm is not None and not norm.groups:
-            raise ValueError("a convolution's norm has groups")
+        if norm is not None and (not norm.groups or self.divided):
+            raise ValueError("a convolution's norm has groups, and no divisors behind it")
         before = None if norm is None else norm._struct(x.shape[1])
         pointers = [None if t is None else t.data_ptr() for t in (sample_bias, kept)]
         _check(

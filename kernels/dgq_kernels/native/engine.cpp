@@ -108,7 +108,7 @@ static void nothing() {}
 
 #define DGQ_KERNELS(ELEMENTWISE, PROBABILITIES, TILES, BEGIN, END)                                             \
     {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::layer_norm, ELEMENTWISE::moments,                 \
-     ELEMENTWISE::affine, ELEMENTWISE::epilogue, ELEMENTWISE::gated_epilogue,                                  \
+     ELEMENTWISE::quantize_affine, ELEMENTWISE::epilogue, ELEMENTWISE::gated_epilogue,                         \
      ELEMENTWISE::largest_of,                                                                                  \
      ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head, ELEMENTWISE::prepare_query,                  \
      ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::panel, BEGIN, END}
@@ -283,32 +283,67 @@ static void linear(
     });
 }
 
-// GroupNorm (and SiLU) of a channels-last picture as a factor and an offset for every sample and channel.
-static std::vector<float> group_norm(
+// x * sigmoid(x) falls down to its minimum and rises from there: its range over [low, high], with 0.
+static Range silu_range(float low, float high) {
+    constexpr double where = -1.2784645427610738, minimum = -0.2784645427610738;
+    const auto silu = [](double x) { return x / (1.0 + std::exp(-x)); };
+    const double a = silu(low), b = silu(high), least = low >= where ? a : high <= where ? b : minimum;
+    const double most = a > b ? a : b;
+    return {static_cast<float>(least < 0.0 ? least : 0.0), static_cast<float>(most > 0.0 ? most : 0.0)};
+}
+
+// GroupNorm of channels-last pictures as a factor and an offset for every sample and channel, and the range of what
+// comes out, SiLU included. One pass over the pictures: the range follows from that of every channel.
+struct Affine {
+    std::vector<float> values;  // (batch, 2, channels)
+    std::vector<Range> ranges;  // (batch,)
+};
+static Affine group_norm(
     const Norm& norm, const char* x, int64_t batch, int64_t height, int64_t width, int64_t channels, int dtype,
     int threads) {
     const int64_t line_bytes = width * channels * element_bytes(dtype), size = channels / norm.groups;
-    std::vector<float> moments(batch * height * 2 * channels, 0.0f), affine(batch * 2 * channels);
+    std::vector<float> all(batch * height * 4 * channels);
+    const auto of_line = [&](int64_t line) -> Moments {
+        float* at = all.data() + line * 4 * channels;
+        return {at, at + channels, at + 2 * channels, at + 3 * channels};
+    };
     parallel(threads, batch * height, [&](int64_t line) {
-        float* sums = moments.data() + line * 2 * channels;
-        kernels->moments(x + line * line_bytes, dtype, width, channels, sums, sums + channels);
+        kernels->moments(x + line * line_bytes, dtype, width, channels, of_line(line));
     });
+    Affine affine{std::vector<float>(batch * 2 * channels), std::vector<Range>(batch)};
     const auto count = static_cast<double>(height * width * size);
-    for (int64_t b = 0; b < batch; ++b)
-        for (int64_t group = 0; group < norm.groups; ++group) {
-            double sum = 0.0, square = 0.0;
-            for (int64_t line = b * height; line < (b + 1) * height; ++line)
-                for (int64_t c = group * size; c < (group + 1) * size; ++c) {
-                    sum += moments[line * 2 * channels + c];
-                    square += moments[line * 2 * channels + channels + c];
-                }
-            const double mean = sum / count, variance = square / count - mean * mean;
-            const double factor = 1.0 / std::sqrt((variance > 0.0 ? variance : 0.0) + norm.eps);
-            for (int64_t c = group * size; c < (group + 1) * size; ++c) {
-                affine[b * 2 * channels + c] = static_cast<float>(factor * norm.gain[c]);
-                affine[(b * 2 + 1) * channels + c] = static_cast<float>(norm.shift[c] - mean * factor * norm.gain[c]);
+    for (int64_t b = 0; b < batch; ++b) {
+        const Moments first = of_line(b * height);
+        std::vector<double> sum(channels, 0.0), square(channels, 0.0);
+        for (int64_t line = b * height; line < (b + 1) * height; ++line) {
+            const Moments one = of_line(line);
+            for (int64_t c = 0; c < channels; ++c) {
+                sum[c] += one.sum[c];
+                square[c] += one.square[c];
+                first.low[c] = one.low[c] < first.low[c] ? one.low[c] : first.low[c];
+                first.high[c] = one.high[c] > first.high[c] ? one.high[c] : first.high[c];
             }
         }
+        float *factors = affine.values.data() + b * 2 * channels, *offsets = factors + channels;
+        float low = INFINITY, high = -INFINITY;
+        for (int64_t start = 0; start < channels; start += size) {
+            double total = 0.0, squares = 0.0;
+            for (int64_t c = start; c < start + size; ++c) {
+                total += sum[c];
+                squares += square[c];
+            }
+            const double mean = total / count, variance = squares / count - mean * mean;
+            const double factor = 1.0 / std::sqrt((variance > 0.0 ? variance : 0.0) + norm.eps);
+            for (int64_t c = start; c < start + size; ++c) {
+                factors[c] = static_cast<float>(factor * norm.gain[c]);
+                offsets[c] = static_cast<float>(norm.shift[c] - mean * factor * norm.gain[c]);
+                const float p = first.low[c] * factors[c] + offsets[c], q = first.high[c] * factors[c] + offsets[c];
+                low = std::fmin(low, std::fmin(p, q));
+                high = std::fmax(high, std::fmax(p, q));
+            }
+        }
+        affine.ranges[b] = norm.silu ? silu_range(low, high) : Range{std::fmin(low, 0.0f), std::fmax(high, 0.0f)};
+    }
     return affine;
 }
 
@@ -325,34 +360,27 @@ static void convolve(
     const int64_t image_bytes = padded_height * padded_width * channels;
     auto* codes = code_scratch.get<uint8_t>(batch * image_bytes);
 
-    std::vector<float> affine;
-    if (norm) {
-        static thread_local Scratch normal_scratch;
-        affine = group_norm(*norm, source, batch, height, width, channels, dtype, threads);
-        source = normal_scratch.get<char>(batch * height * width * channels * size);
-    }
-    std::vector<Range> ranges(batch * height);
-    parallel(threads, batch * height, [&](int64_t line) {
-        if (norm) {
-            const int64_t at = line * width * channels * size;
-            const float* factor = affine.data() + line / height * 2 * channels;
-            kernels->affine(
-                static_cast<const char*>(x) + at, dtype, width, channels, factor, factor + channels, norm->silu,
-                const_cast<char*>(source) + at);
-        }
-        for (int64_t column = 0; column < (layer.inv_divisor ? width : 1); ++column)
-            kernels->range(
-                source + (line * width + column) * channels * size, dtype,
-                layer.inv_divisor ? channels : width * channels, layer.inv_divisor, ranges[line]);
-    });
     std::vector<Codes> sample(batch);
-    for (int64_t b = 0; b < batch; ++b) {
-        Range range;
-        for (int64_t line = b * height; line < (b + 1) * height; ++line) {
-            range.low = ranges[line].low < range.low ? ranges[line].low : range.low;
-            range.high = ranges[line].high > range.high ? ranges[line].high : range.high;
+    Affine affine;
+    if (norm) {
+        affine = group_norm(*norm, source, batch, height, width, channels, dtype, threads);
+        for (int64_t b = 0; b < batch; ++b) sample[b] = codes_of(affine.ranges[b], layer.bits);
+    } else {
+        std::vector<Range> ranges(batch * height);
+        parallel(threads, batch * height, [&](int64_t line) {
+            for (int64_t column = 0; column < (layer.inv_divisor ? width : 1); ++column)
+                kernels->range(
+                    source + (line * width + column) * channels * size, dtype,
+                    layer.inv_divisor ? channels : width * channels, layer.inv_divisor, ranges[line]);
+        });
+        for (int64_t b = 0; b < batch; ++b) {
+            Range range;
+            for (int64_t line = b * height; line < (b + 1) * height; ++line) {
+                range.low = ranges[line].low < range.low ? ranges[line].low : range.low;
+                range.high = ranges[line].high > range.high ? ranges[line].high : range.high;
+            }
+            sample[b] = codes_of(range, layer.bits);
         }
-        sample[b] = codes_of(range, layer.bits);
     }
     parallel(threads, batch * padded_height, [&](int64_t line) {
         const int64_t b = line / padded_height, row = line % padded_height - pad;
@@ -365,6 +393,12 @@ static void convolve(
         std::memset(out + (pad + width) * channels, sample[b].zero, pad * channels);
         const char* in = source + (b * height + row) * width * channels * size;
         out += pad * channels;
+        if (norm) {
+            const float* factor = affine.values.data() + b * 2 * channels;
+            kernels->quantize_affine(
+                in, dtype, width, channels, factor, factor + channels, norm->silu, sample[b], out);
+            return;
+        }
         if (!layer.inv_divisor) {
             kernels->quantize(in, dtype, width * channels, nullptr, sample[b], out);
             return;

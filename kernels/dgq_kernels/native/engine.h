@@ -59,6 +59,11 @@ struct Norm {
     int32_t groups, silu;
 };
 
+// Sum, sum of squares and range of every channel.
+struct Moments {
+    float *sum, *square, *low, *high;
+};
+
 // The arguments of log attention (see log_attention/__init__.py).
 struct Attention {
     const void *q, *k, *v;  // element (b, h, t, i) at b * batch + h * head + t * token + i
@@ -95,12 +100,12 @@ struct Kernels {
     void (*quantize)(const void* x, int dtype, int64_t n, const float* inv_divisor, const Codes& codes, uint8_t* out);
     // A row of n values to mean 0 and variance 1, times gain plus shift.
     void (*layer_norm)(const void* x, int dtype, int64_t n, const Norm& norm, float* out);
-    // Adds values and their squares over `pixels` rows of `channels` to `sum` and `square`, both (channels,).
-    void (*moments)(const void* x, int dtype, int64_t pixels, int64_t channels, float* sum, float* square);
-    // x * factor + offset per channel, then x * sigmoid(x) where silu says so; out may be x.
-    void (*affine)(
+    // Of every channel over at least one pixel.
+    void (*moments)(const void* x, int dtype, int64_t pixels, int64_t channels, const Moments& out);
+    // Codes of x * factor + offset per channel, with x * sigmoid(x) behind it where silu says so.
+    void (*quantize_affine)(
         const void* x, int dtype, int64_t pixels, int64_t channels, const float* factor, const float* offset, bool silu,
-        void* out);
+        const Codes& codes, uint8_t* out);
     // What columns [col, col + n) of a panel's rows become: (sum - zero * column_sum) * (scale * weight_scale) + bias +
     // residual; sums in rows of 32.
     void (*epilogue)(
