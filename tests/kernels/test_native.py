@@ -293,6 +293,20 @@ def test_conv2d_normalizes_its_input(isa, sizes, silu, dtype):
     assert relative(got, layer.conv2d(normal.to(dtype))) < (0.002 if dtype == torch.float32 else 0.01)
 
 
+def test_silu_of_extremes(isa):
+    """A convolution that passes its one channel on shows the codes of what went in."""
+    norm = native.Norm(torch.ones(1), torch.zeros(1), 1e-5, 1, silu=True)
+    layer = native.Layer(torch.tensor([[1]], dtype=torch.int8), torch.ones(1), None, None, 8)
+    assert layer.k == 1
+    for scale in (1e-3, 1.0, 1e3, 1e18):
+        x = torch.linspace(-3, 5, 400).view(1, 1, 20, 20) * scale
+        x[0, 0, 0, 0] = 90 * scale  # far from the others
+        expected = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 1, eps=1e-5))
+        got = layer.conv2d(x, norm=norm)
+        step = (expected.max() - min(float(expected.min()), 0)) / 255
+        assert float((got - expected).abs().max()) <= 0.51 * step + 1e-5
+
+
 def test_every_instruction_set_normalizes_with_the_same_bits():
     g = torch.Generator().manual_seed(0)
     weight, scale, _sums, bias = weights(32, 9 * 40, g)

@@ -330,7 +330,8 @@ class Layer:
 
         Raises:
             ValueError: x is not 4-D, has other channels, is smaller than the kernel, or is not on the CPU;
-                `sample_bias` has another shape; a norm without groups or of other channels, or before a layer with divisors.
+                `sample_bias` has another shape; a norm without groups or of other channels, or before a layer with
+                divisors.
         """
         self._check_input(x, x.shape[1] if x.dim() == 4 else -1, self.k // self.kernel**2)
         if min(x.shape[2:]) + 2 * self.padding < self.kernel:
