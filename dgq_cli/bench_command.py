@@ -12,7 +12,7 @@ from .common import DeviceOption, JsonOption, ModelOption, StageProgress, err, p
 if TYPE_CHECKING:
     from dgq.bench import Report, Row
 
-STAGES = {"quantize": "quantize", "kernels": "kernels", "step": "UNet step", "memory": "memory"}
+STAGES = {"kernels": "kernels", "files": "files", "load": "load", "step": "UNet step"}
 # in the order of dgq.bench.Row
 COLUMNS = ("p20 ms", "p50 ms", "p80 ms", "x float32")
 
@@ -20,28 +20,45 @@ COLUMNS = ("p20 ms", "p50 ms", "p80 ms", "x float32")
 def command(
     model: ModelOption = None,
     arch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Instead: sd-v1.4 or sdxl-turbo with random weights, at 512 px.")
+        str | None,
+        typer.Option(metavar="NAME", help="Instead: sd-v1.4, sdxl-turbo or a UNet's config.json, random weights."),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Weight bits, 4 or 8, where the model is a float model.")] = None,
     what: Annotated[str, typer.Option(help="kernels (single layers), step (whole UNet calls) or all.")] = "all",
     shapes: Annotated[str, typer.Option(help="Layers of the model, or also large ones of Stable Diffusion.")] = "model",
     repeats: Annotated[int, typer.Option(min=1, max=100_000, metavar="N", help="Timed calls of each system.")] = 20,
-    memory: Annotated[bool, typer.Option("--memory", help="Also each system's peak memory, one process each.")] = False,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            "--with", metavar="LIST", help="Beside the step: openvino, torchao, sdnq (commas between) or all."
+        ),
+    ] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile beside the step; default with --arch.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the files of --arch here for a later run.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, metavar="N", help="CPU threads.")] = None,
     device: DeviceOption = None,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to a CSV file.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Time quantized layers and UNet steps beside float ones, interleaved; says so where quantized is slower."""
+    """Time quantized layers and UNet steps beside float ones, in turns; says so where quantized is slower."""
     _check("--bits", bits, (4, 8, None))
     _check("--what", what, ("kernels", "step", "all"))
     _check("--shapes", shapes, ("model", "large"))
-    from dgq.bench import bench
+    from dgq.bench import bench, chosen_peers
+    from dgq.errors import DgqError
 
+    try:
+        chosen_peers(peers)
+    except DgqError as error:
+        raise typer.BadParameter(f"--with {peers}: {error.message}") from None
     with StageProgress(STAGES) as progress:
         report = bench(
-            model, arch=arch, what=what, bits=bits, repeats=repeats, large=shapes == "large", memory=memory,
-            threads=threads, device=device, progress=progress,
+            model, arch=arch, what=what, bits=bits, repeats=repeats, large=shapes == "large", peers=peers,
+            compiled=compiled, work=work, threads=threads, device=device, progress=progress,
         )  # fmt: skip
     if csv is not None:
         report.append_csv(csv)
@@ -61,7 +78,10 @@ def _print(report: Report) -> None:
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     typer.echo(f"{machine['cpu']}, {machine['isa']}, {threads}; device {machine['device']}, torch {machine['torch']}")
     typer.echo(f"{machine['backend']}: {machine['backend_reason']}")
-    for table, extra in (("kernels", ("GOPS",)), ("step", ("error", "weights MiB", "disk MiB", "peak RSS MiB"))):
+    for table, extra in (
+        ("kernels", ("GOPS", "of peak")),
+        ("step", ("error", "weights MiB", "disk MiB", "peak RSS MiB")),
+    ):
         rows = [row for row in report.rows if row.table == table]
         if rows:
             _print_table(rows, extra)
@@ -78,7 +98,7 @@ def _print_table(rows: list[Row], extra: tuple[str, ...]) -> None:
     typer.echo(f"\n{'case':<{cases}}  {'system':<{systems}}" + "".join(f" {cell}" for cell in head))
     for row in rows:
         if row.table == "kernels":
-            values = [_number(row.gops, 1)]
+            values = [_number(row.gops, 1), _number(row.peak_fraction, 2)]
         else:
             error = "-" if row.relative_error is None else f"{row.relative_error:.2e}"
             values = [error, _number(row.weights_mib, 1), _number(row.disk_mib, 1), _number(row.peak_rss_mib, 0)]

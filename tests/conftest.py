@@ -89,3 +89,16 @@ def tiny_checkpoint(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactor
     out = tmp_path_factory.mktemp("checkpoints") / "tiny-w4a8"
     calibrate(tiny_pipeline, out, Recipe(wbits=4, abits=8), Options(prompts=["a cat", "a dog"], steps=3, evaluate=1))
     return out
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A UNet's config.json: Stable Diffusion's blocks at a width that a test can afford."""
+    config = {
+        "sample_size": 16, "block_out_channels": [32, 64], "cross_attention_dim": 32, "attention_head_dim": 2,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "layers_per_block": 1,
+    }  # fmt: skip
+    file = tmp_path_factory.mktemp("configs") / "small.json"
+    file.write_text(json.dumps(config))
+    return file

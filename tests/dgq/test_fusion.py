@@ -12,8 +12,12 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-from dgq import bench
+from dgq.attention import AttentionPlan, use_log_attention
+from dgq.bench.files import absmax_weight
+from dgq.calibration import plan_layers
 from dgq.fusion import FusedGEGLU, FusedResnetBlock, FusedTransformer, FusedTransformerBlock, fuse
+from dgq.layers import IntegerLayer, replace_module
+from dgq.quantizers.channels import no_groups, to_matrix
 from dgq.recipe import Recipe
 
 FUSED = {
@@ -37,6 +41,16 @@ def unet(**options: object) -> UNet2DConditionModel:
     return model
 
 
+@torch.no_grad()
+def quantize(model: UNet2DConditionModel) -> None:
+    """W8A8 in place, without calibration."""
+    for layer in plan_layers(model, Recipe(wbits=8, abits=8, rounding="nearest", channels="none"))[0]:
+        weight, groups = absmax_weight(to_matrix(layer.weight), layer.plan), no_groups(layer.plan.in_features)
+        replace_module(model, layer.name, IntegerLayer.from_quantized(layer.plan, weight, groups, layer.module.bias))
+    use_log_attention(model, AttentionPlan(8, 4))
+    fuse(model)
+
+
 def plain_copy(model: UNet2DConditionModel) -> UNet2DConditionModel:
     """The same quantized model with diffusers' classes."""
     copied = copy.deepcopy(model)
@@ -57,7 +71,7 @@ def call(model: UNet2DConditionModel, dtype: torch.dtype = torch.float32, **opti
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_modules_give_the_same(linear_projection: bool, dtype: torch.dtype) -> None:
     model = unet(use_linear_projection=linear_projection)
-    bench.quantize_nearest(model, Recipe(wbits=8, abits=8, rounding="nearest", channels="none"))
+    quantize(model)
     model = model.to(dtype)
     kinds = {type(module) for module in model.modules()}
     assert kinds.issuperset(FUSED)
@@ -70,7 +84,7 @@ def test_fused_modules_give_the_same(linear_projection: bool, dtype: torch.dtype
 
 def test_masks_and_float_attention_take_the_ordinary_way() -> None:
     model = unet()
-    bench.quantize_nearest(model, Recipe(wbits=8, abits=8, rounding="nearest", channels="none"))
+    quantize(model)
     model.set_attn_processor(AttnProcessor2_0())
     other = plain_copy(model)
     mask = torch.ones(2, 7, dtype=torch.bool)
@@ -83,7 +97,7 @@ def test_masks_and_float_attention_take_the_ordinary_way() -> None:
 
 def test_modules_with_another_forward_stay() -> None:
     model = unet(resnet_time_scale_shift="scale_shift")
-    bench.quantize_nearest(model, Recipe(wbits=8, abits=8, rounding="nearest", channels="none"))
+    quantize(model)
     assert not any(isinstance(module, FusedResnetBlock) for module in model.modules())
     call(model)
 

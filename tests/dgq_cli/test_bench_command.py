@@ -20,11 +20,11 @@ def test_step_of_a_checkpoint_as_json_and_csv(dgq_command: Run, tiny_checkpoint:
     assert {"cpu", "cores", "isa", "cpu_path", "torch", "threads", "date", "model"} <= set(data["machine"])
     assert data["machine"]["threads"] == 1
     rows = {row["system"]: row for row in data["rows"]}
-    assert list(rows) == ["float32", "float32 channels-last", "bfloat16", "dgq W4A8"]
+    assert list(rows) == ["float32", "bfloat16", "dgq W4A8"]
     quantized = rows["dgq W4A8"]
     assert 0 < quantized["relative_error"] < 1
     assert quantized["disk_mib"] < rows["float32"]["disk_mib"]
-    assert quantized["peak_rss_mib"] is None  # --memory was not given
+    assert quantized["peak_rss_mib"] > 64
     assert any(note.startswith("dgq W4A8 is ") for note in data["notes"])
     with open(file, newline="", encoding="utf-8") as handle:
         assert [row["system"] for row in csv.DictReader(handle)] == list(rows)
@@ -42,3 +42,41 @@ def test_an_unknown_architecture_is_one_line(dgq_command: Run) -> None:
     assert run.returncode == 1
     assert run.stdout == ""
     assert "architecture 'sd-v9' is not one of sd-v1.4, sdxl-turbo" in run.stderr
+
+
+def test_an_architecture_as_a_table(dgq_command: Run, small_config: Path) -> None:
+    run = dgq_command("bench", "--arch", small_config, "--bits", 8, "--no-compile", "--repeats", 1, "--device", "cpu")
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if line.startswith("small.json step")]
+    assert [line.split()[2] for line in lines] == ["float32", "bfloat16", "dgq"]
+    assert "peak RSS MiB" in run.stdout
+    assert "note: small.json has random weights" in run.stderr
+
+
+def test_kernels_tell_the_fraction_of_the_peak(dgq_command: Run, tiny_checkpoint: Path) -> None:
+    run = dgq_command(
+        "bench", "--model", tiny_checkpoint, "--what", "kernels", "--bits", 8, "--repeats", 1, "--device", "cpu",
+        "--json",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    data = json.loads(run.stdout)
+    engine = (
+        data["machine"]["backend"].startswith("cpu (") and data["machine"]["cpu_engine"] in data["machine"]["backend"]
+    )
+    for row in data["rows"]:
+        assert (row["peak_fraction"] is not None) == (engine and row["system"].startswith("dgq"))
+
+
+def test_packages_that_are_missing_are_a_usage_error(dgq_command: Run, tmp_path: Path) -> None:
+    """Python is kept from finding any of the optional packages."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name in ('openvino', 'nncf') else find(name, *rest)\n"
+    )
+    run = dgq_command("bench", "--arch", "sd-v1.4", "--with", "openvino", first_on_path=tmp_path)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert "openvino and nncf not installed: pip install openvino nncf" in run.stderr
+    unknown = dgq_command("bench", "--arch", "sd-v1.4", "--with", "onnx")
+    assert unknown.returncode == 2
+    assert "'onnx' is not one of openvino, torchao, sdnq, all" in unknown.stderr

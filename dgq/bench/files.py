@@ -1,0 +1,287 @@
+"""The files that systems load: float UNets of random weights, dgq checkpoints, OpenVINO models, UNet calls.
+
+`write` makes them in processes of their own, so that the memory it takes is given back. Tensors are written one after
+the other: a UNet is never in memory as a whole, but mapped from its file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .. import architectures
+from ..attention import AttentionPlan
+from ..calibration import plan_layers
+from ..checkpoint import WEIGHTS_NAME, Header, apply_header, atomic_folder, read_json
+from ..errors import DgqError
+from ..layers import IntegerLayer
+from ..quantizers.channels import no_groups, to_matrix
+from ..quantizers.weights import SUBSCALE_MAX, IntegerWeight, nearest, quantize_weight
+from ..recipe import LayerPlan, Recipe
+from ..version import __version__
+
+Call = dict[str, Any]
+
+_DTYPES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.int8: "I8",
+    torch.uint8: "U8",
+}  # fmt: skip
+# What the child of `write` ends with where its work failed for a known reason.
+KNOWN_FAILURE = 3
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a process that is to import what this one imports."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def write(task: str, **arguments: Any) -> None:
+    """Run one of `TASKS` in a process of its own.
+
+    Raises:
+        DgqError: it failed; the message holds its last line.
+    """
+    command = [sys.executable, "-m", "dgq.bench", "write", task, json.dumps(arguments, default=str)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or [f"it ended with {child.returncode}"]
+        prefix = "" if child.returncode == KNOWN_FAILURE else f"writing the {task} files failed: "
+        raise DgqError(prefix + lines[-1])
+
+
+def save_calls(calls: Sequence[Call], file: Path) -> None:
+    """Keep UNet calls (keyword arguments, of which only tensors and mappings of tensors) as safetensors."""
+    tensors: dict[str, Tensor] = {}
+    for i, call in enumerate(calls):
+        for key, value in call.items():
+            nested = value if isinstance(value, Mapping) else {"": value}
+            for leaf, tensor in nested.items():
+                if isinstance(tensor, Tensor):
+                    tensors[f"{i}/{key}/{leaf}"] = tensor.detach().cpu().contiguous()
+    save_file(tensors, str(file))
+
+
+def load_calls(file: Path) -> list[Call]:
+    """Inverse of `save_calls`."""
+    calls: dict[int, Call] = {}
+    for path, tensor in load_file(str(file)).items():
+        number, key, leaf = path.split("/")
+        call = calls.setdefault(int(number), {})
+        if leaf:
+            call.setdefault(key, {})[leaf] = tensor
+        else:
+            call[key] = tensor
+    return [calls[i] for i in sorted(calls)]
+
+
+def stream_safetensors(
+    file: Path, specs: Mapping[str, tuple[Sequence[int], torch.dtype]], tensors: Iterable[Tensor]
+) -> None:
+    """Write a safetensors file of tensors that come one after the other.
+
+    Args:
+        file: is created.
+        specs: name -> (shape, dtype), in the order of the tensors, which are cast to these dtypes.
+        tensors: as many as there are specs.
+
+    Raises:
+        ValueError: a tensor of another shape, or too few or too many.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (shape, dtype) in specs.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "xb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for (name, (shape, dtype)), tensor in zip(specs.items(), tensors, strict=True):
+            if tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"{name}: {tuple(tensor.shape)} instead of {tuple(shape)}")
+            handle.write(tensor.detach().to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def load_unet(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
+    """The UNet below a model's folder, float or a dgq checkpoint; `options` go to diffusers' from_pretrained."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    unet = UNet2DConditionModel.from_pretrained(
+        folder, subfolder="unet", dtype=dtype, use_safetensors=True, local_files_only=True, **options
+    )
+    return unet.eval()
+
+
+def _unet_folder(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Start a model's UNet folder; returns the place of its weights."""
+    (folder / "unet").mkdir()
+    (folder / "unet" / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return folder / "unet" / WEIGHTS_NAME
+
+
+def random_model(config: dict[str, Any], target: str, dtype: str) -> None:
+    """A float UNet of `architectures.random_weights` in a dtype; target/unet is what diffusers loads."""
+    unet = architectures.skeleton(config)
+    kind: torch.dtype = getattr(torch, dtype)
+    described: Any = unet
+    with atomic_folder(Path(target)) as folder:
+        place = _unet_folder(folder, json.loads(described.to_json_string()))
+        specs = {name: (parameter.shape, kind) for name, parameter in unet.named_parameters()}
+        stream_safetensors(place, specs, (tensor for _, tensor in architectures.random_weights(unet)))
+
+
+def searched_weight(matrix: Tensor, plan: LayerPlan) -> IntegerWeight:
+    """A weight rounded to nearest on the best grid of the range search: what calibration does at least."""
+    ones = torch.ones(plan.reduction)
+    return quantize_weight(matrix, plan.wbits, plan.weight_group, ones, nearest(ones))
+
+
+def absmax_weight(matrix: Tensor, plan: LayerPlan) -> IntegerWeight:
+    """A weight (N, K) rounded to nearest on a grid that spans its range: no search, seconds for a thousand million."""
+    largest = matrix.abs().amax(1).clamp(min=1e-12)
+    if plan.wbits == 8:
+        scale = largest / 127
+        return IntegerWeight((matrix / scale[:, None]).round_().to(torch.int8), scale)
+    group, k = plan.weight_group, matrix.shape[1]
+    groups = nn.functional.pad(matrix, (0, -k % group)).unflatten(1, (-1, group))
+    scale = largest / (7.5 * SUBSCALE_MAX)
+    subscales = (groups.abs().amax(2) / (7.5 * scale[:, None])).ceil_().clamp_(1, SUBSCALE_MAX)
+    codes = (groups / (subscales * scale[:, None])[:, :, None]).round_().clamp_(-8, 7).flatten(1)[:, :k]
+    return IntegerWeight(codes.to(torch.int8), scale, subscales.to(torch.uint8), group)
+
+
+def quantized_model(source: str, target: str, wbits: int, search: bool) -> None:
+    """A dgq checkpoint (its UNet only) of a float model's UNet, without calibration: nearest rounding, channels as
+    they are.
+
+    Args:
+        source: folder of the float model.
+        target: is created.
+        wbits: 4 or 8.
+        search: whether each layer's range is searched, or spans its weights (seconds for a thousand million).
+    """
+    unet = load_unet(Path(source), torch.float32)
+    recipe = Recipe(wbits=wbits, rounding="nearest", channels="none")
+    layers = {layer.name: layer for layer in plan_layers(unet, recipe)[0]}
+    attention = AttentionPlan.for_activations(recipe.abits)
+    plans = {name: layer.plan for name, layer in layers.items()}
+    header = Header(recipe, plans, attention, dgq_version=__version__)
+    config = read_json(Path(source) / "unet" / "config.json")
+    empty = architectures.skeleton(config)
+    with torch.device("meta"):
+        apply_header(empty, header)
+    parameters = {name for name, _ in empty.named_parameters()}
+    # as `checkpoint.write_checkpoint` does: parameters in half precision, a layer's buffers as they are
+    specs = {
+        name: (tensor.shape, torch.float16 if name in parameters else tensor.dtype)
+        for name, tensor in empty.state_dict().items()
+    }
+    rounded = searched_weight if search else absmax_weight
+    floats = unet.state_dict()
+
+    def tensors() -> Iterator[Tensor]:
+        made: dict[str, Tensor] = {}
+        current = ""
+        for name in specs:
+            module, _, leaf = name.rpartition(".")
+            if module not in layers:
+                yield floats[name]
+                continue
+            if module != current:  # a layer's tensors follow each other
+                layer, current = layers[module], module
+                bias = None if layer.module.bias is None else layer.module.bias
+                weight = rounded(to_matrix(layer.weight), layer.plan)
+                groups = no_groups(layer.plan.in_features)
+                made = IntegerLayer.from_quantized(layer.plan, weight, groups, bias).state_dict()
+            yield made[leaf]
+
+    with atomic_folder(Path(target)) as folder:
+        place = _unet_folder(folder, {**config, "quantization_config": header.to_dict()})
+        stream_safetensors(place, specs, tensors())
+
+
+class _Flat(nn.Module):
+    """A UNet whose arguments are tensors in the order of `flatten`."""
+
+    def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.unet, self.names = unet, names
+
+    def forward(self, *values: Tensor) -> Tensor:
+        call: Call = {}
+        for name, value in zip(self.names, values, strict=True):
+            key, _, leaf = name.partition("/")
+            if leaf:
+                call.setdefault(key, {})[leaf] = value
+            else:
+                call[key] = value
+        output: Tensor = self.unet(**call, return_dict=False)[0]
+        return output
+
+
+def flatten(call: Call) -> dict[str, Tensor]:
+    """The tensors of a call in a fixed order; those of mappings are named key/leaf."""
+    flat: dict[str, Tensor] = {}
+    for key in sorted(call):
+        nested = call[key] if isinstance(call[key], Mapping) else {"": call[key]}
+        flat.update({f"{key}/{leaf}" if leaf else key: nested[leaf] for leaf in sorted(nested)})
+    return flat
+
+
+def openvino_model(source: str, target: str, calls: str) -> None:
+    """target/float32 and target/float16: the float model's UNet for calls of the given shapes, as OpenVINO models."""
+    import openvino
+
+    call = flatten(load_calls(Path(calls))[0])
+    with atomic_folder(Path(target)) as folder, torch.no_grad():
+        model = openvino.convert_model(
+            _Flat(load_unet(Path(source), torch.float32), list(call)), example_input=tuple(call.values()),
+            input=[tuple(tensor.shape) for tensor in call.values()],
+        )  # fmt: skip
+        openvino.save_model(model, folder / "float32" / "unet.xml", compress_to_fp16=False)
+        openvino.save_model(model, folder / "float16" / "unet.xml", compress_to_fp16=True)
+
+
+def nncf_model(source: str, target: str, calls: str) -> None:
+    """target: the OpenVINO model in `source`, its products and convolutions in int8 by NNCF's calibration."""
+    import nncf
+    import openvino
+
+    samples = [[tensor.numpy() for tensor in flatten(call).values()] for call in load_calls(Path(calls))]
+    with atomic_folder(Path(target)) as folder:
+        # the type for transformers also quantizes the products of attention's queries and keys
+        model = nncf.quantize(
+            openvino.Core().read_model(Path(source) / "unet.xml"), nncf.Dataset(samples),
+            subset_size=len(samples), model_type=nncf.ModelType.TRANSFORMER,
+        )  # fmt: skip
+        openvino.save_model(model, folder / "unet.xml")
+
+
+TASKS: dict[str, Callable[..., None]] = {
+    "random": random_model, "dgq": quantized_model, "OpenVINO": openvino_model, "NNCF": nncf_model,
+}  # fmt: skip
+
+
+def main(task: str, arguments: str) -> None:
+    """Run a task whose keyword arguments are a JSON object; a failure's reason is the last line on stderr."""
+    try:
+        TASKS[task](**json.loads(arguments))
+    except DgqError as error:
+        print(error.message, file=sys.stderr)
+        sys.exit(KNOWN_FAILURE)
+    except Exception as error:  # any library's
+        reason = (str(error).strip().splitlines() or [""])[0]
+        print(f"{type(error).__name__}: {reason}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,283 @@
+"""Whole UNet steps of several systems: every one in a process of its own, all of them asked for a step in turns.
+
+One process would give the systems one allocator and several pools of threads that get in each other's way, and tell
+no system's own peak memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..calibration import Progress, silent
+from ..doctor import relative_error
+from ..errors import DgqError
+from .files import child_environment
+from .rows import Row, interleaved, make_rows
+from .worker import Spec, as_json
+
+# What `--with` takes, and the packages each needs.
+PEERS = {"openvino": ("openvino", "nncf"), "torchao": ("torchao",), "sdnq": ("sdnq",)}
+# Peak bytes of a process before any weights, and per parameter (of 4-byte or 2-byte floats) by kind. Generous: a system
+# that does not fit beside others costs one more turn of float32, one that was let in too early ends them all.
+OVERHEAD = 2**30
+BYTES = {
+    ("torch", "float32"): 5.0, ("torch", "float16"): 2.5, ("torch", "bfloat16"): 2.5,
+    ("compile", "float32"): 11.0, ("compile", "float16"): 6.0, ("compile", "bfloat16"): 6.0,
+    ("torchao", "float32"): 11.0, ("torchao", "float16"): 7.0, ("torchao", "bfloat16"): 7.0,
+    ("sdnq", "float32"): 6.0, ("sdnq", "float16"): 4.0, ("sdnq", "bfloat16"): 4.0,
+    ("openvino", "float32"): 8.5, ("openvino", "bfloat16"): 5.0, ("openvino", ""): 3.0,
+}  # fmt: skip
+# Threads of the system before wait for work in a busy loop for a few milliseconds.
+PAUSE = 0.02
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of a step table.
+
+    Attributes:
+        name: of the row; with several specs, the chosen dtype is added.
+        specs: one, or one for each float dtype, of which the dtype that ran faster uncompiled is taken.
+        comparable: whether its weights are those of float32, so that an error means something.
+        packages: distributions that run it.
+        bytes_per_parameter: of its peak memory, where `BYTES` does not tell.
+    """
+
+    name: str
+    specs: tuple[Spec, ...]
+    comparable: bool = True
+    packages: tuple[str, ...] = ()
+    bytes_per_parameter: float | None = None
+
+    def chosen(self, fastest: str) -> System:
+        """With one spec: that of dtype `fastest` of several."""
+        if len(self.specs) == 1:
+            return self
+        spec = next(spec for spec in self.specs if spec.dtype == fastest)
+        return dataclasses.replace(self, name=f"{self.name} ({fastest})", specs=(spec,))
+
+    def needed(self, parameters: int) -> float:
+        """Bytes of memory its process may take, loading included."""
+        spec = self.specs[0]
+        each = self.bytes_per_parameter or BYTES[spec.kind, spec.dtype]
+        return OVERHEAD + each * parameters
+
+    @property
+    def stored_bytes(self) -> int:
+        """The files it loads."""
+        files = Path(self.specs[0].folder).rglob("*")
+        return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin"))
+
+    @property
+    def versions(self) -> str:
+        """As in "openvino 2026.4.1, nncf 3.4.0"."""
+        return ", ".join(f"{name} {metadata.version(name)}" for name in self.packages)
+
+
+def chosen_peers(text: str | None) -> list[str]:
+    """The peers named by `--with`: comma-separated names of `PEERS`, or "all".
+
+    Raises:
+        DgqError: an unknown name, or a package that is not installed.
+    """
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    if "all" in names:
+        names = list(PEERS)
+    for name in names:
+        if name not in PEERS:
+            raise DgqError(f"{name!r} is not one of {', '.join(PEERS)}, all")
+    packages = [package for name in PEERS if name in names for package in PEERS[name]]
+    lost = [package for package in packages if importlib.util.find_spec(package) is None]
+    if lost:
+        raise DgqError(f"{' and '.join(lost)} not installed: pip install {' '.join(lost)}")
+    return [name for name in PEERS if name in names]
+
+
+class Worker:
+    """The process of a system, loaded and warm.
+
+    Raises:
+        DgqError: it could not be loaded, or its process ended.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "output.npy"
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "dgq.bench", "work", as_json(spec), str(output)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=self._log, text=True, env=child_environment(),
+            )  # fmt: skip
+            try:
+                facts = self._answer()["load"]
+                self.output = torch.from_numpy(np.load(output))
+            except BaseException:
+                self.close()
+                raise
+        self.warm_ms: float = facts["ms"]
+        self.weight_bytes: int | None = facts["weight_bytes"]
+        self.peak_rss_bytes: int = facts["peak_rss_bytes"]
+
+    def run(self) -> float:
+        """Milliseconds of one step.
+
+        Raises:
+            DgqError: the step failed, or the process ended.
+        """
+        time.sleep(PAUSE)
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # its answer, or the lack of one, tells why
+            self._child.stdin.write("\n")
+            self._child.stdin.flush()
+        facts = self._answer()
+        self.peak_rss_bytes = facts["peak_rss_bytes"]
+        return float(facts["ms"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._child.stdout is not None
+        line = self._child.stdout.readline()
+        if line:
+            facts: dict[str, Any] = json.loads(line)
+            if "error" in facts:
+                raise DgqError(facts["error"])
+            return facts
+        code = self._child.wait()
+        if code < 0:
+            reason = f"its process was ended by {signal.Signals(-code).name}"
+            raise DgqError(f"{reason}, perhaps for lack of memory" if code == -signal.SIGKILL else reason)
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        raise DgqError(lines[-1] if lines else f"its process ended with {code}")
+
+    def close(self) -> None:
+        """End the process and wait until its memory is free."""
+        self._child.kill()
+        self._child.wait()
+        for stream in (self._child.stdin, self._child.stdout, self._log):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()  # type: ignore[union-attr]
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def measure(
+    systems: Sequence[System], case: str, parameters: int, repeats: int, free: float = math.inf,
+    progress: Progress = silent,
+) -> tuple[list[Row], list[str]]:  # fmt: skip
+    """Time a step of every system, interleaved; in groups, each with float32, where not all fit into memory.
+
+    Args:
+        systems: the first is "float32", the others are set beside it.
+        case: of the rows.
+        parameters: of the UNet.
+        repeats: steps of each system that count.
+        free: bytes of memory.
+        progress: told of "load" and "step".
+
+    Returns:
+        The rows, in the order of `systems`, and what to know about them: systems that failed or did not fit, groups.
+
+    Raises:
+        DgqError: float32 failed.
+    """
+    base, *waiting = systems
+    rows: dict[str, Row] = {}
+    notes: list[str] = []
+    groups: list[list[str]] = []
+    warm: dict[str, float] = {}  # dtype -> ms, uncompiled
+    order = {system.name: i for i, system in enumerate(systems)}
+    loaded = 0
+    with contextlib.ExitStack() as stack:
+        try:
+            reference = stack.enter_context(Worker(base.specs[0]))
+        except DgqError as error:
+            raise DgqError(f"{base.name} failed: {error.message}", error.hint) from None
+        warm[base.specs[0].dtype] = reference.warm_ms
+        while waiting or not rows:
+            with contextlib.ExitStack() as others:
+                group: dict[str, tuple[System, Worker]] = {base.name: (base, reference)}
+                for pending in list(waiting):
+                    system = pending.chosen(min(warm, key=lambda dtype: warm[dtype]))
+                    order.setdefault(system.name, order[pending.name])
+                    room = free - sum(worker.peak_rss_bytes for _, worker in group.values())
+                    if system.needed(parameters) > room:
+                        if len(group) == 1:
+                            waiting.remove(pending)
+                            notes.append(
+                                f"{system.name} was left out: it may take {system.needed(parameters) / 2**30:.1f} GiB, "
+                                f"beside float32 {max(room, 0) / 2**30:.1f} GiB are free"
+                            )
+                        continue
+                    waiting.remove(pending)
+                    loaded += 1
+                    try:
+                        worker = others.enter_context(Worker(system.specs[0]))
+                    except DgqError as error:
+                        notes.append(f"{system.name} failed: {error.message}")
+                        continue
+                    finally:
+                        progress("load", loaded, len(systems) - 1, system.name)
+                    group[system.name] = (system, worker)
+                    if system.specs[0].kind == "torch" and not system.name.startswith("dgq"):
+                        warm[system.specs[0].dtype] = worker.warm_ms
+                if len(group) == 1 and rows:
+                    continue  # all failed: float32 has its row already
+                found = _turns(group, case, repeats, notes, progress)
+                rows = {**found, **rows}  # float32's row is that of the first group
+                groups.append([name for name in found if name != base.name])
+    groups = [names for names in groups if names]
+    if len(groups) > 1:
+        text = "; ".join(", ".join(names) for names in groups)
+        notes.append(f"memory did not suffice for all systems at once: {text} ran in turns, each group with float32")
+    return sorted(rows.values(), key=lambda row: order[row.system]), notes
+
+
+def _turns(
+    group: Mapping[str, tuple[System, Worker]], case: str, repeats: int, notes: list[str], progress: Progress
+) -> dict[str, Row]:
+    """The rows of systems that are loaded."""
+    base, (_, reference) = next(iter(group.items()))
+
+    def lost(name: str, error: DgqError) -> None:
+        if name == base:
+            raise DgqError(f"{name} failed: {error.message}", error.hint)
+        notes.append(f"{name} failed: {error.message}")
+
+    timers = {name: worker.run for name, (_, worker) in group.items()}
+    # the workers are warm
+    times = interleaved(timers, repeats, 0, lambda done, total: progress("step", done, total, ""), lost)
+    rows = {}
+    for row in make_rows(case, times, "step"):
+        system, worker = group[row.system]
+        error = relative_error(worker.output, reference.output) if system.comparable else None
+        if error == math.inf:
+            error = None
+            notes.append(f"the output of {row.system} holds values that are not finite")
+        rows[row.system] = dataclasses.replace(
+            row, relative_error=error, disk_mib=system.stored_bytes / 2**20,
+            peak_rss_mib=worker.peak_rss_bytes / 2**20, packages=system.versions,
+            weights_mib=None if worker.weight_bytes is None else worker.weight_bytes / 2**20,
+        )  # fmt: skip
+    return rows

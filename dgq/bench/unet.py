@@ -1,0 +1,325 @@
+"""Whole UNet steps, of a model folder or of a well-known architecture: which systems run, and on which files."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import architectures, doctor
+from ..calibration import Progress, record_inputs, silent
+from ..checkpoint import read_header, read_json
+from ..doctor import isa_flags
+from ..errors import DgqError
+from ..generation import Settings, generate
+from ..pipelines import load, resolve
+from ..prompts import evaluation_prompts
+from ..version import __version__
+from .files import Call, save_calls, write
+from .rows import Row, dtype_name, half_dtype, verdicts
+from .systems import PEERS, System, measure
+from .worker import Spec
+
+# Sampler steps run to get real UNet inputs; the calls of all of them measure the error.
+RECORDED_STEPS = 4
+# Random calls, and their timesteps, that int8 ranges are calibrated on; others than the one measured.
+CALIBRATION_TIMESTEPS = (100, 300, 600, 900)
+# Part of the free memory that systems may take.
+USABLE = 0.95
+DGQ_BYTES = {8: 3.5, 4: 3.0}  # peak, per parameter
+
+
+@dataclass(frozen=True)
+class Options:
+    """How steps are measured.
+
+    Attributes:
+        repeats: timed steps of each system.
+        device: where.
+        peers: of `systems.PEERS`.
+        compiled: also torch.compile of the faster float system.
+        work: folder that written models are kept in and found again, or None for a temporary one.
+    """
+
+    repeats: int
+    device: torch.device
+    peers: Sequence[str] = ()
+    compiled: bool = True
+    work: Path | None = None
+
+
+@dataclass
+class _Plan:
+    """The systems to measure and the files still to be written for them.
+
+    Attributes:
+        root: folder of what is written.
+        device: where the systems run.
+        systems: in the order of the rows.
+        tasks: (path below root, what `files.write` takes); a path that exists is not written again.
+    """
+
+    root: Path
+    device: torch.device
+    systems: list[System] = field(default_factory=list)
+    tasks: list[tuple[Path, str, dict[str, Any]]] = field(default_factory=list)
+
+    def file(self, path: str, task: str, **arguments: Any) -> Path:
+        """A folder below root that a task writes."""
+        target = self.root / path
+        self.tasks.append((target, task, arguments))
+        return target
+
+    def spec(self, kind: str, folder: Path, dtype: str) -> Spec:
+        """A spec on the measured calls."""
+        calls, device = str(self.root / "calls.safetensors"), str(self.device)
+        return Spec(kind, str(folder), dtype, calls, device, torch.get_num_threads())
+
+    def floats(self, full: Path, half: Path, options: Options) -> None:
+        """The float systems, and those that quantize a float model by themselves."""
+        lower = dtype_name(half_dtype(self.device))
+        folders = {"float32": full, lower: half}
+        both = {
+            kind: tuple(self.spec(kind, folder, dtype) for dtype, folder in folders.items())
+            for kind in ("torch", "compile", "torchao", "sdnq")
+        }
+        self.systems += [System(spec.dtype, (spec,)) for spec in both["torch"]]
+        if options.compiled:
+            self.systems.append(System("torch.compile", both["compile"]))
+        if "torchao" in options.peers:
+            self.systems.append(System("torchao int8", both["torchao"], packages=PEERS["torchao"]))
+        if "sdnq" in options.peers:
+            self.systems.append(System("sdnq int8", both["sdnq"], packages=PEERS["sdnq"]))
+        if "openvino" in options.peers:
+            calls, calibration = self.root / "calls.safetensors", self.root / "calibration.safetensors"
+            made = self.file("openvino", "OpenVINO", source=full, calls=calls)
+            int8 = self.file("nncf", "NNCF", source=made / "float32", calls=calibration)
+            runtime, quantizer = PEERS["openvino"]
+            for name, folder, dtype, packages in (
+                ("OpenVINO float32", made / "float32", "float32", (runtime,)),
+                ("OpenVINO bfloat16", made / "float16", "bfloat16", (runtime,)),
+                ("OpenVINO NNCF int8", int8, "", (runtime, quantizer)),
+            ):
+                self.systems.append(System(name, (self.spec("openvino", folder, dtype),), packages=packages))
+
+    def write(self, progress: Progress) -> list[str]:
+        """Write what is missing; a system whose files failed is dropped. Returns what to know about it.
+
+        Raises:
+            DgqError: the files of float32 or of a dgq system failed.
+        """
+        notes: list[str] = []
+        for i, (target, task, arguments) in enumerate(self.tasks):
+            if not target.exists():
+                try:
+                    write(task, target=target, **arguments)
+                except DgqError as error:
+                    if task in ("random", "dgq"):
+                        raise
+                    notes.append(f"{task} failed: {error.message}")
+                    self.systems = [
+                        system for system in self.systems if not Path(system.specs[0].folder).is_relative_to(target)
+                    ]
+            progress("files", i + 1, len(self.tasks), task)
+        return notes
+
+    def check(self, parameters: int, name: str) -> float:
+        """The usable bytes of memory.
+
+        Raises:
+            DgqError: not even float32 fits into memory, or the files do not fit on the disk.
+        """
+        available = doctor.memory()["available"] if self.device.type == "cpu" else None
+        free = math.inf if available is None else USABLE * available
+        needed = self.systems[0].needed(parameters)
+        if needed > free:
+            raise DgqError(
+                f"{name} takes {needed / 2**30:.1f} GiB in float32, {free / 2**30:.1f} GiB are free",
+                "run it on a larger machine",
+            )
+        # bytes per parameter: OpenVINO's in float32 and float16
+        each = {"OpenVINO": 6.0, "NNCF": 1.1}
+        sizes = {
+            "random": lambda arguments: getattr(torch, arguments["dtype"]).itemsize,
+            "dgq": lambda arguments: arguments["wbits"] / 8 + 0.1,
+        }
+        missing = [(task, arguments) for target, task, arguments in self.tasks if not target.exists()]
+        size = parameters * sum(sizes[task](a) if task in sizes else each[task] for task, a in missing)
+        room = shutil.disk_usage(self.root).free
+        if size > room:
+            raise DgqError(
+                f"the models take {size / 2**30:.1f} GiB on disk, {room / 2**30:.1f} GiB are free below {self.root}",
+                "name another folder by --work, or set TMPDIR",
+            )
+        return free
+
+
+@contextlib.contextmanager
+def _folder(work: Path | None, name: str) -> Iterator[Path]:
+    """A temporary folder, or one below `work` that stays."""
+    if work is None:
+        with tempfile.TemporaryDirectory(prefix="dgq-bench-") as temporary:
+            yield Path(temporary)
+        return
+    try:
+        (work / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DgqError(f"{work}: cannot be written ({error.strerror})") from None
+    yield work / name
+
+
+def bench_architecture(
+    name: str, bits: Sequence[int], options: Options, progress: Progress = silent
+) -> tuple[list[Row], list[str]]:
+    """Time whole UNet calls of an architecture with random weights, at its default size.
+
+    Args:
+        name: of `architectures.ARCHITECTURES`, or a UNet's config.json.
+        bits: weight bits of the dgq systems.
+        options: how.
+        progress: told of "files", "load" and "step".
+
+    Returns:
+        The rows and what to know about them.
+
+    Raises:
+        DgqError: no such architecture, too little memory or disk, or float32 or the files of a dgq system failed.
+    """
+    which = architectures.architecture(name)
+    unet = architectures.skeleton(which.config)
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    half = dtype_name(half_dtype(options.device))
+    host = torch.device("cpu")
+    call = architectures.call(unet, which.batch, host)
+    calibration = [
+        architectures.call(unet, which.batch, host, timestep=timestep, seed=i + 1)
+        for i, timestep in enumerate(CALIBRATION_TIMESTEPS)
+    ]
+    content = json.dumps([__version__, which.config, which.batch], sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+    with _folder(options.work, f"{Path(name).stem}-{digest}") as root:
+        plan = _Plan(root, options.device)
+        full, lower = (
+            plan.file(dtype, "random", config=which.config, dtype=dtype) for dtype in ("float32", half)
+        )  # fmt: skip
+        plan.floats(full, lower, options)
+        for wbits in bits:
+            folder = plan.file(f"dgq-w{wbits}a8", "dgq", source=full, wbits=wbits, search=False)
+            spec = plan.spec("torch", folder, half)
+            plan.systems.append(System(f"dgq W{wbits}A8", (spec,), bytes_per_parameter=DGQ_BYTES[wbits]))
+        free = plan.check(parameters, name)
+        save_calls([call], root / "calls.safetensors")
+        save_calls(calibration, root / "calibration.safetensors")
+        notes = [
+            f"{Path(name).name} has random weights: speed and memory are the model's, errors are not",
+            f"float32 and {half} are channels-last; the dgq systems take and return {half} activations",
+            *_peer_notes(options.peers), *plan.write(progress),
+        ]  # fmt: skip
+        case = f"{Path(name).name} step"
+        rows, more = measure(plan.systems, case, parameters, options.repeats, free, progress)
+    return rows, [*notes, *more, *_cpu_notes(options.device), *verdicts(rows, options.device)]
+
+
+def bench_step(
+    folder: Path, bits: int | None, options: Options, progress: Progress = silent
+) -> tuple[list[Row], list[str]]:
+    """Time whole UNet calls with guidance, on inputs recorded from the model's own sampler.
+
+    Args:
+        folder: checkpoint, or float model that is quantized on the fly.
+        bits: weight bits for a float model, default 4; a checkpoint has its own.
+        options: how; nothing is kept in its `work`.
+        progress: told of "files", "load" and "step".
+
+    Returns:
+        The rows and what to know about them.
+
+    Raises:
+        DgqError: the model cannot be loaded, too little memory or disk, or float32 failed.
+    """
+    header = read_header(folder)
+    paper = header is not None and header.recipe.name == "paper"
+    notes: list[str] = []
+    float_folder: Path | None = folder
+    if header is not None:
+        try:
+            float_folder = resolve(header.base_model or "")
+        except DgqError:
+            float_folder = None
+            notes.append(
+                f"the float model {header.base_model!r} is not at hand: the float systems run with random weights "
+                f"(their speed is the same), and the error of {header.recipe.label} was not measured"
+            )
+    config = read_json(folder / "unet" / "config.json")
+    config.pop("quantization_config", None)
+    parameters = sum(parameter.numel() for parameter in architectures.skeleton(config).parameters())
+    # what `dgq.load` takes by default
+    work_dtype = dtype_name(half_dtype(options.device) if options.device.type == "cuda" else torch.float32)
+    with _folder(None, "") as root:
+        plan = _Plan(root, options.device)
+        if float_folder is None:
+            source = plan.file("float32", "random", config=config, dtype="float32")
+        else:
+            source = float_folder
+        plan.floats(source, source, options)
+        if header is None:
+            wbits = bits or 4
+            label, quantized = f"dgq W{wbits}A8", plan.file("dgq", "dgq", source=source, wbits=wbits, search=True)
+            notes.append(
+                f"{label} was quantized on the fly, to nearest and without calibration: speed does not depend on the "
+                "rounding, but `dgq calibrate` gives smaller errors and may treat outlier channels at a small cost"
+            )
+        else:
+            label, quantized = f"dgq {header.recipe.label.removeprefix('integer ')}", folder
+        plan.systems.append(
+            System(
+                label, (plan.spec("torch", quantized, work_dtype),), comparable=float_folder is not None,
+                bytes_per_parameter=10.0 if paper else DGQ_BYTES[8],
+            )
+        )  # fmt: skip
+        free = plan.check(parameters, str(folder))
+        calls = _record(float_folder or folder, options.device)
+        save_calls(calls, root / "calls.safetensors")
+        save_calls(calls, root / "calibration.safetensors")
+        notes += [*_peer_notes(options.peers), *plan.write(progress)]
+        rows, more = measure(plan.systems, "UNet step", parameters, options.repeats, free, progress)
+    if paper:
+        notes.append("the paper recipe is simulated in float: it is never faster than the float model")
+    return rows, [*notes, *more, *_cpu_notes(options.device), *verdicts(rows, options.device)]
+
+
+def _record(folder: Path, device: torch.device) -> list[Call]:
+    """The UNet calls of one picture of `RECORDED_STEPS` steps."""
+    pipe = load(folder, device=device, dtype=torch.float32)
+    settings = Settings(RECORDED_STEPS).resolved(folder)
+    settings = dataclasses.replace(settings, guidance=max(settings.guidance or 0, 1.5))
+    prompts = evaluation_prompts(folder, 1)
+    run: Callable[[str, int], Any] = lambda prompt, _: generate(pipe, [prompt], settings)  # noqa: E731
+    (calls,) = record_inputs(run, pipe.unet, prompts)
+    return calls
+
+
+def _peer_notes(peers: Sequence[str]) -> list[str]:
+    notes = []
+    if "torchao" in peers or "sdnq" in peers:
+        notes.append("torchao and sdnq quantize the float files while they load: disk and peak memory are those")
+    if "openvino" in peers:
+        notes.append("OpenVINO NNCF int8 runs in the precision OpenVINO chooses where it is not quantized")
+    return notes
+
+
+def _cpu_notes(device: torch.device) -> list[str]:
+    flags = isa_flags()
+    if device.type == "cpu" and "avx2" in flags and not {"avx512_bf16", "amx_bf16"} & set(flags):
+        return ["this CPU has no bfloat16 instructions: bfloat16 is emulated"]
+    return []

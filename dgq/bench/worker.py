@@ -1,0 +1,192 @@
+"""One system in a process of its own: it loads, warms up, and answers every line on its stdin with the time of a step.
+
+Answers are JSON objects, one a line: first {"load": {...}}, then {"ms": ..., "peak_rss_bytes": ...} for every line
+asked; or {"error": reason}, and the process ends. So does it at the end of stdin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import DgqError
+from ..layers import IntegerLayer
+from .files import Call, flatten, load_calls, load_unet
+from .rows import WARM_UP, timed
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a worker runs.
+
+    Attributes:
+        kind: of `LOADERS`.
+        folder: what it loads.
+        dtype: of the weights that stay float and of the activations; for "openvino" the precision asked of OpenVINO,
+            "" for its own choice.
+        calls: file of `files.save_calls`; all give the output, the middle one is timed.
+        device, threads: where it runs.
+    """
+
+    kind: str
+    folder: str
+    dtype: str
+    calls: str
+    device: str = "cpu"
+    threads: int = 1
+
+
+Step = Callable[[Call], Tensor]
+
+
+def cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A UNet call's argument on a device: float tensors in a dtype, pictures channels-last."""
+    if isinstance(value, dict):
+        return {key: cast(item, dtype, device) for key, item in value.items()}
+    # scalars are timesteps, whose float dtype is the model's business
+    value = value.to(device, dtype if value.is_floating_point() and value.dim() > 1 else value.dtype)
+    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+
+
+def weight_bytes(unet: nn.Module) -> int:
+    """Bytes of a UNet's weights in memory, with the form a backend has packed for itself."""
+    total = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
+    for module in unet.modules():
+        if isinstance(module, IntegerLayer):
+            total += module.prepared_bytes
+    return total
+
+
+def peak_rss() -> int:
+    """Peak resident bytes of this process. Linux counts the parent into ru_maxrss, so its own counter comes first."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
+        return int(found[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _eager(spec: Spec, **options: Any) -> Any:
+    """A UNet, float (channels-last) or dgq's, as `from_pretrained` makes it."""
+    unet = load_unet(Path(spec.folder), getattr(torch, spec.dtype), **options)
+    return unet.to(torch.device(spec.device)).to(memory_format=torch.channels_last)
+
+
+def _steps(unet: Any) -> Step:
+    return lambda call: unet(**call, return_dict=False)[0]
+
+
+def _load_torch(spec: Spec) -> tuple[Step, Any]:
+    unet = _eager(spec)
+    return _steps(unet), unet
+
+
+def _load_compile(spec: Spec) -> tuple[Step, Any]:
+    return _steps(_compiled(_eager(spec))), None
+
+
+def _compiled(unet: Any) -> Any:
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    inductor.compile_threads = 1  # no pool of processes that stays around
+    return torch.compile(unet)
+
+
+def _load_torchao(spec: Spec) -> tuple[Step, Any]:
+    """Linear layers in int8 with activations quantized as they come; uncompiled it is slower than float."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    unet = _eager(spec)
+    quantize_(unet, Int8DynamicActivationInt8WeightConfig())
+    return _steps(_compiled(unet)), None
+
+
+def _load_sdnq(spec: Spec) -> tuple[Step, Any]:
+    """Linear layers and convolutions in int8 products; sdnq compiles its own functions."""
+    from sdnq import SDNQConfig
+
+    config = SDNQConfig("int8", use_quantized_matmul=True, quant_conv=True, use_quantized_matmul_conv=True)
+    return _steps(_eager(spec, quantization_config=config)), None
+
+
+def _load_openvino(spec: Spec) -> tuple[Step, Any]:
+    import openvino
+
+    options: dict[str, Any] = {"INFERENCE_NUM_THREADS": spec.threads, "PERFORMANCE_HINT": "LATENCY"}
+    if spec.dtype:
+        options["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[spec.dtype]
+    core = openvino.Core()
+    model = core.compile_model(core.read_model(Path(spec.folder) / "unet.xml"), "CPU", options)
+    request = model.create_infer_request()
+
+    def step(call: Call) -> Tensor:
+        # the arrays are the call's own memory: nothing is copied
+        request.infer([tensor.numpy() for tensor in flatten(call).values()], share_inputs=True)
+        return torch.from_numpy(request.get_output_tensor().data)
+
+    return step, None
+
+
+LOADERS: dict[str, Callable[[Spec], tuple[Step, Any]]] = {
+    "torch": _load_torch, "compile": _load_compile, "torchao": _load_torchao, "sdnq": _load_sdnq,
+    "openvino": _load_openvino,
+}  # fmt: skip
+
+
+def _serve(spec: Spec, output: str, answer: Callable[..., None]) -> None:
+    device = torch.device(spec.device)
+    step, unet = LOADERS[spec.kind](spec)
+    calls = load_calls(Path(spec.calls))
+    if spec.kind == "openvino":  # made for the memory layout that the calls are kept in
+        inputs = calls
+    else:
+        inputs = [
+            {key: cast(value, getattr(torch, spec.dtype), device) for key, value in call.items()} for call in calls
+        ]
+    np.save(output, torch.stack([step(call).float().cpu() for call in inputs]).numpy())
+    run = functools.partial(step, inputs[len(inputs) // 2])
+    warm = min(timed(run, device) for _ in range(WARM_UP))
+    weights = None if unet is None else weight_bytes(unet)
+    answer(load={"ms": warm, "weight_bytes": weights, "peak_rss_bytes": peak_rss()})
+    for _ in sys.stdin:
+        answer(ms=timed(run, device), peak_rss_bytes=peak_rss())
+
+
+def main(text: str, output: str) -> None:
+    """Serve a `Spec`, given as a JSON object; its outputs, stacked, go to a .npy file in float32."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def answer(**facts: Any) -> None:
+        answers.write(json.dumps(facts) + "\n")
+        answers.flush()
+
+    spec = Spec(**json.loads(text))
+    torch.set_num_threads(spec.threads)
+    try:
+        with torch.no_grad():
+            _serve(spec, output, answer)
+    except Exception as error:  # any library's; the parent tells it in one line
+        reason = (str(error).strip().splitlines() or [""])[0]
+        answer(error=reason if isinstance(error, DgqError) else f"{type(error).__name__}: {reason}")
+        sys.exit(1)
+
+
+def as_json(spec: Spec) -> str:
+    """A spec as `main` takes it."""
+    return json.dumps(dataclasses.asdict(spec))

@@ -1,0 +1,154 @@
+"""What is written for the systems: streams of tensors, float and quantized UNets, calls."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dgq.attention import LogAttnProcessor
+from dgq.bench import files
+from dgq.checkpoint import WEIGHTS_NAME, read_header
+from dgq.errors import DgqError
+from dgq.layers import IntegerLayer
+from dgq.quantizers.channels import no_groups
+from dgq.recipe import LayerPlan
+
+TENSORS = {
+    "a.weight": torch.randn(3, 5), "a.bias": torch.randn(3).to(torch.bfloat16), "half": torch.randn(1, 2, 2).half(),
+    "codes": torch.randint(-127, 128, (7,), dtype=torch.int8), "packed": torch.arange(4, dtype=torch.uint8).view(2, 2),
+    "order": torch.arange(3, dtype=torch.int32), "scalar": torch.tensor(2.5),
+}  # fmt: skip
+SPECS = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
+
+
+def test_a_stream_is_what_safetensors_reads(tmp_path: Path) -> None:
+    files.stream_safetensors(tmp_path / "x.safetensors", SPECS, iter(TENSORS.values()))
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+
+
+def test_a_stream_casts_to_its_specs_and_takes_views(tmp_path: Path) -> None:
+    matrix = torch.randn(4, 6)
+    files.stream_safetensors(tmp_path / "x.safetensors", {"t": ((6, 4), torch.bfloat16)}, [matrix.t()])
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["t"], matrix.t().to(torch.bfloat16))
+
+
+def test_a_stream_of_other_tensors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a: \(2,\) instead of \(3,\)"):
+        files.stream_safetensors(tmp_path / "1", {"a": ((3,), torch.float32)}, [torch.zeros(2)])
+    with pytest.raises(ValueError, match="shorter"):
+        files.stream_safetensors(tmp_path / "2", SPECS, list(TENSORS.values())[:2])
+
+
+def test_calls_come_back_as_they_were(tmp_path: Path) -> None:
+    calls = [
+        {"sample": torch.randn(1, 4, 2, 2).contiguous(memory_format=torch.channels_last), "timestep": torch.tensor(i),
+         "added_cond_kwargs": {"text_embeds": torch.randn(1, 3), "time_ids": torch.randn(1, 6)}, "return_dict": False}
+        for i in range(11)
+    ]  # fmt: skip
+    files.save_calls(calls, tmp_path / "calls")
+    read = files.load_calls(tmp_path / "calls")
+    assert len(read) == 11
+    for call, again in zip(calls, read, strict=True):
+        assert again.keys() == {"sample", "timestep", "added_cond_kwargs"}
+        assert torch.equal(again["sample"], call["sample"])
+        assert torch.equal(again["timestep"], call["timestep"])
+        assert torch.equal(again["added_cond_kwargs"]["time_ids"], call["added_cond_kwargs"]["time_ids"])
+    names = ["added_cond_kwargs/text_embeds", "added_cond_kwargs/time_ids", "sample", "timestep"]
+    assert list(files.flatten(read[0])) == names
+
+
+def test_a_flat_unet_puts_its_tensors_back_in_place() -> None:
+    class Echo(torch.nn.Module):
+        def forward(self, sample: Tensor, added: dict[str, Tensor], return_dict: bool) -> tuple[Tensor]:
+            assert not return_dict
+            return (sample - added["b"],)
+
+    call = {"sample": torch.ones(2), "added": {"b": torch.tensor([3.0, 4.0])}}
+    flat = files.flatten(call)
+    assert torch.equal(files._Flat(Echo(), list(flat))(*flat.values()), torch.tensor([-2.0, -3.0]))
+
+
+@pytest.fixture(scope="module")
+def float_model(small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 UNet of random weights."""
+    folder = tmp_path_factory.mktemp("float") / "model"
+    files.random_model(json.loads(small_config.read_text()), str(folder), "float32")
+    return folder
+
+
+def test_random_models_of_two_dtypes_have_the_same_weights(
+    float_model: Path, small_config: Path, tmp_path: Path
+) -> None:
+    files.random_model(json.loads(small_config.read_text()), str(tmp_path / "half"), "bfloat16")
+    full = load_file(float_model / "unet" / WEIGHTS_NAME)
+    half = load_file(tmp_path / "half" / "unet" / WEIGHTS_NAME)
+    assert full.keys() == half.keys()
+    assert all(torch.equal(full[name].to(torch.bfloat16), half[name]) for name in full)
+    unet = files.load_unet(float_model, torch.float32)
+    assert torch.equal(unet.conv_in.weight, full["conv_in.weight"])
+    assert 0.5 < float(unet.conv_in.weight.detach().std() * (4 * 9) ** 0.5) < 1.5
+
+
+@pytest.mark.parametrize(("wbits", "search"), [(8, False), (4, False), (4, True)])
+def test_a_quantized_model_holds_the_float_models_weights(
+    float_model: Path, tmp_path: Path, wbits: int, search: bool
+) -> None:
+    files.quantized_model(str(float_model), str(tmp_path / "quantized"), wbits, search)
+    header = read_header(tmp_path / "quantized")
+    assert header is not None
+    assert header.recipe.wbits == wbits
+    source = files.load_unet(float_model, torch.float32)
+    unet = files.load_unet(tmp_path / "quantized", torch.float32)  # strict: names, shapes and types of all tensors
+    layers = {name: module for name, module in unet.named_modules() if isinstance(module, IntegerLayer)}
+    assert {name: layer.plan for name, layer in layers.items()} == header.layers
+    source.requires_grad_(False)
+    assert all(isinstance(processor, LogAttnProcessor) for processor in unet.attn_processors.values())
+    for name, layer in layers.items():
+        matrix = files.to_matrix(source.get_submodule(name).weight)
+        stored = layer.natural_weight * layer.weight_scale[:, None]
+        assert float((stored - matrix).norm() / matrix.norm()) < (0.01 if wbits == 8 else 0.2), name
+        assert not layer.plan.bias or torch.equal(layer.bias, source.get_submodule(name).bias)
+    assert torch.equal(unet.conv_norm_out.weight, source.conv_norm_out.weight.half().float())
+
+
+@pytest.mark.parametrize("wbits", [4, 8])
+def test_absmax_weights_are_as_near_as_their_steps(wbits: int) -> None:
+    plan = LayerPlan("linear", 70, 9, wbits, 8, True, class_ends=[70])
+    matrix = torch.randn(9, 70, generator=torch.Generator().manual_seed(0))
+    weight = files.absmax_weight(matrix, plan)
+    step = weight.scale[:, None]
+    if weight.subscales is not None:
+        step = step * weight.subscales.repeat_interleave(32, 1)[:, :70]
+    assert bool(((weight.dequantize() - matrix).abs() <= 0.5001 * step).all())
+    IntegerLayer.from_quantized(plan, weight, no_groups(70), torch.zeros(9))
+
+
+def test_a_failed_task_is_told_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DgqError, match=r"writing the dgq files failed: .*nowhere") as caught:
+        files.write("dgq", source=tmp_path / "nowhere", target=tmp_path / "out", wbits=8, search=False)
+    assert "\n" not in caught.value.message
+    with pytest.raises(DgqError, match=r"^the UNet's configuration cannot be used"):
+        files.write("random", config={"down_block_types": ["NoBlock"]}, target=tmp_path / "out", dtype="float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stream_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
+    """Each tensor is written before the next is asked for."""
+    file = tmp_path / "x.safetensors"
+    sizes: list[int] = []
+
+    def tensors() -> Iterator[Tensor]:
+        for _ in range(3):
+            sizes.append(file.stat().st_size)
+            yield torch.zeros(2**20)
+
+    files.stream_safetensors(file, dict.fromkeys("abc", ((2**20,), torch.float32)), tensors())
+    assert sizes[2] - sizes[1] == 2**22
