@@ -377,6 +377,14 @@ def project(layers: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = Non
     return [layer(x) for layer in layers]
 
 
+def prepare_all(model: nn.Module, device: torch.device) -> None:
+    """Pack every integer layer for a device now. Between a first call's activations, packing would leave the
+    allocator's memory in pieces."""
+    for module in model.modules():
+        if isinstance(module, IntegerLayer):
+            module.prepare(device)
+
+
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at the dotted path `name` below `root`."""
     parent, _, child = name.rpartition(".")

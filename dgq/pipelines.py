@@ -13,6 +13,7 @@ from dgq_kernels import backend, native
 from . import embedded
 from .checkpoint import check_folder
 from .errors import DgqError
+from .layers import prepare_all
 
 DEFAULT_GENERATION = {"steps": 25, "guidance": 7.5}
 
@@ -100,4 +101,6 @@ def load(
     if not hasattr(pipe, "unet"):
         raise DgqError(f"{folder}: a {type(pipe).__name__} has no UNet", "dgq quantizes UNet pipelines")
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(place)
+    pipe = pipe.to(place)
+    prepare_all(pipe.unet, place)
+    return pipe

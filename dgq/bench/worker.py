@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DgqError
-from ..layers import IntegerLayer
+from ..layers import IntegerLayer, prepare_all
 from .files import Call, flatten, load_calls, load_unet
 from .rows import WARM_UP, timed
 
@@ -83,7 +83,9 @@ def peak_rss() -> int:
 def _eager(spec: Spec, **options: Any) -> Any:
     """A UNet, float (channels-last) or dgq's, as `from_pretrained` makes it."""
     unet = load_unet(Path(spec.folder), getattr(torch, spec.dtype), **options)
-    return unet.to(torch.device(spec.device)).to(memory_format=torch.channels_last)
+    unet = unet.to(torch.device(spec.device)).to(memory_format=torch.channels_last)
+    prepare_all(unet, torch.device(spec.device))
+    return unet
 
 
 def _steps(unet: Any) -> Step:
