@@ -3,13 +3,14 @@
 The references are the definitions (docs/method.md); integer results of every backend equal them bit for bit.
 """
 
-from .conv2d import conv2d, conv2d_prepacked
+from .conv2d import conv2d, conv2d_int4, conv2d_prepacked
 from .linear import linear_int4, linear_int8, linear_prepacked
 from .log_attention import log_attention, log_attention_eager
 from .quantize_activation import quantize_rows, quantize_samples
 
 __all__ = [
     "conv2d",
+    "conv2d_int4",
     "conv2d_prepacked",
     "linear_int4",
     "linear_int8",
