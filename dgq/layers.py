@@ -129,8 +129,8 @@ class IntegerLayer(nn.Module):
         plan = self.plan
         shifts = len(plan.class_ends) > 1
         # Without shift classes the stored order only served the sub-scale groups: int8 weights go back to natural
-        # order, and the codes need no gather. The int4 kernel reads the packed form, so there the codes follow.
-        kernel_unpacks = backend.select(device) == "triton" and plan.wbits == 4 and plan.kind != "conv2d"
+        # order, and the codes need no gather. The int4 kernels read the packed form, so there the codes follow.
+        kernel_unpacks = backend.select(device) == "triton" and plan.wbits == 4
         gather = plan.reordered and (shifts or kernel_unpacks)
         matrix = self.integer_weight() if gather else self.natural_weight
         class_of = None
@@ -155,6 +155,8 @@ class IntegerLayer(nn.Module):
                 prepared.onednn = conv2d_cpu.prepack(weight, plan.stride, plan.class_ends)
             else:
                 prepared.onednn = linear_cpu.prepack(weight, plan.class_ends)
+        elif plan.kind == "conv2d":
+            prepared.weight = weight.contiguous(memory_format=torch.channels_last)  # as the kernel reads it
         else:
             prepared.weight = weight
         return prepared
@@ -212,10 +214,14 @@ class IntegerLayer(nn.Module):
                 codes, scale, zero, ready.onednn, plan.class_ends, ready.split, self.weight_scale, ready.column_sum,
                 bias, plan.kernel_size, plan.stride, x.dtype,
             )  # fmt: skip
-        assert ready.weight is not None
-        return dgq_kernels.conv2d(
-            codes, scale, zero, ready.weight, self.weight_scale, ready.column_sum, bias, plan.stride, x.dtype,
-            plan.class_ends,
+        if ready.weight is not None:
+            return dgq_kernels.conv2d(
+                codes, scale, zero, ready.weight, self.weight_scale, ready.column_sum, bias, plan.stride, x.dtype,
+                plan.class_ends,
+            )  # fmt: skip
+        return dgq_kernels.conv2d_int4(
+            codes, scale, zero, self.packed, self.subscales, self.weight_scale, ready.column_sum, bias,
+            plan.kernel_size, plan.stride, x.dtype, plan.weight_group,
         )  # fmt: skip
 
     def _inv_divisor(self) -> Tensor | None:
