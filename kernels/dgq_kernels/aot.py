@@ -138,16 +138,37 @@ def _product_cases(major: int) -> Iterator[Case]:
 
 
 def _quantize_cases() -> Iterator[Case]:
-    for channels in (320, 1280):
-        rows = quantize.config_for(channels)
-        yield _case(
-            quantize.quantize_rows_kernel, rows,
-            {"x_ptr": "*fp16", "inv_divisor_ptr": "*fp32", "codes_ptr": "*u8", "scale_ptr": "*fp32",
-             "zero_point_ptr": "*i32"},
-            {"SMALLEST": 1e-30, "TOP": 255, "DIVIDE": True, "BLOCK_ROWS": rows.rows, "BLOCK_CHANNELS": rows.channels},
-            rows.warps,
-            integer=False,
-        )  # fmt: skip
+    pointers = {
+        "x_ptr": "*fp16", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32", "inv_divisor_ptr": "*fp32",
+        "position_ptr": "*i32", "codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
+        **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "centre", "gain", "low", "high")},
+    }  # fmt: skip
+    flags = {"DIVIDE": True, "PLACE": True, "OFFSET": True, "GAIN": True, "SMALLEST": 1e-30, "TOP": 255}
+
+    def case(kernel: Any, config: quantize.Config, note: str, **constants: Any) -> Case:
+        tile = {"BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels}
+        every = {**flags, **tile, **constants}
+        mine = {name: value for name, value in every.items() if name in kernel.arg_names}
+        return _case(kernel, config, pointers, mine, config.warps, 3, note, integer=False)
+
+    for mode, note in enumerate(("plain", "layer norm", "geglu")):
+        for channels in (320, 1280, 5120):
+            if channels == 5120 and note != "geglu":
+                continue
+            yield case(quantize.quantize_rows_kernel, quantize.config_for(channels), note, INPUT=mode)
+    long = quantize.Config(1, 4096, 8)
+    yield case(quantize.quantize_long_rows_kernel, long, "plain")
+    for pixels, channels in ((4096, 320), (256, 1280)):
+        tile = quantize.sample_config_for(2, pixels, channels)
+        group = channels // 32
+        width = 16 if group < 16 else 64
+        yield case(quantize.sample_statistics_kernel, tile, "")
+        whole = quantize.Config(32, width, 4)
+        yield case(quantize.group_statistics_kernel, whole, f"group={group}", GROUP=group)
+        for norm, note in ((False, "plain"), (True, "norm silu")):
+            fused = {"NORM": norm, "SILU": norm, "OFFSET": norm}
+            yield case(quantize.sample_range_kernel, tile, note, **fused)
+            yield case(quantize.quantize_samples_kernel, tile, note, BLOCK_RANGES=256, **fused)
 
 
 def _attention_cases() -> Iterator[Case]:

@@ -10,6 +10,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+FLOAT_KERNELS = {
+    "quantize_rows_kernel", "quantize_long_rows_kernel", "sample_statistics_kernel", "group_statistics_kernel",
+    "sample_range_kernel", "quantize_samples_kernel",
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
@@ -26,7 +31,7 @@ def table(tmp_path_factory):
 def test_every_kernel_compiles_for_every_target(table):
     kernels = {
         "linear_int8_kernel", "linear_int4_kernel", "conv2d_int8_kernel", "conv2d_int4_kernel", "log_attention_kernel",
-        "quantize_rows_kernel",
+        *FLOAT_KERNELS,
     }  # fmt: skip
     assert {(row["target"], row["kernel"]) for row in table} == {
         (target, kernel) for target in ("80", "89", "90") for kernel in kernels
@@ -35,7 +40,7 @@ def test_every_kernel_compiles_for_every_target(table):
 
 def test_products_are_int8_and_nothing_spills(table):
     for row in table:
-        assert row["kernel"] == "quantize_rows_kernel" or re.match(r"IG?MMA", row["mma"]), row
+        assert row["kernel"] in FLOAT_KERNELS or re.match(r"IG?MMA", row["mma"]), row
         assert int(row["spills"]) == 0, row
         assert int(row["registers"]) <= 255, row
 
