@@ -49,7 +49,7 @@ class _Prepared:
 
     device: torch.device
     column_sum: Tensor
-    order: Tensor | None  # gather of the codes' channels before the product, or None
+    position: Tensor | None  # int32, where each channel's code is stored for the product; None: in order
     engine: native.Layer | None = None  # int8 in the CPU engine's blocks
     weight: Tensor | None = None  # int8, dense
     onednn: list[Tensor] | None = None  # int8 in oneDNN's blocked layout
@@ -139,7 +139,7 @@ class IntegerLayer(nn.Module):
             channel = torch.arange(plan.in_features, device=matrix.device)
             class_of = torch.bucketize(channel, bounds, right=True).repeat(plan.kernel_size**2)
         sums = column_sum(matrix, class_of)
-        prepared = _Prepared(device, sums, self.order.long() if gather else None)
+        prepared = _Prepared(device, sums, self.order.argsort().to(torch.int32) if gather else None)
         if kernel_unpacks:
             return prepared
         if backend.select(device) == "cpu" and native.available() and not shifts:
@@ -181,9 +181,7 @@ class IntegerLayer(nn.Module):
         if ready.engine is not None:
             return ready.engine.linear(x)
         rows = x.reshape(-1, plan.in_features)
-        codes, scale, zero = dgq_kernels.quantize_rows(rows, plan.abits, self._inv_divisor())
-        if ready.order is not None:
-            codes = codes.index_select(1, ready.order)
+        codes, scale, zero = dgq_kernels.quantize_rows(rows, plan.abits, self._inv_divisor(), ready.position)
         bias = self._bias()
         if ready.onednn is not None:
             y = dgq_kernels.linear_prepacked(
@@ -205,9 +203,9 @@ class IntegerLayer(nn.Module):
         plan, ready = self.plan, self.prepare(x.device)
         if ready.engine is not None:
             return ready.engine.conv2d(x)
-        codes, scale, zero = dgq_kernels.quantize_samples(x, plan.abits, self._inv_divisor(), plan.padding)
-        if ready.order is not None:
-            codes = codes[:, ready.order].contiguous(memory_format=torch.channels_last)
+        codes, scale, zero = dgq_kernels.quantize_samples(
+            x, plan.abits, self._inv_divisor(), plan.padding, ready.position
+        )
         bias = self._bias()
         if ready.onednn is not None:
             return dgq_kernels.conv2d_prepacked(
