@@ -185,6 +185,25 @@ def _attention_cases() -> Iterator[Case]:
                  **({} if start else {"start_k_ptr": None, "start_v_ptr": None})},
                 tiles.warps, tiles.stages, f"d={head_dim} {'cross' if start else 'self'}",
             )  # fmt: skip
+        tiles = attention.running_config_for(width)
+        yield _case(
+            attention.running_kernel, tiles,
+            {"q_ptr": "*fp16", "k_ptr": "*i8", "v_ptr": "*i8", "v_scale_ptr": "*fp32", "v_prefix_ptr": "*i32",
+             "key_step_ptr": "*fp32", "out_ptr": "*fp16"},
+            {"HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys,
+             "FRACTION_BITS": 4, "TOP": 255, "QK_TOP": 127},
+            tiles.warps, tiles.stages, f"d={head_dim} self",
+        )  # fmt: skip
+        tiles = attention.base2_config_for(width)
+        halves = {f"{name}_ptr": "*fp16" for name in ("q", "k", "v", "out")}
+        floats = {f"{name}_ptr": "*fp32" for name in ("normaliser", "peak", "reference")}
+        for kernel in (attention.base2_rows_kernel, attention.base2_kernel):
+            constants = {"HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys}
+            constants |= {"START": True, **({"TOP": 255} if kernel is attention.base2_kernel else {})}
+            yield _case(
+                kernel, tiles, {**halves, **floats}, constants, tiles.warps, tiles.stages, f"d={head_dim} cross",
+                integer=False,
+            )  # fmt: skip
 
 
 def cases(target: str) -> Iterator[Case]:
