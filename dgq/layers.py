@@ -55,7 +55,7 @@ class _Prepared:
 
     device: torch.device
     column_sum: Tensor
-    order: Tensor | None  # gather of the codes' channels before the product, or None
+    position: Tensor | None  # int32, where each channel's code is stored for the product; None: in order
     engine: native.Layer | None = None  # int8 in the CPU engine's blocks
     weight: Tensor | None = None  # int8, dense
     onednn: list[Tensor] | None = None  # int8 in oneDNN's blocked layout
@@ -164,8 +164,8 @@ class IntegerLayer(nn.Module):
         if backend.select(device) == "cpu" and native.available() and not shifts:
             return self._pack(device)
         # Without shift classes the stored order only served the sub-scale groups: int8 weights go back to natural
-        # order, and the codes need no gather. The int4 kernel reads the packed form, so there the codes follow.
-        kernel_unpacks = backend.select(device) == "triton" and plan.wbits == 4 and plan.kind != "conv2d"
+        # order, and the codes need no gather. The int4 kernels read the packed form, so there the codes follow.
+        kernel_unpacks = backend.select(device) == "triton" and plan.wbits == 4
         gather = plan.reordered and (shifts or kernel_unpacks)
         matrix = self.integer_weight() if gather else self.natural_weight
         class_of = None
@@ -174,7 +174,7 @@ class IntegerLayer(nn.Module):
             channel = torch.arange(plan.in_features, device=matrix.device)
             class_of = torch.bucketize(channel, bounds, right=True).repeat(plan.kernel_size**2)
         sums = column_sum(matrix, class_of)
-        prepared = _Prepared(device, sums, self.order.long() if gather else None)
+        prepared = _Prepared(device, sums, self.order.argsort().to(torch.int32) if gather else None)
         if kernel_unpacks:
             return prepared
         weight = from_matrix(matrix, plan).contiguous()
@@ -184,6 +184,8 @@ class IntegerLayer(nn.Module):
                 prepared.onednn = conv2d_cpu.prepack(weight, plan.stride, plan.class_ends)
             else:
                 prepared.onednn = linear_cpu.prepack(weight, plan.class_ends)
+        elif plan.kind == "conv2d":
+            prepared.weight = weight.contiguous(memory_format=torch.channels_last)  # as the kernel reads it
         else:
             prepared.weight = weight
         return prepared
@@ -282,9 +284,7 @@ class IntegerLayer(nn.Module):
         if ready.engine is not None:
             return ready.engine.linear(x, residual, norm=norm)
         rows = x.reshape(-1, plan.in_features)
-        codes, scale, zero = dgq_kernels.quantize_rows(rows, plan.abits, self._inv_divisor())
-        if ready.order is not None:
-            codes = codes.index_select(1, ready.order)
+        codes, scale, zero = dgq_kernels.quantize_rows(rows, plan.abits, self._inv_divisor(), ready.position)
         bias = self._bias()
         if ready.onednn is not None:
             y = dgq_kernels.linear_prepacked(
@@ -311,20 +311,24 @@ class IntegerLayer(nn.Module):
             if sample_bias is not None and plan.bias:
                 sample_bias = sample_bias.float() + self.bias
             return ready.engine.conv2d(x, residual, sample_bias, norm)
-        codes, scale, zero = dgq_kernels.quantize_samples(x, plan.abits, self._inv_divisor(), plan.padding)
-        if ready.order is not None:
-            codes = codes[:, ready.order].contiguous(memory_format=torch.channels_last)
+        codes, scale, zero = dgq_kernels.quantize_samples(
+            x, plan.abits, self._inv_divisor(), plan.padding, ready.position
+        )
         bias = self._bias()
         if ready.onednn is not None:
             y = dgq_kernels.conv2d_prepacked(
                 codes, scale, zero, ready.onednn, plan.class_ends, ready.split, self.weight_scale, ready.column_sum,
                 bias, plan.kernel_size, plan.stride, x.dtype,
             )  # fmt: skip
-        else:
-            assert ready.weight is not None
+        elif ready.weight is not None:
             y = dgq_kernels.conv2d(
                 codes, scale, zero, ready.weight, self.weight_scale, ready.column_sum, bias, plan.stride, x.dtype,
                 plan.class_ends,
+            )  # fmt: skip
+        else:
+            y = dgq_kernels.conv2d_int4(
+                codes, scale, zero, self.packed, self.subscales, self.weight_scale, ready.column_sum, bias,
+                plan.kernel_size, plan.stride, x.dtype, plan.weight_group,
             )  # fmt: skip
         if sample_bias is not None:
             y = y + sample_bias.to(y.dtype)[:, :, None, None]

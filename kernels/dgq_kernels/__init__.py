@@ -3,19 +3,31 @@
 The references are the definitions (docs/method.md); integer results of every backend equal them bit for bit.
 """
 
-from .conv2d import conv2d, conv2d_prepacked
+from .conv2d import conv2d, conv2d_int4, conv2d_prepacked
 from .linear import linear_int4, linear_int8, linear_prepacked
-from .log_attention import log_attention, log_attention_eager
-from .quantize_activation import quantize_rows, quantize_samples
+from .log_attention import log_attention, log_attention_base2, log_attention_eager, log_attention_running
+from .quantize_activation import (
+    geglu_quantize_rows,
+    group_norm_quantize_samples,
+    layer_norm_quantize_rows,
+    quantize_rows,
+    quantize_samples,
+)
 
 __all__ = [
     "conv2d",
+    "conv2d_int4",
     "conv2d_prepacked",
+    "geglu_quantize_rows",
+    "group_norm_quantize_samples",
+    "layer_norm_quantize_rows",
     "linear_int4",
     "linear_int8",
     "linear_prepacked",
     "log_attention",
+    "log_attention_base2",
     "log_attention_eager",
+    "log_attention_running",
     "quantize_rows",
     "quantize_samples",
 ]

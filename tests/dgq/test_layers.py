@@ -70,17 +70,15 @@ def test_the_sums_of_a_layer_are_integers_bit_for_bit(build, data, wbits, monkey
     layer = quantized(module, x, wbits=wbits, channels="shift").layer
     plan, ready = layer.plan, layer.prepare(x.device)
     inv = layer.inv_divisor if plan.channels != "none" else None
-    matrix = layer.integer_weight() if ready.order is not None else layer.natural_weight
+    matrix = layer.integer_weight() if ready.position is not None else layer.natural_weight
     if plan.kind == "conv2d":
-        codes, _, _ = quantize_samples(x, plan.abits, inv, plan.padding)
-        codes = codes if ready.order is None else codes[:, ready.order]
+        codes, _, _ = quantize_samples(x, plan.abits, inv, plan.padding, ready.position)
         weight = matrix.view(plan.out_features, 3, 3, -1).permute(0, 3, 1, 2)
         expected = conv_reference.accumulate(codes, weight, plan.stride, plan.class_ends)
         got = conv_cpu.accumulate(codes, ready.onednn, plan.class_ends, plan.out_features, plan.stride, ready.split)
     else:
         rows = x.permute(0, 2, 3, 1) if plan.kind == "pointwise" else x
-        codes, _, _ = quantize_rows(rows.reshape(-1, plan.in_features), plan.abits, inv)
-        codes = codes if ready.order is None else codes[:, ready.order]
+        codes, _, _ = quantize_rows(rows.reshape(-1, plan.in_features), plan.abits, inv, ready.position)
         expected = linear_reference.accumulate(codes, matrix, plan.class_ends)
         got = linear_cpu.accumulate(codes, ready.onednn, plan.class_ends, plan.out_features, ready.split)
     assert torch.equal(got.long(), expected)

@@ -5,7 +5,6 @@ import torch
 
 from dgq_kernels import backend, conv2d, conv2d_prepacked, quantize_samples
 from dgq_kernels.conv2d import cpu, reference
-from dgq_kernels.conv2d.triton import im2col
 
 
 def case(batch, channels, size, n, kernel, seed=0):
@@ -60,15 +59,6 @@ def test_a_sample_does_not_depend_on_its_batch_mates():
         return conv2d(codes, scale, zero, weight, weight_scale, column_sum, bias, 1, torch.float32, [16])
 
     assert torch.equal(run(x)[1:2], run(x[1:2]))
-
-
-def test_im2col_turns_the_convolution_into_a_product():
-    x, weight, _, _ = case(2, 5, 7, 9, 3)
-    codes, _, _ = quantize_samples(x, 8, None, 1)
-    columns, height, width = im2col(codes, (3, 3), 2)
-    total = columns.double() @ weight.flatten(1).double().t()
-    expected = reference.accumulate(codes, weight, 2, [5])
-    assert torch.equal(total.long().view(2, height, width, 9).permute(0, 3, 1, 2), expected)
 
 
 def test_opcheck():

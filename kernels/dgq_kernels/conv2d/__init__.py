@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ..backend import select
+from ..linear import add_residual
 from . import cpu, reference
 
 
 @torch.library.custom_op("dgq::conv2d", mutates_args=())
 def conv2d(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int],
+    bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Convolution of padded codes with int8 weights.
 
@@ -25,6 +26,34 @@ def conv2d(
         stride: 1 or more, both directions.
         out_dtype: float16, bfloat16 or float32.
         class_ends: shift classes over C, as in `linear_int8`.
+        residual: float (B, N, Ho, Wo), added in float32 before the output is rounded, or None.
+
+    Returns:
+        (B, N, Ho, Wo) of out_dtype, channels-last.
+    """
+    backend = select(codes.device)
+    arguments = (codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride)
+    if backend == "cpu":
+        return add_residual(cpu.conv2d, residual, arguments, out_dtype, (class_ends,))
+    if backend == "triton":
+        from . import triton as kernels
+
+        return kernels.conv2d(*arguments, out_dtype, class_ends, residual)
+    return reference.conv2d(*arguments, out_dtype, class_ends, residual)
+
+
+@torch.library.custom_op("dgq::conv2d_int4", mutates_args=())
+def conv2d_int4(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
+    column_sum: Tensor, bias: Tensor | None, kernel_size: int, stride: int, out_dtype: torch.dtype, group: int,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Convolution of padded codes with two-level int4 weights, unpacked in registers on CUDA.
+
+    Args:
+        packed: uint8 (N, Kp / 2) from `packing.pack_int4` of the matrix (N, kernel_size^2 * C), c innermost;
+            subscales: uint8 from `packing.pack_subscales`; group: weights per sub-scale, 32 or 64.
+        kernel_size: of the square kernel. The others as in `conv2d`; column_sum sums the matrix's rows.
 
     Returns:
         (B, N, Ho, Wo) of out_dtype, channels-last.
@@ -33,10 +62,15 @@ def conv2d(
     if backend == "triton":
         from . import triton as kernels
 
-        run = kernels.conv2d
-    else:
-        run = cpu.conv2d if backend == "cpu" else reference.conv2d
-    return run(codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, class_ends)
+        return kernels.conv2d_int4(
+            codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, kernel_size, stride,
+            out_dtype, group, residual,
+        )  # fmt: skip
+    weight = reference.dense_weight(packed, subscales, codes.shape[1], kernel_size, group)
+    arguments = (codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride)
+    if backend == "cpu":
+        return add_residual(cpu.conv2d, residual, arguments, out_dtype, ([codes.shape[1]],))
+    return reference.conv2d(*arguments, out_dtype, [codes.shape[1]], residual)
 
 
 @torch.library.custom_op("dgq::conv2d_prepacked", mutates_args=())
@@ -58,8 +92,16 @@ def _empty_output(codes: Tensor, n: int, kernel: tuple[int, int], stride: int, o
 
 
 @conv2d.register_fake
-def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, class_ends):
+def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, class_ends, residual=None):
     return _empty_output(codes, weight.shape[0], weight.shape[2:], stride, out_dtype)
+
+
+@conv2d_int4.register_fake
+def _(
+    codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, kernel_size, stride, out_dtype, group,
+    residual=None,
+):  # fmt: skip
+    return _empty_output(codes, column_sum.shape[0], (kernel_size, kernel_size), stride, out_dtype)
 
 
 @conv2d_prepacked.register_fake

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import shift_classes
+from ..packing import expand_two_level
 
 
 def accumulate(codes: Tensor, weight: Tensor, stride: int, class_ends: list[int]) -> Tensor:
@@ -20,7 +21,7 @@ def accumulate(codes: Tensor, weight: Tensor, stride: int, class_ends: list[int]
 
 def conv2d(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int],
+    bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `dgq_kernels.conv2d`."""
     total = accumulate(codes, weight, stride, class_ends)
@@ -28,4 +29,24 @@ def conv2d(
     y = centred.float() * (scale.view(-1, 1, 1, 1) * weight_scale.view(1, -1, 1, 1))
     if bias is not None:
         y = y + bias.view(1, -1, 1, 1)
+    if residual is not None:
+        y = y + residual
     return y.to(out_dtype).contiguous(memory_format=torch.channels_last)
+
+
+def dense_weight(packed: Tensor, subscales: Tensor, channels: int, kernel_size: int, group: int) -> Tensor:
+    """The int8 weight (N, C, k, k), channels-last, of a packed matrix (N, k * k * C)."""
+    matrix = expand_two_level(packed, subscales, kernel_size**2 * channels, group)
+    return matrix.view(-1, kernel_size, kernel_size, channels).permute(0, 3, 1, 2)
+
+
+def conv2d_int4(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
+    column_sum: Tensor, bias: Tensor | None, kernel_size: int, stride: int, out_dtype: torch.dtype, group: int,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See `dgq_kernels.conv2d_int4`."""
+    weight = dense_weight(packed, subscales, codes.shape[1], kernel_size, group)
+    return conv2d(
+        codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, [codes.shape[1]], residual
+    )

@@ -1,35 +1,286 @@
-"""The quantized convolution on CUDA: byte im2col and the Triton linear kernel.
+"""The quantized convolution on CUDA: an implicit GEMM over pixels, no column matrix.
 
-The column matrix holds bytes, kh * kw times the input; an implicit GEMM that never writes it is the next step.
+Codes are channels-last and already padded with each sample's zero point, so a tap at the border is a plain load: no
+mask, and exact (a fill value other than 0 would also cost the asynchronous copies). With K = (tap row, tap column,
+channel), a row of taps is one contiguous run of kernel width * C codes; only between such rows does the address jump.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..linear import triton as linear_kernels
+from ..linear.triton import (
+    INT4_CONFIGS,
+    INT8_CONFIGS,
+    Config,
+    check,
+    choose,
+    class_ends_on,
+    class_steps,
+    dequantize,
+    signed,
+    signed_within,
+    store,
+    subscales,
+    tile_of,
+    unpack_two_level,
+)
 
 
-def im2col(codes: Tensor, kernel: tuple[int, int], stride: int) -> tuple[Tensor, int, int]:
-    """Padded codes (B, C, Hp, Wp) -> uint8 (B * Ho * Wo, C * kh * kw) with c outermost, and (Ho, Wo)."""
-    windows = codes.unfold(2, kernel[0], stride).unfold(3, kernel[1], stride)
-    batch, _, height, width = windows.shape[:4]
-    columns = windows.permute(0, 2, 3, 1, 4, 5).reshape(batch * height * width, -1)
-    return columns, height, width
+@triton.jit
+def window_offsets(row, rows, out_height, out_width, height, width, STRIDE: tl.constexpr, CHANNELS: tl.constexpr):
+    """Where the window of output pixel `row` begins in the codes; pixels past the end repeat the last one."""
+    pixel = tl.minimum(row, rows - 1)
+    line = pixel // out_width
+    sample = line // out_height
+    y = (line - sample * out_height) * STRIDE
+    x = (pixel - line * out_width) * STRIDE
+    return ((sample * height + y).to(tl.int64) * width + x) * CHANNELS
+
+
+@triton.jit
+def tap_offsets(k, first, jump, SEGMENT: tl.constexpr, SPAN: tl.constexpr, CHANNELS: tl.constexpr, RUN: tl.constexpr):
+    """Where the codes of K `k`, all in first..first + SPAN - 1, lie from the window's start.
+
+    RUN: neighbours in k come in aligned runs of this length.
+    """
+    if SEGMENT % SPAN == 0:  # the step lies within one row of taps
+        offsets = k + first // SEGMENT * jump
+    elif SEGMENT >= SPAN:  # it crosses at most one end of a row: a comparison instead of a division per code
+        segment = first // SEGMENT
+        offsets = k + segment * jump + tl.where(k >= (segment + 1) * SEGMENT, jump, 0)
+    else:
+        offsets = k + k // SEGMENT * jump
+    if CHANNELS % RUN == 0:  # no run crosses the end of a row: wide loads
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, RUN), RUN)
+    return offsets
+
+
+@triton.jit
+def _load_codes(
+    x_tile, first, lane, jump,
+    SEGMENT: tl.constexpr, REDUCTION: tl.constexpr, HALF: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The codes (BLOCK_ROWS, HALF) of K first.. as int8; x_tile (BLOCK_ROWS, 1) points at the windows."""
+    k = first + lane
+    offsets = tap_offsets(k, first, jump, SEGMENT, HALF, CHANNELS, 16)
+    if REDUCTION % (2 * HALF) == 0:
+        return tl.load(x_tile + offsets[None, :])
+    return tl.load(x_tile + offsets[None, :], mask=(k < REDUCTION)[None, :], other=0)
+
+
+@triton.jit
+def _load_weight(w_tile, first, lane, REDUCTION: tl.constexpr, HALF: tl.constexpr):
+    """The weights (HALF, BLOCK_CHANNELS) of K first..; 0 past the end, where codes may then be anything."""
+    if REDUCTION % (2 * HALF) == 0:
+        return tl.load(w_tile + first)
+    return tl.load(w_tile + first, mask=(first + lane < REDUCTION)[:, None], other=0)
+
+
+@triton.jit
+def _load_tap(
+    x_tile, w_tile, tap, channel, line, TAPS: tl.constexpr, KERNEL_WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
+    """Codes (BLOCK_ROWS, lanes) and weights (lanes, BLOCK_CHANNELS) of one tap; w_tile points at K = 0."""
+    x_offsets = (tap // KERNEL_WIDTH * line + tap % KERNEL_WIDTH * CHANNELS + channel)[None, :]
+    w_offsets = (tap * CHANNELS + channel)[:, None]
+    if MASK:
+        stored = channel < CHANNELS
+        x = tl.load(x_tile + x_offsets, mask=stored[None, :], other=0)
+        w = tl.load(w_tile + w_offsets, mask=stored[:, None], other=0)
+    else:
+        x = tl.load(x_tile + x_offsets)
+        w = tl.load(w_tile + w_offsets)
+    return x, w
+
+
+@triton.jit
+def conv2d_int8_kernel(
+    codes_ptr, scale_ptr, zero_point_ptr, weight_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr,
+    out_ptr, ends_ptr, rows, channels, out_height, out_width, height, width,
+    CHANNELS: tl.constexpr, KERNEL_HEIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, STRIDE: tl.constexpr,
+    CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """codes (B, height, width, CHANNELS), weight (channels, KERNEL_HEIGHT, KERNEL_WIDTH, CHANNELS), out
+    (rows = B * out_height * out_width, channels), all contiguous; scale and zero_point (B,); ends (CLASSES,) int32."""
+    SEGMENT: tl.constexpr = KERNEL_WIDTH * CHANNELS
+    REDUCTION: tl.constexpr = KERNEL_HEIGHT * SEGMENT
+    row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    lane = tl.arange(0, HALF)
+    x_tile = codes_ptr + window_offsets(row, rows, out_height, out_width, height, width, STRIDE, CHANNELS)[:, None]
+    w_tile = weight_ptr + tl.minimum(channel, channels - 1)[None, :].to(tl.int64) * REDUCTION + lane[:, None]
+    jump = (width - KERNEL_WIDTH) * CHANNELS
+    accumulator = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.int32)
+    if CLASSES == 1:
+        # Two products per step, as in the linear kernel.
+        for first in range(0, REDUCTION, 2 * HALF):
+            x0 = signed(_load_codes(x_tile, first, lane, jump, SEGMENT, REDUCTION, HALF, CHANNELS), ASSEMBLY)
+            w0 = _load_weight(w_tile, first, lane, REDUCTION, HALF)
+            x1 = signed(_load_codes(x_tile, first + HALF, lane, jump, SEGMENT, REDUCTION, HALF, CHANNELS), ASSEMBLY)
+            w1 = _load_weight(w_tile, first + HALF, lane, REDUCTION, HALF)
+            accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
+            accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
+    else:
+        TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
+        STEP: tl.constexpr = 2 * HALF
+        line = width * CHANNELS
+        w_tile = weight_ptr + tl.minimum(channel, channels - 1)[None, :].to(tl.int64) * REDUCTION
+        for reverse in range(CLASSES):
+            index = CLASSES - 1 - reverse
+            accumulator += accumulator  # Horner: what the higher classes have summed so far counts twice
+            end = tl.load(ends_ptr + index)
+            begin = tl.load(ends_ptr + index - 1, mask=index > 0, other=0)
+            edge, gap, inner_begin, inner_end = class_steps(begin, end, STEP)
+            edges = tl.maximum(tl.cdiv(end - edge, gap), 0)
+            for part in range(0, edges * TAPS):
+                c0 = edge + part % edges * gap + lane
+                x0, w0 = _load_tap(x_tile, w_tile, part // edges, c0, line, TAPS, KERNEL_WIDTH, CHANNELS, True)
+                x1, w1 = _load_tap(x_tile, w_tile, part // edges, c0 + HALF, line, TAPS, KERNEL_WIDTH, CHANNELS, True)
+                x0 = signed_within(x0, c0[None, :], begin, end, ASSEMBLY)
+                x1 = signed_within(x1, (c0 + HALF)[None, :], begin, end, ASSEMBLY)
+                accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
+                accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
+            steps = tl.maximum(inner_end - inner_begin, 0) // STEP
+            for part in range(0, steps * TAPS):
+                c0 = inner_begin + part % steps * STEP + lane
+                x0, w0 = _load_tap(x_tile, w_tile, part // steps, c0, line, TAPS, KERNEL_WIDTH, CHANNELS, False)
+                x1, w1 = _load_tap(x_tile, w_tile, part // steps, c0 + HALF, line, TAPS, KERNEL_WIDTH, CHANNELS, False)
+                accumulator = tl.dot(signed(x0, ASSEMBLY), w0, accumulator, out_dtype=tl.int32)
+                accumulator = tl.dot(signed(x1, ASSEMBLY), w1, accumulator, out_dtype=tl.int32)
+    y = dequantize(
+        accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
+        row // (out_height * out_width), channel, row < rows, channel < channels, HAS_BIAS,
+    )  # fmt: skip
+    store(y, residual_ptr, out_ptr, row, channel, rows, channels, HAS_RESIDUAL)
+
+
+@triton.jit
+def conv2d_int4_kernel(
+    codes_ptr, scale_ptr, zero_point_ptr, packed_ptr, subscale_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
+    residual_ptr, out_ptr, rows, channels, packed_row, subscale_row, out_height, out_width, height, width,
+    CHANNELS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """As `conv2d_int8_kernel`, the weight as `linear_int4_kernel` takes it, over K = (tap row, tap column, channel)."""
+    SEGMENT: tl.constexpr = KERNEL_SIZE * CHANNELS
+    REDUCTION: tl.constexpr = KERNEL_SIZE * SEGMENT
+    GROUPS: tl.constexpr = 2 * HALF // GROUP
+    row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    byte = tl.arange(0, HALF)
+    low_lane = byte // (GROUP // 2) * GROUP + byte % (GROUP // 2)
+    high_lane = low_lane + GROUP // 2
+    x_tile = codes_ptr + window_offsets(row, rows, out_height, out_width, height, width, STRIDE, CHANNELS)[None, :]
+    last = tl.minimum(channel, channels - 1)[:, None].to(tl.int64)
+    w_tile = packed_ptr + last * packed_row + byte[None, :]
+    group = tl.arange(0, GROUPS)
+    m_tile = subscale_ptr + last * subscale_row + (group // 2)[None, :]
+    jump = (width - KERNEL_SIZE) * CHANNELS
+    accumulator = tl.zeros((BLOCK_CHANNELS, BLOCK_ROWS), tl.int32)
+    for first in range(0, packed_row, HALF):
+        packed = tl.load(w_tile + first, mask=(first + byte < packed_row)[None, :], other=0)
+        at = first // GROUP
+        pair = tl.load(m_tile + at, mask=(at + group // 2 < subscale_row)[None, :], other=0)
+        m, offset = subscales(pair, group % 2, BLOCK_CHANNELS, GROUPS, GROUP)
+        low, high = unpack_two_level(packed, m, offset, ASSEMBLY)
+        low_k = 2 * first + low_lane
+        high_k = 2 * first + high_lane
+        low_at = tap_offsets(low_k, 2 * first, jump, SEGMENT, 2 * HALF, CHANNELS, 16)[:, None]
+        high_at = tap_offsets(high_k, 2 * first, jump, SEGMENT, 2 * HALF, CHANNELS, 16)[:, None]
+        x_low = signed(tl.load(x_tile + low_at, mask=(low_k < REDUCTION)[:, None], other=0), ASSEMBLY)
+        x_high = signed(tl.load(x_tile + high_at, mask=(high_k < REDUCTION)[:, None], other=0), ASSEMBLY)
+        accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
+        accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
+    y = dequantize(
+        accumulator.T, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
+        row // (out_height * out_width), channel, row < rows, channel < channels, HAS_BIAS,
+    )  # fmt: skip
+    store(y, residual_ptr, out_ptr, row, channel, rows, channels, HAS_RESIDUAL)
+
+
+def _output(
+    codes: Tensor, channels: int, kernel: tuple[int, int], stride: int, out_dtype: torch.dtype, out: Tensor | None
+) -> Tensor:
+    """`out`, or a new channels-last tensor (B, N, Ho, Wo)."""
+    batch, _, height, width = codes.shape
+    size = (batch, channels, (height - kernel[0]) // stride + 1, (width - kernel[1]) // stride + 1)
+    if out is None:
+        return torch.empty(size, dtype=out_dtype, device=codes.device, memory_format=torch.channels_last)
+    if tuple(out.shape) != size or not out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"out must be channels-last {size}")
+    return out
 
 
 def conv2d(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int],
+    bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None, *,
+    out: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `dgq_kernels.conv2d`."""
-    n, _, *kernel = weight.shape
-    columns, height, width = im2col(codes, (kernel[0], kernel[1]), stride)
-    pixels = height * width
-    taps = kernel[0] * kernel[1]
-    y = linear_kernels.linear_int8(
-        columns, scale.repeat_interleave(pixels), zero_point.repeat_interleave(pixels), weight.flatten(1),
-        weight_scale, column_sum, bias, out_dtype, [end * taps for end in class_ends],
+    """See `dgq_kernels.conv2d`; a weight that is not channels-last is copied. `out`: channels-last buffer to write to.
+
+    Raises:
+        ValueError: the reduction is so long that int32 may overflow, or `out` does not fit.
+    """
+    n, channels, *kernel = weight.shape
+    codes = codes.permute(0, 2, 3, 1).contiguous()
+    weight = weight.permute(0, 2, 3, 1).contiguous()
+    check(weight[0].numel(), codes, weight)
+    out = _output(codes.permute(0, 3, 1, 2), n, (kernel[0], kernel[1]), stride, out_dtype, out)
+    rows = out.shape[0] * out.shape[2] * out.shape[3]
+    if not out.numel():
+        return out
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    config = config or choose(INT8_CONFIGS, rows, n, codes.device)
+    ends = class_ends_on(tuple(class_ends), codes.device) if len(class_ends) > 1 else None
+    conv2d_int8_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(n, config.channels),)](
+        codes, scale, zero_point, weight, weight_scale, column_sum, bias, residual, out, ends,
+        rows, n, out.shape[2], out.shape[3], codes.shape[1], codes.shape[2],
+        CHANNELS=channels, KERNEL_HEIGHT=kernel[0], KERNEL_WIDTH=kernel[1], STRIDE=stride, CLASSES=len(class_ends),
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ASSEMBLY=not triton.knobs.runtime.interpret,
+        BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, HALF=config.half,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
     )  # fmt: skip
-    return y.view(-1, height, width, n).permute(0, 3, 1, 2)
+    return out
+
+
+def conv2d_int4(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
+    column_sum: Tensor, bias: Tensor | None, kernel_size: int, stride: int, out_dtype: torch.dtype, group: int,
+    residual: Tensor | None = None, *, out: Tensor | None = None, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """See `dgq_kernels.conv2d_int4`; `out` as in `conv2d`.
+
+    Raises:
+        ValueError: the reduction is so long that int32 may overflow, operands are not contiguous, or `out` does not
+            fit.
+    """
+    n = packed.shape[0]
+    codes = codes.permute(0, 2, 3, 1).contiguous()
+    channels = codes.shape[3]
+    check(kernel_size**2 * channels, codes, packed, subscales)
+    out = _output(codes.permute(0, 3, 1, 2), n, (kernel_size, kernel_size), stride, out_dtype, out)
+    rows = out.shape[0] * out.shape[2] * out.shape[3]
+    if not out.numel():
+        return out
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    config = config or choose(INT4_CONFIGS[group], rows, n, codes.device)
+    conv2d_int4_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(n, config.channels),)](
+        codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, residual, out,
+        rows, n, packed.shape[1], subscales.shape[1], out.shape[2], out.shape[3], codes.shape[1], codes.shape[2],
+        CHANNELS=channels, KERNEL_SIZE=kernel_size, STRIDE=stride, GROUP=group,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ASSEMBLY=not triton.knobs.runtime.interpret,
+        BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, HALF=config.half,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out

@@ -5,6 +5,9 @@ y[r, n] = s_r * s_w[n] * (sum_k xq[r, k] * W'[n, k] - z_r * C[n]) + bias[n], wit
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +19,7 @@ from . import cpu, reference
 @torch.library.custom_op("dgq::linear_int8", mutates_args=())
 def linear_int8(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int],
+    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Linear layer on int8 weights, with shift classes.
 
@@ -30,6 +33,7 @@ def linear_int8(
         out_dtype: float16, bfloat16 or float32.
         class_ends: ascending ends of the shift classes; channels [class_ends[i-1], class_ends[i]) count 2^i.
             [K] where there is no shift.
+        residual: float (M, N), added in float32 before the output is rounded, or None.
 
     Returns:
         (M, N) of out_dtype.
@@ -39,16 +43,28 @@ def linear_int8(
         from . import triton as kernels
 
         return kernels.linear_int8(
-            codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends
+            codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends, residual
         )
-    run = cpu.linear_int8 if backend == "cpu" else reference.linear_int8
-    return run(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends)
+    arguments = (codes, scale, zero_point, weight, weight_scale, column_sum, bias)
+    if backend == "cpu":
+        return add_residual(cpu.linear_int8, residual, arguments, out_dtype, (class_ends,))
+    return reference.linear_int8(*arguments, out_dtype, class_ends, residual)
+
+
+def add_residual(
+    run: Callable[..., Tensor], residual: Tensor | None, arguments: Sequence[Any], out_dtype: torch.dtype,
+    more: Sequence[Any],
+) -> Tensor:  # fmt: skip
+    """run(*arguments, out_dtype, *more) of an implementation without residual, which then joins in float32."""
+    if residual is None:
+        return run(*arguments, out_dtype, *more)
+    return run(*arguments, torch.float32, *more).add_(residual).to(out_dtype)
 
 
 @torch.library.custom_op("dgq::linear_int4", mutates_args=())
 def linear_int4(
     codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
-    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int,
+    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Linear layer on two-level int4 weights W' = w4 * m, unpacked in registers on CUDA.
 
@@ -64,12 +80,14 @@ def linear_int4(
         from . import triton as kernels
 
         return kernels.linear_int4(
-            codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group
+            codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group, residual
         )
     k = codes.shape[1]
     weight = expand_two_level(packed, subscales, k, group)
-    run = cpu.linear_int8 if backend == "cpu" else reference.linear_int8
-    return run(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, [k])
+    arguments = (codes, scale, zero_point, weight, weight_scale, column_sum, bias)
+    if backend == "cpu":
+        return add_residual(cpu.linear_int8, residual, arguments, out_dtype, ([k],))
+    return reference.linear_int8(*arguments, out_dtype, [k], residual)
 
 
 @torch.library.custom_op("dgq::linear_prepacked", mutates_args=())
@@ -89,12 +107,12 @@ def linear_prepacked(
 
 
 @linear_int8.register_fake
-def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends):
+def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends, residual=None):
     return codes.new_empty((codes.shape[0], column_sum.shape[0]), dtype=out_dtype)
 
 
 @linear_int4.register_fake
-def _(codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group):
+def _(codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group, residual=None):
     return codes.new_empty((codes.shape[0], column_sum.shape[0]), dtype=out_dtype)
 
 

@@ -24,28 +24,29 @@ def accumulate(codes: Tensor, weight: Tensor, class_ends: list[int]) -> Tensor:
 
 def dequantize(
     total: Tensor, scale: Tensor, zero_point: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype,
+    bias: Tensor | None, out_dtype: torch.dtype, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The epilogue: y = s_r * s_w[n] * (total - z_r * C[n]) + bias[n], from exact integers."""
+    """The epilogue: y = s_r * s_w[n] * (total - z_r * C[n]) + bias[n] + residual[r, n], from exact integers."""
     centred = total - zero_point[:, None].long() * column_sum.long()
     y = centred.float() * (scale[:, None] * weight_scale)
-    return (y if bias is None else y + bias).to(out_dtype)
+    y = y if bias is None else y + bias
+    return (y if residual is None else y + residual).to(out_dtype)
 
 
 def linear_int8(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int],
+    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `dgq_kernels.linear_int8`."""
     total = accumulate(codes, weight, class_ends)
-    return dequantize(total, scale, zero_point, weight_scale, column_sum, bias, out_dtype)
+    return dequantize(total, scale, zero_point, weight_scale, column_sum, bias, out_dtype, residual)
 
 
 def linear_int4(
     codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
-    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int,
+    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `dgq_kernels.linear_int4`."""
     k = codes.shape[1]
     weight = expand_two_level(packed, subscales, k, group)
-    return linear_int8(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, [k])
+    return linear_int8(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, [k], residual)

@@ -29,20 +29,22 @@ class Config(NamedTuple):
 
 
 # (large, small) tiles per major compute capability; the small one where large tiles would leave multiprocessors idle.
+# Chosen by the compile table (kernels/aot.csv): instructions per product in the loop, no spill under any release.
 INT8_CONFIGS = {
-    8: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4)),
-    9: (Config(128, 128, 64, 8, 4), Config(64, 64, 64, 4, 4)),
-    12: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4)),  # 99 KiB of shared memory, as 8.6 and 8.9
+    8: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
+    9: (Config(128, 128, 64, 8, 4), Config(64, 64, 64, 4, 3)),
+    12: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),  # 99 KiB of shared memory, as 8.6 and 8.9
 }
+# By weights per sub-scale: groups of 32 unpack cheapest in narrow tiles, where a thread's bytes share sub-scales.
 INT4_CONFIGS = {
-    8: (Config(64, 128, 64, 8, 3), Config(32, 64, 64, 4, 4)),
-    9: (Config(64, 128, 64, 8, 3), Config(32, 64, 64, 4, 4)),
+    32: {8: (Config(128, 64, 64, 4, 3), Config(64, 64, 32, 4, 4))},
+    64: {8: (Config(128, 128, 64, 8, 3), Config(64, 64, 32, 4, 4))},
 }
 _INTERPRETER = Config(128, 128, 256, 4, 1)  # its cost is per tile
 
 
 @triton.jit
-def _signed(codes, ASSEMBLY: tl.constexpr):
+def signed(codes, ASSEMBLY: tl.constexpr):
     """Codes 0..255 as int8 -128..127; the assembly flips four at once where the compiler would take them apart."""
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
@@ -52,7 +54,33 @@ def _signed(codes, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _tile(row_blocks, channel_blocks):
+def signed_within(codes, lane, begin, end, ASSEMBLY: tl.constexpr):
+    """`signed`, and 0 where a lane (the same shape as codes, or to be broadcast to it) lies outside begin..end - 1."""
+    within = (lane >= begin) & (lane < end)
+    if ASSEMBLY:
+        # Bytes of a mask, the same for every row: the flip and the mask are then one instruction for four codes.
+        mask = tl.broadcast_to(tl.where(within, -1, 0).to(tl.int8), codes.shape)
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x80808080, $2, 0x28;", "=r,r,r", args=[codes, mask], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return tl.where(within, signed(codes, ASSEMBLY), 0)
+
+
+@triton.jit
+def class_steps(begin, end, STEP: tl.constexpr):
+    """How a shift class begin..end - 1 is cut: (edge, gap, inner_begin, inner_end).
+
+    Whole aligned steps inner_begin..inner_end belong to the class alone and need no mask. The steps that it shares
+    with a neighbour, at most two, are those of range(edge, end, gap).
+    """
+    inner_begin = tl.cdiv(begin, STEP) * STEP
+    inner_end = end // STEP * STEP
+    edge = tl.where(begin < inner_begin, inner_begin - STEP, inner_end)
+    return edge, tl.maximum(inner_end - edge, STEP), inner_begin, inner_end
+
+
+@triton.jit
+def tile_of(row_blocks, channel_blocks):
     """(row block, channel block) of this program: bands of 8 row blocks, so that neighbours share weights in L2."""
     program = tl.program_id(0)
     band = 8 * channel_blocks
@@ -62,33 +90,45 @@ def _tile(row_blocks, channel_blocks):
 
 
 @triton.jit
-def _finish(
-    accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, out_ptr,
-    row, channel, rows, channels, HAS_BIAS: tl.constexpr,
+def dequantize(
+    accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
+    scale_row, channel, in_rows, in_channels, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue on an accumulator (BLOCK_ROWS, BLOCK_CHANNELS): `reference.dequantize`, then the store."""
-    in_rows, in_channels = row < rows, channel < channels
-    scale = tl.load(scale_ptr + row, mask=in_rows, other=0.0)
-    zero_point = tl.load(zero_point_ptr + row, mask=in_rows, other=0)
+    """`reference.dequantize` of an accumulator (BLOCK_ROWS, BLOCK_CHANNELS) of codes - 128, in float32.
+
+    scale_row is each row's place in scale and zero_point: the row itself, or the sample that a pixel belongs to.
+    """
+    scale = tl.load(scale_ptr + scale_row, mask=in_rows, other=0.0)
+    zero_point = tl.load(zero_point_ptr + scale_row, mask=in_rows, other=0)
     weight_scale = tl.load(weight_scale_ptr + channel, mask=in_channels, other=0.0)
     column_sum = tl.load(column_sum_ptr + channel, mask=in_channels, other=0)
     centred = accumulator - (zero_point - 128)[:, None] * column_sum[None, :]
     y = centred.to(tl.float32) * (scale[:, None] * weight_scale[None, :])
     if HAS_BIAS:
         y += tl.load(bias_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def store(y, residual_ptr, out_ptr, row, channel, rows, channels, HAS_RESIDUAL: tl.constexpr):
+    """Add the residual, if any, in float32, round once to the type of `out` (rows, channels), and write."""
     offsets = row[:, None].to(tl.int64) * channels + channel[None, :]
-    tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_channels[None, :])
+    inside = (row < rows)[:, None] & (channel < channels)[None, :]
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def linear_int8_kernel(
-    codes_ptr, scale_ptr, zero_point_ptr, weight_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, out_ptr, ends_ptr,
+    codes_ptr, scale_ptr, zero_point_ptr, weight_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
+    residual_ptr, out_ptr, ends_ptr,
     rows, channels, reduction,
-    CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ASSEMBLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """codes (rows, reduction), weight (channels, reduction), ends (CLASSES,) int32; all contiguous."""
-    row_block, channel_block = _tile(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
+    row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     lane = tl.arange(0, HALF)
@@ -96,6 +136,7 @@ def linear_int8_kernel(
     x_tile = codes_ptr + tl.minimum(row, rows - 1)[:, None].to(tl.int64) * reduction + lane[None, :]
     w_tile = weight_ptr + tl.minimum(channel, channels - 1)[None, :].to(tl.int64) * reduction + lane[:, None]
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.int32)
+    STEP: tl.constexpr = 2 * HALF
     for reverse in range(CLASSES):
         index = CLASSES - 1 - reverse
         if CLASSES == 1:
@@ -103,69 +144,87 @@ def linear_int8_kernel(
             end = reduction
         else:
             accumulator += accumulator  # Horner: what the higher classes have summed so far counts twice
-            end = tl.load(ends_ptr + index)
-            begin = tl.load(ends_ptr + index - 1, mask=index > 0, other=0)
-        # A class may begin inside a step: the step is loaded whole, at its aligned place, and other classes' codes
-        # are zeroed after the load, which keeps the loads wide.
-        for first in range(begin // (2 * HALF) * (2 * HALF), end, 2 * HALF):
+            class_end = tl.load(ends_ptr + index)
+            class_begin = tl.load(ends_ptr + index - 1, mask=index > 0, other=0)
+            edge, gap, begin, end = class_steps(class_begin, class_end, STEP)
+            for first in range(edge, class_end, gap):
+                second = first + HALF
+                x0 = tl.load(x_tile + first, mask=(first + lane < reduction)[None, :], other=0)
+                w0 = tl.load(w_tile + first, mask=(first + lane < reduction)[:, None], other=0)
+                x1 = tl.load(x_tile + second, mask=(second + lane < reduction)[None, :], other=0)
+                w1 = tl.load(w_tile + second, mask=(second + lane < reduction)[:, None], other=0)
+                x0 = signed_within(x0, (first + lane)[None, :], class_begin, class_end, ASSEMBLY)
+                x1 = signed_within(x1, (second + lane)[None, :], class_begin, class_end, ASSEMBLY)
+                accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
+                accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
+        for first in range(begin, end, STEP):
             # Two products per step: with one, Triton 3.9 carries int8 operands bytewise through its prefetch.
             second = first + HALF
             # Past the end the weights are 0, so codes may be anything; only with `other` 0 are loads asynchronous.
-            x0 = _signed(tl.load(x_tile + first, mask=(first + lane < reduction)[None, :], other=0), ASSEMBLY)
+            x0 = signed(tl.load(x_tile + first, mask=(first + lane < reduction)[None, :], other=0), ASSEMBLY)
             w0 = tl.load(w_tile + first, mask=(first + lane < reduction)[:, None], other=0)
-            x1 = _signed(tl.load(x_tile + second, mask=(second + lane < reduction)[None, :], other=0), ASSEMBLY)
+            x1 = signed(tl.load(x_tile + second, mask=(second + lane < reduction)[None, :], other=0), ASSEMBLY)
             w1 = tl.load(w_tile + second, mask=(second + lane < reduction)[:, None], other=0)
-            if CLASSES > 1:
-                x0 = tl.where(((first + lane >= begin) & (first + lane < end))[None, :], x0, 0)
-                x1 = tl.where(((second + lane >= begin) & (second + lane < end))[None, :], x1, 0)
             accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
             accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
-    _finish(
-        accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, out_ptr,
-        row, channel, rows, channels, HAS_BIAS,
+    y = dequantize(
+        accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
+        row, channel, row < rows, channel < channels, HAS_BIAS,
     )  # fmt: skip
+    store(y, residual_ptr, out_ptr, row, channel, rows, channels, HAS_RESIDUAL)
 
 
 @triton.jit
-def unpack_two_level(packed, m, ASSEMBLY: tl.constexpr):
-    """(low, high) int8 weights w4 * m of the nibbles of `packed` uint8, with sub-scales m uint8 of the same shape.
+def unpack_two_level(packed, m, offset, ASSEMBLY: tl.constexpr):
+    """(low, high) int8 weights w4 * m of the nibbles of `packed` uint8; m and offset int32 of the same shape.
 
     The assembly does four bytes at once, in unsigned arithmetic: with u = w4 + 8, u * m + 128 - 8 m = w4 * m + 128 lies
     in 8..233, so no byte carries into the next, and flipping bit 7 makes it the int8 w4 * m. Four neighbouring bytes
-    must share their m.
+    must share their m. offset is `word_offset(m)`, computed once for all words that share it.
     """
     if ASSEMBLY:
         low, high = tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 m, offset, u;
-            and.b32 m, $3, 0xFF;
-            mul.lo.u32 offset, m, 0xF7F7F7F8;
-            add.u32 offset, offset, 0x80808080;
+            .reg .b32 u;
             and.b32 u, $2, 0x0F0F0F0F;
             xor.b32 u, u, 0x08080808;
-            mad.lo.u32 u, u, m, offset;
+            mad.lo.u32 u, u, $3, $7;
             xor.b32 $0, u, 0x80808080;
             shr.u32 u, $2, 4;
             and.b32 u, u, 0x0F0F0F0F;
             xor.b32 u, u, 0x08080808;
-            mad.lo.u32 u, u, m, offset;
+            mad.lo.u32 u, u, $3, $7;
             xor.b32 $1, u, 0x80808080;
             }
             """,
-            "=r,=r,r,r", args=[packed, m], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
+            "=r,=r,r,r,r,r,r,r,r,r,r", args=[packed, m, offset], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
         )  # fmt: skip
     else:
-        low = ((packed << 4).to(tl.int8, bitcast=True) >> 4) * m.to(tl.int8, bitcast=True)
-        high = (packed.to(tl.int8, bitcast=True) >> 4) * m.to(tl.int8, bitcast=True)
+        low = ((packed << 4).to(tl.int8, bitcast=True) >> 4) * m.to(tl.int8)
+        high = (packed.to(tl.int8, bitcast=True) >> 4) * m.to(tl.int8)
     return low, high
 
 
 @triton.jit
+def subscales(pair, odd, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """(m, offset) int32 (CHANNELS, GROUPS * GROUP // 2): each group's sub-scale beside its bytes.
+
+    pair uint8 (CHANNELS, GROUPS) holds two sub-scales to a byte, odd (GROUPS,) says which one counts.
+    """
+    m = (pair.to(tl.int32) >> (odd * 4)[None, :]) & 0xF
+    offset = m * -0x08080808 - 0x7F7F7F80  # (128 - 8 m) in each byte, modulo 2^32
+    HALF: tl.constexpr = GROUPS * GROUP // 2
+    m = tl.broadcast_to(m[:, :, None], (CHANNELS, GROUPS, GROUP // 2)).reshape(CHANNELS, HALF)
+    offset = tl.broadcast_to(offset[:, :, None], (CHANNELS, GROUPS, GROUP // 2)).reshape(CHANNELS, HALF)
+    return m, offset
+
+
+@triton.jit
 def linear_int4_kernel(
-    codes_ptr, scale_ptr, zero_point_ptr, packed_ptr, subscale_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, out_ptr,
-    rows, channels, reduction, packed_row, subscale_row,
-    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    codes_ptr, scale_ptr, zero_point_ptr, packed_ptr, subscale_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
+    residual_ptr, out_ptr, rows, channels, reduction, packed_row, subscale_row,
+    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ASSEMBLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """codes (rows, reduction); packed (channels, packed_row), subscale (channels, subscale_row); all contiguous.
@@ -175,7 +234,7 @@ def linear_int4_kernel(
     operand: unpacked, they stay in registers.
     """
     GROUPS: tl.constexpr = 2 * HALF // GROUP
-    row_block, channel_block = _tile(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
+    row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     byte = tl.arange(0, HALF)
@@ -191,19 +250,19 @@ def linear_int4_kernel(
         packed = tl.load(w_tile + first, mask=(first + byte < packed_row)[None, :], other=0)
         at = first // GROUP  # of the sub-scale bytes: 2 * first weights, GROUP to a nibble
         pair = tl.load(m_tile + at, mask=(at + group // 2 < subscale_row)[None, :], other=0)
-        m = (pair >> (group % 2 * 4).to(tl.uint8)[None, :]) & 0xF
-        m = tl.broadcast_to(m[:, :, None], (BLOCK_CHANNELS, GROUPS, GROUP // 2)).reshape(BLOCK_CHANNELS, HALF)
-        low, high = unpack_two_level(packed, m, ASSEMBLY)
+        m, offset = subscales(pair, group % 2, BLOCK_CHANNELS, GROUPS, GROUP)
+        low, high = unpack_two_level(packed, m, offset, ASSEMBLY)
         low_k = 2 * first + low_lane[:, None]
         high_k = 2 * first + high_lane[:, None]
-        x_low = _signed(tl.load(x_tile + low_k, mask=low_k < reduction, other=0), ASSEMBLY)
-        x_high = _signed(tl.load(x_tile + high_k, mask=high_k < reduction, other=0), ASSEMBLY)
+        x_low = signed(tl.load(x_tile + low_k, mask=low_k < reduction, other=0), ASSEMBLY)
+        x_high = signed(tl.load(x_tile + high_k, mask=high_k < reduction, other=0), ASSEMBLY)
         accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
         accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
-    _finish(
-        accumulator.T, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, out_ptr,
-        row, channel, rows, channels, HAS_BIAS,
+    y = dequantize(
+        accumulator.T, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
+        row, channel, row < rows, channel < channels, HAS_BIAS,
     )  # fmt: skip
+    store(y, residual_ptr, out_ptr, row, channel, rows, channels, HAS_RESIDUAL)
 
 
 def configs_for(configs: dict[int, tuple[Config, Config]], major: int) -> tuple[Config, Config]:
@@ -211,7 +270,7 @@ def configs_for(configs: dict[int, tuple[Config, Config]], major: int) -> tuple[
     return configs[max((known for known in configs if known <= major), default=min(configs))]
 
 
-def _choose(configs: dict[int, tuple[Config, Config]], rows: int, channels: int, device: torch.device) -> Config:
+def choose(configs: dict[int, tuple[Config, Config]], rows: int, channels: int, device: torch.device) -> Config:
     """The tile for a product of this size on this device."""
     if triton.knobs.runtime.interpret:
         return _INTERPRETER
@@ -221,24 +280,24 @@ def _choose(configs: dict[int, tuple[Config, Config]], rows: int, channels: int,
     return large if tiles >= properties.multi_processor_count else small
 
 
-def _check(codes: Tensor, *tensors: Tensor) -> None:
-    """Contiguous operands, and a reduction that int32 holds whatever the codes and weights are."""
-    if not all(tensor.is_contiguous() for tensor in (codes, *tensors)):
+def check(reduction: int, *tensors: Tensor) -> None:
+    """Refuse operands that are not contiguous, and a reduction so long that int32 may overflow (ValueError)."""
+    if not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError("codes and weights must be contiguous")
-    if codes.shape[1] * _CODE_LIMIT >= 2**31:
-        raise ValueError(f"reduction of {codes.shape[1]} channels may overflow int32 (at most {2**31 // _CODE_LIMIT})")
+    if reduction * _CODE_LIMIT >= 2**31:
+        raise ValueError(f"reduction of {reduction} channels may overflow int32 (at most {2**31 // _CODE_LIMIT})")
 
 
 @functools.cache
-def _class_ends(ends: tuple[int, ...], device: torch.device) -> Tensor:
+def class_ends_on(ends: tuple[int, ...], device: torch.device) -> Tensor:
     """The class ends on the device, int32; kept, since a copy per call would stall the stream and break CUDA graphs."""
     return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
 def linear_int8(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int], *, out: Tensor | None = None,
-    config: Config | None = None,
+    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None, *,
+    out: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """See `dgq_kernels.linear_int8`; `out` is a contiguous (M, N) buffer to write to.
 
@@ -246,18 +305,19 @@ def linear_int8(
         ValueError: operands are not contiguous, or K is so long that int32 may overflow even without shifts (whether
             shifted classes fit is a property of the weights, which whoever forms the classes proves).
     """
-    _check(codes, weight)
+    residual = None if residual is None else residual.contiguous()
+    check(codes.shape[1], codes, weight)
     rows, reduction = codes.shape
     channels = weight.shape[0]
     out = torch.empty((rows, channels), dtype=out_dtype, device=codes.device) if out is None else out
     if not out.numel():
         return out
-    config = config or _choose(INT8_CONFIGS, rows, channels, codes.device)
-    ends = _class_ends(tuple(class_ends), codes.device) if len(class_ends) > 1 else None
+    config = config or choose(INT8_CONFIGS, rows, channels, codes.device)
+    ends = class_ends_on(tuple(class_ends), codes.device) if len(class_ends) > 1 else None
     linear_int8_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(channels, config.channels),)](
-        codes, scale, zero_point, weight, weight_scale, column_sum, bias, out, ends,
+        codes, scale, zero_point, weight, weight_scale, column_sum, bias, residual, out, ends,
         rows, channels, reduction, CLASSES=len(class_ends), HAS_BIAS=bias is not None,
-        ASSEMBLY=not triton.knobs.runtime.interpret,
+        HAS_RESIDUAL=residual is not None, ASSEMBLY=not triton.knobs.runtime.interpret,
         BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, HALF=config.half,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
     )  # fmt: skip
@@ -266,25 +326,27 @@ def linear_int8(
 
 def linear_int4(
     codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
-    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int, *, out: Tensor | None = None,
-    config: Config | None = None,
+    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int, residual: Tensor | None = None, *,
+    out: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """See `dgq_kernels.linear_int4`; `out` is a contiguous (M, N) buffer to write to.
 
     Raises:
         ValueError: operands are not contiguous, or K is so long that int32 may overflow.
     """
-    _check(codes, packed, subscales)
+    residual = None if residual is None else residual.contiguous()
+    check(codes.shape[1], codes, packed, subscales)
     rows, reduction = codes.shape
     channels = packed.shape[0]
     out = torch.empty((rows, channels), dtype=out_dtype, device=codes.device) if out is None else out
     if not out.numel():
         return out
-    config = config or _choose(INT4_CONFIGS, rows, channels, codes.device)
+    config = config or choose(INT4_CONFIGS[group], rows, channels, codes.device)
     linear_int4_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(channels, config.channels),)](
-        codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out,
+        codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, residual, out,
         rows, channels, reduction, packed.shape[1], subscales.shape[1],
-        GROUP=group, HAS_BIAS=bias is not None, ASSEMBLY=not triton.knobs.runtime.interpret,
+        GROUP=group, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        ASSEMBLY=not triton.knobs.runtime.interpret,
         BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, HALF=config.half,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
     )  # fmt: skip

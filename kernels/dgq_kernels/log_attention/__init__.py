@@ -66,3 +66,72 @@ def log_attention_eager(
 @log_attention.register_fake
 def _(q, k, v, scale, bits, fraction_bits, start_token, qk_bits=8, v_bits=8):
     return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("dgq::log_attention_running", mutates_args=())
+def log_attention_running(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, block: int = 64
+) -> Tensor:
+    """Self-attention as `log_attention` in one pass over the keys, `block` at a time, for long sequences.
+
+    A code counts below R, the row's largest t so far rounded up to whole octaves: code = clamp(rint((R - t) * 2^f), 0,
+    2^bits - 1). When a block raises R by n octaves, the integer sums so far are divided by 2^n, rounded half up. So
+    bytes use between 1 and 1/2 of their range where `log_attention` uses all of it: about 2 dB less at 8 bits
+    (tests/kernels/test_triton_attention_forms.py holds the bound), for 2 int8 products instead of 3. R in the end does
+    not depend on the order of the keys.
+
+    Args:
+        q: float16, bfloat16 or float32 (B, H, T, d); k, v: the same dtype, (B, H, S, d).
+        scale, bits, fraction_bits: as in `log_attention`; q, k and v become 8-bit codes as there.
+        block: keys per step, 32, 64 or 128.
+
+    Returns:
+        (B, H, T, d) in q's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes or numbers outside the above.
+    """
+    reference.validate_running(q, k, v, scale, bits, fraction_bits, block)
+    if select(q.device) == "triton":
+        from . import triton as kernels
+
+        return kernels.log_attention_running(q, k, v, scale, bits, fraction_bits, block)
+    return reference.log_attention_running(q, k, v, scale, bits, fraction_bits, block)
+
+
+@torch.library.custom_op("dgq::log_attention_base2", mutates_args=())
+def log_attention_base2(q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, start_token: bool) -> Tensor:
+    """Attention with probabilities as the DGQ paper publishes them: base 2, one maximum per sample.
+
+    With A = softmax(scale * q k^T) and d a sample's largest A: A^ = d * 2^-clamp(rint(-log2(A / d)), 0, 2^bits - 1).
+    Rows are not renormalised. With a start token its column stays as it is and d is taken over the others. q, k and v
+    stay float.
+
+    Args:
+        q: float16, bfloat16 or float32 (B, H, T, d); k, v: the same dtype, (B, H, S, d).
+        scale: positive factor of the logits.
+        bits: 2 to 8.
+        start_token: key 0 is the start token; S >= 2 then.
+
+    Returns:
+        A^ v, (B, H, T, d) in q's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes or numbers outside the above.
+    """
+    reference.validate(q, k, v, scale, bits, 0, start_token, 0, 0)
+    if select(q.device) == "triton":
+        from . import triton as kernels
+
+        return kernels.log_attention_base2(q, k, v, scale, bits, start_token)
+    return reference.log_attention_base2(q, k, v, scale, bits, start_token)
+
+
+@log_attention_running.register_fake
+def _(q, k, v, scale, bits, fraction_bits, block=64):
+    return q.new_empty(q.shape)
+
+
+@log_attention_base2.register_fake
+def _(q, k, v, scale, bits, start_token):
+    return q.new_empty(q.shape)

@@ -150,3 +150,50 @@ def log_attention(
     octave = operands.q_scale * operands.key_step * 2.0**-fraction_bits
     start_logit = (q.float() @ operands.start_k.mT) * (scale * math.log2(math.e))
     return combine_start(numerator, normaliser, largest * octave, start_logit, operands.start_v).to(q.dtype)
+
+
+def validate_running(q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, block: int) -> None:
+    """Raise ValueError where the arguments of `dgq_kernels.log_attention_running` make no sense."""
+    validate(q, k, v, scale, bits, fraction_bits, False, 8, 8)
+    if k.shape[2] > MAX_KEYS // 2:  # the rounding of a shift needs one bit more
+        raise ValueError(f"at most {MAX_KEYS // 2} keys expected, got {k.shape[2]}")
+    if block not in (32, 64, 128):
+        raise ValueError(f"block must be 32, 64 or 128, got {block}")
+
+
+def log_attention_running(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, block: int
+) -> Tensor:
+    """See `dgq_kernels.log_attention_running`."""
+    operands = quantize_operands(q, k, v, scale, fraction_bits, False, 8, 8)
+    table = torch.tensor(probability_bytes(bits, fraction_bits), dtype=torch.int64, device=q.device)
+    step = operands.q_scale * operands.key_step
+    octave: Tensor | None = None
+    numerator = normaliser = torch.zeros((), dtype=torch.int64, device=q.device)
+    for start in range(0, operands.k.shape[2], block):
+        products = (operands.q.double() @ operands.k[:, :, start : start + block].double().mT).float()
+        higher = (products.amax(-1, keepdim=True) * step * 2.0**-fraction_bits).ceil()
+        if octave is not None:
+            higher = torch.maximum(octave, higher)
+            shift = (higher - octave).clamp(max=30).to(torch.int64)
+            half = (1 << shift) >> 1
+            numerator, normaliser = (numerator + half) >> shift, (normaliser + half) >> shift
+        octave = higher
+        codes = (octave * 2.0**fraction_bits - products * step).clamp_(0, 2**bits - 1).round_()
+        p = table[codes.to(torch.int64)]
+        values = operands.v[:, :, start : start + block].double()
+        numerator = numerator + (p.double() @ values).to(torch.int64)
+        normaliser = normaliser + p.sum(-1, keepdim=True)
+    y = numerator.float() * operands.v_scale * (1 / normaliser.float())
+    return y.to(q.dtype)
+
+
+def log_attention_base2(q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, start_token: bool) -> Tensor:
+    """See `dgq_kernels.log_attention_base2`."""
+    first = int(start_token)
+    p = torch.softmax(q.float() @ k.float().mT * scale, dim=-1)
+    largest = p[..., first:].flatten(1).amax(1).view(-1, 1, 1, 1)
+    codes = torch.log2(p[..., first:] / largest).neg_().round_().clamp_(0, 2**bits - 1)
+    quantized = torch.exp2(-codes) * largest
+    values = v.float()
+    return (p[..., :first] @ values[:, :, :first] + quantized @ values[:, :, first:]).to(q.dtype)

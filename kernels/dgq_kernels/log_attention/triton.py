@@ -1,8 +1,11 @@
-"""Fractional-log attention on CUDA: two passes over int8 keys, no exponential but the start column's.
+"""Log attention on CUDA: int8 products and no exponential but the start column's.
 
-The first pass finds each row's largest integer logit, the second turns differences to it into bytes and multiplies them
-by int8 v. One pass with a running maximum would have to shift sums of already truncated bytes, which depends on the
-order of the keys; two passes give the reference's codes exactly.
+`log_attention_kernel` makes two passes over the keys: the first finds each row's largest integer logit, the second
+turns differences to it into bytes and multiplies them by int8 v, which gives the reference's codes exactly.
+`running_kernel` makes one pass: bytes count below the row's largest logit so far, rounded up to whole octaves, and when
+that grows the int32 sums are shifted (sums, not bytes), so a byte is never rounded more coarsely than two passes round
+it. The largest octave does not depend on the order of the keys, the last digits do; the reference fixes the order.
+The published form (one maximum for the tensor, base 2) needs each row's normaliser before the first code: two passes.
 """
 
 from __future__ import annotations
@@ -50,6 +53,16 @@ def probability(code, FRACTION_BITS: tl.constexpr, TOP: tl.constexpr):
 
 
 @triton.jit
+def row_codes(q_values, QK_TOP: tl.constexpr):
+    """(int8 codes, scale) of each row, symmetric, as `reference.quantize_operands`."""
+    magnitude = tl.max(tl.abs(q_values), axis=1)
+    q_scale = tl.where(magnitude > _SMALLEST, tl.div_rn(magnitude, float(QK_TOP)), 1.0)
+    scaled = q_values * tl.div_rn(1.0, q_scale)[:, None]
+    scaled = tl.minimum(tl.maximum(scaled, -float(QK_TOP)), float(QK_TOP))
+    return ((scaled + _ROUND_TRICK) - _ROUND_TRICK).to(tl.int8), q_scale
+
+
+@triton.jit
 def log_attention_kernel(
     q_ptr, k_ptr, v_ptr, v_scale_ptr, v_sum_ptr, key_step_ptr, start_k_ptr, start_v_ptr, out_ptr,
     rows, keys, padded_keys, heads, q_batch, q_head, q_row, logit_scale,
@@ -72,11 +85,7 @@ def log_attention_kernel(
     if START:
         start_k = tl.load(start_k_ptr + head * WIDTH + channel)
         start_logit = tl.sum(q_values * start_k[None, :], axis=1) * logit_scale
-    magnitude = tl.max(tl.abs(q_values), axis=1)
-    q_scale = tl.where(magnitude > _SMALLEST, tl.div_rn(magnitude, float(QK_TOP)), 1.0)
-    scaled = q_values * tl.div_rn(1.0, q_scale)[:, None]
-    scaled = tl.minimum(tl.maximum(scaled, -float(QK_TOP)), float(QK_TOP))
-    q_codes = ((scaled + _ROUND_TRICK) - _ROUND_TRICK).to(tl.int8)
+    q_codes, q_scale = row_codes(q_values, QK_TOP)
     step = q_scale * tl.load(key_step_ptr + head)
     largest = tl.full((BLOCK_ROWS,), _LOWEST, tl.int32)
 
@@ -118,6 +127,149 @@ def log_attention_kernel(
     out_offsets = (head.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + channel[None, :]
     numerator *= (1.0 / total)[:, None]
     tl.store(out_ptr + out_offsets, numerator.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def running_kernel(
+    q_ptr, k_ptr, v_ptr, v_scale_ptr, v_prefix_ptr, key_step_ptr, out_ptr,
+    rows, keys, padded_keys, heads, q_batch, q_head, q_row,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    FRACTION_BITS: tl.constexpr, TOP: tl.constexpr, QK_TOP: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows of one head; operands as in `log_attention_kernel`, v_prefix (BH, blocks + 1, WIDTH) int32, the
+    sums of v's codes before each block of keys."""
+    head = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channel = tl.arange(0, WIDTH)
+    inside = (row < rows)[:, None] & (channel < HEAD_DIM)[None, :]
+    base = (head // heads).to(tl.int64) * q_batch + (head % heads).to(tl.int64) * q_head
+    q_offsets = base + row[:, None].to(tl.int64) * q_row + channel[None, :]
+    q_codes, q_scale = row_codes(tl.load(q_ptr + q_offsets, mask=inside, other=0.0).to(tl.float32), QK_TOP)
+    step = q_scale * tl.load(key_step_ptr + head)
+    per_octave: tl.constexpr = float(1 << FRACTION_BITS)
+
+    key = tl.arange(0, BLOCK_KEYS)
+    k_tile = k_ptr + head.to(tl.int64) * padded_keys * WIDTH + key[None, :] * WIDTH + channel[:, None]
+    v_tile = v_ptr + head.to(tl.int64) * padded_keys * WIDTH + channel[None, :] * padded_keys + key[:, None]
+    prefix = v_prefix_ptr + head.to(tl.int64) * (padded_keys // BLOCK_KEYS + 1) * WIDTH + channel
+    octave = tl.full((BLOCK_ROWS,), -3e38, tl.float32)
+    normaliser = tl.zeros((BLOCK_ROWS,), tl.int32)
+    accumulator = tl.zeros((BLOCK_ROWS, WIDTH), tl.int32)  # of p - 128: 128 * prefix is missing
+    for first in range(0, keys, BLOCK_KEYS):
+        k_codes = tl.load(k_tile + first * WIDTH)
+        products = tl.dot(q_codes, k_codes, out_dtype=tl.int32)
+        valid = (first + key < keys)[None, :]
+        largest = tl.max(tl.where(valid, products, _LOWEST), axis=1)
+        higher = tl.maximum(octave, tl.ceil(largest.to(tl.float32) * step * (1.0 / per_octave)))
+        shift = tl.minimum(higher - octave, 30.0).to(tl.int32)  # 1 << 31 is negative
+        octave = higher
+        if tl.max(shift, axis=0) > 0:  # seldom after the first blocks
+            half = (1 << shift) >> 1
+            normaliser = (normaliser + half) >> shift
+            offset = 128 * tl.load(prefix + first // BLOCK_KEYS * WIDTH)[None, :]
+            accumulator = ((accumulator + offset + half[:, None]) >> shift[:, None]) - offset
+        below = octave[:, None] * per_octave - products.to(tl.float32) * step[:, None]
+        rounded = tl.minimum(tl.maximum(below, 0.0), float(TOP)) + _ROUND_TRICK
+        code = rounded.to(tl.int32, bitcast=True) & 0xFF
+        p = tl.where(valid, probability(code, FRACTION_BITS, TOP), 0)
+        normaliser += tl.sum(p, axis=1)
+        v_codes = tl.load(v_tile + first)
+        accumulator = tl.dot((p - 128).to(tl.int8), v_codes, accumulator, out_dtype=tl.int32)
+
+    accumulator += 128 * tl.load(prefix + padded_keys // BLOCK_KEYS * WIDTH)[None, :]
+    numerator = accumulator.to(tl.float32) * tl.load(v_scale_ptr + head * WIDTH + channel)[None, :]
+    out_offsets = (head.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + channel[None, :]
+    numerator *= (1.0 / normaliser.to(tl.float32))[:, None]
+    tl.store(out_ptr + out_offsets, numerator.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _base2_tile(q_ptr, head, row, rows, channel, HEAD_DIM: tl.constexpr):
+    """(q rows, offsets, mask) of one tile; q (BH, rows, HEAD_DIM) contiguous."""
+    inside = (row < rows)[:, None] & (channel < HEAD_DIM)[None, :]
+    offsets = (head.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + channel[None, :]
+    return tl.load(q_ptr + offsets, mask=inside, other=0.0), offsets, inside
+
+
+@triton.jit
+def _logits(q, k_ptr, head, first, keys, logit_scale, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr):
+    """Logits (rows, KEYS) in octaves of keys first.., minus infinity past the end; k (BH, keys, HEAD_DIM)."""
+    key = first + tl.arange(0, KEYS)
+    channel = tl.arange(0, WIDTH)
+    offsets = (head.to(tl.int64) * keys + key[None, :]) * HEAD_DIM + channel[:, None]
+    k = tl.load(k_ptr + offsets, mask=(key < keys)[None, :] & (channel < HEAD_DIM)[:, None], other=0.0)
+    logits = tl.dot(q, k, input_precision="ieee") * logit_scale
+    return tl.where((key < keys)[None, :], logits, float("-inf")), key
+
+
+@triton.jit
+def base2_rows_kernel(
+    q_ptr, k_ptr, normaliser_ptr, peak_ptr, rows, keys, logit_scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    START: tl.constexpr,
+):  # fmt: skip
+    """First pass: each row's log2 of the sum of exponentials, and its largest quantized logit; both (BH, rows)."""
+    head = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    q, _, _ = _base2_tile(q_ptr, head, row, rows, tl.arange(0, WIDTH), HEAD_DIM)
+    largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    peak = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    for first in range(0, keys, BLOCK_KEYS):
+        logits, key = _logits(q, k_ptr, head, first, keys, logit_scale, HEAD_DIM, WIDTH, BLOCK_KEYS)
+        higher = tl.maximum(largest, tl.max(logits, axis=1))
+        total = total * tl.exp2(largest - higher) + tl.sum(tl.exp2(logits - higher[:, None]), axis=1)
+        largest = higher
+        if START:
+            logits = tl.where((key > 0)[None, :], logits, float("-inf"))
+        peak = tl.maximum(peak, tl.max(logits, axis=1))
+    at = head.to(tl.int64) * rows + row
+    tl.store(normaliser_ptr + at, largest + tl.log2(total), mask=row < rows)
+    tl.store(peak_ptr + at, peak, mask=row < rows)
+
+
+@triton.jit
+def base2_kernel(
+    q_ptr, k_ptr, v_ptr, normaliser_ptr, peak_ptr, reference_ptr, out_ptr, rows, keys, heads, logit_scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    TOP: tl.constexpr, START: tl.constexpr,
+):  # fmt: skip
+    """Second pass: codes below the sample's largest log2 probability, reference (B,); a power of two is built from its
+    exponent's bits, so only the start column takes an exponential."""
+    head = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channel = tl.arange(0, WIDTH)
+    q, out_offsets, inside = _base2_tile(q_ptr, head, row, rows, channel, HEAD_DIM)
+    at = head.to(tl.int64) * rows + row
+    normaliser = tl.load(normaliser_ptr + at, mask=row < rows, other=0.0)
+    reference = tl.load(reference_ptr + head // heads)
+    ceiling = reference + normaliser  # the logit of code 0
+    lowest = tl.load(peak_ptr + at, mask=row < rows, other=0.0)
+    lowest = tl.minimum(tl.maximum(ceiling - lowest, 0.0), float(TOP))
+    lowest = (lowest + _ROUND_TRICK) - _ROUND_TRICK  # a row's smallest code; powers count from it, for half precision
+    accumulator = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
+    start = tl.zeros((BLOCK_ROWS,), tl.float32)
+    for first in range(0, keys, BLOCK_KEYS):
+        logits, key = _logits(q, k_ptr, head, first, keys, logit_scale, HEAD_DIM, WIDTH, BLOCK_KEYS)
+        code = tl.minimum(tl.maximum(ceiling[:, None] - logits, 0.0), float(TOP))
+        code = ((code + _ROUND_TRICK) - _ROUND_TRICK) - lowest[:, None]
+        exponent = 127 - tl.minimum(code, 127.0).to(tl.int32)
+        p = (exponent << 23).to(tl.float32, bitcast=True)
+        quantized = (key < keys)[None, :]
+        if START:
+            quantized = quantized & (key > 0)[None, :]
+            if first == 0:
+                start = tl.sum(tl.where((key == 0)[None, :], logits, 0.0), axis=1)
+        p = tl.where(quantized, p, 0.0)
+        v_offsets = (head.to(tl.int64) * keys + key[:, None]) * HEAD_DIM + channel[None, :]
+        v = tl.load(v_ptr + v_offsets, mask=(key < keys)[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
+        accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision="ieee")
+    y = accumulator * tl.exp2(reference - lowest)[:, None]
+    if START:
+        v_offsets = head.to(tl.int64) * keys * HEAD_DIM + channel
+        start_v = tl.load(v_ptr + v_offsets, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)
+        y += tl.exp2(start - normaliser)[:, None] * start_v[None, :]
+    tl.store(out_ptr + out_offsets, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def padded_width(head_dim: int) -> int:
@@ -178,4 +330,77 @@ def log_attention(
         num_warps=config.warps, num_stages=config.stages,
         enable_fp_fusion=False,  # a fused multiply-add would round the codes differently
     )  # fmt: skip
+    return out
+
+
+def log_attention_running(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, block: int, *,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See `dgq_kernels.log_attention_running`; `out` is a contiguous (B, H, T, d) buffer to write to."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if not out.numel():
+        return out
+    q = q if q.stride(3) == 1 else q.contiguous()
+    operands = quantize_operands(q[:, :, :1], k, v, scale, fraction_bits, False, 8, 8)
+    batch, heads, rows, head_dim = q.shape
+    width = padded_width(head_dim)
+    keys = operands.k.shape[2]
+    padded_keys = triton.cdiv(keys, block) * block
+    k_codes = _padded(operands.k, width, padded_keys)
+    v_codes = _padded(operands.v, width, padded_keys)
+    prefix = pad(v_codes.view(batch * heads, -1, block, width).sum(2, dtype=torch.int32), (0, 0, 1, 0))
+    prefix = prefix.cumsum(1, dtype=torch.int32)
+    config = running_config_for(width)
+    running_kernel[(triton.cdiv(rows, config.rows), batch * heads)](
+        q, k_codes, v_codes.mT.contiguous(), pad(operands.v_scale, (0, width - head_dim)).flatten(0, 2), prefix,
+        operands.key_step.flatten(), out,
+        rows, keys, padded_keys, heads, q.stride(0), q.stride(1), q.stride(2),
+        HEAD_DIM=head_dim, WIDTH=width, BLOCK_ROWS=config.rows, BLOCK_KEYS=block,
+        FRACTION_BITS=fraction_bits, TOP=2**bits - 1, QK_TOP=127,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def running_config_for(width: int) -> Config:
+    """Rows, warps and stages of the one-pass kernel; the keys of a block belong to what it computes."""
+    if triton.knobs.runtime.interpret:
+        return Config(128, 64, 4, 1)
+    return {32: Config(128, 64, 8, 3), 64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2)}.get(
+        width, Config(64, 32, 8, 2)
+    )
+
+
+def base2_config_for(width: int) -> Config:
+    """Tiles of the published form's passes."""
+    if triton.knobs.runtime.interpret:
+        return Config(128, 128, 4, 1)
+    return {32: Config(128, 64, 8, 2), 64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2)}.get(
+        width, Config(64, 32, 8, 2)
+    )
+
+
+def log_attention_base2(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, start_token: bool, *, out: Tensor | None = None
+) -> Tensor:
+    """See `dgq_kernels.log_attention_base2`; `out` is a contiguous (B, H, T, d) buffer to write to."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if not out.numel():
+        return out
+    batch, heads, rows, head_dim = q.shape
+    keys = k.shape[2]
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    width = padded_width(head_dim)
+    config = base2_config_for(width)
+    normaliser, peak = q.new_empty((2, batch * heads, rows), dtype=torch.float32)
+    grid = (triton.cdiv(rows, config.rows), batch * heads)
+    tile = {
+        "HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_ROWS": config.rows, "BLOCK_KEYS": config.keys,
+        "START": start_token, "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+    factor = scale * math.log2(math.e)
+    base2_rows_kernel[grid](q, k, normaliser, peak, rows, keys, factor, **tile)
+    reference = (peak - normaliser).view(batch, -1).amax(1)
+    base2_kernel[grid](q, k, v, normaliser, peak, reference, out, rows, keys, heads, factor, TOP=2**bits - 1, **tile)
     return out

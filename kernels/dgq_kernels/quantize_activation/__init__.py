@@ -1,4 +1,8 @@
-"""Run-time activation quantization: floats to asymmetric codes in bytes, per row or per sample."""
+"""Run-time activation quantization: floats to asymmetric codes in bytes, per row or per sample.
+
+Each op also comes fused with what precedes it in a transformer or residual block, so that the normalised or activated
+floats never reach memory.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ from . import reference
 
 
 @torch.library.custom_op("dgq::quantize_rows", mutates_args=())
-def quantize_rows(x: Tensor, bits: int, inv_divisor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Row-wise asymmetric codes of a linear layer's input.
 
     With x' = x * inv_divisor: lo = min(0, min x'), hi = max(0, max x'), scale = (hi - lo) / (2^bits - 1) (1 where
@@ -20,6 +26,7 @@ def quantize_rows(x: Tensor, bits: int, inv_divisor: Tensor | None) -> tuple[Ten
         x: float (M, K).
         bits: 2 to 8.
         inv_divisor: float32 (K,), reciprocal of the channel divisors, or None.
+        position: int32 (K,), a permutation: channel i's code is stored at place position[i]; None stores in order.
 
     Returns:
         codes uint8 (M, K); scale float32 (M,); zero_point int32 (M,).
@@ -27,22 +34,79 @@ def quantize_rows(x: Tensor, bits: int, inv_divisor: Tensor | None) -> tuple[Ten
     if select(x.device) == "triton":
         from . import triton as kernels
 
-        return kernels.quantize_rows(x, bits, inv_divisor)
-    return reference.quantize_rows(x, bits, inv_divisor)
+        return kernels.quantize_rows(x, bits, inv_divisor, position)
+    return reference.quantize_rows(x, bits, inv_divisor, position)
 
 
-@quantize_rows.register_fake
-def _(x: Tensor, bits: int, inv_divisor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("dgq::layer_norm_quantize_rows", mutates_args=())
+def layer_norm_quantize_rows(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int, inv_divisor: Tensor | None,
+    position: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`quantize_rows` of LayerNorm(x) over the channels, the norm in float32.
+
+    Args:
+        x: float (M, K).
+        weight, bias: float (K,), the norm's gain and offset, or None.
+        eps: added to the variance. The others as in `quantize_rows`.
+
+    Returns:
+        codes uint8 (M, K); scale float32 (M,); zero_point int32 (M,).
+    """
+    if select(x.device) == "triton":
+        from . import triton as kernels
+
+        return kernels.layer_norm_quantize_rows(x, weight, bias, eps, bits, inv_divisor, position)
+    return reference.layer_norm_quantize_rows(x, weight, bias, eps, bits, inv_divisor, position)
+
+
+@torch.library.custom_op("dgq::geglu_quantize_rows", mutates_args=())
+def geglu_quantize_rows(
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_rows` of x[:, :F] * gelu(x[:, F:]), the exact GELU in float32.
+
+    Args:
+        x: float (M, 2 F), values and gates as diffusers' GEGLU has them. The others as in `quantize_rows`, K = F.
+
+    Returns:
+        codes uint8 (M, F); scale float32 (M,); zero_point int32 (M,).
+    """
+    if select(x.device) == "triton":
+        from . import triton as kernels
+
+        return kernels.geglu_quantize_rows(x, bits, inv_divisor, position)
+    return reference.geglu_quantize_rows(x, bits, inv_divisor, position)
+
+
+def _empty_rows(x: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.shape[0]
     return (
-        torch.empty_like(x, dtype=torch.uint8),
+        x.new_empty((rows, channels), dtype=torch.uint8),
         x.new_empty(rows, dtype=torch.float32),
         x.new_empty(rows, dtype=torch.int32),
     )
 
 
+@quantize_rows.register_fake
+def _(x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None):
+    return _empty_rows(x, x.shape[1])
+
+
+@layer_norm_quantize_rows.register_fake
+def _(x, weight, bias, eps, bits, inv_divisor, position):
+    return _empty_rows(x, x.shape[1])
+
+
+@geglu_quantize_rows.register_fake
+def _(x, bits, inv_divisor, position):
+    return _empty_rows(x, x.shape[1] // 2)
+
+
 @torch.library.custom_op("dgq::quantize_samples", mutates_args=())
-def quantize_samples(x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_samples(
+    x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Asymmetric codes of a convolution's input, one scale per sample, already padded.
 
     A per-pixel scale cannot leave the sum over taps, hence per sample. The border of `padding` pixels holds the
@@ -53,18 +117,65 @@ def quantize_samples(x: Tensor, bits: int, inv_divisor: Tensor | None, padding: 
         bits: 2 to 8.
         inv_divisor: float32 (C,) or None.
         padding: zero padding on each side, in pixels.
+        position: int32 (C,), a permutation: channel i's codes are stored at place position[i]; or None.
 
     Returns:
         codes uint8 (B, C, H + 2 padding, W + 2 padding), channels-last; scale float32 (B,); zero_point int32 (B,).
     """
-    return reference.quantize_samples(x, bits, inv_divisor, padding)
+    if select(x.device) == "triton":
+        from . import triton as kernels
+
+        return kernels.quantize_samples(x, bits, inv_divisor, padding, position)
+    return reference.quantize_samples(x, bits, inv_divisor, padding, position)
 
 
-@quantize_samples.register_fake
-def _(x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("dgq::group_norm_quantize_samples", mutates_args=())
+def group_norm_quantize_samples(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, bits: int,
+    inv_divisor: Tensor | None, padding: int, position: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`quantize_samples` of GroupNorm(x), or SiLU(GroupNorm(x)), in float32.
+
+    Args:
+        x: float (B, C, H, W).
+        groups: of the norm; divides C.
+        weight, bias: float (C,), the norm's gain and offset, or None.
+        eps: added to the variance.
+        silu: apply y * sigmoid(y). The others as in `quantize_samples`.
+
+    Returns:
+        As `quantize_samples`.
+
+    Raises:
+        ValueError: groups does not divide C.
+    """
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"{groups} groups do not divide {x.shape[1]} channels")
+    if select(x.device) == "triton":
+        from . import triton as kernels
+
+        return kernels.group_norm_quantize_samples(
+            x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position
+        )
+    return reference.group_norm_quantize_samples(
+        x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position
+    )
+
+
+def _empty_samples(x: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
     codes = torch.empty(
         (batch, channels, height + 2 * padding, width + 2 * padding),
         dtype=torch.uint8, device=x.device, memory_format=torch.channels_last,
     )  # fmt: skip
     return codes, x.new_empty(batch, dtype=torch.float32), x.new_empty(batch, dtype=torch.int32)
+
+
+@quantize_samples.register_fake
+def _(x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None):
+    return _empty_samples(x, padding)
+
+
+@group_norm_quantize_samples.register_fake
+def _(x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position):
+    return _empty_samples(x, padding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # Smaller ranges count as zero, so that the reciprocal of a scale is always finite.
 SMALLEST_SCALE = 1e-30
@@ -21,17 +22,46 @@ def _codes(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Ten
     return codes, scale, zero_point
 
 
-def quantize_rows(x: Tensor, bits: int, inv_divisor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _placed(codes: Tensor, position: Tensor | None, dim: int) -> Tensor:
+    """Codes with channel i of axis `dim` moved to place position[i]."""
+    if position is None:
+        return codes
+    return torch.empty_like(codes).index_copy_(dim, position.long(), codes)
+
+
+def quantize_rows(
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `dgq_kernels.quantize_rows`."""
     x = x.float()
     if inv_divisor is not None:
         x = x * inv_divisor
     low, high = torch.aminmax(x, dim=1, keepdim=True)
     codes, scale, zero_point = _codes(x, low, high, bits)
-    return codes, scale.flatten(), zero_point.flatten().to(torch.int32)
+    return _placed(codes, position, 1), scale.flatten(), zero_point.flatten().to(torch.int32)
 
 
-def quantize_samples(x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_quantize_rows(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int, inv_divisor: Tensor | None,
+    position: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `dgq_kernels.layer_norm_quantize_rows`."""
+    weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
+    normed = functional.layer_norm(x.float(), x.shape[1:], weight, bias, eps)
+    return quantize_rows(normed, bits, inv_divisor, position)
+
+
+def geglu_quantize_rows(
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `dgq_kernels.geglu_quantize_rows`."""
+    value, gate = x.float().chunk(2, dim=1)
+    return quantize_rows(value * functional.gelu(gate), bits, inv_divisor, position)
+
+
+def quantize_samples(
+    x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `dgq_kernels.quantize_samples`."""
     x = x.float()
     if inv_divisor is not None:
@@ -45,5 +75,16 @@ def quantize_samples(x: Tensor, bits: int, inv_divisor: Tensor | None, padding: 
     )  # fmt: skip
     if padding:
         padded.copy_(zero_point.to(torch.uint8).expand_as(padded))
-    padded[:, :, padding : padding + height, padding : padding + width] = codes
+    padded[:, :, padding : padding + height, padding : padding + width] = _placed(codes, position, 1)
     return padded, scale.flatten(), zero_point.flatten().to(torch.int32)
+
+
+def group_norm_quantize_samples(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, bits: int,
+    inv_divisor: Tensor | None, padding: int, position: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `dgq_kernels.group_norm_quantize_samples`."""
+    weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
+    # torch's norm of a channels-last tensor loses the digits of a large mean; of a contiguous one it does not
+    y = functional.group_norm(x.float().contiguous(), groups, weight, bias, eps)
+    return quantize_samples(functional.silu(y) if silu else y, bits, inv_divisor, padding, position)

@@ -1,8 +1,13 @@
-"""Row-wise activation quantization on CUDA: one read for the range, one (from the cache) for the codes."""
+"""Activation quantization on CUDA, alone or fused with the norm or activation that precedes it.
+
+Rows: one program holds whole rows in registers, so the input is read once. Samples: the range of a whole image is
+needed before the first code, so a pass for the range and one for the codes, and with a norm one for its statistics;
+partial results go through memory in a fixed order, never through atomics, so results do not vary from run to run.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,10 +17,12 @@ from torch import Tensor
 from .reference import SMALLEST_SCALE
 
 _ROUND_TRICK = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a small float to an integer, half to even
+_PLAIN, _LAYER_NORM, _GEGLU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LONGEST_ROW = 8192  # channels that a program's registers hold
 
 
 class Config(NamedTuple):
-    """Rows and channels per tile, warps."""
+    """Rows (or pixels) and channels per tile, warps."""
 
     rows: int
     channels: int
@@ -23,74 +30,418 @@ class Config(NamedTuple):
 
 
 @triton.jit
-def _load(x_ptr, inv_divisor_ptr, offsets, channel, channels, mask, DIVIDE: tl.constexpr):
-    """x' = x * inv_divisor, float32; masked places read 0, which every row's range holds anyway."""
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if DIVIDE:
-        x *= tl.load(inv_divisor_ptr + channel, mask=channel < channels, other=0.0)[None, :]
-    return x
+def quantizer(low, high, SMALLEST: tl.constexpr, TOP: tl.constexpr):
+    """(scale, 1 / scale, zero point as a float) of ranges that hold 0, as `reference._codes`."""
+    scale = tl.div_rn(high - low, float(TOP))
+    scale = tl.where(scale > SMALLEST, scale, 1.0)
+    inverse = tl.div_rn(1.0, scale)
+    return scale, inverse, (-low * inverse + _ROUND_TRICK) - _ROUND_TRICK
+
+
+@triton.jit
+def code(x, inverse, zero_point, TOP: tl.constexpr):
+    """The byte of x."""
+    rounded = ((x * inverse + _ROUND_TRICK) - _ROUND_TRICK) + zero_point
+    return tl.minimum(tl.maximum(rounded, 0.0), float(TOP)).to(tl.uint8)
 
 
 @triton.jit
 def quantize_rows_kernel(
-    x_ptr, inv_divisor_ptr, codes_ptr, scale_ptr, zero_point_ptr, rows, channels, x_row,
-    SMALLEST: tl.constexpr, TOP: tl.constexpr, DIVIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    x_ptr, norm_weight_ptr, norm_bias_ptr, inv_divisor_ptr, position_ptr, codes_ptr, scale_ptr, zero_point_ptr,
+    rows, channels, x_row, eps,
+    INPUT: tl.constexpr, GAIN: tl.constexpr, OFFSET: tl.constexpr, DIVIDE: tl.constexpr, PLACE: tl.constexpr,
+    SMALLEST: tl.constexpr, TOP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """x (rows, channels) with row stride x_row; codes (rows, channels) contiguous; the others (rows,)."""
+    """x (rows, channels) with row stride x_row, for GEGLU (rows, 2 channels); codes (rows, channels) contiguous; norm
+    weight and bias, inv_divisor and position (channels,); scale and zero_point (rows,). BLOCK_CHANNELS >= channels."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    low = tl.zeros((BLOCK_ROWS,), tl.float32)
-    high = tl.zeros((BLOCK_ROWS,), tl.float32)
-    x_offsets = row[:, None].to(tl.int64) * x_row
-    for first in range(0, channels, BLOCK_CHANNELS):
-        channel = first + tl.arange(0, BLOCK_CHANNELS)
-        mask = (row < rows)[:, None] & (channel < channels)[None, :]
-        x = _load(x_ptr, inv_divisor_ptr, x_offsets + channel[None, :], channel, channels, mask, DIVIDE)
-        low = tl.minimum(low, tl.min(x, axis=1))
-        high = tl.maximum(high, tl.max(x, axis=1))
+    channel = tl.arange(0, BLOCK_CHANNELS)
+    in_channels = channel < channels
+    inside = (row < rows)[:, None] & in_channels[None, :]
+    x_offsets = row[:, None].to(tl.int64) * x_row + channel[None, :]
+    x = tl.load(x_ptr + x_offsets, mask=inside, other=0.0).to(tl.float32)
+    if INPUT == _LAYER_NORM:
+        mean = tl.sum(x, axis=1) / channels
+        x = tl.where(inside, x - mean[:, None], 0.0)
+        variance = tl.sum(x * x, axis=1) / channels
+        x *= tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[:, None]
+        if GAIN:
+            x *= tl.load(norm_weight_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)[None, :]
+        if OFFSET:
+            x += tl.load(norm_bias_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)[None, :]
+    if INPUT == _GEGLU:
+        gate = tl.load(x_ptr + x_offsets + channels, mask=inside, other=0.0).to(tl.float32)
+        x *= 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    if DIVIDE:
+        x *= tl.load(inv_divisor_ptr + channel, mask=in_channels, other=0.0)[None, :]
 
-    scale = tl.div_rn(high - low, float(TOP))
-    scale = tl.where(scale > SMALLEST, scale, 1.0)
-    inverse = tl.div_rn(1.0, scale)
-    zero_point = (-low * inverse + _ROUND_TRICK) - _ROUND_TRICK
+    # masked places hold 0, which every row's range holds anyway
+    low = tl.minimum(tl.min(x, axis=1), 0.0)
+    high = tl.maximum(tl.max(x, axis=1), 0.0)
+    scale, inverse, zero_point = quantizer(low, high, SMALLEST, TOP)
     tl.store(scale_ptr + row, scale, mask=row < rows)
     tl.store(zero_point_ptr + row, zero_point.to(tl.int32), mask=row < rows)
+    place = channel
+    if PLACE:
+        place = tl.load(position_ptr + channel, mask=in_channels, other=0)
+    code_offsets = row[:, None].to(tl.int64) * channels + place[None, :]
+    tl.store(codes_ptr + code_offsets, code(x, inverse[:, None], zero_point[:, None], TOP), mask=inside)
 
+
+@triton.jit
+def quantize_long_rows_kernel(
+    x_ptr, inv_divisor_ptr, position_ptr, codes_ptr, scale_ptr, zero_point_ptr, rows, channels, x_row,
+    DIVIDE: tl.constexpr, PLACE: tl.constexpr, SMALLEST: tl.constexpr, TOP: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """As `quantize_rows_kernel` on plain rows of any length, one row per program, read twice."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK_CHANNELS)
+    low = 0.0
+    high = 0.0
+    for first in range(0, channels, BLOCK_CHANNELS):
+        channel = first + lane
+        x = tl.load(x_ptr + row * x_row + channel, mask=channel < channels, other=0.0).to(tl.float32)
+        if DIVIDE:
+            x *= tl.load(inv_divisor_ptr + channel, mask=channel < channels, other=0.0)
+        low = tl.minimum(low, tl.min(x, axis=0))
+        high = tl.maximum(high, tl.max(x, axis=0))
+    scale, inverse, zero_point = quantizer(low, high, SMALLEST, TOP)
+    tl.store(scale_ptr + row, scale)
+    tl.store(zero_point_ptr + row, zero_point.to(tl.int32))
+    for first in range(0, channels, BLOCK_CHANNELS):
+        channel = first + lane
+        x = tl.load(x_ptr + row * x_row + channel, mask=channel < channels, other=0.0).to(tl.float32)
+        if DIVIDE:
+            x *= tl.load(inv_divisor_ptr + channel, mask=channel < channels, other=0.0)
+        place = channel
+        if PLACE:
+            place = tl.load(position_ptr + channel, mask=channel < channels, other=0)
+        tl.store(codes_ptr + row * channels + place, code(x, inverse, zero_point, TOP), mask=channel < channels)
+
+
+@triton.jit
+def sample_statistics_kernel(
+    x_ptr, mean_ptr, square_ptr, pixels, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
+):
+    """Of each channel in a block of pixels: its mean, and the sum of squared differences to that mean.
+
+    x (B, pixels, channels); mean and square float32 (B, blocks, channels). Means first keeps variances exact where
+    the mean is large.
+    """
+    block, sample = tl.program_id(0), tl.program_id(1)
+    pixel = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    count = tl.minimum(pixels - block * BLOCK_ROWS, BLOCK_ROWS).to(tl.float32)
+    base = x_ptr + sample.to(tl.int64) * pixels * channels
+    out = (sample * tl.num_programs(0) + block).to(tl.int64) * channels
     for first in range(0, channels, BLOCK_CHANNELS):
         channel = first + tl.arange(0, BLOCK_CHANNELS)
-        mask = (row < rows)[:, None] & (channel < channels)[None, :]
-        x = _load(x_ptr, inv_divisor_ptr, x_offsets + channel[None, :], channel, channels, mask, DIVIDE)
-        codes = ((x * inverse[:, None] + _ROUND_TRICK) - _ROUND_TRICK) + zero_point[:, None]
-        codes = tl.minimum(tl.maximum(codes, 0.0), float(TOP))
-        code_offsets = row[:, None].to(tl.int64) * channels + channel[None, :]
-        tl.store(codes_ptr + code_offsets, codes.to(tl.uint8), mask=mask)
+        inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+        x = tl.load(base + pixel[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(x, axis=0) / count
+        difference = tl.where(inside, x - mean[None, :], 0.0)
+        tl.store(mean_ptr + out + channel, mean, mask=channel < channels)
+        tl.store(square_ptr + out + channel, tl.sum(difference * difference, axis=0), mask=channel < channels)
+
+
+@triton.jit
+def group_statistics_kernel(
+    mean_ptr, square_ptr, norm_weight_ptr, centre_ptr, gain_ptr, blocks, pixels, channels, block_pixels, eps,
+    GROUP: tl.constexpr, GAIN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """From the blocks' statistics each group's: centre (its mean) and gain (norm weight / deviation), (B, channels)."""
+    group, sample = tl.program_id(0), tl.program_id(1)
+    lane = tl.arange(0, BLOCK_CHANNELS)
+    base = sample.to(tl.int64) * blocks * channels + group * GROUP
+    size = (pixels * GROUP).to(tl.float32)
+    total = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+    for first in range(0, blocks, BLOCK_ROWS):
+        block = first + tl.arange(0, BLOCK_ROWS)
+        inside = (block < blocks)[:, None] & (lane < GROUP)[None, :]
+        count = tl.minimum(pixels - block * block_pixels, block_pixels).to(tl.float32)
+        means = tl.load(mean_ptr + base + block[:, None] * channels + lane[None, :], mask=inside, other=0.0)
+        total += tl.sum(means * count[:, None], axis=0)
+    mean = tl.sum(total, axis=0) / size
+    squares = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+    for first in range(0, blocks, BLOCK_ROWS):
+        block = first + tl.arange(0, BLOCK_ROWS)
+        inside = (block < blocks)[:, None] & (lane < GROUP)[None, :]
+        count = tl.minimum(pixels - block * block_pixels, block_pixels).to(tl.float32)
+        offsets = base + block[:, None] * channels + lane[None, :]
+        means = tl.load(mean_ptr + offsets, mask=inside, other=0.0)
+        apart = tl.where(inside, means - mean, 0.0)
+        squares += tl.sum(
+            tl.load(square_ptr + offsets, mask=inside, other=0.0) + apart * apart * count[:, None], axis=0
+        )
+    channel = group * GROUP + lane
+    gain = tl.full((BLOCK_CHANNELS,), 1.0, tl.float32) * tl.div_rn(
+        1.0, tl.sqrt_rn(tl.sum(squares, axis=0) / size + eps)
+    )
+    if GAIN:
+        gain *= tl.load(norm_weight_ptr + channel, mask=lane < GROUP, other=0.0).to(tl.float32)
+    out = sample * channels + channel
+    tl.store(centre_ptr + out, mean + tl.zeros((BLOCK_CHANNELS,), tl.float32), mask=lane < GROUP)
+    tl.store(gain_ptr + out, gain, mask=lane < GROUP)
+
+
+@triton.jit
+def _load_sample(
+    x_tile, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, sample, channel, channels, inside,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr,
+):  # fmt: skip
+    """What is quantized, float32; outside it is 0, which every sample's range holds anyway."""
+    x = tl.load(x_tile, mask=inside, other=0.0).to(tl.float32)
+    in_channels = channel < channels
+    if NORM:
+        at = sample * channels + channel
+        x -= tl.load(centre_ptr + at, mask=in_channels, other=0.0)[None, :]
+        x *= tl.load(gain_ptr + at, mask=in_channels, other=0.0)[None, :]
+        if OFFSET:
+            x += tl.load(norm_bias_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)[None, :]
+        if SILU:
+            x = x / (1.0 + tl.exp(-x))
+        x = tl.where(inside, x, 0.0)
+    if DIVIDE:
+        x *= tl.load(inv_divisor_ptr + channel, mask=in_channels, other=0.0)[None, :]
+    return x
+
+
+@triton.jit
+def sample_range_kernel(
+    x_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, low_ptr, high_ptr, pixels, channels,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The range, 0 included, of each block of pixels over all channels: low and high (B, blocks)."""
+    block, sample = tl.program_id(0), tl.program_id(1)
+    pixel = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    base = x_ptr + sample.to(tl.int64) * pixels * channels
+    low = 0.0
+    high = 0.0
+    for first in range(0, channels, BLOCK_CHANNELS):
+        channel = first + tl.arange(0, BLOCK_CHANNELS)
+        inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+        x = _load_sample(
+            base + pixel[:, None] * channels + channel[None, :], centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr,
+            sample, channel, channels, inside, NORM, OFFSET, SILU, DIVIDE,
+        )  # fmt: skip
+        low = tl.minimum(low, tl.min(x))
+        high = tl.maximum(high, tl.max(x))
+    tl.store(low_ptr + sample * tl.num_programs(0) + block, low)
+    tl.store(high_ptr + sample * tl.num_programs(0) + block, high)
+
+
+@triton.jit
+def quantize_samples_kernel(
+    x_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, position_ptr, low_ptr, high_ptr, codes_ptr, scale_ptr,
+    zero_point_ptr, height, width, channels, padding, blocks,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, PLACE: tl.constexpr,
+    SMALLEST: tl.constexpr, TOP: tl.constexpr, BLOCK_RANGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Codes (B, height + 2 padding, width + 2 padding, channels) from x (B, height, width, channels): the zero point
+    on the border; low and high (B, blocks) from `sample_range_kernel`."""
+    sample = tl.program_id(2)
+    low = 0.0
+    high = 0.0
+    for first in range(0, blocks, BLOCK_RANGES):
+        at = first + tl.arange(0, BLOCK_RANGES)
+        low = tl.minimum(low, tl.min(tl.load(low_ptr + sample * blocks + at, mask=at < blocks, other=0.0)))
+        high = tl.maximum(high, tl.max(tl.load(high_ptr + sample * blocks + at, mask=at < blocks, other=0.0)))
+    scale, inverse, zero_point = quantizer(low, high, SMALLEST, TOP)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(scale_ptr + sample, scale)
+        tl.store(zero_point_ptr + sample, zero_point.to(tl.int32))
+
+    padded_width = width + 2 * padding
+    padded = (height + 2 * padding) * padded_width
+    pixel = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    y = pixel // padded_width - padding
+    x_at = pixel % padded_width - padding
+    image = (y >= 0) & (y < height) & (x_at >= 0) & (x_at < width) & (pixel < padded)
+    inside = image[:, None] & (channel < channels)[None, :]
+    base = x_ptr + sample.to(tl.int64) * height * width * channels
+    x = _load_sample(
+        base + (y * width + x_at)[:, None] * channels + channel[None, :], centre_ptr, gain_ptr, norm_bias_ptr,
+        inv_divisor_ptr, sample, channel, channels, inside, NORM, OFFSET, SILU, DIVIDE,
+    )  # fmt: skip
+    place = channel
+    if PLACE:
+        place = tl.load(position_ptr + channel, mask=channel < channels, other=0)
+    out = codes_ptr + sample.to(tl.int64) * padded * channels + pixel[:, None] * channels + place[None, :]
+    # outside the image x is 0, whose code is the zero point
+    stored = (pixel < padded)[:, None] & (channel < channels)[None, :]
+    tl.store(out, code(x, inverse, zero_point, TOP), mask=stored)
 
 
 def config_for(channels: int) -> Config:
-    """About 4096 values per tile: several short rows, or a long row in steps."""
+    """Whole rows, about 4096 values per program."""
+    block = triton.next_power_of_2(channels)
     if triton.knobs.runtime.interpret:
-        return Config(64, 1024, 4)  # the interpreter's cost is per tile
-    block = min(1024, triton.next_power_of_2(channels))
-    return Config(max(1, 4096 // block), block, 4)
+        return Config(max(1, 65536 // block), block, 4)  # the interpreter's cost is per tile
+    return Config(max(1, 4096 // block), block, 8 if block > 4096 else 4)
 
 
-def quantize_rows(
-    x: Tensor, bits: int, inv_divisor: Tensor | None, *, out: tuple[Tensor, Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `dgq_kernels.quantize_rows`; `out` gives contiguous buffers for codes, scale and zero point."""
-    rows, channels = x.shape
+def sample_config_for(batch: int, pixels: int, channels: int) -> Config:
+    """About 256 blocks of pixels in all, so that small images still fill a device; tiles of about 4096 values."""
+    if triton.knobs.runtime.interpret:
+        return Config(128, triton.next_power_of_2(channels), 4)
+    rows = min(64, max(4, triton.next_power_of_2(pixels * batch // 256)))
+    return Config(rows, min(4096 // rows, triton.next_power_of_2(channels)), 4)
+
+
+def _check(position: Tensor | None, *vectors: Tensor | None) -> None:
+    """Everything per channel is contiguous; positions are int32."""
+    if position is not None and position.dtype != torch.int32:
+        raise ValueError(f"position must be int32, not {position.dtype}")
+    if any(vector is not None and not vector.is_contiguous() for vector in (position, *vectors)):
+        raise ValueError("what is per channel must be contiguous")
+
+
+def _rows(
+    x: Tensor, channels: int, bits: int, inv_divisor: Tensor | None, position: Tensor | None,
+    out: tuple[Tensor, Tensor, Tensor] | None, mode: int, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check(position, inv_divisor, weight, bias)
+    rows = x.shape[0]
     codes, scale, zero_point = out or (
         torch.empty((rows, channels), dtype=torch.uint8, device=x.device),
         torch.empty(rows, dtype=torch.float32, device=x.device),
         torch.empty(rows, dtype=torch.int32, device=x.device),
     )
-    if rows:
-        x = x if x.stride(1) == 1 else x.contiguous()
+    if rows == 0:
+        return codes, scale, zero_point
+    x = x if x.stride(1) == 1 else x.contiguous()
+    common: dict[str, Any] = {
+        "SMALLEST": SMALLEST_SCALE, "TOP": 2**bits - 1, "DIVIDE": inv_divisor is not None,
+        "PLACE": position is not None,
+        "enable_fp_fusion": False,  # x * inverse must be rounded before the integer rounding, as in the reference
+    }  # fmt: skip
+    if channels > LONGEST_ROW:
+        quantize_long_rows_kernel[(rows,)](
+            x, inv_divisor, position, codes, scale, zero_point, rows, channels, x.stride(0),
+            BLOCK_CHANNELS=4096, num_warps=8, **common,
+        )  # fmt: skip
+    else:
         config = config_for(channels)
         quantize_rows_kernel[(triton.cdiv(rows, config.rows),)](
-            x, inv_divisor, codes, scale, zero_point, rows, channels, x.stride(0),
-            SMALLEST=SMALLEST_SCALE, TOP=2**bits - 1, DIVIDE=inv_divisor is not None,
-            BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, num_warps=config.warps,
-            enable_fp_fusion=False,  # x * inverse must be rounded before the integer rounding, as in the reference
+            x, weight, bias, inv_divisor, position, codes, scale, zero_point, rows, channels, x.stride(0), eps,
+            INPUT=mode, GAIN=weight is not None, OFFSET=bias is not None,
+            BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, num_warps=config.warps, **common,
         )  # fmt: skip
+    return codes, scale, zero_point
+
+
+def quantize_rows(
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None, *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `dgq_kernels.quantize_rows`; `out` gives contiguous buffers for codes, scale and zero point.
+
+    Raises:
+        ValueError: position is not int32, or something per channel is not contiguous.
+    """
+    return _rows(x, x.shape[1], bits, inv_divisor, position, out, _PLAIN.value)
+
+
+def layer_norm_quantize_rows(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int, inv_divisor: Tensor | None,
+    position: Tensor | None, *, out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `dgq_kernels.layer_norm_quantize_rows`; `out` and errors as in `quantize_rows`."""
+    if x.shape[1] > LONGEST_ROW:
+        weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
+        x = torch.nn.functional.layer_norm(x.float(), x.shape[1:], weight, bias, eps)
+        return _rows(x, x.shape[1], bits, inv_divisor, position, out, _PLAIN.value)
+    return _rows(x, x.shape[1], bits, inv_divisor, position, out, _LAYER_NORM.value, weight, bias, eps)
+
+
+def geglu_quantize_rows(
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None, *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `dgq_kernels.geglu_quantize_rows`; `out` and errors as in `quantize_rows`."""
+    channels = x.shape[1] // 2
+    if channels > LONGEST_ROW:
+        value, gate = x.float().chunk(2, dim=1)
+        x = value * torch.nn.functional.gelu(gate)
+        return _rows(x, channels, bits, inv_divisor, position, out, _PLAIN.value)
+    return _rows(x, channels, bits, inv_divisor, position, out, _GEGLU.value)
+
+
+def quantize_samples(
+    x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None, *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `dgq_kernels.quantize_samples`; `out` gives buffers for codes (channels-last), scale and zero point.
+
+    Raises:
+        ValueError: position is not int32, or something per channel is not contiguous.
+    """
+    return _samples(x, bits, inv_divisor, padding, position, out, None, None, None, False)
+
+
+def group_norm_quantize_samples(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, bits: int,
+    inv_divisor: Tensor | None, padding: int, position: Tensor | None, *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `dgq_kernels.group_norm_quantize_samples`; `out` and errors as in `quantize_samples`."""
+    _check(None, weight, bias)
+    x = x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    config = sample_config_for(batch, height * width, channels)
+    blocks = triton.cdiv(height * width, config.rows)
+    mean, square = x.new_empty((2, batch, blocks, channels), dtype=torch.float32)
+    centre, gain = x.new_empty((2, batch, channels), dtype=torch.float32)
+    if x.numel():
+        sample_statistics_kernel[(blocks, batch)](
+            x, mean, square, height * width, channels,
+            BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, num_warps=config.warps, enable_fp_fusion=False,
+        )  # fmt: skip
+        group = channels // groups
+        group_statistics_kernel[(groups, batch)](
+            mean, square, weight, centre, gain, blocks, height * width, channels, config.rows, eps,
+            GROUP=group, GAIN=weight is not None, BLOCK_ROWS=32, BLOCK_CHANNELS=triton.next_power_of_2(group),
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return _samples(x, bits, inv_divisor, padding, position, out, centre, gain, bias, silu)
+
+
+def _samples(
+    x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None,
+    out: tuple[Tensor, Tensor, Tensor] | None, centre: Tensor | None, gain: Tensor | None, bias: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The range and the codes of x, or of (x - centre) * gain + bias and what follows it."""
+    _check(position, inv_divisor)
+    x = x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    size = (batch, channels, height + 2 * padding, width + 2 * padding)
+    codes, scale, zero_point = out or (
+        torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last),
+        torch.empty(batch, dtype=torch.float32, device=x.device),
+        torch.empty(batch, dtype=torch.int32, device=x.device),
+    )
+    if not codes.numel():
+        return codes, scale, zero_point
+    config = sample_config_for(batch, height * width, channels)
+    blocks = triton.cdiv(height * width, config.rows)
+    low, high = x.new_empty((2, batch, blocks), dtype=torch.float32)
+    flags: dict[str, Any] = {
+        "NORM": centre is not None, "OFFSET": bias is not None, "SILU": silu, "DIVIDE": inv_divisor is not None,
+        "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "num_warps": config.warps,
+        "enable_fp_fusion": False,
+    }  # fmt: skip
+    sample_range_kernel[(blocks, batch)](
+        x, centre, gain, bias, inv_divisor, low, high, height * width, channels, **flags
+    )
+    grid = (triton.cdiv(size[2] * size[3], config.rows), triton.cdiv(channels, config.channels), batch)
+    quantize_samples_kernel[grid](
+        x, centre, gain, bias, inv_divisor, position, low, high, codes, scale, zero_point,
+        height, width, channels, padding, blocks,
+        PLACE=position is not None, SMALLEST=SMALLEST_SCALE, TOP=2**bits - 1, BLOCK_RANGES=256, **flags,
+    )  # fmt: skip
     return codes, scale, zero_point

@@ -1,0 +1,172 @@
+"""Quantization of samples, and fused with norms and GEGLU: bit for bit where only exact operations precede it, else
+codes at most one step apart in few places (sums of floats in another order move a value across a rounding boundary)."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dgq_kernels
+from dgq_kernels.quantize_activation import reference
+from dgq_kernels.quantize_activation import triton as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # SiLU of a large negative number: 0
+
+
+def move(*values):
+    return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in values]
+
+
+def rubbish(codes):
+    """Output buffers full of rubbish in the shape of the reference's, and the guard behind the codes."""
+    guarded = torch.full((codes[0].numel() + 64,), 0xA5, dtype=torch.uint8, device=DEVICE)
+    body = guarded[: codes[0].numel()]
+    if codes[0].dim() == 4:
+        b, c, h, w = codes[0].shape
+        body = body.view(b, h, w, c).permute(0, 3, 1, 2)
+    else:
+        body = body.view(codes[0].shape)
+    scale = torch.full(codes[1].shape, float("nan"), device=DEVICE)
+    return (body, scale, torch.full(codes[2].shape, -12345, dtype=torch.int32, device=DEVICE)), guarded[-64:]
+
+
+def check(name, *arguments, exact=False):
+    expected = getattr(reference, name)(*arguments)
+    out, guard = rubbish(expected)
+    getattr(kernels, name)(*move(*arguments), out=out)
+    codes, scale, zero_point = (x.cpu() for x in out)
+    assert (guard == 0xA5).all()
+    if exact:
+        assert torch.equal(codes, expected[0])
+        assert torch.equal(scale, expected[1])
+        assert torch.equal(zero_point, expected[2])
+        return
+    torch.testing.assert_close(scale, expected[1], rtol=2e-5, atol=0)
+    assert (zero_point - expected[2]).abs().max() <= 1
+    apart = (
+        (codes.int() - zero_point_of(codes, zero_point)) - (expected[0].int() - zero_point_of(*expected[::2]))
+    ).abs()
+    assert apart.max() <= 1
+    assert (apart != 0).float().mean() < 2e-3 or (apart != 0).sum() <= 2
+
+
+def zero_point_of(codes, zero_point):
+    return zero_point.view(-1, *[1] * (codes.dim() - 1))
+
+
+def place(channels, seed=0):
+    return torch.randperm(channels, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+
+
+def image(batch, channels, height, width, seed=0, offset=0.5):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, channels, height, width, generator=g)
+    return (x * torch.rand(channels, 1, 1, generator=g) * 5 + offset).contiguous(memory_format=torch.channels_last)
+
+
+def gains(channels, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(channels, generator=g) + 1, torch.randn(channels, generator=g)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("rows", "channels"), [(6, 42), (123, 431), (2, 9000)])
+def test_rows_are_stored_in_place(rows, channels, bits):
+    x = torch.randn(rows, channels, generator=torch.Generator().manual_seed(1))
+    divisor = torch.rand(channels, generator=torch.Generator().manual_seed(2)) + 0.5
+    check("quantize_rows", x, bits, divisor, place(channels), exact=True)
+    natural = reference.quantize_rows(x, bits, divisor)[0]
+    placed = kernels.quantize_rows(*move(x, bits, divisor, place(channels)))[0].cpu()
+    assert torch.equal(placed[:, place(channels).long()], natural)
+
+
+@pytest.mark.parametrize(("batch", "channels", "height", "width"), [(2, 6, 5, 7), (1, 42, 12, 13), (3, 123, 3, 2)])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("placed", [False, True])
+def test_samples_bit_exact(batch, channels, height, width, padding, placed):
+    x = image(batch, channels, height, width)
+    divisor = torch.rand(channels, generator=torch.Generator().manual_seed(2)) + 0.5
+    check("quantize_samples", x, 8, divisor, padding, place(channels) if placed else None, exact=True)
+
+
+def test_samples_of_other_layouts_and_extremes():
+    x = image(2, 10, 5, 6)
+    check("quantize_samples", x.contiguous(), 8, None, 1, None, exact=True)
+    check("quantize_samples", x.half(), 6, None, 1, None, exact=True)
+    extremes = torch.stack((torch.zeros(4, 3, 3), torch.full((4, 3, 3), 3.0), torch.full((4, 3, 3), -3.0)))
+    for factor in (1.0, 1e-35, 1e30):
+        check("quantize_samples", extremes * factor, 8, None, 1, None, exact=True)
+
+
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_any_fused_shape(data):
+    channels = data.draw(st.integers(1, 150))
+    rows = data.draw(st.integers(1, 70))
+    bits = data.draw(st.integers(2, 8))
+    position = place(channels) if data.draw(st.booleans()) else None
+    weight, bias = gains(channels) if data.draw(st.booleans()) else (None, None)
+    divisor = torch.rand(channels) + 0.5 if data.draw(st.booleans()) else None
+    x = torch.randn(rows, 2 * channels, generator=torch.Generator().manual_seed(channels)) * 3
+    check("geglu_quantize_rows", x, bits, divisor, position)
+    check("layer_norm_quantize_rows", x[:, :channels] + 1, weight, bias, 1e-5, bits, divisor, position)
+    groups = data.draw(st.sampled_from([g for g in (1, 2, 3, 5, 8, channels) if channels % g == 0]))
+    height, width = data.draw(st.integers(1, 14)), data.draw(st.integers(2, 14))
+    silu, padding = data.draw(st.booleans()), data.draw(st.integers(0, 2))
+    arguments = (groups, weight, bias, 1e-5, silu, bits, divisor, padding, position)
+    check("group_norm_quantize_samples", image(2, channels, height, width), *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs(dtype):
+    x = torch.randn(42, 84, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight, bias = (v.to(dtype) for v in gains(84))
+    check("layer_norm_quantize_rows", x, weight, bias, 1e-5, 8, None, None)
+    check("geglu_quantize_rows", x, 8, None, None)
+    check("group_norm_quantize_samples", image(1, 84, 4, 4).to(dtype), 4, weight, bias, 1e-5, True, 8, None, 1, None)
+
+
+def test_norms_of_large_means_and_constant_inputs():
+    """A mean a thousand times the deviation keeps its digits; constant rows and images give zero codes, not NaN."""
+    x = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)) + 1000
+    check("layer_norm_quantize_rows", x, None, None, 1e-5, 4, None, None)
+    check("group_norm_quantize_samples", image(1, 8, 9, 9, offset=1000.0), 2, None, None, 1e-5, False, 4, None, 1, None)
+    constant = torch.full((3, 50), 7.0)
+    check("layer_norm_quantize_rows", constant, *gains(50), 1e-5, 8, None, None)
+    check("group_norm_quantize_samples", torch.full((1, 4, 5, 5), 7.0), 2, None, None, 1e-5, True, 8, None, 1, None)
+
+
+def test_rows_too_long_for_registers():
+    x = torch.randn(2, 2 * 8200, generator=torch.Generator().manual_seed(0))
+    check("geglu_quantize_rows", x, 8, None, None)
+    check("layer_norm_quantize_rows", x, None, None, 1e-5, 8, None, None)
+
+
+def test_nothing_to_do_and_refusals():
+    empty = kernels.quantize_samples(torch.zeros(0, 4, 3, 3, device=DEVICE), 8, None, 1)
+    assert empty[0].shape == (0, 4, 5, 5)
+    x = torch.zeros(2, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="int32"):
+        kernels.quantize_rows(x, 8, None, torch.arange(4, device=DEVICE))
+    with pytest.raises(ValueError, match="contiguous"):
+        kernels.quantize_rows(x, 8, torch.ones(8, device=DEVICE)[::2])
+    with pytest.raises(ValueError, match="divide"):
+        dgq_kernels.group_norm_quantize_samples(torch.zeros(1, 4, 2, 2), 3, None, None, 1e-5, True, 8, None, 1, None)
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_the_operators_reach_both(monkeypatch, name):
+    monkeypatch.setenv("DGQ_BACKEND", name)
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for op, arguments in (
+        (dgq_kernels.layer_norm_quantize_rows, (x, None, None, 1e-5, 8, None, None)),
+        (dgq_kernels.geglu_quantize_rows, (x, 8, None, None)),
+        (dgq_kernels.group_norm_quantize_samples,
+         (image(2, 6, 4, 4).to(DEVICE), 2, None, None, 1e-5, True, 8, None, 1, None)),
+    ):  # fmt: skip
+        codes, scale, zero_point = op(*arguments)
+        assert codes.dtype == torch.uint8
+        assert scale.shape == zero_point.shape == codes.shape[:1]
+        torch.library.opcheck(op, arguments)
