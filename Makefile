@@ -32,8 +32,11 @@ gpu: $(VENV)/ready
 	$(BIN)/python -m pytest tests/kernels -m "not slow"
 	$(BIN)/dgq bench --csv benchmarks/results.csv
 
+# Compile tables of the newest Triton and of 3.6, the oldest that is supported; no GPU needed.
 aot: $(VENV)/ready
-	$(BIN)/python -m dgq_kernels.aot --csv kernels/aot.csv
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton-3.6 "triton==3.6.*"
+	$(BIN)/python -m dgq_kernels.aot --csv kernels/aot.csv --jobs 2
+	PYTHONPATH=build/triton-3.6 $(BIN)/python -m dgq_kernels.aot --csv kernels/aot.csv --jobs 2
 
 bench: $(VENV)/ready
 	$(BIN)/dgq bench --csv benchmarks/results.csv

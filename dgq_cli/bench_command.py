@@ -23,6 +23,10 @@ def command(
         str | None,
         typer.Option(metavar="NAME", help="Instead: sd-v1.4, sdxl-turbo or a UNet's config.json, random weights."),
     ] = None,
+    predict: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Measure nothing: bounds of a step on GPUs; sd-v1.4 or sdxl-turbo."),
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="Weight bits, 4 or 8, where the model is a float model.")] = None,
     what: Annotated[str, typer.Option(help="kernels (single layers), step (whole UNet calls) or all.")] = "all",
     shapes: Annotated[str, typer.Option(help="Layers of the model, or also large ones of Stable Diffusion.")] = "model",
@@ -45,6 +49,16 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Time quantized layers and UNet steps beside float ones, in turns; says so where quantized is slower."""
+    if predict is not None:
+        from dgq.predict import predict as bounds
+        from dgq.predict import text, to_dict
+
+        predictions = bounds(predict)
+        if json:
+            print_json(to_dict(predictions))
+        else:
+            typer.echo(text(predictions, products=True))
+        return
     _check("--bits", bits, (4, 8, None))
     _check("--what", what, ("kernels", "step", "all"))
     _check("--shapes", shapes, ("model", "large"))

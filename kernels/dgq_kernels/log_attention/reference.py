@@ -157,6 +157,8 @@ def validate_running(q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, f
     validate(q, k, v, scale, bits, fraction_bits, False, 8, 8)
     if k.shape[2] > MAX_KEYS // 2:  # the rounding of a shift needs one bit more
         raise ValueError(f"at most {MAX_KEYS // 2} keys expected, got {k.shape[2]}")
+    if q.shape[3] > 128:  # the accumulators of wider heads would spill; only short sequences have them
+        raise ValueError(f"heads of at most 128 channels expected, got {q.shape[3]}")
     if block not in (32, 64, 128):
         raise ValueError(f"block must be 32, 64 or 128, got {block}")
 

@@ -367,9 +367,7 @@ def running_config_for(width: int) -> Config:
     """Rows, warps and stages of the one-pass kernel; the keys of a block belong to what it computes."""
     if triton.knobs.runtime.interpret:
         return Config(128, 64, 4, 1)
-    return {32: Config(128, 64, 8, 3), 64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2)}.get(
-        width, Config(64, 32, 8, 2)
-    )
+    return {32: Config(128, 64, 8, 3), 64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2)}[width]
 
 
 def base2_config_for(width: int) -> Config:
