@@ -69,8 +69,7 @@ def main() -> None:
         labels = seconds.barh(names, values, color=colours)
         seconds.bar_label(labels, [f" {value:.4g}" if value else " not measured" for value in values], fontsize=7)
         seconds.margins(x=0.12)
-        if limit is not None:
-            seconds.set_xlim(0, limit)
+        seconds.set_xlim(0, limit if any(values) else 1)
         seconds.set_xlabel(title, fontsize=8)
         seconds.set_yticks([])
         for panel in (times, seconds):

@@ -20,11 +20,11 @@ from ..errors import DgqError
 from ..pipelines import default_device, resolve
 from .layers import Case, bench_kernels, int8_peak, large_cases, model_cases
 from .rows import Report, Row, interleaved, kernel_verdicts, make_rows, verdicts
-from .systems import PEERS, System, chosen_peers, measure
+from .systems import PEERS, Size, System, chosen_peers, measure
 from .unet import Options, bench_architecture, bench_step
 
 __all__ = [
-    "PEERS", "Case", "Options", "Report", "Row", "System", "bench", "bench_architecture", "bench_kernels",
+    "PEERS", "Case", "Options", "Report", "Row", "Size", "System", "bench", "bench_architecture", "bench_kernels",
     "bench_step", "chosen_peers", "int8_peak", "interleaved", "kernel_verdicts", "large_cases", "make_rows", "measure",
     "model_cases", "verdicts",
 ]  # fmt: skip

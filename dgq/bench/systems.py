@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..calibration import Progress, silent
 from ..doctor import relative_error
@@ -35,18 +36,33 @@ from .worker import Spec, as_json
 
 # What `--with` takes, and the packages each needs.
 PEERS = {"openvino": ("openvino", "nncf"), "torchao": ("torchao",), "sdnq": ("sdnq",)}
-# Peak bytes of a process before any weights, and per parameter (of 4-byte or 2-byte floats) by kind. Generous: a system
-# that does not fit beside others costs one more turn of float32, one that was let in too early ends them all.
+# Peak bytes of a process before any weights, and per parameter by kind and dtype. Generous: a system that does not fit
+# beside others costs one more turn of float32, one that was let in too early ends them all.
 OVERHEAD = 2**30
 BYTES = {
-    ("torch", "float32"): 5.0, ("torch", "float16"): 2.5, ("torch", "bfloat16"): 2.5,
-    ("compile", "float32"): 11.0, ("compile", "float16"): 6.0, ("compile", "bfloat16"): 6.0,
-    ("torchao", "float32"): 11.0, ("torchao", "float16"): 7.0, ("torchao", "bfloat16"): 7.0,
+    ("torch", "float32"): 4.0, ("torch", "float16"): 2.0, ("torch", "bfloat16"): 2.0,
+    ("compile", "float32"): 10.0, ("compile", "float16"): 5.0, ("compile", "bfloat16"): 5.0,
+    ("torchao", "float32"): 10.0, ("torchao", "float16"): 5.5, ("torchao", "bfloat16"): 5.5,
     ("sdnq", "float32"): 6.0, ("sdnq", "float16"): 4.0, ("sdnq", "bfloat16"): 4.0,
-    ("openvino", "float32"): 8.5, ("openvino", "bfloat16"): 5.0, ("openvino", ""): 3.0,
+    ("openvino", "float32"): 8.5, ("openvino", "bfloat16"): 4.0, ("openvino", ""): 2.25,
 }  # fmt: skip
 # Threads of the system before wait for work in a busy loop for a few milliseconds.
 PAUSE = 0.02
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a UNet: all, and those of convolutions that a float system copies to lay them out channels-last."""
+
+    parameters: int
+    convolutions: int = 0
+
+    @classmethod
+    def of(cls, unet: nn.Module) -> Size:
+        """That of a model, which may be on the meta device."""
+        values = list(unet.parameters())
+        copied = (value for value in values if value.dim() == 4 and value.shape[2:].numel() > 1)
+        return cls(sum(value.numel() for value in values), sum(value.numel() for value in copied))
 
 
 @dataclass(frozen=True)
@@ -74,11 +90,13 @@ class System:
         spec = next(spec for spec in self.specs if spec.dtype == fastest)
         return dataclasses.replace(self, name=f"{self.name} ({fastest})", specs=(spec,))
 
-    def needed(self, parameters: int) -> float:
+    def needed(self, size: Size) -> float:
         """Bytes of memory its process may take, loading included."""
         spec = self.specs[0]
-        each = self.bytes_per_parameter or BYTES[spec.kind, spec.dtype]
-        return OVERHEAD + each * parameters
+        if self.bytes_per_parameter is not None:
+            return OVERHEAD + self.bytes_per_parameter * size.parameters
+        copied = 0 if spec.kind == "openvino" else getattr(torch, spec.dtype).itemsize * size.convolutions
+        return OVERHEAD + BYTES[spec.kind, spec.dtype] * size.parameters + copied
 
     @property
     def stored_bytes(self) -> int:
@@ -183,7 +201,7 @@ class Worker:
 
 
 def measure(
-    systems: Sequence[System], case: str, parameters: int, repeats: int, free: float = math.inf,
+    systems: Sequence[System], case: str, size: Size, repeats: int, free: float = math.inf,
     progress: Progress = silent,
 ) -> tuple[list[Row], list[str]]:  # fmt: skip
     """Time a step of every system, interleaved; in groups, each with float32, where not all fit into memory.
@@ -191,7 +209,7 @@ def measure(
     Args:
         systems: the first is "float32", the others are set beside it.
         case: of the rows.
-        parameters: of the UNet.
+        size: of the UNet.
         repeats: steps of each system that count.
         free: bytes of memory.
         progress: told of "load" and "step".
@@ -222,11 +240,11 @@ def measure(
                     system = pending.chosen(min(warm, key=lambda dtype: warm[dtype]))
                     order.setdefault(system.name, order[pending.name])
                     room = free - sum(worker.peak_rss_bytes for _, worker in group.values())
-                    if system.needed(parameters) > room:
+                    if system.needed(size) > room:
                         if len(group) == 1:
                             waiting.remove(pending)
                             notes.append(
-                                f"{system.name} was left out: it may take {system.needed(parameters) / 2**30:.1f} GiB, "
+                                f"{system.name} was left out: it may take {system.needed(size) / 2**30:.1f} GiB, "
                                 f"beside float32 {max(room, 0) / 2**30:.1f} GiB are free"
                             )
                         continue

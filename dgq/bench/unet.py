@@ -27,7 +27,7 @@ from ..prompts import evaluation_prompts
 from ..version import __version__
 from .files import Call, save_calls, write
 from .rows import Row, dtype_name, half_dtype, verdicts
-from .systems import PEERS, System, measure
+from .systems import PEERS, Size, System, measure
 from .worker import Spec
 
 # Sampler steps run to get real UNet inputs; the calls of all of them measure the error.
@@ -36,7 +36,7 @@ RECORDED_STEPS = 4
 CALIBRATION_TIMESTEPS = (100, 300, 600, 900)
 # Part of the free memory that systems may take.
 USABLE = 0.95
-DGQ_BYTES = {8: 3.5, 4: 3.0}  # peak, per parameter
+DGQ_BYTES = {8: 2.75, 4: 2.25}  # peak, per parameter
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class _Plan:
             progress("files", i + 1, len(self.tasks), task)
         return notes
 
-    def check(self, parameters: int, name: str) -> float:
+    def check(self, size: Size, name: str) -> float:
         """The usable bytes of memory.
 
         Raises:
@@ -141,7 +141,7 @@ class _Plan:
         """
         available = doctor.memory()["available"] if self.device.type == "cpu" else None
         free = math.inf if available is None else USABLE * available
-        needed = self.systems[0].needed(parameters)
+        needed = self.systems[0].needed(size)
         if needed > free:
             raise DgqError(
                 f"{name} takes {needed / 2**30:.1f} GiB in float32, {free / 2**30:.1f} GiB are free",
@@ -154,11 +154,11 @@ class _Plan:
             "dgq": lambda arguments: arguments["wbits"] / 8 + 0.1,
         }
         missing = [(task, arguments) for target, task, arguments in self.tasks if not target.exists()]
-        size = parameters * sum(sizes[task](a) if task in sizes else each[task] for task, a in missing)
+        stored = size.parameters * sum(sizes[task](a) if task in sizes else each[task] for task, a in missing)
         room = shutil.disk_usage(self.root).free
-        if size > room:
+        if stored > room:
             raise DgqError(
-                f"the models take {size / 2**30:.1f} GiB on disk, {room / 2**30:.1f} GiB are free below {self.root}",
+                f"the models take {stored / 2**30:.1f} GiB on disk, {room / 2**30:.1f} GiB are free below {self.root}",
                 "name another folder by --work, or set TMPDIR",
             )
         return free
@@ -197,7 +197,7 @@ def bench_architecture(
     """
     which = architectures.architecture(name)
     unet = architectures.skeleton(which.config)
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    size = Size.of(unet)
     half = dtype_name(half_dtype(options.device))
     host = torch.device("cpu")
     call = architectures.call(unet, which.batch, host)
@@ -217,16 +217,17 @@ def bench_architecture(
             folder = plan.file(f"dgq-w{wbits}a8", "dgq", source=full, wbits=wbits, search=False)
             spec = plan.spec("torch", folder, half)
             plan.systems.append(System(f"dgq W{wbits}A8", (spec,), bytes_per_parameter=DGQ_BYTES[wbits]))
-        free = plan.check(parameters, name)
+        free = plan.check(size, name)
         save_calls([call], root / "calls.safetensors")
         save_calls(calibration, root / "calibration.safetensors")
         notes = [
             f"{Path(name).name} has random weights: speed and memory are the model's, errors are not",
             f"float32 and {half} are channels-last; the dgq systems take and return {half} activations",
+            "peak memory counts the pages of weight files that were read, also those no longer needed",
             *_peer_notes(options.peers), *plan.write(progress),
         ]  # fmt: skip
         case = f"{Path(name).name} step"
-        rows, more = measure(plan.systems, case, parameters, options.repeats, free, progress)
+        rows, more = measure(plan.systems, case, size, options.repeats, free, progress)
     return rows, [*notes, *more, *_cpu_notes(options.device), *verdicts(rows, options.device)]
 
 
@@ -262,7 +263,7 @@ def bench_step(
             )
     config = read_json(folder / "unet" / "config.json")
     config.pop("quantization_config", None)
-    parameters = sum(parameter.numel() for parameter in architectures.skeleton(config).parameters())
+    size = Size.of(architectures.skeleton(config))
     # what `dgq.load` takes by default
     work_dtype = dtype_name(half_dtype(options.device) if options.device.type == "cuda" else torch.float32)
     with _folder(None, "") as root:
@@ -287,12 +288,12 @@ def bench_step(
                 bytes_per_parameter=10.0 if paper else DGQ_BYTES[8],
             )
         )  # fmt: skip
-        free = plan.check(parameters, str(folder))
+        free = plan.check(size, str(folder))
         calls = _record(float_folder or folder, options.device)
         save_calls(calls, root / "calls.safetensors")
         save_calls(calls, root / "calibration.safetensors")
         notes += [*_peer_notes(options.peers), *plan.write(progress)]
-        rows, more = measure(plan.systems, "UNet step", parameters, options.repeats, free, progress)
+        rows, more = measure(plan.systems, "UNet step", size, options.repeats, free, progress)
     if paper:
         notes.append("the paper recipe is simulated in float: it is never faster than the float model")
     return rows, [*notes, *more, *_cpu_notes(options.device), *verdicts(rows, options.device)]

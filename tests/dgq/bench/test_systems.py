@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from dgq.bench import systems
-from dgq.bench.systems import OVERHEAD, System, Worker, chosen_peers, measure
+from dgq.bench.systems import OVERHEAD, Size, System, Worker, chosen_peers, measure
 from dgq.bench.worker import Spec
 from dgq.errors import DgqError
 
 GIB = 2**30
-PARAMETERS = GIB  # with 1 byte each a system needs 2 GiB
+SIZE = Size(GIB)  # with 1 byte each a system needs 2 GiB
 
 
 class Fake:
@@ -62,7 +62,7 @@ def system(name: str, ms: float, peak: float = 2, fault: str = "", kind: str = "
 
 
 def test_systems_that_fit_run_in_turns(log: list[str]) -> None:
-    rows, notes = measure([system("float32", 8), system("b", 4), system("c", 2)], "case", PARAMETERS, 2, 6 * GIB)
+    rows, notes = measure([system("float32", 8), system("b", 4), system("c", 2)], "case", SIZE, 2, 6 * GIB)
     assert log == ["+float32", "+b", "+c", *["float32", "b", "c"] * 2, "-c", "-b", "-float32"]
     assert [(row.system, row.p50_ms, row.ratio_to_float32) for row in rows] == [
         ("float32", 8, 1), ("b", 4, 0.5), ("c", 2, 0.25),
@@ -76,7 +76,7 @@ def test_systems_that_fit_run_in_turns(log: list[str]) -> None:
 
 def test_systems_that_do_not_fit_run_in_groups_each_with_float32(log: list[str]) -> None:
     found = [system("float32", 8), system("b", 4, 1), system("c", 2), system("d", 1)]
-    rows, notes = measure(found, "case", PARAMETERS, 1, 5.5 * GIB)
+    rows, notes = measure(found, "case", SIZE, 1, 5.5 * GIB)
     # beside float32 (2 GiB) b's turns out to take 1, so that c's 2 still fit, and d's no more
     assert log == ["+float32", "+b", "+c", "float32", "b", "c", "-c", "-b", "+d", "float32", "d", "-d", "-float32"]
     assert [row.system for row in rows] == ["float32", "b", "c", "d"]
@@ -88,14 +88,14 @@ def test_systems_that_do_not_fit_run_in_groups_each_with_float32(log: list[str])
 def test_a_later_system_may_fill_the_room_that_an_earlier_one_did_not_fit_into(log: list[str]) -> None:
     large = System("large", (Spec("torch", "4-3-", "bfloat16", "large"),), bytes_per_parameter=3.0)
     found = [system("float32", 8), system("b", 4), large, system("c", 2)]
-    rows, _ = measure(found, "case", PARAMETERS, 1, 6 * GIB)
+    rows, _ = measure(found, "case", SIZE, 1, 6 * GIB)
     assert [entry for entry in log if entry.startswith("+")] == ["+float32", "+b", "+c", "+large"]
     assert [row.system for row in rows] == ["float32", "b", "large", "c"]
 
 
 def test_a_system_that_never_fits_is_left_out() -> None:
     large = System("large", (Spec("torch", "4-9-", "bfloat16", "large"),), bytes_per_parameter=8.0)
-    rows, notes = measure([system("float32", 8), large, system("c", 2)], "case", PARAMETERS, 1, 6 * GIB)
+    rows, notes = measure([system("float32", 8), large, system("c", 2)], "case", SIZE, 1, 6 * GIB)
     assert [row.system for row in rows] == ["float32", "c"]
     assert notes == ["large was left out: it may take 9.0 GiB, beside float32 4.0 GiB are free"]
 
@@ -105,7 +105,7 @@ def test_systems_that_fail_become_notes_and_the_others_go_on() -> None:
         system("float32", 8), system("b", 4, fault="load"), system("c", 2, fault="run"), system("d", 1, fault="nan"),
         system("e", 3),
     ]  # fmt: skip
-    rows, notes = measure(found, "case", PARAMETERS, 3)
+    rows, notes = measure(found, "case", SIZE, 3)
     assert [(row.system, row.p50_ms) for row in rows] == [("float32", 8), ("d", 1), ("e", 3)]
     assert rows[1].relative_error is None
     assert notes == [
@@ -115,7 +115,7 @@ def test_systems_that_fail_become_notes_and_the_others_go_on() -> None:
 
 
 def test_float32_has_a_row_when_all_others_fail() -> None:
-    rows, notes = measure([system("float32", 8), system("b", 4, fault="load")], "case", PARAMETERS, 1)
+    rows, notes = measure([system("float32", 8), system("b", 4, fault="load")], "case", SIZE, 1)
     assert [row.system for row in rows] == ["float32"]
     assert notes == ["b failed: cannot be loaded"]
 
@@ -123,7 +123,7 @@ def test_float32_has_a_row_when_all_others_fail() -> None:
 @pytest.mark.parametrize("fault", ["load", "run"])
 def test_nothing_can_be_said_without_float32(log: list[str], fault: str) -> None:
     with pytest.raises(DgqError, match="float32 failed: "):
-        measure([system("float32", 8, fault=fault), system("b", 4)], "case", PARAMETERS, 2)
+        measure([system("float32", 8, fault=fault), system("b", 4)], "case", SIZE, 2)
     assert sum(entry.startswith("+") for entry in log) == sum(entry.startswith("-") for entry in log)
 
 
@@ -131,20 +131,22 @@ def test_nothing_can_be_said_without_float32(log: list[str], fault: str) -> None
 def test_the_faster_float_system_is_compiled(ms: float, fastest: str) -> None:
     both = tuple(Spec("compile", "2-1-", dtype, dtype) for dtype in ("float32", "bfloat16"))
     found = [system("float32", 8), system("bfloat16", ms), System("torch.compile", both), system("dgq W8A8", 1)]
-    rows, _ = measure(found, "case", 1000, 1)
+    rows, _ = measure(found, "case", Size(1000), 1)
     assert [row.system for row in rows] == ["float32", "bfloat16", f"torch.compile ({fastest})", "dgq W8A8"]
 
 
 def test_where_bfloat16_fails_float32_is_compiled() -> None:
     both = tuple(Spec("compile", "2-1-", dtype, dtype) for dtype in ("float32", "bfloat16"))
     found = [system("float32", 8), system("bfloat16", 1, fault="load"), System("torch.compile", both)]
-    rows, _ = measure(found, "case", 1000, 1)
+    rows, _ = measure(found, "case", Size(1000), 1)
     assert rows[-1].system == "torch.compile (float32)"
 
 
 def test_a_system_needs_memory_by_kind_and_dtype(tmp_path: Path) -> None:
     single = System("bfloat16", (Spec("torch", str(tmp_path), "bfloat16", ""),))
-    assert single.needed(1000) == OVERHEAD + 2500
+    assert single.needed(Size(1000, 100)) == OVERHEAD + 2 * (1000 + 100)
+    int8 = System("int8", (Spec("openvino", "", "", ""),))
+    assert int8.needed(Size(1000, 100)) == OVERHEAD + 2250
     assert single.chosen("float32") == single
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "a.safetensors").write_bytes(b"12345")
@@ -193,6 +195,11 @@ def test_a_process_that_crashes_between_steps_becomes_a_note(
         System(dtype, (Spec("torch", str(tmp_path / "model"), dtype, str(tmp_path / "calls")),))
         for dtype in ("float32", "bfloat16")
     ]
-    rows, notes = measure(found, "case", 1000, 2)
+    rows, notes = measure(found, "case", Size(1000), 2)
     assert [row.system for row in rows] == ["float32"]
     assert notes == ["bfloat16 failed: its process was ended by SIGSEGV"]
+
+
+def test_the_size_of_a_model_tells_what_channels_last_copies() -> None:
+    layers = [torch.nn.Conv2d(3, 5, 3), torch.nn.Conv2d(5, 7, 1), torch.nn.Linear(7, 2)]
+    assert Size.of(torch.nn.Sequential(*layers)) == Size(3 * 5 * 9 + 5 + 5 * 7 + 7 + 7 * 2 + 2, 3 * 5 * 9)

@@ -10,7 +10,7 @@ import torch
 
 from dgq import doctor
 from dgq.bench import Options, bench, bench_architecture, bench_step, unet
-from dgq.bench.systems import System
+from dgq.bench.systems import Size, System
 from dgq.checkpoint import read_header
 from dgq.errors import DgqError
 
@@ -75,7 +75,7 @@ def test_every_system_in_its_place(small_config: Path, planned: dict[str, list[A
     calls = {spec.calls for system in planned["systems"] for spec in system.specs}
     assert len(calls) == 1  # all are fed the same
     for system in planned["systems"]:
-        assert system.needed(10**9) > 2**30  # the memory of every kind is known
+        assert system.needed(Size(10**9)) > 2**30  # the memory of every kind is known
 
 
 def test_a_peer_whose_files_fail_is_a_note(
@@ -111,7 +111,7 @@ def test_what_an_architecture_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path:
         bench(work=tmp_path, device="cpu")
     gib = 2**30
     monkeypatch.setattr(doctor, "memory", lambda: {"total": gib, "available": gib})
-    with pytest.raises(DgqError, match=r"sd-v1\.4 takes 5\.0 GiB in float32, 0\.9 GiB are free"):
+    with pytest.raises(DgqError, match=r"sd-v1\.4 takes 6\.\d GiB in float32, 0\.9 GiB are free"):
         bench(arch="sd-v1.4", device="cpu")
     monkeypatch.setattr(doctor, "memory", lambda: {"total": 64 * gib, "available": 64 * gib})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=gib))
