@@ -372,7 +372,8 @@ def project(layers: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = Non
     engine can."""
     own = [layer for layer in layers if isinstance(layer, IntegerLayer) and layer.plan.kind == "linear"]
     if len(own) == len(layers):
-        engines = [engine for layer in own if (engine := layer.prepare(x.device).engine) is not None]
+        prepared = [layer.prepare(x.device).engine for layer in own]
+        engines = [engine for engine in prepared if engine is not None]
         if len(engines) == len(own) and native.can_share(engines):
             before = own[0]._engine_norm(norm, False, x)
             x = x if norm is None or before is not None else norm(x)
