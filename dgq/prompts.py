@@ -56,10 +56,15 @@ def _pool(folder: Path) -> list[str]:
     return pool
 
 
+def calibration_pool(folder: Path) -> list[str]:
+    """Every prompt that calibration may draw."""
+    pool = _pool(folder)
+    return pool[: len(pool) // 2]
+
+
 def calibration_prompts(folder: Path, count: int, seed: int = 0) -> list[str]:
     """`count` prompts for calibration, from the first half of the pool."""
-    pool = _pool(folder)
-    half = pool[: len(pool) // 2]
+    half = calibration_pool(folder)
     return random.Random(seed).sample(half, min(count, len(half)))
 
 

@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _name in ("calibrate", "generate", "bench", "inspect", "doctor"):
+for _name in ("calibrate", "generate", "bench", "eval", "inspect", "doctor"):
     _module = importlib.import_module(f"dgq_cli.{_name}_command")
     app.command(_name)(_module.command)
 

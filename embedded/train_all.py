@@ -1,4 +1,4 @@
-"""Run or resume every stage in order: data, tokenizer, autoencoder, text encoder, latents, denoiser, export.
+"""Run or resume every stage: data, tokenizer, autoencoder, text encoder, latents, denoiser, export, scorer.
 
 A stage whose result is in the work folder is skipped; the denoiser goes on from its newest checkpoint for
 ``--minutes`` more. ``--init-from`` starts on a fresh machine from an exported folder: its autoencoder, tokenizer
@@ -46,6 +46,7 @@ def stages(args: argparse.Namespace) -> list[Stage]:
         Stage("cache_latents", "latents.pt", ("--white", "4", "--colour", "1")),
         Stage("train_unet", None, (*minutes, *init, "--decay-steps", str(args.decay_steps))),
         Stage("export", None),
+        Stage("train_scorer", "scorer-checkpoints"),
     ]
 
 

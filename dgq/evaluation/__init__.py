@@ -1,0 +1,1 @@
+"""Judging quantization by its pictures: fidelity, alignment, distribution (`dgq eval`)."""

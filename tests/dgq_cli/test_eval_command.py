@@ -1,0 +1,126 @@
+"""`dgq eval` as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dgq import embedded
+from dgq.evaluation.evaluate import Options, evaluate
+from dgq.generation import Settings
+from dgq.quantize import Options as Calibration
+from dgq.quantize import calibrate
+from dgq.recipe import Recipe
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model at W4A8, quickly calibrated."""
+    folder = tmp_path_factory.mktemp("eval") / "w4a8"
+    recipe = Recipe(wbits=4, rounding="nearest")
+    calibrate(embedded.NAME, folder, recipe, Calibration(prompts=2, steps=2, guidance=3.0, evaluate=0))
+    return folder
+
+
+def options(**changes: object) -> Options:
+    return Options(**{"prompts": "8", "floor": 2, "settings": Settings(steps=3, batch=4, seed=1), **changes})  # type: ignore[arg-type]
+
+
+def test_report_of_a_checkpoint(dgq_command: Run, checkpoint: Path, tmp_path: Path) -> None:
+    sheet, file = tmp_path / "grid.png", tmp_path / "report.json"
+    run = dgq_command(
+        "eval", checkpoint, "--prompts", 8, "--steps", 3, "--batch", 4, "--floor", 2, "--seed", 1, "--grid", sheet,
+        "--out", file, "--json",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert json.loads(file.read_text()) == report
+    fidelity, floor = report["fidelity"], report["floor"]
+    assert fidelity["psnr_db"]["low"] <= fidelity["psnr_db"]["mean"] <= fidelity["psnr_db"]["high"]
+    assert floor["psnr_db"]["mean"] > fidelity["psnr_db"]["mean"] > 15
+    assert floor["latent_mse"]["mean"] < fidelity["latent_mse"]["mean"]
+    assert 0 < fidelity["ssim"]["mean"] < 1
+    aligned = report["alignment"]
+    assert aligned["domain"] == "emoji"
+    parts = aligned["against"]
+    assert parts["seen"]["pictures"] + parts["held_out"]["pictures"] == parts["all"]["pictures"] == 8
+    difference = aligned["checkpoint"]["all"]["top1"]["mean"] - parts["all"]["top1"]["mean"]
+    assert aligned["difference"]["top1"]["mean"] == pytest.approx(difference)
+    with Image.open(sheet) as image:
+        assert image.width > 8 * 64
+        assert image.height > 2 * 64
+
+
+def test_text_says_what_the_numbers_are(dgq_command: Run, checkpoint: Path) -> None:
+    run = dgq_command("eval", checkpoint, "--prompts", 4, "--steps", 2, "--batch", 4, "--floor", 0)
+    assert run.returncode == 0, run.stderr
+    for text in ("PSNR (dB)", "emoji-domain alignment", "ceiling: real renders", "shuffled prompts", "95 % intervals"):
+        assert text in run.stdout
+
+
+def test_the_float_model_alone() -> None:
+    report = evaluate(None, None, options(prompts="4"))
+    assert report is not None
+    assert "fidelity" not in report
+    assert report["alignment"]["checkpoint"]["all"]["pictures"] == 4
+
+
+def test_a_model_against_itself_is_equal() -> None:
+    report = evaluate(None, embedded.NAME, options(prompts="4", floor=0))
+    assert report is not None
+    assert report["fidelity"]["psnr_db"]["mean"] == 99
+    assert report["fidelity"]["latent_mse"]["mean"] == 0
+    assert all(value["mean"] == 0 for value in report["alignment"]["difference"].values())
+
+
+def test_prompts_without_labels(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\na house on a blue background\n")
+    report = evaluate(str(checkpoint), "float", options(prompts=str(file), floor=0))
+    assert report is not None
+    assert "alignment" not in report
+    assert report["prompts"] == 2
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_report(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["eval", str(checkpoint), "--prompts", "10", "--steps", "2", "--batch", "4", "--floor", "4", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    commands = ([sys.executable, "-m", "dgq_cli"], [*launch, "-m", "dgq_cli"])
+    one, two = (
+        subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
+        for command in commands
+    )
+    assert two.returncode == 0, two.stderr
+    assert json.loads(one.stdout) == json.loads(two.stdout[two.stdout.index("{") :])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--prompts", "0"), 1, "nothing to evaluate"), (("--prompts", "none.txt"), 1, "none.txt: cannot be read"),
+        (("--reference", "nowhere"), 2, "no such folder"), (("--grid", "sheet.jpg"), 2, "not a .png"),
+        (("--against", "float"), 1, "is a float model already"),
+    ],
+)  # fmt: skip
+def test_bad_input(dgq_command: Run, arguments: tuple[str, ...], code: int, said: str) -> None:
+    run = dgq_command("eval", *arguments)
+    assert run.returncode == code
+    assert said in " ".join(run.stderr.split())
