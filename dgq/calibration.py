@@ -7,6 +7,7 @@ are replayed through the UNet to gather per-layer statistics, and each layer is 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DgqError
-from .layers import IntegerLayer, replace_module
-from .quantizers.channels import (
-    ChannelGroups,
-    apply_layer,
-    choose_groups,
-    fake_quantize_input,
-)
+from .layers import IntegerLayer, place
+from .quantizers.channels import WORTH, ChannelGroups, apply_layer, candidates, fake_quantize_input
 from .quantizers.weights import IntegerWeight, gptq, nearest, quantize_weight
 from .recipe import LayerPlan, Recipe
 
@@ -42,7 +38,7 @@ def silent(stage: str, done: int, total: int, detail: str) -> None:
 
 @dataclass
 class Layer:
-    """A layer of the float model that will be quantized."""
+    """A layer of the float model that will be quantized, or the part of one that reads one of two joined inputs."""
 
     name: str
     module: nn.Linear | nn.Conv2d
@@ -51,8 +47,17 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """float32 (N, C), or (N, C, kh, kw) for a convolution with taps."""
-        weight = self.module.weight.detach().float()
+        weight = self.own(self.module.weight.detach().float())
         return weight if self.plan.kind == "conv2d" else weight.flatten(1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The module's; of several parts only the first has it."""
+        return self.module.bias if self.plan.bias else None
+
+    def own(self, x: Tensor) -> Tensor:
+        """The part of an input, or of the weight, that is this layer's: x (B, C, ...), along dimension 1."""
+        return x[:, slice(*self.plan.columns)] if self.plan.columns else x
 
     @property
     def moment_bytes(self) -> int:
@@ -91,6 +96,27 @@ def _unsupported(conv: nn.Conv2d) -> str | None:
     return None
 
 
+def joined_inputs(unet: nn.Module) -> dict[str, int]:
+    """The 1x1 shortcuts of a UNet's up path, which read hidden state and skip joined along the channels.
+
+    Returns:
+        {name: channels of the hidden state}, the skip's follow.
+    """
+    found: dict[str, int] = {}
+    blocks: Any = getattr(unet, "up_blocks", ())
+    before: Any = getattr(unet, "mid_block", None) or (unet.down_blocks[-1] if blocks else None)  # type: ignore[index]
+    if before is None or not hasattr(before, "resnets"):
+        return found
+    hidden = before.resnets[-1].out_channels
+    for i, block in enumerate(blocks):
+        for j, resnet in enumerate(getattr(block, "resnets", ())):
+            shortcut = getattr(resnet, "conv_shortcut", None)
+            if isinstance(shortcut, nn.Conv2d) and shortcut.kernel_size == (1, 1) and hidden < shortcut.in_channels:
+                found[f"up_blocks.{i}.resnets.{j}.conv_shortcut"] = hidden
+            hidden = resnet.out_channels
+    return found
+
+
 def plan_layers(unet: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
     """The plan of every layer before its channel handling is chosen, and the layers that stay float.
 
@@ -103,12 +129,22 @@ def plan_layers(unet: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[str,
             f"override pattern {lost[0]!r} matches no layer", f"layers look like {next(iter(modules), 'none')!r}"
         )
     layers = []
+    joined = joined_inputs(unet)
     for name, module in modules.items():
         bits = recipe.weight_bits(name)
         if bits == 0:
             skipped[name] = "kept float by an override"
             continue
-        layers.append(Layer(name, module, _plan(module, bits, recipe)))
+        plan = _plan(module, bits, recipe)
+        first = joined.get(name)
+        if first is None:
+            layers.append(Layer(name, module, plan))
+            continue
+        for i, (start, end) in enumerate(((0, first), (first, plan.in_features))):
+            part = dataclasses.replace(
+                plan, in_features=end - start, class_ends=[end - start], columns=[start, end], bias=plan.bias and i == 0
+            )
+            layers.append(Layer(f"{name}.{i}", module, part))
     if not layers:
         raise DgqError("the model has no layer that could be quantized")
     return layers, skipped
@@ -250,8 +286,11 @@ def gather(
     handles = []
     try:
         for layer in layers:
-            statistics = gathered[layer.name]
-            handles.append(layer.module.register_forward_pre_hook(lambda _, args, s=statistics: s.add(args[0])))
+
+            def hook(_: nn.Module, args: Any, one: Layer = layer) -> None:
+                gathered[one.name].add(one.own(args[0]))
+
+            handles.append(layer.module.register_forward_pre_hook(hook))
         with torch.no_grad():
             for i, call in enumerate(calls):
                 unet(**call)
@@ -270,27 +309,71 @@ class QuantizedLayer:
     sqnr_db: float
 
 
+@dataclass(frozen=True)
+class RoundedLayer:
+    """A layer's weight, rounded under one way to handle its channels.
+
+    Attributes:
+        groups, plan: of the channels, and of the layer under them.
+        weight: the integer matrix (N, K), channels in stored order.
+        error: norm of the output's error on the calibration samples, relative to the output's.
+    """
+
+    groups: ChannelGroups
+    plan: LayerPlan
+    weight: IntegerWeight
+    error: float
+
+
+def round_layer(layer: Layer, statistics: Statistics, recipe: Recipe, groups: ChannelGroups) -> RoundedLayer:
+    """Fold the groups' divisor into the weight, round it by the recipe, and measure the output's error.
+
+    Raises:
+        DgqError: the calibration inputs are not finite.
+    """
+    plan = dataclasses.replace(
+        layer.plan, channels=groups.mode, class_ends=groups.class_ends, reordered=groups.order is not None
+    )
+    weight, x = layer.weight.cpu(), statistics.samples.cpu()
+    rounded = _round_weight(weight, groups, statistics, plan, recipe)
+    target = apply_layer(x, weight, plan)
+    natural = groups.unfold(rounded.dequantize(), plan)
+    noise = apply_layer(fake_quantize_input(x, plan.abits, groups.divisor), natural, plan) - target
+    return RoundedLayer(groups, plan, rounded, float(noise.norm() / target.norm().clamp(min=1e-20)))
+
+
+def choose_rounded(layer: Layer, statistics: Statistics, recipe: Recipe) -> RoundedLayer:
+    """The layer under the channel handling of least output error; another than "none" has to be `WORTH` it.
+
+    Every candidate is rounded as the layer will be: GPTQ takes most of a rounding's error away, and an estimate by
+    nearest rounding would choose for errors that are not there.
+    """
+    best: RoundedLayer | None = None
+    rms = statistics.mean_square.cpu().sqrt()
+    for groups in candidates(recipe.channels, rms, layer.plan.wbits):
+        rounded = round_layer(layer, statistics, recipe, groups)
+        if best is None or rounded.error < best.error * (1 - WORTH):
+            best = rounded
+    assert best is not None
+    return best
+
+
 def quantize_layer(layer: Layer, statistics: Statistics, recipe: Recipe) -> QuantizedLayer:
     """Choose the channel handling, round the weights, pack, and measure the output's SQNR.
 
     Raises:
         DgqError: the calibration inputs or the weight are not finite, or int32 sums could overflow.
     """
-    weight, x = layer.weight.cpu(), statistics.samples.cpu()
-    if not torch.isfinite(weight).all():
+    if not torch.isfinite(layer.weight).all():
         raise DgqError(f"{layer.name}: the weight is not finite")
     try:
-        groups = choose_groups(recipe.channels, x, weight, layer.plan)
-        plan = dataclasses.replace(
-            layer.plan, channels=groups.mode, class_ends=groups.class_ends, reordered=groups.order is not None
-        )
-        quantized = _round_weight(weight, groups, statistics, plan, recipe)
-        bias = None if layer.module.bias is None else layer.module.bias.cpu()
-        module = IntegerLayer.from_quantized(plan, quantized, groups, bias)
+        rounded = choose_rounded(layer, statistics, recipe)
+        bias = None if layer.bias is None else layer.bias.cpu()
+        module = IntegerLayer.from_quantized(rounded.plan, rounded.weight, rounded.groups, bias)
         module.prepare(torch.device("cpu"))
     except DgqError as error:
         raise DgqError(f"{layer.name}: {error.message}", error.hint) from None
-    return QuantizedLayer(module, _sqnr(x, weight, quantized, groups, plan))
+    return QuantizedLayer(module, -20 * math.log10(max(rounded.error, 1e-20)))
 
 
 def _round_weight(
@@ -308,14 +391,6 @@ def _round_weight(
     moment = statistics.moment.cpu()[index][:, index] / statistics.count * torch.outer(inverse, inverse)
     importance = moment.diagonal().clamp(min=1e-12)
     return quantize_weight(matrix, plan.wbits, plan.weight_group, importance, gptq(moment))
-
-
-def _sqnr(x: Tensor, weight: Tensor, quantized: IntegerWeight, groups: ChannelGroups, plan: LayerPlan) -> float:
-    """Output signal to quantization noise on the samples, in dB."""
-    natural = groups.unfold(quantized.dequantize(), plan)
-    target = apply_layer(x, weight, plan)
-    noise = apply_layer(fake_quantize_input(x, plan.abits, groups.divisor), natural, plan) - target
-    return float(20 * torch.log10(target.norm() / noise.norm().clamp(min=1e-20)))
 
 
 def passes(layers: Sequence[Layer], budget: int) -> list[list[Layer]]:
@@ -366,8 +441,7 @@ def quantize_unet(
             if store is not None:
                 store(layer.name, result)
             progress("quantize", len(finished), len(layers), f"{layer.name}  {result.sqnr_db:.1f} dB")
-    for layer in layers:
-        replace_module(unet, layer.name, finished[layer.name].layer)
+    place(unet, {layer.name: finished[layer.name].layer for layer in layers})
     return (
         {layer.name: finished[layer.name].layer.plan for layer in layers},
         {layer.name: finished[layer.name].sqnr_db for layer in layers},

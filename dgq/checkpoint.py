@@ -126,9 +126,9 @@ def apply_header(unet: nn.Module, header: Header) -> None:
 
         build_paper_skeleton(unet, header.paper)
         return
-    for name in header.layers:
+    for name, plan in header.layers.items():
         try:
-            unet.get_submodule(name)
+            unet.get_submodule(plan.owner(name))
         except AttributeError:
             raise DgqError(f"quantization_config: the model has no layer {name!r}") from None
     build_skeleton(unet, header.layers)

@@ -16,6 +16,7 @@ from .checkpoint import Header, float16_bytes, read_header, tensor_table, unet_b
 from .errors import DgqError
 from .layers import buffer_specs
 from .pipelines import resolve
+from .recipe import LayerPlan
 
 # Share of the UNet file that the suggested overrides may add
 DEFAULT_BUDGET = 0.02
@@ -224,19 +225,23 @@ def _paper_layer(name: str, plan: dict[str, Any], size: int) -> LayerReport:
 
 def _suggest(ranked: Sequence[LayerReport], header: Header, budget: int) -> Suggestion | None:
     """8-bit weights for those of the worst 4-bit layers that fit the budget (bytes), worst first."""
+    parts: dict[str, list[LayerPlan]] = {}  # of each float layer, whose name an override takes
+    for name, plan in header.layers.items():
+        parts.setdefault(plan.owner(name), []).append(plan)
     overrides, spent = [], 0
     for layer in ranked:
-        plan = header.layers[layer.name]
-        if plan.wbits != 4:
+        owner = header.layers[layer.name].owner(layer.name)
+        plans = parts.pop(owner, [])
+        if not plans or plans[0].wbits != 4:
             continue
-        wider = dataclasses.replace(plan, wbits=8)
         extra = sum(
             sign * _count(shape) * dtype.itemsize
-            for sign, specs in ((1, buffer_specs(wider)), (-1, buffer_specs(plan)))
+            for plan in plans
+            for sign, specs in ((1, buffer_specs(dataclasses.replace(plan, wbits=8))), (-1, buffer_specs(plan)))
             for shape, dtype in specs.values()
         )
         if spent + extra > budget:
             continue
-        overrides.append(f"{layer.name}=8")
+        overrides.append(f"{owner}=8")
         spent += extra
     return Suggestion(overrides, spent, budget) if overrides else None

@@ -132,7 +132,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     replayed = min(recorded, options.calls)
     groups = passes(layers, options.budget)
     parameters = sum(p.numel() for p in unet.parameters())
-    quantized = sum(layer.module.weight.numel() + layer.plan.bias * layer.plan.out_features for layer in layers)
+    quantized = sum(layer.weight.numel() + layer.plan.bias * layer.plan.out_features for layer in layers)
     packed = sum(packed_bytes(layer.plan) for layer in layers)
     statistics = max(sum(layer.moment_bytes for layer in group) for group in groups)
     outputs = _outputs_per_call(unet, layers)

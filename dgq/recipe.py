@@ -107,6 +107,7 @@ class LayerPlan:
         class_ends: shift classes of the sorted input channels; [in_features] where there are none.
         reordered: whether input channels are stored sorted by their shift exponent.
         weight_group: values per int4 sub-scale.
+        columns: [start, end] of the float layer's input channels where this is one of its parts, else [].
     """
 
     kind: Literal["linear", "pointwise", "conv2d"]
@@ -122,6 +123,11 @@ class LayerPlan:
     class_ends: list[int] = field(default_factory=list)
     reordered: bool = False
     weight_group: int = 32
+    columns: list[int] = field(default_factory=list)
+
+    def owner(self, name: str) -> str:
+        """The float layer that the layer of this plan and name stands for, or is a part of."""
+        return name.rpartition(".")[0] if self.columns else name
 
     @property
     def reduction(self) -> int:
@@ -133,7 +139,10 @@ class LayerPlan:
         data = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if item.default is dataclasses.MISSING or value != item.default:
+            if item.name == "columns":
+                if value:
+                    data[item.name] = value
+            elif item.default is dataclasses.MISSING or value != item.default:
                 data[item.name] = value
         return data
 
@@ -156,6 +165,8 @@ class LayerPlan:
         ends = plan.class_ends
         if ends != sorted(ends) or not ends or ends[-1] != plan.in_features or ends[0] < 0 or len(ends) > 5:
             raise DgqError(f"class_ends {ends} do not cover {plan.in_features} channels")
+        if plan.columns and (len(plan.columns) != 2 or plan.columns[1] - plan.columns[0] != plan.in_features):
+            raise DgqError(f"columns {plan.columns} are not {plan.in_features} channels")
         return plan
 
 

@@ -201,10 +201,9 @@ def quantized_model(source: str, target: str, wbits: int, search: bool) -> None:
                 continue
             if module != current:  # a layer's tensors follow each other
                 layer, current = layers[module], module
-                bias = None if layer.module.bias is None else layer.module.bias
                 weight = rounded(to_matrix(layer.weight), layer.plan)
                 groups = no_groups(layer.plan.in_features)
-                made = IntegerLayer.from_quantized(layer.plan, weight, groups, bias).state_dict()
+                made = IntegerLayer.from_quantized(layer.plan, weight, groups, layer.bias).state_dict()
             yield made[leaf]
 
     with atomic_folder(Path(target)) as folder:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dgq_kernels import native
 
 from .. import architectures
-from ..calibration import Progress, plan_layers, silent
+from ..calibration import Layer, Progress, plan_layers, silent
 from ..checkpoint import read_json
 from ..layers import IntegerLayer
 from ..recipe import LayerPlan, Recipe
@@ -77,16 +77,19 @@ def model_cases(folder: Path) -> list[Case]:
     layers, _ = plan_layers(unet, Recipe())
     cases: dict[str, Case] = {}
 
-    def hook(plan: LayerPlan) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        plan = layer.plan
+
         def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            shape = tuple(args[0].shape) if plan.kind != "linear" else (args[0].shape[:-1].numel(), plan.in_features)
+            x = layer.own(args[0])
+            shape = tuple(x.shape) if plan.kind != "linear" else (x.shape[:-1].numel(), plan.in_features)
             case = Case(plan, shape)
             cases[str(case)] = case
 
         return note
 
     for layer in layers:
-        layer.module.register_forward_pre_hook(hook(layer.plan))
+        layer.module.register_forward_pre_hook(hook(layer))
     text = folder / "text_encoder" / "config.json"
     tokens = read_json(text).get("max_position_embeddings") if text.is_file() else None
     with torch.no_grad():

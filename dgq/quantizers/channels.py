@@ -20,11 +20,10 @@ from torch import Tensor
 from dgq_kernels.quantize_activation.reference import quantize_rows, quantize_samples
 
 from ..recipe import LayerPlan
-from .weights import nearest, quantize_weight
 
 MAX_EXPONENT = 2
 # A handling other than "none" costs a pass over the input: it has to lower the output error by this much.
-WORTH = 0.03
+WORTH = 0.2
 
 
 @dataclass
@@ -87,8 +86,8 @@ def no_groups(channels: int) -> ChannelGroups:
     return ChannelGroups("none", torch.ones(channels), None, [channels])
 
 
-def form_groups(mode: str, rms: Tensor, wbits: int) -> ChannelGroups:
-    """Form the groups of one mode from the channels' root mean square, float32 (C,)."""
+def form_groups(mode: str, rms: Tensor, wbits: int, largest: int = MAX_EXPONENT) -> ChannelGroups:
+    """Form the groups of one mode from the channels' root mean square, float32 (C,); exponents go up to `largest`."""
     channels = rms.shape[0]
     if mode == "none":
         return no_groups(channels)
@@ -97,11 +96,11 @@ def form_groups(mode: str, rms: Tensor, wbits: int) -> ChannelGroups:
     ratio = rms / median
     if mode == "smooth":
         return ChannelGroups("smooth", ratio.clamp(min=1).sqrt(), None, [channels])
-    exponent = ratio.clamp(min=1e-6).log2().round().clamp(0, MAX_EXPONENT).long()
+    exponent = ratio.clamp(min=1e-6).log2().round().clamp(0, largest).long()
     if not exponent.any():
         return no_groups(channels)
     order = torch.argsort(exponent, stable=True)
-    ends = [int((exponent <= e).sum()) for e in range(MAX_EXPONENT + 1)] if wbits == 8 else [channels]
+    ends = [int((exponent <= e).sum()) for e in range(largest + 1)] if wbits == 8 else [channels]
     return ChannelGroups("shift", 2.0**exponent, order, ends)
 
 
@@ -134,41 +133,16 @@ def fake_quantize_input(x: Tensor, bits: int, divisor: Tensor) -> Tensor:
     return (codes.float() - zero.view(-1, 1, 1, 1)) * scale.view(-1, 1, 1, 1) * divisor.view(1, -1, 1, 1)
 
 
-def _candidates(mode: str, rms: Tensor, wbits: int) -> Iterator[ChannelGroups]:
-    for name in ("none", "smooth", "shift") if mode == "auto" else (mode,):
-        groups = form_groups(name, rms, wbits)
-        if groups.mode == name:
-            yield groups
-
-
-def choose_groups(mode: str, x: Tensor, weight: Tensor, plan: LayerPlan) -> ChannelGroups:
-    """The channel handling with the smallest measured output error.
+def candidates(mode: str, rms: Tensor, wbits: int) -> Iterator[ChannelGroups]:
+    """The groups to choose from: "none", "smooth" and "shift" for "auto", else the one mode, where channels differ.
 
     Args:
-        mode: "auto", or one mode to use wherever it applies.
-        x: float calibration inputs, (M, C) or (B, C, H, W).
-        weight: the float weight.
-        plan: kind, bits and sizes of the layer.
-
-    Returns:
-        The groups; for "auto" another mode than "none" only where it lowers the error by more than 3%.
+        mode: "auto" or one mode; a mode that finds no outlier channel gives "none".
+        rms: float32 (C,), root mean square of the input channels.
+        wbits: bits of the weight.
     """
-    dims = [0] if x.dim() == 2 else [0, 2, 3]
-    mean_square = x.square().mean(dims)
-    target = apply_layer(x, weight, plan)
-    best, best_error = no_groups(plan.in_features), float("inf")
-    for groups in _candidates(mode, mean_square.sqrt(), plan.wbits):
-        quantized = quantize_handled(weight, groups, mean_square, plan)
-        y = apply_layer(fake_quantize_input(x, plan.abits, groups.divisor), quantized, plan)
-        error = float((y - target).norm())
-        if error < best_error * (1 - WORTH if best_error < float("inf") else 1):
-            best, best_error = groups, error
-    return best
-
-
-def quantize_handled(weight: Tensor, groups: ChannelGroups, mean_square: Tensor, plan: LayerPlan) -> Tensor:
-    """The float weight that nearest rounding under this handling stands for (divisor folded back out)."""
-    importance = (mean_square / groups.folded.square())[groups.stored_order]
-    importance = importance.repeat(plan.kernel_size**2).clamp(min=1e-12)
-    rounded = quantize_weight(groups.fold(weight), plan.wbits, plan.weight_group, importance, nearest(importance))
-    return groups.unfold(rounded.dequantize(), plan)
+    groups = [form_groups(name, rms, wbits) for name in (("smooth", "shift") if mode == "auto" else (mode,))]
+    other = [one for one in groups if one.mode != "none"]
+    if mode in ("auto", "none") or not other:
+        yield no_groups(rms.shape[0])
+    yield from other

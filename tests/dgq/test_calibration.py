@@ -1,13 +1,29 @@
 """Statistics and the walk over the layers."""
 
+import copy
+
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
-from dgq.calibration import Statistics, _plan, gather, passes, plan_layers, quantize_unet, spread
+from dgq import architectures
+from dgq.calibration import (
+    Layer,
+    Statistics,
+    _plan,
+    choose_rounded,
+    gather,
+    joined_inputs,
+    passes,
+    plan_layers,
+    quantize_unet,
+    round_layer,
+    spread,
+)
 from dgq.errors import DgqError
-from dgq.layers import IntegerLayer
-from dgq.quantizers.channels import to_matrix
+from dgq.layers import IntegerLayer, build_skeleton
+from dgq.quantizers.channels import WORTH, candidates, to_matrix
 from dgq.recipe import Recipe
 
 
@@ -48,6 +64,63 @@ def test_plan_covers_what_can_be_quantized_and_says_why_not(net):
     }  # fmt: skip
     assert set(kept) == {"conv_in", "conv_out", "depthwise", "head.1"}
     assert "groups=16" in kept["depthwise"]
+
+
+@pytest.mark.parametrize("arch", ["sd-v1.4", "sdxl-turbo"])
+def test_joined_inputs_are_where_the_up_blocks_join_them(arch, monkeypatch):
+    unet = architectures.skeleton(architectures.architecture(arch).config)
+    expected, joined = [], torch.cat
+
+    def cat(tensors, *args, **kwargs):
+        if len(tensors) == 2 and tensors[0].dim() == 4:
+            expected.append(tuple(tensor.shape[1] for tensor in tensors))
+        return joined(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "cat", cat)
+    with torch.no_grad():
+        unet(**architectures.call(unet, 1, torch.device("meta")))
+    found = joined_inputs(unet)
+    assert [(first, unet.get_submodule(name).in_channels - first) for name, first in found.items()] == expected
+    assert len(found) == sum(len(block.resnets) for block in unet.up_blocks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wbits", [4, 8])
+def test_a_joined_input_has_a_scale_for_each_part(wbits):
+    """A small skip beside a large hidden state is not rounded away, and only one part carries the bias."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
+        layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+    name, reference = "up_blocks.0.resnets.1.conv_shortcut", copy.deepcopy(unet)
+    shortcut = reference.get_submodule(name)
+    hidden = joined_inputs(unet)[name]
+    shortcut.weight[:, :hidden] = 0  # the output is the skip's alone
+    unet.load_state_dict(reference.state_dict())
+    g = torch.Generator().manual_seed(0)
+    calls = [
+        {"sample": torch.randn(2, 4, 8, 8, generator=g), "timestep": 10, "encoder_hidden_states": torch.randn(2, 5, 32)}
+        for _ in range(4)
+    ]
+    plans, _ = quantize_unet(unet, calls, Recipe(wbits=wbits))
+    parts = [plan for key, plan in plans.items() if plan.owner(key) == name]
+    assert [plan.columns for plan in parts] == [[0, hidden], [hidden, shortcut.in_channels]]
+    assert [plan.bias for plan in parts] == [True, False]
+    x = torch.randn(2, shortcut.in_channels, 4, 4, generator=g)
+    x[:, :hidden] *= 1000
+    residual = torch.randn(2, shortcut.out_channels, 4, 4, generator=g)
+    target = shortcut(x) + residual
+    error = (unet.get_submodule(name)(x, residual) - target).norm() / (target - residual).norm()
+    assert error < (0.02 if wbits == 8 else 0.15)
+    empty = copy.deepcopy(reference)
+    build_skeleton(empty, plans)
+    empty.load_state_dict(unet.state_dict())
+    assert torch.equal(empty.get_submodule(name)(x), unet.get_submodule(name)(x))
+    short = {key: plan for key, plan in plans.items() if key != f"{name}.1"}
+    with pytest.raises(DgqError, match="input channels"):
+        build_skeleton(copy.deepcopy(reference), short)
 
 
 def test_override_that_matches_nothing_is_an_error(net):
@@ -115,6 +188,34 @@ def test_many_passes_give_the_same_model(net, calls):
     quantize_unet(many, calls, Recipe(), budget=1)
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, many.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("wbits", [4, 8])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_outlier_channels_are_found_and_plain_layers_left_alone(kind, wbits):
+    g = torch.Generator().manual_seed(0)
+    module = nn.Linear(64, 32, bias=False) if kind == "linear" else nn.Conv2d(64, 32, 3, padding=1, bias=False)
+    x = torch.randn((512, 64) if kind == "linear" else (8, 64, 6, 6), generator=g)
+    recipe = Recipe(wbits=wbits)
+
+    def chosen():
+        layer = Layer("one", module, _plan(module, wbits, recipe))
+        seen = Statistics(layer.plan, 1)
+        seen.add(x)
+        return layer, seen, choose_rounded(layer, seen, recipe)
+
+    module.weight.data.normal_(generator=g)
+    assert chosen()[2].groups.mode == "none"
+    x[:, :3] *= 20
+    module.weight.data[:, :3] /= 20
+    layer, seen, best = chosen()
+    assert best.groups.mode != "none"
+    assert (best.groups.divisor[:3] > 1).all()
+    errors = {
+        groups.mode: round_layer(layer, seen, recipe, groups).error
+        for groups in candidates("auto", seen.mean_square.sqrt(), wbits)
+    }
+    assert best.error == errors[best.groups.mode] <= min(errors.values()) / (1 - WORTH)
 
 
 def test_finished_layers_are_not_done_again(net, calls):

@@ -16,7 +16,7 @@ from dgq.attention import AttentionPlan, use_log_attention
 from dgq.bench.files import absmax_weight
 from dgq.calibration import plan_layers
 from dgq.fusion import FusedGEGLU, FusedResnetBlock, FusedTransformer, FusedTransformerBlock, fuse
-from dgq.layers import IntegerLayer, replace_module
+from dgq.layers import IntegerLayer, place
 from dgq.quantizers.channels import no_groups, to_matrix
 from dgq.recipe import Recipe
 
@@ -44,9 +44,11 @@ def unet(**options: object) -> UNet2DConditionModel:
 @torch.no_grad()
 def quantize(model: UNet2DConditionModel) -> None:
     """W8A8 in place, without calibration."""
+    made = {}
     for layer in plan_layers(model, Recipe(wbits=8, abits=8, rounding="nearest", channels="none"))[0]:
         weight, groups = absmax_weight(to_matrix(layer.weight), layer.plan), no_groups(layer.plan.in_features)
-        replace_module(model, layer.name, IntegerLayer.from_quantized(layer.plan, weight, groups, layer.module.bias))
+        made[layer.name] = IntegerLayer.from_quantized(layer.plan, weight, groups, layer.bias)
+    place(model, made)
     use_log_attention(model, AttentionPlan(8, 4))
     fuse(model)
 

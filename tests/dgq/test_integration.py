@@ -76,7 +76,7 @@ def test_loaded_model_holds_no_float_weight(tiny_checkpoint):
     unet = dgq.load(tiny_checkpoint).unet
     unet(torch.randn(1, 4, 8, 8), 500, torch.randn(1, 24, 32))
     layers = [module for module in unet.modules() if isinstance(module, IntegerLayer)]
-    assert len(layers) == 81
+    assert len(layers) == 85
     for layer in layers:
         ready = layer.prepare(torch.device("cpu"))
         tensors = [*layer.state_dict().values(), ready.column_sum, *ready.tensors]

@@ -30,7 +30,7 @@ def test_calibrate_then_generate(dgq_command, tiny_pipeline, tmp_path):
 def test_dry_run_writes_nothing(dgq_command, tiny_pipeline, tmp_path):
     run = dgq_command("calibrate", tiny_pipeline, "--out", tmp_path / "out", "--dry-run", "--json")
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout)["layers"] == 81
+    assert json.loads(run.stdout)["layers"] == 85
     assert list(tmp_path.iterdir()) == []
 
 
