@@ -1,0 +1,144 @@
+"""What the layers of a float UNet see while it makes pictures: the data of the layer-wise studies."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgq.calibration import Layer, Statistics, plan_layers, record_inputs, spread
+from dgq.generation import Settings, generate
+from dgq.paper_layers import image_to_pixels_last
+from dgq.pipelines import load, resolve
+from dgq.prompts import calibration_prompts, evaluation_prompts
+from dgq.quantizers.paper import AxisRanges
+from dgq.recipe import Recipe
+
+FIRST_SEED = 20_000
+Calls = list[list[dict[str, Any]]]
+
+
+def say(text: str) -> None:
+    """A line of progress on stderr."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class Recorded:
+    """A float pipeline and the UNet calls it made.
+
+    Attributes:
+        pipe: float32.
+        settings: steps and guidance of the calls.
+        calibration, evaluation: per prompt, per step, the keyword arguments of a call; prompts apart.
+    """
+
+    pipe: Any
+    settings: Settings
+    calibration: Calls
+    evaluation: Calls
+
+
+def record(model: str | None, calibration: int, evaluation: int) -> Recorded:
+    """Make pictures with the float model and keep the UNet's calls."""
+    folder = resolve(model)
+    pipe = load(folder, dtype=torch.float32)
+    settings = Settings(seed=0).resolved(folder)
+
+    def run(prompts: Sequence[str], seed: int) -> Calls:
+        return record_inputs(
+            lambda prompt, i: generate(pipe, [prompt], dataclasses.replace(settings, seed=seed + i)), pipe.unet, prompts
+        )
+
+    return Recorded(
+        pipe,
+        settings,
+        run(calibration_prompts(folder, calibration), 0),
+        run(evaluation_prompts(folder, evaluation), FIRST_SEED),
+    )
+
+
+@dataclass
+class Captured:
+    """One layer's data.
+
+    Attributes:
+        layer: of the float model, with its plan.
+        statistics: what `dgq calibrate` gathers, on as many calls as it takes by default.
+        ranges: per step, along the paper's two axes, over every calibration call.
+        inputs: evaluation inputs, a sample an entry along dimension 0: (S, C), (S, T, C) or (S, C, H, W).
+        steps: int64 (S,), the sampler step of each.
+    """
+
+    layer: Layer
+    statistics: Statistics
+    ranges: AxisRanges
+    inputs: Tensor = field(default_factory=lambda: torch.empty(0))
+    steps: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @property
+    def kind(self) -> str:
+        """ "conv2d" where a sample has one scale, else "linear" (1x1 convolutions are linear layers over pixels)."""
+        return "conv2d" if self.layer.plan.kind == "conv2d" else "linear"
+
+
+@torch.no_grad()
+def capture(recorded: Recorded, recipe: Recipe, calls: int = 160, evaluation_steps: int = 10) -> dict[str, Captured]:
+    """Replay the calls and keep each quantizable layer's data.
+
+    Args:
+        recorded: from `record`.
+        recipe: bits of the plans.
+        calls: for the statistics, spread as `dgq calibrate` does.
+        evaluation_steps: sampler steps, evenly spread, whose inputs are kept.
+    """
+    unet: nn.Module = recorded.pipe.unet
+    layers, _ = plan_layers(unet, recipe)
+    steps = len(recorded.calibration[0])
+    chosen = {id(call) for call in spread(recorded.calibration, calls)}
+    found = {
+        layer.name: Captured(layer, Statistics(layer.plan, len(chosen)), AxisRanges(layer.name, steps))
+        for layer in layers
+    }
+    kept = {round(i * (steps - 1) / max(evaluation_steps - 1, 1)) for i in range(evaluation_steps)}
+
+    def replay(groups: Calls, see: Callable[[Captured, int, Tensor, bool], None], wanted: set[int]) -> None:
+        now = {"step": 0, "counted": False}
+
+        def hook(one: Captured) -> Any:
+            return lambda _, args: see(
+                one, int(now["step"]), one.layer.own(args[0]).detach().float(), bool(now["counted"])
+            )
+
+        handles = [one.layer.module.register_forward_pre_hook(hook(one)) for one in found.values()]
+        for group in groups:
+            for step, call in enumerate(group):
+                if step in wanted:
+                    now["step"], now["counted"] = step, id(call) in chosen
+                    unet(**call)
+        for handle in handles:
+            handle.remove()
+
+    def calibrate(one: Captured, step: int, x: Tensor, counted: bool) -> None:
+        one.ranges.update(step, image_to_pixels_last(x) if x.dim() == 4 else x)
+        if counted:
+            one.statistics.add(x)
+
+    inputs: dict[str, list[Tensor]] = {name: [] for name in found}
+    indices: dict[str, list[int]] = {name: [] for name in found}
+
+    def evaluate(one: Captured, step: int, x: Tensor, _: bool) -> None:
+        inputs[one.layer.name].append(x.clone())
+        indices[one.layer.name] += [step] * len(x)
+
+    replay(recorded.calibration, calibrate, set(range(steps)))
+    replay(recorded.evaluation, evaluate, kept)
+    for name, one in found.items():
+        one.inputs, one.steps = torch.cat(inputs.pop(name)), torch.tensor(indices[name])
+    return found
