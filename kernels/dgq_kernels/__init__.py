@@ -5,7 +5,13 @@ The references are the definitions (docs/method.md); integer results of every ba
 
 from .conv2d import conv2d, conv2d_int4, conv2d_prepacked
 from .linear import linear_int4, linear_int8, linear_prepacked
-from .log_attention import log_attention, log_attention_base2, log_attention_eager, log_attention_running
+from .log_attention import (
+    log_attention,
+    log_attention_base2,
+    log_attention_eager,
+    log_attention_pays,
+    log_attention_running,
+)
 from .quantize_activation import (
     geglu_quantize_rows,
     group_norm_quantize_samples,
@@ -27,6 +33,7 @@ __all__ = [
     "log_attention",
     "log_attention_base2",
     "log_attention_eager",
+    "log_attention_pays",
     "log_attention_running",
     "quantize_rows",
     "quantize_samples",
