@@ -1,13 +1,18 @@
 """What inspection says about checkpoints of both recipes and about a float model."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dgq.checkpoint import read_header, tensor_table, unet_bytes
 from dgq.errors import DgqError
-from dgq.inspection import Inspection, inspect
+from dgq.inspection import Inspection, inspect, split_name
+from dgq.inspection_plot import draw
+from dgq.measurement import AttentionMeasurement, LayerMeasurement, Measurement, decibels
+from dgq.quantize import packed_bytes
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +76,97 @@ def test_nothing_is_suggested_without_a_budget(tiny_checkpoint: Path) -> None:
     assert inspect(tiny_checkpoint, budget=0).suggestion is None
 
 
-def test_the_report_is_json(found: Inspection) -> None:
+@pytest.fixture(scope="module")
+def measured(tiny_checkpoint: Path) -> Measurement:
+    """The checkpoint's layers with figures that are easy to reckon with."""
+    header = read_header(tiny_checkpoint)
+    assert header is not None
+    layers = [
+        LayerMeasurement(
+            name, 20.0 + i, [20.0 + i] * 2, 40.0, 1e-3 * (i % 7 + 1), [1e-3] * 2, 1e-4, [3.0, 4.0], [2.0, 3.0],
+            [1.5, 1.0], "channel", ["channel", "pixel"], {},
+        )
+        for i, name in enumerate(header.layers)
+    ]  # fmt: skip
+    cross = AttentionMeasurement(
+        "mid_block.attentions.0.transformer_blocks.0.attn2", True, 50.0, [50.0] * 2, 1e-5, [0.3, 0.4]
+    )
+    return Measurement(
+        "dgq-emoji",
+        ["a dog"],
+        {"steps": 2, "guidance": 3.0, "seed": 0},
+        [999.0, 500.0],
+        21.0,
+        [22.0, 20.0],
+        layers,
+        [cross],
+    )
+
+
+def test_measured_layers_are_ranked_by_the_noise_they_cause(tiny_checkpoint: Path, measured: Measurement) -> None:
+    found = inspect(tiny_checkpoint, worst=5, measurement=measured)
+    assert found.measurement is measured
+    noise = {layer.name: layer.noise for layer in measured.layers}
+    assert [noise[layer.name] for layer in found.worst] == sorted(noise.values(), reverse=True)[:5]
+
+
+def test_measured_suggestion_takes_most_noise_away_per_byte(tiny_checkpoint: Path, measured: Measurement) -> None:
+    header = read_header(tiny_checkpoint)
+    assert header is not None
+    found = inspect(tiny_checkpoint, budget=0.02, measurement=measured)
+    suggestion = found.suggestion
+    assert suggestion is not None
+    assert 0 < suggestion.extra_bytes <= suggestion.budget_bytes
+    saved: dict[str, float] = {}
+    weights: dict[str, int] = {}
+    for layer in measured.layers:
+        plan = header.layers[layer.name]
+        owner = plan.owner(layer.name)
+        saved[owner] = saved.get(owner, 0) + layer.noise - layer.input_noise
+        weights[owner] = weights.get(owner, 0) + packed_bytes(dataclasses.replace(plan, wbits=8)) - packed_bytes(plan)
+    chosen = [item.removesuffix("=8") for item in suggestion.overrides]
+    assert suggestion.extra_bytes == sum(weights[name] for name in chosen)
+    worth = {name: saved[name] / weights[name] for name in saved}
+    assert chosen == sorted(chosen, key=lambda name: -worth[name])
+    room = suggestion.budget_bytes - suggestion.extra_bytes
+    # what was passed over, though it is worth more than the last one taken, did not fit
+    assert all(weights[name] > room for name in saved if name not in chosen and worth[name] > worth[chosen[-1]])
+    left = measured.noise - sum(saved[name] for name in chosen)
+    assert suggestion.predicted_sqnr_db == pytest.approx(decibels(1, left))
+    assert suggestion.predicted_sqnr_db > decibels(1, measured.noise)
+
+
+def test_the_picture_shows_a_measured_checkpoint(
+    tiny_checkpoint: Path, measured: Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "new" / "picture.png"
+    with pytest.raises(DgqError, match="was not measured"):
+        draw(inspect(tiny_checkpoint), file)
+    draw(inspect(tiny_checkpoint, measurement=measured), file)
+    with Image.open(file) as image:
+        assert min(image.size) > 1000
+        assert len(image.convert("RGB").getcolors(1 << 16) or []) > 100  # not an empty sheet
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DgqError, match="needs matplotlib") as error:
+        draw(inspect(tiny_checkpoint, measurement=measured), file)
+    assert error.value.hint == 'pip install "dgq[plots]"'
+
+
+def test_names_are_split_into_block_and_place() -> None:
+    assert split_name("up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q") == (
+        "up_blocks.0.attentions.1", "transformer_blocks.0.attn1.to_q",
+    )  # fmt: skip
+    assert split_name("mid_block.resnets.1.conv1") == ("mid_block.resnets.1", "conv1")
+    assert split_name("time_embedding.linear_1") == ("time_embedding", "linear_1")
+
+
+def test_the_report_is_json(found: Inspection, tiny_checkpoint: Path, measured: Measurement) -> None:
     data = json.loads(json.dumps(found.to_dict()))
     assert data["suggestion"]["command_line"]
     assert data["layers"][0]["shape"]
+    assert data["measurement"] is None
+    data = json.loads(json.dumps(inspect(tiny_checkpoint, measurement=measured).to_dict()))
+    assert len(data["measurement"]["layers"]) == len(data["layers"])
 
 
 def test_a_float_model_is_called_one(tiny_pipeline: Path) -> None:
