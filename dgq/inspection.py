@@ -18,6 +18,7 @@ from .errors import DgqError
 from .layers import buffer_specs
 from .measurement import Measurement, decibels
 from .pipelines import resolve
+from .recipe import LayerPlan
 
 # Share of the UNet file that the suggested overrides may add
 DEFAULT_BUDGET = 0.02
@@ -51,11 +52,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Layers that would gain from 8-bit weights.
+    """Layers that would gain from more bits.
 
     Attributes:
-        overrides: "name=8" for each, as `dgq calibrate --override` takes them: worst first by the recorded SQNR, or
-            where layers were measured, by the output noise that a byte takes away.
+        overrides: "name=8", or "name=float" where a rounded input does the harm, as `dgq calibrate --override` takes
+            them: worst first by the recorded SQNR (8 bits only), or where layers were measured, by the output noise
+            that a byte takes away.
         extra_bytes: what they add to the UNet file; budget_bytes: what they were allowed to add.
         predicted_sqnr_db: of the UNet's output with them, by the measured layers' noise; None where not measured.
     """
@@ -149,16 +151,16 @@ def inspect(
     float16 = float16_bytes(folder)
     stored = sum(layer.bytes for layer in layers)
     weights = sum(_count(layer.shape) for layer in layers if layer.kind != "attention")
-    growth = _growth(header)
-    owners = {name: plan.owner(name) for name, plan in header.layers.items()}
     if measurement is None:
         ranked = sorted((layer for layer in layers if layer.sqnr_db is not None), key=_sqnr)
-        order: Iterable[str] = dict.fromkeys(owners[layer.name] for layer in ranked[: max(worst, 10)])
-        suggestion = _suggest(order, growth, int(budget * size))
+        order: Iterable[str] = dict.fromkeys(
+            header.layers[layer.name].owner(layer.name) for layer in ranked[: max(worst, 10)]
+        )
+        suggestion = _suggest(order, header, int(budget * size))
     else:
         noise = {one.name: one.noise for one in measurement.layers}
         ranked = sorted((layer for layer in layers if layer.name in noise), key=lambda layer: -noise[layer.name])
-        suggestion = _suggest_measured(measurement, owners, growth, int(budget * size))
+        suggestion = _suggest_measured(measurement, header, int(budget * size))
     return Inspection(
         str(folder), True, size, float16, size / float16,
         label=header.recipe.label, recipe=header.recipe.to_dict(), base_model=header.base_model,
@@ -250,38 +252,63 @@ def _paper_layer(name: str, plan: dict[str, Any], size: int) -> LayerReport:
         raise DgqError(f"quantization_config: the plan of {name} is damaged ({error})") from None
 
 
-def _growth(header: Header) -> dict[str, int]:
-    """Bytes that 8-bit weights would add, of every float layer (whose name an override takes) stored in 4 bits."""
-    found: Counter[str] = Counter()
+def _growth(header: Header) -> dict[str, dict[int, int]]:
+    """Bytes that other weight bits would add, of every float layer (whose name an override takes).
+
+    Returns:
+        {name: {bits: bytes}}; bits are 8 where the layer is stored in 4, and 0 (float16).
+    """
+    found: dict[str, Counter[int]] = {}
     for name, plan in header.layers.items():
+        sizes = found.setdefault(plan.owner(name), Counter())
+        stored = _packed_bytes(plan)
+        sizes[0] += 2 * plan.out_features * (plan.reduction + plan.bias) - stored
         if plan.wbits == 4:
-            for sign, wbits in ((1, 8), (-1, 4)):
-                for shape, dtype in buffer_specs(dataclasses.replace(plan, wbits=wbits)).values():
-                    found[plan.owner(name)] += sign * _count(shape) * dtype.itemsize
-    return dict(found)
+            sizes[8] += _packed_bytes(dataclasses.replace(plan, wbits=8)) - stored
+    return {name: dict(sizes) for name, sizes in found.items()}
 
 
-def _suggest(order: Iterable[str], growth: dict[str, int], budget: int) -> Suggestion | None:
+def _packed_bytes(plan: LayerPlan) -> int:
+    return sum(_count(shape) * dtype.itemsize for shape, dtype in buffer_specs(plan).values())
+
+
+def _suggest(order: Iterable[str], header: Header, budget: int) -> Suggestion | None:
     """8-bit weights for those of the 4-bit layers, in this order, that fit the budget (bytes)."""
+    growth = _growth(header)
     chosen, spent = [], 0
     for owner in order:
-        if owner in growth and spent + growth[owner] <= budget:
+        if 8 in growth[owner] and spent + growth[owner][8] <= budget:
             chosen.append(owner)
-            spent += growth[owner]
+            spent += growth[owner][8]
     return Suggestion([f"{owner}=8" for owner in chosen], spent, budget) if chosen else None
 
 
-def _suggest_measured(
-    measurement: Measurement, owners: dict[str, str], growth: dict[str, int], budget: int
-) -> Suggestion | None:
-    """Most noise taken away per byte first. A finer weight leaves what the rounding of the input causes."""
-    saved: Counter[str] = Counter()
+def _suggest_measured(measurement: Measurement, header: Header, budget: int) -> Suggestion | None:
+    """Most noise taken away per byte first; a layer that got 8 bits may still become float."""
+    growth = _growth(header)
+    saved: dict[str, dict[int, float]] = {owner: {8: 0.0, 0: 0.0} for owner in growth}
     for one in measurement.layers:
-        if owners.get(one.name) in growth:
-            saved[owners[one.name]] += max(0.0, one.noise - one.input_noise)  # type: ignore[assignment]
-    order = sorted((owner for owner in saved if saved[owner] > 0), key=lambda owner: -saved[owner] / growth[owner])
-    suggestion = _suggest(order, growth, budget)
-    if suggestion is None:
+        plan = header.layers.get(one.name)
+        if plan is not None:
+            saved[plan.owner(one.name)][8] += max(0.0, one.noise - one.input_noise)
+            saved[plan.owner(one.name)][0] += one.noise
+    chosen: dict[str, int] = {}
+    spent, left = 0, measurement.noise
+    while True:
+        best: tuple[float, str, int, int, float] | None = None
+        for owner, sizes in growth.items():
+            has = chosen.get(owner)
+            before = (0, 0.0) if has is None else (sizes[has], saved[owner][has])
+            for bits, size in sizes.items():
+                more, less = size - before[0], saved[owner][bits] - before[1]
+                if 0 < more <= budget - spent and less > 0 and (best is None or less / more > best[0]):
+                    best = (less / more, owner, bits, more, less)
+        if best is None:
+            break
+        _, owner, bits, more, less = best
+        chosen[owner] = bits
+        spent, left = spent + more, left - less
+    if not chosen:
         return None
-    left = measurement.noise - sum(saved[item.removesuffix("=8")] for item in suggestion.overrides)
-    return dataclasses.replace(suggestion, predicted_sqnr_db=decibels(1, left))
+    overrides = [f"{owner}={bits or 'float'}" for owner, bits in chosen.items()]
+    return Suggestion(overrides, spent, budget, decibels(1, left))

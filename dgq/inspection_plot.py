@@ -137,7 +137,7 @@ def _outliers(axes: Any, measurement: Measurement) -> None:
     colours, counts = None, []
     for axis, marker in _AXES.items():
         chosen = [one for one in shown if one.axis == axis]
-        counts.append(f"{axis}s in {len(chosen)} layers")
+        counts.append(f"{axis} {len(chosen)}")
         if chosen:
             x, y = zip(*map(points, chosen), strict=True)
             colours = axes.scatter(
@@ -150,7 +150,7 @@ def _outliers(axes: Any, measurement: Measurement) -> None:
         )  # fmt: skip
     axes.set(
         xscale="log", yscale="log", xlabel="largest over median channel", ylabel="over median pixel",
-        title=f"outliers of the inputs (published: groups {' and '.join(counts)})",
+        title=f"outliers of the inputs; published axis: {', '.join(counts)}",
     )  # fmt: skip
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -168,7 +168,8 @@ def _steps(axes: Any, measurement: Measurement) -> None:
         for i, curve in enumerate(curves):
             colour = "tab:blue" if cross else "tab:green"
             axes.plot(steps, curve, style, color=colour, linewidth=0.8, label="" if i else label)
-    axes.set(title="output SQNR of the UNet and of quantized attention alone (dB)", xlabel="step", ylim=(0, None))
+    axes.set(title="output SQNR of the UNet and of quantized attention alone (dB)", xlabel="step")
+    axes.set_ylim(bottom=min(0.0, *measurement.output_sqnr_db_by_step))
     axes.legend(fontsize=7)
     axes.xaxis.get_major_locator().set_params(integer=True)
 

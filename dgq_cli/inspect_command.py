@@ -103,9 +103,9 @@ def _print_suggestion(suggestion: Suggestion, unet_bytes: int, measurement: Meas
     def share(size: int) -> str:
         return f"{size / 1024:.0f} KiB ({size / unet_bytes:.1%})"
 
-    what = "that help most" if measurement else "for the worst layers"
+    what = "overrides that help most" if measurement else "8-bit weights for the worst layers"
     sizes = f"+{share(suggestion.extra_bytes)} of a budget of {share(suggestion.budget_bytes)}"
-    typer.echo(f"\n8-bit weights {what}, {sizes}:")
+    typer.echo(f"\n{what}, {sizes}:")
     typer.echo(f"dgq calibrate ... {suggestion.command_line}")
     if suggestion.predicted_sqnr_db is not None and measurement:
         typer.echo(

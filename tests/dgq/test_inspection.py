@@ -110,30 +110,55 @@ def test_measured_layers_are_ranked_by_the_noise_they_cause(tiny_checkpoint: Pat
     assert [noise[layer.name] for layer in found.worst] == sorted(noise.values(), reverse=True)[:5]
 
 
-def test_measured_suggestion_takes_most_noise_away_per_byte(tiny_checkpoint: Path, measured: Measurement) -> None:
-    header = read_header(tiny_checkpoint)
+def reckoned(checkpoint: Path, measured: Measurement) -> dict[str, dict[str, tuple[int, float]]]:
+    """Float layer -> bits -> (bytes it adds, noise it takes away)."""
+    header = read_header(checkpoint)
     assert header is not None
-    found = inspect(tiny_checkpoint, budget=0.02, measurement=measured)
-    suggestion = found.suggestion
-    assert suggestion is not None
-    assert 0 < suggestion.extra_bytes <= suggestion.budget_bytes
-    saved: dict[str, float] = {}
-    weights: dict[str, int] = {}
+    found: dict[str, dict[str, tuple[int, float]]] = {}
     for layer in measured.layers:
         plan = header.layers[layer.name]
-        owner = plan.owner(layer.name)
-        saved[owner] = saved.get(owner, 0) + layer.noise - layer.input_noise
-        weights[owner] = weights.get(owner, 0) + packed_bytes(dataclasses.replace(plan, wbits=8)) - packed_bytes(plan)
-    chosen = [item.removesuffix("=8") for item in suggestion.overrides]
-    assert suggestion.extra_bytes == sum(weights[name] for name in chosen)
-    worth = {name: saved[name] / weights[name] for name in saved}
-    assert chosen == sorted(chosen, key=lambda name: -worth[name])
-    room = suggestion.budget_bytes - suggestion.extra_bytes
+        own = found.setdefault(plan.owner(layer.name), {"8": (0, 0.0), "float": (0, 0.0)})
+        sizes = {"8": packed_bytes(dataclasses.replace(plan, wbits=8)), "float": 2 * plan.out_features * plan.reduction}
+        sizes["float"] += 2 * plan.out_features * plan.bias
+        saved = {"8": layer.noise - layer.input_noise, "float": layer.noise}
+        for bits, (size, less) in own.items():
+            own[bits] = (size + sizes[bits] - packed_bytes(plan), less + saved[bits])
+    return found
+
+
+def test_measured_suggestion_takes_most_noise_away_per_byte(tiny_checkpoint: Path, measured: Measurement) -> None:
+    suggestion = inspect(tiny_checkpoint, budget=0.02, measurement=measured).suggestion
+    assert suggestion is not None
+    assert 0 < suggestion.extra_bytes <= suggestion.budget_bytes
+    options = reckoned(tiny_checkpoint, measured)
+    chosen = dict(item.rsplit("=", 1) for item in suggestion.overrides)
+    assert set(chosen.values()) == {"8"}  # rounded inputs do little here
+    assert suggestion.extra_bytes == sum(options[name]["8"][0] for name in chosen)
+    worth = {name: bits["8"][1] / bits["8"][0] for name, bits in options.items()}
+    assert [worth[name] for name in chosen] == sorted((worth[name] for name in chosen), reverse=True)
     # what was passed over, though it is worth more than the last one taken, did not fit
-    assert all(weights[name] > room for name in saved if name not in chosen and worth[name] > worth[chosen[-1]])
-    left = measured.noise - sum(saved[name] for name in chosen)
+    room = suggestion.budget_bytes - suggestion.extra_bytes
+    last = worth[list(chosen)[-1]]
+    assert all(options[name]["8"][0] > room for name in options if name not in chosen and worth[name] > last)
+    left = measured.noise - sum(options[name]["8"][1] for name in chosen)
     assert suggestion.predicted_sqnr_db == pytest.approx(decibels(1, left))
     assert suggestion.predicted_sqnr_db > decibels(1, measured.noise)
+
+
+def test_a_layer_whose_rounded_input_does_the_harm_is_kept_float(tiny_checkpoint: Path, measured: Measurement) -> None:
+    name = "up_blocks.1.resnets.1.conv2"
+    layers = [
+        dataclasses.replace(one, noise=1.0, input_noise=0.9) if one.name == name else one for one in measured.layers
+    ]
+    changed = dataclasses.replace(measured, layers=layers)
+    suggestion = inspect(tiny_checkpoint, budget=0.2, measurement=changed).suggestion
+    assert suggestion is not None
+    assert f"{name}=float" in suggestion.overrides
+    options = reckoned(tiny_checkpoint, changed)
+    chosen = [item.rsplit("=", 1) for item in suggestion.overrides]
+    assert suggestion.extra_bytes == sum(options[layer][bits][0] for layer, bits in chosen) <= suggestion.budget_bytes
+    left = changed.noise - sum(options[layer][bits][1] for layer, bits in chosen)
+    assert suggestion.predicted_sqnr_db == pytest.approx(decibels(1, left))
 
 
 def test_the_picture_shows_a_measured_checkpoint(
