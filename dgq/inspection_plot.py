@@ -23,8 +23,10 @@ _AXES = {"channel": "o", "pixel": "s"}  # markers
 
 
 def check_available() -> None:
-    """Raises:
-    DgqError: matplotlib is not installed.
+    """Refuse to go on without matplotlib.
+
+    Raises:
+        DgqError: it is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise DgqError("the picture needs matplotlib, which is not installed", 'pip install "dgq[plots]"')

@@ -380,7 +380,8 @@ def measure(
 ) -> Measurement:
     """Measure a checkpoint layer by layer and step by step beside its float model, both in float32.
 
-    A call costs about six of the float model: itself, its backward pass, and every layer twice more.
+    A call costs about six of the float model: itself, its backward pass, and every layer twice more. In memory are both
+    models, and of one call the float model's activations and two errors of every layer's output.
 
     Args:
         checkpoint: folder or hub id.
