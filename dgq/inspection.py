@@ -22,6 +22,8 @@ from .recipe import LayerPlan
 
 # Share of the UNet file that the suggested overrides may add
 DEFAULT_BUDGET = 0.02
+# Noise is estimated from few random probes: smaller differences between choices mean nothing
+CLEARLY = 1.1
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _Tensors = dict[str, tuple[tuple[int, ...], str]]
 
@@ -284,7 +286,7 @@ def _suggest(order: Iterable[str], header: Header, budget: int) -> Suggestion | 
 
 
 def _suggest_measured(measurement: Measurement, header: Header, budget: int) -> Suggestion | None:
-    """Most noise taken away per byte first; a layer that got 8 bits may still become float."""
+    """Most noise taken away per byte first; or with one of the largest gains first, which would find no room later."""
     growth = _growth(header)
     saved: dict[str, dict[int, float]] = {owner: {8: 0.0, 0: 0.0} for owner in growth}
     for one in measurement.layers:
@@ -292,23 +294,41 @@ def _suggest_measured(measurement: Measurement, header: Header, budget: int) -> 
         if plan is not None:
             saved[plan.owner(one.name)][8] += max(0.0, one.noise - one.input_noise)
             saved[plan.owner(one.name)][0] += one.noise
-    chosen: dict[str, int] = {}
-    spent, left = 0, measurement.noise
-    while True:
-        best: tuple[float, str, int, int, float] | None = None
-        for owner, sizes in growth.items():
-            has = chosen.get(owner)
-            before = (0, 0.0) if has is None else (sizes[has], saved[owner][has])
-            for bits, size in sizes.items():
-                more, less = size - before[0], saved[owner][bits] - before[1]
-                if 0 < more <= budget - spent and less > 0 and (best is None or less / more > best[0]):
-                    best = (less / more, owner, bits, more, less)
-        if best is None:
-            break
-        _, owner, bits, more, less = best
-        chosen[owner] = bits
-        spent, left = spent + more, left - less
+    single = [(owner, bits) for owner, sizes in growth.items() for bits in sizes if 0 < sizes[bits] <= budget]
+    single.sort(key=lambda option: -saved[option[0]][option[1]])
+
+    def total(choice: dict[str, int]) -> float:
+        return sum(saved[owner][bits] for owner, bits in choice.items())
+
+    chosen = _fill({}, growth, saved, budget)
+    other = max((_fill({owner: bits}, growth, saved, budget) for owner, bits in single[:16]), key=total, default={})
+    if total(other) > CLEARLY * total(chosen):
+        chosen = other
     if not chosen:
         return None
-    overrides = [f"{owner}={bits or 'float'}" for owner, bits in chosen.items()]
-    return Suggestion(overrides, spent, budget, decibels(1, left))
+    spent = sum(growth[owner][bits] for owner, bits in chosen.items())
+    left = measurement.noise - total(chosen)
+    return Suggestion(
+        [f"{owner}={bits or 'float'}" for owner, bits in chosen.items()], spent, budget, decibels(1, left)
+    )
+
+
+def _fill(
+    start: dict[str, int], growth: dict[str, dict[int, int]], saved: dict[str, dict[int, float]], budget: int
+) -> dict[str, int]:
+    """Add to a choice {layer: bits} what saves most per byte while it fits; 8 bits may still become float."""
+    chosen = dict(start)
+    room = budget - sum(growth[owner][bits] for owner, bits in start.items())
+    while True:
+        best: tuple[float, str, int, int] | None = None
+        for owner, sizes in growth.items():
+            has = chosen.get(owner)
+            size, noise = (0, 0.0) if has is None else (sizes[has], saved[owner][has])
+            for bits in sizes:
+                more, less = sizes[bits] - size, saved[owner][bits] - noise
+                if 0 < more <= room and less > 0 and (best is None or less / more > best[0]):
+                    best = (less / more, owner, bits, more)
+        if best is None:
+            return chosen
+        chosen[best[1]] = best[2]
+        room -= best[3]

@@ -161,6 +161,23 @@ def test_a_layer_whose_rounded_input_does_the_harm_is_kept_float(tiny_checkpoint
     assert suggestion.predicted_sqnr_db == pytest.approx(decibels(1, left))
 
 
+def test_a_large_gain_is_not_crowded_out_by_small_ones(tiny_checkpoint: Path, measured: Measurement) -> None:
+    name, small = "up_blocks.1.resnets.1.conv2", "mid_block.attentions.0.proj_in"
+    noise = {name: (0.1, 0.1), small: (0.05, 0.0)}  # no others cause any
+    layers = [
+        dataclasses.replace(one, noise=noise.get(one.name, (0.0, 0.0))[0], input_noise=noise.get(one.name, (0, 0.0))[1])
+        for one in measured.layers
+    ]
+    changed = dataclasses.replace(measured, layers=layers)
+    options = reckoned(tiny_checkpoint, changed)
+    extra = options[name]["float"][0]
+    assert options[small]["8"][1] / options[small]["8"][0] > 0.1 / extra  # it comes first by what a byte saves
+    budget = (extra + 1) / inspect(tiny_checkpoint).unet_bytes  # and leaves no room
+    suggestion = inspect(tiny_checkpoint, budget=budget, measurement=changed).suggestion
+    assert suggestion is not None
+    assert suggestion.overrides == [f"{name}=float"]
+
+
 def test_the_picture_shows_a_measured_checkpoint(
     tiny_checkpoint: Path, measured: Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
