@@ -147,13 +147,23 @@ def conv2d_int8_kernel(
                 x1 = signed_within(x1, (c0 + HALF)[None, :], begin, end, ASSEMBLY)
                 accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
                 accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
-            steps = tl.maximum(inner_end - inner_begin, 0) // STEP
-            for part in range(0, steps * TAPS):
-                c0 = inner_begin + part % steps * STEP + lane
-                x0, w0 = _load_tap(x_tile, w_tile, part // steps, c0, line, TAPS, KERNEL_WIDTH, CHANNELS, False)
-                x1, w1 = _load_tap(x_tile, w_tile, part // steps, c0 + HALF, line, TAPS, KERNEL_WIDTH, CHANNELS, False)
+            # Unmasked steps, those of one tap after those of another; k is where a step begins in K.
+            span = tl.maximum(inner_end - inner_begin, 0)
+            k = inner_begin
+            left = span
+            for _ in range(0, span // STEP * TAPS):
+                x_inner = x_tile + (k + k // SEGMENT * jump) + lane[None, :]
+                w_inner = w_tile + k + lane[:, None]
+                x0 = tl.load(x_inner)
+                w0 = tl.load(w_inner)
+                x1 = tl.load(x_inner + HALF)
+                w1 = tl.load(w_inner + HALF)
                 accumulator = tl.dot(signed(x0, ASSEMBLY), w0, accumulator, out_dtype=tl.int32)
                 accumulator = tl.dot(signed(x1, ASSEMBLY), w1, accumulator, out_dtype=tl.int32)
+                k += STEP
+                left -= STEP
+                k += tl.where(left == 0, CHANNELS - span, 0)
+                left = tl.where(left == 0, span, left)
     y = dequantize(
         accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
         row // (out_height * out_width), channel, row < rows, channel < channels, HAS_BIAS,

@@ -160,13 +160,19 @@ def linear_int8_kernel(
         for first in range(begin, end, STEP):
             # Two products per step: with one, Triton 3.9 carries int8 operands bytewise through its prefetch.
             second = first + HALF
-            # Past the end the weights are 0, so codes may be anything; only with `other` 0 are loads asynchronous.
-            x0 = signed(tl.load(x_tile + first, mask=(first + lane < reduction)[None, :], other=0), ASSEMBLY)
-            w0 = tl.load(w_tile + first, mask=(first + lane < reduction)[:, None], other=0)
-            x1 = signed(tl.load(x_tile + second, mask=(second + lane < reduction)[None, :], other=0), ASSEMBLY)
-            w1 = tl.load(w_tile + second, mask=(second + lane < reduction)[:, None], other=0)
-            accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
-            accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
+            if CLASSES == 1:
+                # Past the end weights are 0, so codes may be anything; only with `other` 0 are loads asynchronous.
+                x0 = tl.load(x_tile + first, mask=(first + lane < reduction)[None, :], other=0)
+                w0 = tl.load(w_tile + first, mask=(first + lane < reduction)[:, None], other=0)
+                x1 = tl.load(x_tile + second, mask=(second + lane < reduction)[None, :], other=0)
+                w1 = tl.load(w_tile + second, mask=(second + lane < reduction)[:, None], other=0)
+            else:  # whole steps lie within the class
+                x0 = tl.load(x_tile + first)
+                w0 = tl.load(w_tile + first)
+                x1 = tl.load(x_tile + second)
+                w1 = tl.load(w_tile + second)
+            accumulator = tl.dot(signed(x0, ASSEMBLY), w0, accumulator, out_dtype=tl.int32)
+            accumulator = tl.dot(signed(x1, ASSEMBLY), w1, accumulator, out_dtype=tl.int32)
     y = dequantize(
         accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
         row, channel, row < rows, channel < channels, HAS_BIAS,
