@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 FLOAT_KERNELS = {
     "quantize_rows_kernel", "quantize_long_rows_kernel", "sample_statistics_kernel", "group_statistics_kernel",
-    "sample_range_kernel", "quantize_samples_kernel", "base2_rows_kernel", "base2_kernel",
+    "sample_range_kernel", "quantize_samples_kernel", "base2_rows_kernel", "base2_kernel", "sum_splits_kernel",
 }  # fmt: skip
 
 
@@ -30,8 +30,8 @@ def table(tmp_path_factory):
 
 def test_every_kernel_compiles_for_every_target(table):
     kernels = {
-        "linear_int8_kernel", "linear_int4_kernel", "conv2d_int8_kernel", "conv2d_int4_kernel", "log_attention_kernel",
-        "running_kernel", *FLOAT_KERNELS,
+        "linear_int8_kernel", "linear_int4_kernel", "linear_float_groups_kernel", "conv2d_int8_kernel",
+        "conv2d_int4_kernel", "log_attention_kernel", "running_kernel", *FLOAT_KERNELS,
     }  # fmt: skip
     assert {(row["target"], row["kernel"]) for row in table} == {
         (target, kernel) for target in ("80", "89", "90") for kernel in kernels
