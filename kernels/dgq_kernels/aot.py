@@ -158,6 +158,11 @@ def _product_cases(major: int) -> Iterator[Case]:
                 yield case(kernel, config, f"group={group}", constants)
                 yield case(kernel, config, f"group={group}", constants, SPLIT=True)
             yield case(linear.linear_int4_kernel, config, f"group={group}", constants, GATED=True)
+    if major == 8:  # what unpacking costs: int8 in the tile of int4
+        config = tiles.tiles_of("int4", major)[0]
+        constants = {"CLASSES": 1, "ends_ptr": None, **square}
+        for kernel in (linear.linear_int8_kernel, conv2d.conv2d_int8_kernel):
+            yield case(kernel, config, "classes=1 beside int4", constants)
     config = tiles.FLOAT_GROUPS
     constants = {
         "HAS_BIAS": True, "ASSEMBLY": major > 0, "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels,

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +53,22 @@ def test_plain_int8_operands_stay_packed(table):
             assert int(row["prmt"]) == 0, row
         if "int4" in row["kernel"]:
             assert int(row["prmt"]) < 8, row
+
+
+@pytest.mark.parametrize("target", ["80", "86", "89"])
+@pytest.mark.parametrize("kernel", ["linear", "conv2d"])
+def test_the_table_keeps_the_main_loops_short(kernel, target):
+    """kernels/aot.csv, by every release: int4 at most 35% above int8 in its tile, shift classes at most 2%."""
+    with (Path(__file__).parents[2] / "kernels" / "aot.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["target"] == target and row["kernel"].startswith(kernel)]
+    for release in {row["triton"] for row in rows}:
+        loops = {row["config"]: int(row["loop"]) for row in rows if row["triton"] == release}
+        beside = next(config for config in loops if config.endswith(" beside int4"))
+        tile = beside.split()[0]
+        for group in (32, 64):
+            assert loops[f"{tile} group={group}"] <= 1.35 * loops[beside], (release, group)
+        tiles = [config.split()[0] for config in loops if config.endswith("classes=3")]
+        shared = [tile for tile in tiles if f"{tile} classes=1" in loops]
+        assert len(shared) >= 2
+        for tile in shared:
+            assert loops[f"{tile} classes=3"] <= 1.02 * loops[f"{tile} classes=1"], (release, tile)

@@ -1,7 +1,7 @@
 """Triton-Sanitizer over the kernels: it proves symbolically that no address lies outside a tensor.
 
 Optional: it needs triton-viz, whose 3.0 works with Triton 3.6 and not with 3.9 (`make sanitize`). It stops at what it
-does not know: loops whose ends are loaded or divided (shift classes, float groups, splits), `tl.split` (gated outputs),
+does not know: loops whose ends are loaded or divided (shift classes, splits), `tl.split` (gated outputs),
 and int4 unpacking. `test_triton_bounds.py` covers those by poison.
 """
 

@@ -33,7 +33,7 @@ class Tiling(NamedTuple):
 
 # Kind of product -> major compute capability -> tiles, the largest first. Chosen by the compile table
 # (kernels/aot.csv): fewest instructions per product, no spill under any release; 8.6, 8.9 and 12.0 have 99 KiB of
-# shared memory. "shifted" has shift classes; int4 goes by weights per sub-scale.
+# shared memory. "shifted" has shift classes; "int4" serves both sizes of groups.
 TILES: dict[str, dict[int, tuple[Config, ...]]] = {
     "int8": {
         8: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 2)),
@@ -42,13 +42,13 @@ TILES: dict[str, dict[int, tuple[Config, ...]]] = {
         12: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 2)),
     },
     "shifted": {
-        8: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 3)),
+        8: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 2)),
         9: (Config(128, 128, 64, 8, 4), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 3)),
         10: (Config(128, 128, 32, 8, 4), Config(64, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
-        12: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 3)),
+        12: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 32, 4, 4)),
     },
     "int4": {  # tall: a weight that was unpacked once serves many rows
-        8: (Config(256, 64, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 32, 4, 4)),
+        8: (Config(256, 64, 64, 8, 3), Config(128, 64, 64, 8, 2), Config(64, 64, 32, 4, 4)),
         9: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 32, 4, 4)),
         10: (Config(256, 64, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 32, 4, 4)),
         12: (Config(256, 64, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 32, 4, 4)),
