@@ -4,7 +4,7 @@ The references are the definitions (docs/method.md); integer results of every ba
 """
 
 from .conv2d import conv2d, conv2d_int4, conv2d_prepacked
-from .linear import linear_int4, linear_int8, linear_prepacked
+from .linear import linear_float_groups, linear_int4, linear_int8, linear_prepacked
 from .log_attention import (
     log_attention,
     log_attention_base2,
@@ -27,6 +27,7 @@ __all__ = [
     "geglu_quantize_rows",
     "group_norm_quantize_samples",
     "layer_norm_quantize_rows",
+    "linear_float_groups",
     "linear_int4",
     "linear_int8",
     "linear_prepacked",

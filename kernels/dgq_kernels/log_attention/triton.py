@@ -277,10 +277,17 @@ def padded_width(head_dim: int) -> int:
     return max(32, triton.next_power_of_2(head_dim))
 
 
-def config_for(width: int) -> Config:
-    """Tile sizes for a padded head width, the largest that do not spill."""
+def _major(device: torch.device) -> int:
+    """The major compute capability, 0 without a GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def config_for(width: int, major: int) -> Config:
+    """Tile sizes for a padded head width and a compute capability, the largest that do not spill."""
     if triton.knobs.runtime.interpret:
         return Config(128, 128, 4, 1)  # the interpreter's cost is per tile
+    if (width, major) == (128, 10):
+        return Config(64, 32, 8, 2)  # products arrive from tensor memory: one more copy in registers
     return {32: Config(128, 64, 8, 3), 64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2)}.get(
         width, Config(64, 32, 8, 2)
     )
@@ -311,7 +318,7 @@ def log_attention(
     operands = quantize_operands(q[:, :, :1], k, v, scale, fraction_bits, start_token, qk_bits, v_bits)
     batch, heads, rows, head_dim = q.shape
     width = padded_width(head_dim)
-    config = config_for(width)
+    config = config_for(width, _major(q.device))
     keys = operands.k.shape[2]
     padded_keys = triton.cdiv(keys, config.keys) * config.keys
     k_codes = _padded(operands.k, width, padded_keys)
@@ -351,7 +358,7 @@ def log_attention_running(
     v_codes = _padded(operands.v, width, padded_keys)
     prefix = pad(v_codes.view(batch * heads, -1, block, width).sum(2, dtype=torch.int32), (0, 0, 1, 0))
     prefix = prefix.cumsum(1, dtype=torch.int32)
-    config = running_config_for(width)
+    config = running_config_for(width, _major(q.device))
     running_kernel[(triton.cdiv(rows, config.rows), batch * heads)](
         q, k_codes, v_codes.mT.contiguous(), pad(operands.v_scale, (0, width - head_dim)).flatten(0, 2), prefix,
         operands.key_step.flatten(), out,
@@ -363,17 +370,21 @@ def log_attention_running(
     return out
 
 
-def running_config_for(width: int) -> Config:
+def running_config_for(width: int, major: int) -> Config:
     """Rows, warps and stages of the one-pass kernel; the keys of a block belong to what it computes."""
     if triton.knobs.runtime.interpret:
         return Config(128, 64, 4, 1)
+    if (width, major) == (64, 10):
+        return Config(64, 64, 8, 2)
     return {32: Config(128, 64, 8, 3), 64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2)}[width]
 
 
-def base2_config_for(width: int) -> Config:
+def base2_config_for(width: int, major: int) -> Config:
     """Tiles of the published form's passes."""
     if triton.knobs.runtime.interpret:
         return Config(128, 128, 4, 1)
+    if (width, major) == (64, 10):
+        return Config(64, 64, 8, 2)
     return {32: Config(128, 64, 8, 2), 64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2)}.get(
         width, Config(64, 32, 8, 2)
     )
@@ -390,7 +401,7 @@ def log_attention_base2(
     keys = k.shape[2]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     width = padded_width(head_dim)
-    config = base2_config_for(width)
+    config = base2_config_for(width, _major(q.device))
     normaliser, peak = q.new_empty((2, batch * heads, rows), dtype=torch.float32)
     grid = (triton.cdiv(rows, config.rows), batch * heads)
     tile = {
