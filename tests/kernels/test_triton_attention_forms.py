@@ -57,7 +57,7 @@ def test_one_pass_equals_its_reference(rows, keys, width, bits, fraction, block,
 )  # fmt: skip
 def test_one_pass_any_shape(rows, keys, width, fraction, bits, seed, spread):
     q, k, v = operands(rows, keys, width, heads=(1, 1), spread=spread, seed=seed)
-    arguments = (width**-0.5, bits, fraction, 64)
+    arguments = (width**-0.5, bits, min(fraction, bits - 1), 64)
     expected = reference.log_attention_running(q, k, v, *arguments)
     assert rms_error(run("log_attention_running", q, k, v, *arguments), expected) < 1e-6
 
@@ -132,5 +132,7 @@ def test_operators(monkeypatch, name):
     q, k, v = (x.to(DEVICE) for x in operands(6, 9, 16))
     torch.library.opcheck(log_attention_running, (q, k, v, 0.25, 8, 4))
     torch.library.opcheck(log_attention_base2, (q, k, v, 0.25, 8, True))
+    with pytest.raises(ValueError, match="two octaves"):
+        log_attention_running(q, k, v, 0.25, 5, 5)
     with pytest.raises(ValueError, match="block"):
         log_attention_running(q, k, v, 0.25, 8, 4, 48)

@@ -82,7 +82,8 @@ def log_attention_running(
 
     Args:
         q: float16, bfloat16 or float32 (B, H, T, d), d at most 128; k, v: the same dtype, (B, H, S, d).
-        scale, bits, fraction_bits: as in `log_attention`; q, k and v become 8-bit codes as there.
+        scale, bits, fraction_bits: as in `log_attention`, but fraction_bits < bits; q, k and v become 8-bit codes as
+            there.
         block: keys per step, 32, 64 or 128.
 
     Returns:
