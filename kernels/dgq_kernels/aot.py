@@ -34,7 +34,10 @@ from .quantize_activation import triton as quantize
 NVIDIA_TARGETS = ("80", "86", "89", "90", "100", "120")
 TARGETS = (*NVIDIA_TARGETS, "gfx942")
 # Row lengths and strides that count as multiples of 16, as in every layer that matters.
-_ALIGNED = ("reduction", "channels", "packed_row", "padded_keys", "q_batch", "q_head", "q_row", "x_row")
+_ALIGNED = (
+    "reduction", "channels", "packed_row", "padded_keys", "x_row",
+    *(f"{name}_{axis}" for name in "qkv" for axis in ("batch", "head", "row")),
+)  # fmt: skip
 _MMA = re.compile(r"IMMA|IGMMA|UTCIMMA|HMMA|HGMMA|UTCHMMA|QMMA|v_mfma_\w+|v_wmma_\w+")
 _INTEGER_MMA = re.compile(r"IMMA|IGMMA|v_mfma_i32|v_wmma_i32")
 _INSTRUCTION = re.compile(r"^\s+(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b.*;")
@@ -202,6 +205,16 @@ def _attention_cases() -> Iterator[Case]:
                  "FRACTION_BITS": 4, "TOP": 255, "QK_TOP": 127},
                 tiles.warps, tiles.stages, f"d={head_dim} self",
             )  # fmt: skip
+        tile = (attention.config_for(width).keys, width)
+        halves = {f"{name}_ptr": "*fp16" for name in ("k", "v")}
+        floats = {f"{name}_ptr": "*fp32" for name in ("statistics", "v_scale", "key_step", "start_k", "start_v")}
+        codes = {"k_codes_ptr": "*i8", "v_codes_ptr": "*i8", "v_sum_ptr": "*i32"}
+        for kernel in (attention.key_statistics_kernel, attention.key_codes_kernel):
+            constants = {"HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_KEYS": tile[0], "START": 1}
+            constants |= {"QK_TOP": 127, "V_TOP": 127} if kernel is attention.key_codes_kernel else {}
+            warps = attention.key_warps(*tile)
+            yield _case(kernel, (*tile, warps), {**halves, **floats, **codes}, constants, warps,
+                        note=f"d={head_dim} cross", integer=False)  # fmt: skip
         tiles = attention.base2_config_for(width)
         halves = {f"{name}_ptr": "*fp16" for name in ("q", "k", "v", "out")}
         floats = {f"{name}_ptr": "*fp32" for name in ("normaliser", "peak", "reference")}
