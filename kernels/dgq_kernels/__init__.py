@@ -8,10 +8,12 @@ from .linear import linear_int4, linear_int8, linear_prepacked
 from .log_attention import log_attention, log_attention_base2, log_attention_eager, log_attention_running
 from .quantize_activation import (
     geglu_quantize_rows,
+    group_norm_quantize_rows,
     group_norm_quantize_samples,
     layer_norm_quantize_rows,
     quantize_rows,
     quantize_samples,
+    silu_quantize_rows,
 )
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "conv2d_int4",
     "conv2d_prepacked",
     "geglu_quantize_rows",
+    "group_norm_quantize_rows",
     "group_norm_quantize_samples",
     "layer_norm_quantize_rows",
     "linear_int4",
@@ -30,4 +33,5 @@ __all__ = [
     "log_attention_running",
     "quantize_rows",
     "quantize_samples",
+    "silu_quantize_rows",
 ]
