@@ -151,7 +151,7 @@ def _quantize_cases() -> Iterator[Case]:
     pointers = {
         "x_ptr": "*fp16", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32", "inv_divisor_ptr": "*fp32",
         "position_ptr": "*i32", "codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
-        **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "centre", "gain", "low", "high")},
+        **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "shift", "centre", "gain", "low", "high")},
     }  # fmt: skip
     flags = {"DIVIDE": True, "PLACE": True, "OFFSET": True, "GAIN": True, "SMALLEST": 1e-30, "TOP": 255}
 
@@ -161,7 +161,7 @@ def _quantize_cases() -> Iterator[Case]:
         mine = {name: value for name, value in every.items() if name in kernel.arg_names}
         return _case(kernel, config, pointers, mine, config.warps, 3, note, integer=False)
 
-    for mode, note in enumerate(("plain", "layer norm", "geglu")):
+    for mode, note in enumerate(("plain", "layer norm", "geglu", "silu", "group norm")):
         for channels in (320, 1280, 5120):
             if channels == 5120 and note != "geglu":
                 continue
@@ -174,7 +174,7 @@ def _quantize_cases() -> Iterator[Case]:
         width = 16 if group < 16 else 64
         yield case(quantize.sample_statistics_kernel, tile, "")
         whole = quantize.Config(32, width, 4)
-        yield case(quantize.group_statistics_kernel, whole, f"group={group}", GROUP=group)
+        yield case(quantize.group_statistics_kernel, whole, f"group={group}", GROUP=group, SHIFT=True)
         for norm, note in ((False, "plain"), (True, "norm silu")):
             fused = {"NORM": norm, "SILU": norm, "OFFSET": norm}
             yield case(quantize.sample_range_kernel, tile, note, **fused)
