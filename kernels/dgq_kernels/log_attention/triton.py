@@ -169,16 +169,16 @@ def key_codes_kernel(
 @triton.jit
 def log_attention_kernel(
     q_ptr, k_ptr, v_ptr, v_scale_ptr, v_sum_ptr, key_step_ptr, start_k_ptr, start_v_ptr, out_ptr,
-    rows, keys, padded_keys, chunks, heads, q_batch, q_head, q_row, logit_scale,
+    rows, keys, padded_keys, chunks, heads, q_batch, q_head, q_row, out_batch, out_head, out_row, logit_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     FRACTION_BITS: tl.constexpr, TOP: tl.constexpr, QK_TOP: tl.constexpr,
     START: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one head.
 
-    q (B, H, T, d) with the strides given; k (BH, padded_keys, WIDTH) and v (BH, WIDTH, padded_keys), int8, zero-padded;
-    v_scale, start_k, start_v (BH, WIDTH); v_sum (BH, chunks, WIDTH) int32, sums of v's codes; key_step (BH,);
-    out (BH, T, d).
+    q and out (B, H, T, d) with the strides given; k (BH, padded_keys, WIDTH) and v (BH, WIDTH, padded_keys), int8,
+    zero-padded; v_scale, start_k, start_v (BH, WIDTH); v_sum (BH, chunks, WIDTH) int32, sums of v's codes;
+    key_step (BH,).
     """
     head = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -231,7 +231,8 @@ def log_attention_kernel(
         start = 255.0 * tl.exp2(tl.minimum(gap, 0.0))
         numerator = others[:, None] * numerator + start[:, None] * start_v[None, :]
         total = others * total + start
-    out_offsets = (head.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + channel[None, :]
+    out_base = (head // heads).to(tl.int64) * out_batch + (head % heads).to(tl.int64) * out_head
+    out_offsets = out_base + row[:, None].to(tl.int64) * out_row + channel[None, :]
     numerator *= (1.0 / total)[:, None]
     tl.store(out_ptr + out_offsets, numerator.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -239,7 +240,7 @@ def log_attention_kernel(
 @triton.jit
 def running_kernel(
     q_ptr, k_ptr, v_ptr, v_scale_ptr, v_prefix_ptr, key_step_ptr, out_ptr,
-    rows, keys, padded_keys, heads, q_batch, q_head, q_row,
+    rows, keys, padded_keys, heads, q_batch, q_head, q_row, out_batch, out_head, out_row,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     FRACTION_BITS: tl.constexpr, TOP: tl.constexpr, QK_TOP: tl.constexpr,
 ):  # fmt: skip
@@ -285,7 +286,8 @@ def running_kernel(
 
     accumulator += 128 * tl.load(prefix + padded_keys // BLOCK_KEYS * WIDTH)[None, :]
     numerator = accumulator.to(tl.float32) * tl.load(v_scale_ptr + head * WIDTH + channel)[None, :]
-    out_offsets = (head.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + channel[None, :]
+    out_base = (head // heads).to(tl.int64) * out_batch + (head % heads).to(tl.int64) * out_head
+    out_offsets = out_base + row[:, None].to(tl.int64) * out_row + channel[None, :]
     numerator *= (1.0 / normaliser.to(tl.float32))[:, None]
     tl.store(out_ptr + out_offsets, numerator.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -461,11 +463,17 @@ def quantize_keys(
     return out
 
 
+def _empty_output(q: Tensor) -> Tensor:
+    """(B, H, T, d) laid out as (B, T, H, d)."""
+    batch, heads, rows, head_dim = q.shape
+    return torch.empty((batch, rows, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
+
+
 def log_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
     qk_bits: int, v_bits: int, *, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `dgq_kernels.log_attention`; `out` is a contiguous (B, H, T, d) buffer to write to.
+    """See `dgq_kernels.log_attention`; `out` is a (B, H, T, d) buffer to write to, of dense channels.
 
     Float q, k or v, which only comparisons ask for, have no kernel: torch runs them, a slice of the rows at a time.
     The sums are exact in int32: 255 * 127 * S stays below 2^31 (`reference.MAX_KEYS`).
@@ -473,7 +481,7 @@ def log_attention(
     if not (qk_bits and v_bits):
         y = cpu.log_attention(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
         return y if out is None else out.copy_(y)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    out = _empty_output(q) if out is None else out
     if not out.numel():
         return out
     q = q if q.stride(3) == 1 else q.contiguous()
@@ -483,8 +491,8 @@ def log_attention(
     own = quantize_keys(k, v, scale, fraction_bits, start_token, qk_bits, v_bits, config.keys)
     log_attention_kernel[(triton.cdiv(rows, config.rows), batch * heads)](
         q, own.k, own.v, own.v_scale, own.v_sum, own.key_step, own.start_k, own.start_v, out,
-        rows, k.shape[2] - int(start_token), own.k.shape[1], own.v_sum.shape[1], heads, *q.stride()[:3],
-        scale * math.log2(math.e),
+        rows, k.shape[2] - int(start_token), own.k.shape[1], own.v_sum.shape[1], heads,
+        *q.stride()[:3], *out.stride()[:3], scale * math.log2(math.e),
         HEAD_DIM=head_dim, WIDTH=width, BLOCK_ROWS=config.rows, BLOCK_KEYS=config.keys,
         FRACTION_BITS=fraction_bits, TOP=2**bits - 1, QK_TOP=2 ** (qk_bits - 1) - 1, START=start_token,
         num_warps=config.warps, num_stages=config.stages,
@@ -497,8 +505,8 @@ def log_attention_running(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, block: int, *,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `dgq_kernels.log_attention_running`; `out` is a contiguous (B, H, T, d) buffer to write to."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    """See `dgq_kernels.log_attention_running`; `out` is a (B, H, T, d) buffer to write to, of dense channels."""
+    out = _empty_output(q) if out is None else out
     if not out.numel():
         return out
     q = q if q.stride(3) == 1 else q.contiguous()
@@ -510,7 +518,7 @@ def log_attention_running(
     config = running_config_for(width)
     running_kernel[(triton.cdiv(rows, config.rows), batch * heads)](
         q, own.k, own.v, own.v_scale, prefix, own.key_step, out,
-        rows, k.shape[2], own.k.shape[1], heads, *q.stride()[:3],
+        rows, k.shape[2], own.k.shape[1], heads, *q.stride()[:3], *out.stride()[:3],
         HEAD_DIM=head_dim, WIDTH=width, BLOCK_ROWS=config.rows, BLOCK_KEYS=block,
         FRACTION_BITS=fraction_bits, TOP=2**bits - 1, QK_TOP=127,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
