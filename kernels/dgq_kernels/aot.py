@@ -36,7 +36,7 @@ TARGETS = (*NVIDIA_TARGETS, "gfx942")
 # Row lengths and strides that count as multiples of 16, as in every layer that matters.
 _ALIGNED = (
     "reduction", "channels", "packed_row", "padded_keys", "x_row",
-    *(f"{name}_{axis}" for name in "qkv" for axis in ("batch", "head", "row")),
+    *(f"{name}_{axis}" for name in ("q", "k", "v", "out") for axis in ("batch", "head", "row")),
 )  # fmt: skip
 _MMA = re.compile(r"IMMA|IGMMA|UTCIMMA|HMMA|HGMMA|UTCHMMA|QMMA|v_mfma_\w+|v_wmma_\w+")
 _INTEGER_MMA = re.compile(r"IMMA|IGMMA|v_mfma_i32|v_wmma_i32")
