@@ -1,4 +1,4 @@
-"""Every operator is registered as torch wants it (`torch.library.opcheck`: schema, autograd, fake tensors, compilation),
+"""Every operator is registered as torch wants it (`torch.library.opcheck`: schema, autograd, fake tensors, compilation)
 on its kernels, and returns what its fake form says on the reference too."""
 
 import pytest
