@@ -8,7 +8,7 @@ DEMO := build/demo
 GPU_VENV := build/gpu
 GPU_BIN := $(GPU_VENV)/bin
 
-.PHONY: demo test test-all lint types gpu aot bench fidelity embedded-data embedded-train clean
+.PHONY: demo test test-all lint types gpu aot sanitize bench fidelity embedded-data embedded-train clean
 
 demo: $(VENV)/ready
 	$(BIN)/dgq calibrate --out $(DEMO)/dgq-emoji-w4a8 --wbits 4 --abits 8 --overwrite
@@ -42,6 +42,13 @@ aot: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton-3.6 "triton==3.6.*"
 	$(BIN)/python -m dgq_kernels.aot --csv kernels/aot.csv --jobs 2
 	PYTHONPATH=build/triton-3.6 $(BIN)/python -m dgq_kernels.aot --csv kernels/aot.csv --jobs 2
+
+# Triton-Sanitizer over the kernels that it understands, in the interpreter; triton-viz 3.0 does not fit newer Tritons.
+sanitize: $(VENV)/ready
+	$(BIN)/pip install --quiet --upgrade --target build/triton-viz \
+		z3-solver anytree flask flask_cloudflared cairocffi tqdm
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton-viz "triton-viz==3.0" "triton==3.6.*"
+	PYTHONPATH=build/triton-viz $(BIN)/python -m pytest tests/kernels/test_triton_sanitizer.py
 
 bench: $(VENV)/ready
 	$(BIN)/dgq bench --csv benchmarks/results.csv

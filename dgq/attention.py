@@ -35,7 +35,8 @@ class AttentionPlan:
 
 
 class LogAttnProcessor:
-    """A diffusers attention processor that runs `dgq_kernels.log_attention_eager`.
+    """A diffusers attention processor that runs `dgq_kernels.log_attention_eager`, or float attention on CPUs where
+    that is the faster of the two.
 
     Cross-attention keeps column 0, the start token, apart in float: it takes most of the probability and would
     otherwise set the scale for all others. A `residual` shaped like the result is added by the last layer;
@@ -86,7 +87,10 @@ class LogAttnProcessor:
             q = module.norm_q(q)
         if module.norm_k is not None:
             k = module.norm_k(k)
-        out = dgq_kernels.log_attention_eager(q, k, v, module.scale, self.plan.bits, self.plan.fraction_bits, cross)
+        if dgq_kernels.log_attention_pays(q.device):
+            out = dgq_kernels.log_attention_eager(q, k, v, module.scale, self.plan.bits, self.plan.fraction_bits, cross)
+        else:
+            out = nn.functional.scaled_dot_product_attention(q, k, v, scale=module.scale)
         out = out.transpose(1, 2).flatten(2)
         plain = len(shape) == 3 and not module.residual_connection and module.rescale_output_factor == 1
         if residual is not None and plain and isinstance(module.to_out[0], IntegerLayer):

@@ -1,7 +1,7 @@
 """Modules of a diffusers UNet that hand their neighbours' work to quantized layers: norms, residuals, GEGLU.
 
-The layers can normalize and activate while they quantize, and add a residual while the sums are still in the cache (on
-the CPU a time embedding too, and gate their output); diffusers' modules do each as a pass over memory of its own.
+The layers can normalize and activate while they quantize, and gate their output or add a residual while the sums are
+still in the cache (on the CPU a time embedding too); diffusers' modules do each as a pass over memory of its own.
 `fuse` changes the class of the modules that can do better, and nothing of their parameters: names, state_dict and
 results stay (results up to the rounding of what is no longer stored between).
 """
@@ -55,12 +55,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
         x = _attend(self.attn1, self.norm1, hidden_states, None)
         if self.attn2 is not None:
             x = _attend(self.attn2, self.norm2, x, encoder_hidden_states)
-        layers: list[Any] = [module for module in self.ff.net if not isinstance(module, nn.Dropout)]
-        first, *middle, last = layers
-        if isinstance(first, FusedGEGLU) and not middle and last.fuses(x.device):
-            both = layers[0].proj(x, norm=self.norm3)
-            gated: Tensor = last(both, x, activation="geglu")
-            return gated
+        first, *middle, last = (module for module in self.ff.net if not isinstance(module, nn.Dropout))
         hidden = first(x, norm=self.norm3) if isinstance(first, FusedGEGLU) else first(self.norm3(x))
         for module in middle:
             hidden = module(hidden)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import torch
 from .checkpoint import Header, float16_bytes, read_header, tensor_table, unet_bytes
 from .errors import DgqError
 from .layers import buffer_specs
+from .measurement import Measurement, decibels
 from .pipelines import resolve
 from .recipe import LayerPlan
 
 # Share of the UNet file that the suggested overrides may add
 DEFAULT_BUDGET = 0.02
+# Noise is estimated from few random probes: smaller differences between choices mean nothing
+CLEARLY = 1.1
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _Tensors = dict[str, tuple[tuple[int, ...], str]]
 
@@ -50,16 +54,20 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Layers that would gain from 8-bit weights.
+    """Layers that would gain from more bits.
 
     Attributes:
-        overrides: "name=8" for each, worst first, as `dgq calibrate --override` takes them.
+        overrides: "name=8", or "name=float" where a rounded input does the harm, as `dgq calibrate --override` takes
+            them: worst first by the recorded SQNR (8 bits only), or where layers were measured, by the output noise
+            that a byte takes away.
         extra_bytes: what they add to the UNet file; budget_bytes: what they were allowed to add.
+        predicted_sqnr_db: of the UNet's output with them, by the measured layers' noise; None where not measured.
     """
 
     overrides: list[str]
     extra_bytes: int
     budget_bytes: int
+    predicted_sqnr_db: float | None = None
 
     @property
     def command_line(self) -> str:
@@ -82,8 +90,10 @@ class Inspection:
         channel_modes: how many layers handle their channels in which way.
         attention: log attention as "bits" and "fraction_bits", or None for float attention or the paper's.
         calibration: how it was made and what was measured then, without the per-layer errors.
-        layers: every quantized layer in the model's order; worst: those with the lowest SQNR, worst first.
-        suggestion: None where no per-layer error was recorded or no 4-bit layer fits the budget.
+        layers: every quantized layer in the model's order.
+        worst: those with the lowest recorded SQNR, worst first; where measured, those with the most output noise.
+        suggestion: None where no per-layer error is known or no 4-bit layer fits the budget.
+        measurement: what each layer and step was found to do, where that was measured.
     """
 
     path: str
@@ -104,6 +114,7 @@ class Inspection:
     layers: list[LayerReport] = field(default_factory=list)
     worst: list[LayerReport] = field(default_factory=list)
     suggestion: Suggestion | None = None
+    measurement: Measurement | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object; "suggestion" also holds the "command_line"."""
@@ -113,13 +124,17 @@ class Inspection:
         return data
 
 
-def inspect(model: str | os.PathLike[str] | None, worst: int = 10, budget: float = DEFAULT_BUDGET) -> Inspection:
+def inspect(
+    model: str | os.PathLike[str] | None, worst: int = 10, budget: float = DEFAULT_BUDGET,
+    measurement: Measurement | None = None,
+) -> Inspection:  # fmt: skip
     """Describe a checkpoint from its headers; no weight is read.
 
     Args:
         model: checkpoint folder, hub id, or None for the embedded model.
         worst: how many layers to list by their error.
         budget: share of the UNet file that the suggested overrides may add.
+        measurement: of this checkpoint, from `measurement.measure`; its figures then decide which layers are the worst.
 
     Raises:
         DgqError: the model does not exist or is damaged, or `worst` or `budget` is out of range.
@@ -138,7 +153,16 @@ def inspect(model: str | os.PathLike[str] | None, worst: int = 10, budget: float
     float16 = float16_bytes(folder)
     stored = sum(layer.bytes for layer in layers)
     weights = sum(_count(layer.shape) for layer in layers if layer.kind != "attention")
-    ranked = sorted((layer for layer in layers if layer.sqnr_db is not None), key=_sqnr)
+    if measurement is None:
+        ranked = sorted((layer for layer in layers if layer.sqnr_db is not None), key=_sqnr)
+        order: Iterable[str] = dict.fromkeys(
+            header.layers[layer.name].owner(layer.name) for layer in ranked[: max(worst, 10)]
+        )
+        suggestion = _suggest(order, header, int(budget * size))
+    else:
+        noise = {one.name: one.noise for one in measurement.layers}
+        ranked = sorted((layer for layer in layers if layer.name in noise), key=lambda layer: -noise[layer.name])
+        suggestion = _suggest_measured(measurement, header, int(budget * size))
     return Inspection(
         str(folder), True, size, float16, size / float16,
         label=header.recipe.label, recipe=header.recipe.to_dict(), base_model=header.base_model,
@@ -147,8 +171,15 @@ def inspect(model: str | os.PathLike[str] | None, worst: int = 10, budget: float
         channel_modes=dict(Counter(layer.channels for layer in layers if layer.kind != "attention")),
         attention=dataclasses.asdict(header.attention) if header.attention else None,
         calibration={key: value for key, value in header.calibration.items() if key != "sqnr_db"},
-        layers=layers, worst=ranked[:worst], suggestion=_suggest(ranked[: max(worst, 10)], header, int(budget * size)),
+        layers=layers, worst=ranked[:worst], suggestion=suggestion, measurement=measurement,
     )  # fmt: skip
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A layer's block and its place there: ("up_blocks.0.attentions.1", "transformer_blocks.0.attn1.to_q")."""
+    found = re.match(r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.\w+\.\d+", name)
+    block = found[0] if found else name.partition(".")[0]
+    return block, name[len(block) + 1 :]
 
 
 def _sqnr(layer: LayerReport) -> float:
@@ -223,25 +254,81 @@ def _paper_layer(name: str, plan: dict[str, Any], size: int) -> LayerReport:
         raise DgqError(f"quantization_config: the plan of {name} is damaged ({error})") from None
 
 
-def _suggest(ranked: Sequence[LayerReport], header: Header, budget: int) -> Suggestion | None:
-    """8-bit weights for those of the worst 4-bit layers that fit the budget (bytes), worst first."""
-    parts: dict[str, list[LayerPlan]] = {}  # of each float layer, whose name an override takes
+def _growth(header: Header) -> dict[str, dict[int, int]]:
+    """Bytes that other weight bits would add, of every float layer (whose name an override takes).
+
+    Returns:
+        {name: {bits: bytes}}; bits are 8 where the layer is stored in 4, and 0 (float16).
+    """
+    found: dict[str, Counter[int]] = {}
     for name, plan in header.layers.items():
-        parts.setdefault(plan.owner(name), []).append(plan)
-    overrides, spent = [], 0
-    for layer in ranked:
-        owner = header.layers[layer.name].owner(layer.name)
-        plans = parts.pop(owner, [])
-        if not plans or plans[0].wbits != 4:
-            continue
-        extra = sum(
-            sign * _count(shape) * dtype.itemsize
-            for plan in plans
-            for sign, specs in ((1, buffer_specs(dataclasses.replace(plan, wbits=8))), (-1, buffer_specs(plan)))
-            for shape, dtype in specs.values()
-        )
-        if spent + extra > budget:
-            continue
-        overrides.append(f"{owner}=8")
-        spent += extra
-    return Suggestion(overrides, spent, budget) if overrides else None
+        sizes = found.setdefault(plan.owner(name), Counter())
+        stored = _packed_bytes(plan)
+        sizes[0] += 2 * plan.out_features * (plan.reduction + plan.bias) - stored
+        if plan.wbits == 4:
+            sizes[8] += _packed_bytes(dataclasses.replace(plan, wbits=8)) - stored
+    return {name: dict(sizes) for name, sizes in found.items()}
+
+
+def _packed_bytes(plan: LayerPlan) -> int:
+    return sum(_count(shape) * dtype.itemsize for shape, dtype in buffer_specs(plan).values())
+
+
+def _suggest(order: Iterable[str], header: Header, budget: int) -> Suggestion | None:
+    """8-bit weights for those of the 4-bit layers, in this order, that fit the budget (bytes)."""
+    growth = _growth(header)
+    chosen, spent = [], 0
+    for owner in order:
+        if 8 in growth[owner] and spent + growth[owner][8] <= budget:
+            chosen.append(owner)
+            spent += growth[owner][8]
+    return Suggestion([f"{owner}=8" for owner in chosen], spent, budget) if chosen else None
+
+
+def _suggest_measured(measurement: Measurement, header: Header, budget: int) -> Suggestion | None:
+    """Most noise taken away per byte first; or with one of the largest gains first, which would find no room later."""
+    growth = _growth(header)
+    saved: dict[str, dict[int, float]] = {owner: {8: 0.0, 0: 0.0} for owner in growth}
+    for one in measurement.layers:
+        plan = header.layers.get(one.name)
+        if plan is not None:
+            saved[plan.owner(one.name)][8] += max(0.0, one.noise - one.input_noise)
+            saved[plan.owner(one.name)][0] += one.noise
+    single = [(owner, bits) for owner, sizes in growth.items() for bits in sizes if 0 < sizes[bits] <= budget]
+    single.sort(key=lambda option: -saved[option[0]][option[1]])
+
+    def total(choice: dict[str, int]) -> float:
+        return sum(saved[owner][bits] for owner, bits in choice.items())
+
+    chosen = _fill({}, growth, saved, budget)
+    other = max((_fill({owner: bits}, growth, saved, budget) for owner, bits in single[:16]), key=total, default={})
+    if total(other) > CLEARLY * total(chosen):
+        chosen = other
+    if not chosen:
+        return None
+    spent = sum(growth[owner][bits] for owner, bits in chosen.items())
+    left = measurement.noise - total(chosen)
+    return Suggestion(
+        [f"{owner}={bits or 'float'}" for owner, bits in chosen.items()], spent, budget, decibels(1, left)
+    )
+
+
+def _fill(
+    start: dict[str, int], growth: dict[str, dict[int, int]], saved: dict[str, dict[int, float]], budget: int
+) -> dict[str, int]:
+    """Add to a choice {layer: bits} what saves most per byte while it fits; 8 bits may still become float."""
+    chosen = dict(start)
+    room = budget - sum(growth[owner][bits] for owner, bits in start.items())
+    while True:
+        best: tuple[float, str, int, int] | None = None
+        for owner, sizes in growth.items():
+            has = chosen.get(owner)
+            size, noise = (0, 0.0) if has is None else (sizes[has], saved[owner][has])
+            for bits in sizes:
+                more, less = sizes[bits] - size, saved[owner][bits] - noise
+                if 0 < more <= room and less > 0 and (best is None or less / more > best[0]):
+                    best = (less / more, owner, bits, more)
+        if best is None:
+            return chosen
+        chosen[best[1]] = best[2]
+        room -= best[3]

@@ -45,8 +45,8 @@ def buffer_specs(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtyp
     return specs
 
 
-# What a layer does to its input first, after a norm: nothing, SiLU, or value * gelu(gate) of its halves.
-Activation = Literal["none", "silu", "geglu"]
+# What a layer does to its input first, after a norm.
+Activation = Literal["none", "silu"]
 
 # Layers may be used from several threads, and packing takes the stored form away.
 _preparing = threading.Lock()
@@ -285,7 +285,7 @@ class IntegerLayer(nn.Module):
             residual: added to the result, shaped like it.
             sample_bias: (B, N), added too; of a convolution larger than 1x1.
             norm: applied to x.
-            activation: applied after the norm; for "geglu", of a linear layer, x is (..., 2 C).
+            activation: applied after the norm.
             offset: (B, C), added to the x of a convolution before its norm.
         """
         kind, ready = self.plan.kind, self.prepare(x.device)
@@ -332,7 +332,7 @@ class IntegerLayer(nn.Module):
     def _engine_norm(self, norm: nn.Module | None, activation: Activation, x: Tensor) -> native.Norm | None:
         """The norm, and SiLU, as the engine takes them; None where it does not."""
         kind, engine = self.plan.kind, None if norm is None else self.prepare(x.device).engine
-        if engine is None or activation == "geglu":
+        if engine is None:
             return None
         known: Any = norm
         silu = activation == "silu"
@@ -344,12 +344,15 @@ class IntegerLayer(nn.Module):
 
     def gated(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """value * gelu(gate) (..., N / 2) of the two halves (..., N) that `forward` gives for x (..., C)."""
-        engine = self.prepare(x.device).engine
-        if engine is not None and engine.can_gate:
+        ready = self.prepare(x.device)
+        if ready.engine is not None and ready.engine.can_gate:
             before = self._engine_norm(norm, "none", x)
             x = x if norm is None or before is not None else norm(x)
-            return engine.linear(x, gated=True, norm=before)
-        return _apply(self(x, norm=norm), None, "geglu", None)
+            return ready.engine.linear(x, gated=True, norm=before)
+        if ready.fuses:
+            return self._multiply(self._codes_of(x, norm), x.dtype, None, gated=True).view(*x.shape[:-1], -1)
+        value, gate = self(x, norm=norm).chunk(2, dim=-1)
+        return value * nn.functional.gelu(gate)
 
     def _codes(self, x: Tensor) -> Codes:
         """The codes of x itself: of its rows, or of samples with their padding."""
@@ -359,6 +362,11 @@ class IntegerLayer(nn.Module):
         rows = x.reshape(-1, plan.in_features)
         return Codes(*dgq_kernels.quantize_rows(rows, plan.abits, self._inv_divisor(), position))
 
+    def _codes_of(self, x: Tensor, norm: nn.Module | None) -> Codes:
+        """The codes of rows, normalized first, by one op where there is one."""
+        codes = None if norm is None else self._fused_codes(x, norm, "none")
+        return self._codes(x if norm is None else norm(x)) if codes is None else codes
+
     def _fused_codes(
         self, x: Tensor, norm: nn.Module | None, activation: Activation, offset: Tensor | None = None
     ) -> Codes | None:
@@ -366,7 +374,7 @@ class IntegerLayer(nn.Module):
         plan, position = self.plan, self.prepare(x.device).position
         known: Any = norm
         if plan.kind == "conv2d":
-            if type(norm) is not nn.GroupNorm or activation == "geglu":
+            if type(norm) is not nn.GroupNorm:
                 return None
             return Codes(
                 *dgq_kernels.group_norm_quantize_samples(
@@ -380,8 +388,7 @@ class IntegerLayer(nn.Module):
             return Codes(*dgq_kernels.layer_norm_quantize_rows(rows, known.weight, known.bias, known.eps, *last))
         if norm is not None or activation == "none":
             return None
-        op = dgq_kernels.silu_quantize_rows if activation == "silu" else dgq_kernels.geglu_quantize_rows
-        return Codes(*op(rows, *last))
+        return Codes(*dgq_kernels.silu_quantize_rows(rows, *last))
 
     def _finish(self, codes: Codes, x: Tensor, residual: Tensor | None, sample_bias: Tensor | None) -> Tensor:
         """The layer's result from its input's codes; x gives dtype and shape."""
@@ -394,8 +401,9 @@ class IntegerLayer(nn.Module):
             y = y + sample_bias.to(y.dtype)[:, :, None, None]
         return y if residual is None or fuses else y + residual
 
-    def _multiply(self, codes: Codes, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-        """The product op: (rows, N), or (B, N, H, W) of a convolution. The residual only where the backend fuses."""
+    def _multiply(self, codes: Codes, dtype: torch.dtype, residual: Tensor | None, gated: bool = False) -> Tensor:
+        """The product op: (rows, N), or (B, N, H, W) of a convolution. Residual and gate (of a linear layer) only
+        where the backend fuses."""
         plan, bias = self.plan, self._bias()
         ready = self._prepared
         assert ready is not None
@@ -416,8 +424,10 @@ class IntegerLayer(nn.Module):
         if ready.onednn is not None:
             return dgq_kernels.linear_prepacked(*codes, ready.onednn, plan.class_ends, ready.split, *after, dtype)
         if ready.weight is not None:
-            return dgq_kernels.linear_int8(*codes, ready.weight, *after, dtype, plan.class_ends, residual)
-        return dgq_kernels.linear_int4(*codes, self.packed, self.subscales, *after, dtype, plan.weight_group, residual)
+            return dgq_kernels.linear_int8(*codes, ready.weight, *after, dtype, plan.class_ends, residual, gated)
+        return dgq_kernels.linear_int4(
+            *codes, self.packed, self.subscales, *after, dtype, plan.weight_group, residual, gated
+        )
 
     def _inv_divisor(self) -> Tensor | None:
         return self.inv_divisor if self.plan.channels != "none" else None
@@ -461,9 +471,6 @@ def _apply(x: Tensor, norm: nn.Module | None, activation: Activation, offset: Te
     x = x if norm is None else norm(x)
     if activation == "silu":
         return nn.functional.silu(x)
-    if activation == "geglu":
-        value, gate = x.chunk(2, dim=-1)
-        return value * nn.functional.gelu(gate)
     return x
 
 
@@ -541,9 +548,7 @@ def project(layers: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = Non
 
 
 def _multiply_joined(joined: _Joined, one: IntegerLayer, x: Tensor, norm: nn.Module | None) -> list[Tensor]:
-    codes = None if norm is None else one._fused_codes(x, norm, "none")
-    if codes is None:
-        codes = one._codes(x if norm is None else norm(x))
+    codes = one._codes_of(x, norm)
     after = (joined.weight_scale, joined.column_sum, joined.bias, x.dtype)
     if joined.subscales is None:
         y = dgq_kernels.linear_int8(*codes, joined.weight, *after, one.plan.class_ends)

@@ -11,7 +11,7 @@ import torch
 from dgq_kernels import backend, native
 
 from . import embedded
-from .checkpoint import check_folder
+from .checkpoint import check_folder, read_header
 from .errors import DgqError
 from .layers import prepare_all
 
@@ -50,6 +50,34 @@ def _download(name: str) -> Path:
         raise DgqError(
             f"{name}: neither a folder nor a model that can be fetched ({detail})",
             "check the name and the connection, or download it first",
+        ) from None
+
+
+def float_base(folder: Path, against: str | None = None) -> Path | None:
+    """The model that a model folder is compared with.
+
+    Args:
+        folder: from `resolve`.
+        against: another model; None or "float" for the one a checkpoint was made of.
+
+    Returns:
+        Its folder, or None where `folder` is a float model and `against` is not given.
+
+    Raises:
+        DgqError: there is no such model, or "float" is asked of a float model.
+    """
+    if against not in (None, "float"):
+        return resolve(against)
+    header = read_header(folder)
+    if header is None:
+        if against:
+            raise DgqError(f"{folder}: is a float model already", "name a checkpoint, or --against another model")
+        return None
+    try:
+        return resolve(header.base_model or "")
+    except DgqError:
+        raise DgqError(
+            f"{folder}: the float model it was made of ({header.base_model}) is not at hand", "give it by --against"
         ) from None
 
 

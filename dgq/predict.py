@@ -10,12 +10,13 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from dgq_kernels.linear.tiles import Config, Tiling, choose
 
 from .architectures import call, drawn, network
 from .errors import DgqError
@@ -70,6 +71,7 @@ class Work:
         parts: products of this size on the same input, which the quantized system joins into one.
         quantize: launches of a quantization of the input alone, where nothing that precedes it can do it on the way.
         rereads: of a norm, how often the quantizing op reads its input once more.
+        gated: the quantized system's epilogue makes one value of two.
         quantized: False for what stays float in every system.
     """
 
@@ -84,6 +86,7 @@ class Work:
     parts: int = 1
     quantize: int = 0
     rereads: int = 0
+    gated: bool = False
     quantized: bool = True
 
     @property
@@ -175,6 +178,7 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
     net: Any = network(known)
     transformer = known.network != "UNet2DConditionModel"
     found: list[Work] = []
+    gated = {f"{path}.proj" for path, module in net.named_modules() if type(module).__name__ == "GEGLU"}
 
     def weighted(path: str) -> Any:
         joined = {"attn1.to_q": 3, "attn2.to_k": 2}
@@ -191,7 +195,7 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
             quantize = 0 if after else 2 if per_sample else 1
             found.append(
                 Work(kind, y.numel() // n, k, n, x.numel(), n * k, y.numel(), parts=parts, quantize=quantize,
-                     quantized=not _FLOAT.search(path))
+                     gated=path in gated, quantized=not _FLOAT.search(path))
             )  # fmt: skip
 
         return hook
@@ -253,8 +257,8 @@ class Tile:
     slots: float = 0.0
 
 
-# What is taken where the compile table lacks a kernel, and for float products.
-_TILES = (Tile(128, 128), Tile(64, 64))
+# Of float products.
+_FLOAT_TILES = (Tile(128, 128), Tile(64, 64))
 _MMA_SIZE = re.compile(r"IGMMA\.(\d+)x(\d+)x(\d+)")
 
 
@@ -291,7 +295,8 @@ def _pass(work: Work, system: str, device: Device) -> Cost:
     if work.kind == "add":  # in the epilogue of a quantized layer, which reads the residual; torch's fp16 makes a pass
         more, launches = (2 * work.outputs, 0) if quantized else (2 * (work.inputs + work.outputs), 1)
         return Cost(more_bytes=more, launches=launches)
-    read = 2 * work.inputs
+    gated = quantized and work.kind == "geglu"  # already, by the product
+    read = 2 * (work.outputs if gated else work.inputs)
     again = read if read > device.cache * 1e6 else 0
     if quantized:
         launches = work.rereads + 2 if work.rereads else 1
@@ -312,32 +317,52 @@ def cost(work: Work, system: str, device: Device, table: Tiles) -> tuple[Cost, b
     weight_bytes = {"fp16": 2.0, "W4A8": 0.5 + 4 / 8 / 32}.get(system if integer else "fp16", 1.0)  # 4 bits per 32
     inputs = work.inputs * (1 if integer else 2 * work.parts)
     operations = 2.0 * work.macs
-    moved = inputs + work.parts * (work.weights * weight_bytes + 2 * work.outputs)
+    outputs = work.outputs // 2 if integer and work.gated else work.outputs
+    moved = inputs + work.parts * (work.weights * weight_bytes + 2 * outputs)
     joined = work.parts if integer else 1  # products in one launch
+    channels = work.channels * joined
+    processors = device.multiprocessors
+    more, launches, slots = 0.0, work.parts // joined, 0.0
     if attention:
-        count = math.ceil(work.rows / 128) * work.count
-        best, slots = (count, device.multiprocessors), 0.0
-        more, launches = (3 * (work.inputs - work.outputs), 3) if integer else (0, 1)
+        tiles_in_all = math.ceil(work.rows / 128) * work.count
+        if integer:
+            more, launches = 3 * (work.inputs - work.outputs), 3
+    elif integer:
+        tiling = _tiling(work, channels, system, device)
+        tiles_in_all = tiling.splits * _tiles(work.rows, channels, tiling.config)
+        known = table.get((device.target, f"{work.kind}_int{4 if system == 'W4A8' else 8}_kernel"), ())
+        mine = (tile.slots for tile in known if (tile.rows, tile.channels) == tiling.config[:2])
+        slots = work.macs * next(mine, 0.0)
+        if work.quantize:
+            more += 3 * work.inputs
+            launches += work.quantize
+        if tiling.splits > 1:  # int32 sums, written and read by the kernel that adds them
+            more += 8 * tiling.splits * work.rows * channels
+            launches += 1
     else:
-        kernel = f"{work.kind}_int{4 if system == 'W4A8' else 8}_kernel"
-        options = table.get((device.target, kernel), _TILES) if integer else _TILES
+        tiles_in_all = max(_float_tilings(work, channels), key=lambda many: many / math.ceil(many / processors))
+    waves_in_all = math.ceil(tiles_in_all / processors)
+    fill = tiles_in_all / (waves_in_all * processors)
+    return Cost(moved, more, operations, slots, waves_in_all, fill, launches), integer
 
-        def steps(tile: Tile) -> tuple[float, int, float]:
-            many = math.ceil(work.rows / tile.rows) * math.ceil(work.channels * joined / tile.channels)
-            waves = math.ceil(many / device.multiprocessors)
-            issue = work.macs * tile.slots / (device.multiprocessors * 4 * device.clock * 1e9)
-            peak = (device.int8 if integer else device.fp16) * 1e12
-            busy = operations / peak * waves * device.multiprocessors / many
-            return max(busy, issue), many, tile.slots
 
-        _, many, per_mac = min(steps(tile) for tile in options)
-        best, slots = (many, device.multiprocessors), work.macs * per_mac
-        quantize = work.quantize if integer else 0
-        more = 3 * work.inputs if quantize else 0
-        launches = work.parts // joined + quantize
-    waves = math.ceil(best[0] / best[1])
-    full = Cost(moved, more, operations, slots, waves, best[0] / (waves * best[1]), launches)
-    return full, integer
+def _tiling(work: Work, channels: int, system: str, device: Device) -> Tiling:
+    """What the kernels would run for a product without shift classes on the device."""
+    kind = "int4" if system == "W4A8" else "int8"
+    capability = (int(device.target[:-1]), int(device.target[-1]))
+    return choose(kind, work.rows, channels, work.reduction, work.reduction, capability, device.multiprocessors)
+
+
+def _float_tilings(work: Work, channels: int) -> Iterator[int]:
+    """Programs of a float product in each way to cut it; splitting a reduction is free here, to its favour."""
+    for tile in _FLOAT_TILES:
+        for splits in (1, 2, 4, 8, 16):
+            if splits == 1 or work.reduction >= 256 * splits:
+                yield splits * _tiles(work.rows, channels, tile)
+
+
+def _tiles(rows: int, channels: int, tile: Tile | Config) -> int:
+    return math.ceil(rows / tile.rows) * math.ceil(channels / tile.channels)
 
 
 def bound(work: Work, system: str, device: Device, table: Tiles) -> Bound:

@@ -1,15 +1,22 @@
-"""dgq inspect: what is in a checkpoint."""
+"""dgq inspect: what is in a checkpoint, and what it does to each layer."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
-from .common import JsonOption, err, mib, print_json
+from . import heat_map
+from .common import DeviceOption, JsonOption, StageProgress, err, mib, print_json
 
 if TYPE_CHECKING:
-    from dgq.inspection import Inspection, LayerReport
+    from dgq.inspection import Inspection, LayerReport, Suggestion
+    from dgq.measurement import LayerMeasurement, Measurement
+
+LABEL_WIDTH = 20
 
 
 def command(
@@ -17,37 +24,186 @@ def command(
         str | None, typer.Argument(metavar="[CKPT]", help="Checkpoint folder or hub id; the embedded model if none.")
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="List every quantized layer.")] = False,
-    worst: Annotated[int, typer.Option(min=0, metavar="N", help="List the N layers with the lowest SQNR.")] = 10,
+    worst: Annotated[int, typer.Option(min=0, metavar="N", help="List the N worst layers.")] = 10,
     budget: Annotated[
         float, typer.Option(min=0, max=100, metavar="PERCENT", help="Growth of the UNet file the suggestion may cause.")
     ] = 2,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run it beside the float model: error and outliers by layer and step.")
+    ] = False,
+    against: Annotated[
+        str, typer.Option(metavar="float|MODEL", help="Measure against the model it was made of, or another.")
+    ] = "float",
+    prompts: Annotated[
+        int, typer.Option(min=1, max=1000, help="Measured prompts; calibration draws none of them.")
+    ] = 4,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Measured sampler steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale while measuring.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first measured picture.")] = 50_000,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Measure, and draw it all as a .png file.")] = None,
+    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Print a checkpoint's recipe, sizes and per-layer errors, and suggest where more bits would help."""
+    """Print a checkpoint's recipe, sizes and per-layer errors, and suggest where more bits would help.
+
+    By itself it reads headers alone. With --measure it runs the float model's pictures through every layer."""
+    if png is not None and png.suffix.lower() != ".png":
+        raise typer.BadParameter(f"--png {png} is not a .png file")
+    if against != "float" and not measure and png is None:
+        raise typer.BadParameter("--against needs --measure")
     from dgq.inspection import inspect
 
-    found = inspect(checkpoint, worst, budget / 100)
+    measurement = None
+    if measure or png is not None:
+        from dgq.measurement import MeasureOptions
+        from dgq.measurement import measure as run
+
+        if png is not None:
+            from dgq.inspection_plot import check_available
+
+            check_available()
+        options = MeasureOptions(prompts, steps, guidance, seed, device, against)
+        inspect(checkpoint, worst, budget / 100)  # what is wrong with the checkpoint comes before the work
+        with StageProgress({"record": "float", "measure": "measure"}) as progress:
+            measurement = run(checkpoint, options, progress)
+    found = inspect(checkpoint, worst, budget / 100, measurement)
+    if png is not None:
+        from dgq.inspection_plot import draw
+
+        draw(found, png)
     if json:
         print_json(found.to_dict())
-        return
-    if not found.quantized:
+    elif not found.quantized:
         typer.echo(f"{found.path} is a float model: nothing in it is quantized")
         typer.echo(f"UNet {mib(found.unet_bytes)} on disk, {mib(found.float16_bytes)} in float16")
         err.print(f"quantize it: dgq calibrate {found.path} --out DIR", markup=False, soft_wrap=True)
-        return
+    else:
+        _print(found, layers, worst)
+    if png is not None:
+        err.print(f"wrote {png}", markup=False, soft_wrap=True)
+
+
+def _print(found: Inspection, layers: bool, worst: int) -> None:
     for name, value in _summary(found):
         typer.echo(f"{name:<18}{value}")
     if layers:
         _print_layers(f"{len(found.layers)} quantized layers", found.layers)
-    if found.worst:
+    if found.measurement:
+        _print_measurement(found.measurement, layers)
+        _print_worst(found.measurement, found.worst)
+    elif found.worst:
         _print_layers(f"worst {len(found.worst)} layers by output SQNR", found.worst)
     elif worst:
-        err.print("no per-layer error was recorded: the paper recipe measures none")
+        err.print("no per-layer error was recorded: the paper recipe measures none; --measure does")
     if found.suggestion:
-        extra = found.suggestion.extra_bytes
-        growth = f"{mib(extra)}, {extra / found.unet_bytes:.1%}"
-        typer.echo(f"\n8-bit weights for the worst layers that fit (UNet grows by {growth}):")
-        typer.echo(f"dgq calibrate ... {found.suggestion.command_line}")
+        _print_suggestion(found.suggestion, found.unet_bytes, found.measurement)
+
+
+def _print_suggestion(suggestion: Suggestion, unet_bytes: int, measurement: Measurement | None) -> None:
+    def share(size: int) -> str:
+        return f"{size / 1024:.0f} KiB ({size / unet_bytes:.1%})"
+
+    what = "overrides that help most" if measurement else "8-bit weights for the worst layers"
+    sizes = f"+{share(suggestion.extra_bytes)} of a budget of {share(suggestion.budget_bytes)}"
+    typer.echo(f"\n{what}, {sizes}:")
+    typer.echo(f"dgq calibrate ... {suggestion.command_line}")
+    if suggestion.predicted_sqnr_db is not None and measurement:
+        typer.echo(
+            f"predicted: SQNR of the UNet's output {_added(measurement):.1f} -> {suggestion.predicted_sqnr_db:.1f} dB"
+        )
+
+
+def _added(measurement: Measurement) -> float:
+    from dgq.measurement import decibels
+
+    return decibels(1, measurement.noise)
+
+
+def _print_measurement(measurement: Measurement, every_layer: bool) -> None:
+    """The heat map, a line a block or a layer, and the attention layers."""
+    from dgq.inspection import split_name
+
+    console = Console(highlight=False)
+    shown = heat_map.columns(len(measurement.timesteps), console.width - LABEL_WIDTH)
+    blocks: dict[str, list[LayerMeasurement]] = {}
+    for layer in measurement.layers:
+        blocks.setdefault(split_name(layer.name)[0], []).append(layer)
+    settings = measurement.settings
+    typer.echo(
+        f"\nmeasured against {measurement.against} in float32 (prompts: {len(measurement.prompts)}, "
+        f"steps: {settings['steps']}, guidance: {settings['guidance']:g})"
+    )
+    typer.echo("output SQNR in dB" if every_layer else "output SQNR in dB, the lowest of a block's layers")
+    console.print(heat_map.head(LABEL_WIDTH, shown), no_wrap=True, crop=False)
+    for block, layers in blocks.items():
+        if every_layer:
+            typer.echo(block)
+            for layer in layers:
+                label = "  " + split_name(layer.name)[1].removeprefix("transformer_blocks.")
+                line = heat_map.row(label, layer.sqnr_db_by_step, LABEL_WIDTH, shown)
+                console.print(line, no_wrap=True, crop=False)
+            continue
+        lowest = [min(values) for values in zip(*(layer.sqnr_db_by_step for layer in layers), strict=True)]
+        console.print(heat_map.row(_short(block), lowest, LABEL_WIDTH, shown), no_wrap=True, crop=False)
+    output = measurement.output_sqnr_db_by_step
+    console.print(heat_map.row("UNet output", output, LABEL_WIDTH, shown), no_wrap=True, crop=False)
+    inputs = sum(layer.input_noise for layer in measurement.layers) / (measurement.noise or 1.0)
+    typer.echo(
+        f"UNet output over all steps {measurement.output_sqnr_db:.1f} dB; the layers' noise adds up to "
+        f"{_added(measurement):.1f} dB,\n{inputs:.0%} of it from rounded inputs, which finer weights leave"
+    )
+    typer.echo("\nattention: part of the UNet output's noise, own output SQNR (dB), and")
+    typer.echo("the start token's probability at the first and the last step")
+    typer.echo(f"{'noise':>5}  {'SQNR':>5}  {'start token':<12}  layer")
+    total = measurement.noise or 1.0
+    lines = []
+    for one in measurement.attention:
+        sqnr = "float" if one.sqnr_db is None else f"{one.sqnr_db:.1f}"
+        mass = f"{one.start_mass[0]:.2f} .. {one.start_mass[-1]:.2f}" if one.cross else "-"
+        lines.append((f"{one.noise / total:>5.1%}  {sqnr:>5}  {mass:<12}  ", one.name))
+    _print_named(lines)
+
+
+def _short(block: str) -> str:
+    """A block's name in a heat map's margin: "up 0 attention 1"."""
+    for long, short in (("down_blocks", "down"), ("up_blocks", "up"), ("mid_block", "mid")):
+        block = block.replace(long, short)
+    for long, short in (("attentions", "attention"), ("resnets", "resnet"), ("samplers", "sample")):
+        block = block.replace(long, short)
+    return block.replace(".", " ")
+
+
+def _print_worst(measurement: Measurement, reports: list[LayerReport]) -> None:
+    """The layers that cause most of the UNet's output noise."""
+    by_name = {layer.name: layer for layer in measurement.layers}
+    total = measurement.noise or 1.0
+    together = sum(by_name[report.name].noise for report in reports) / total
+    typer.echo(f"\nworst {len(reports)} layers by their part of the UNet's output noise ({together:.0%} together)")
+    typer.echo("SQNR: of its output (dB); input: with its input alone rounded; kurt: kurtosis")
+    typer.echo("of the input; chan, pix: largest channel or pixel over the median; axis: that")
+    typer.echo("the published method groups; mode: how the checkpoint handles channels")
+    typer.echo("noise  SQNR input  kurt chan  pix axis mode    layer")
+    lines = []
+    for report in reports:
+        one = by_name[report.name]
+        mode = f"shift{max(one.exponents)}" if one.exponents else report.channels
+        line = (
+            f"{one.noise / total:>5.1%}  {one.sqnr_db:>4.1f} {one.input_sqnr_db:>5.1f}  {fmean(one.kurtosis):>4.0f} "
+            f"{fmean(one.channel_ratio):>4.1f} {fmean(one.pixel_ratio):>4.1f} {one.axis[:4]} {mode:<6}  "
+        )
+        lines.append((line, one.name))
+    _print_named(lines)
+
+
+def _print_named(lines: list[tuple[str, str]]) -> None:
+    """Lines that end with a layer's name, shortened in all of them where one would not fit the terminal."""
+    from dgq.inspection import split_name
+
+    whole = all(len(line) + len(name) <= Console().width for line, name in lines)
+    for line, name in lines:
+        block, place = split_name(name)
+        short = f"{_short(block)} {place.removeprefix('transformer_blocks.')}".rstrip()
+        typer.echo(line + (name if whole else short))
 
 
 def _summary(found: Inspection) -> list[tuple[str, str]]:

@@ -40,10 +40,12 @@ class Case:
     Attributes:
         plan: the layer; bits are set by the systems.
         shape: of the input, (M, C) or (B, C, H, W).
+        dtype: of a quantized layer's input and output on the CPU, as its UNet hands them on.
     """
 
     plan: LayerPlan
     shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
 
     @property
     def rows(self) -> int:
@@ -98,11 +100,12 @@ def model_cases(folder: Path) -> list[Case]:
 
 
 def large_cases() -> list[Case]:
-    """Layer shapes of Stable Diffusion at 512 pixels."""
-    cases = [Case(LayerPlan("linear", k, n, 4, 8, True, class_ends=[k]), (m, k)) for m, k, n in LARGE_LINEAR]
+    """Layer shapes of Stable Diffusion at 512 pixels, whose quantized layers take bfloat16 as in `--arch`."""
+    half = torch.bfloat16
+    cases = [Case(LayerPlan("linear", k, n, 4, 8, True, class_ends=[k]), (m, k), half) for m, k, n in LARGE_LINEAR]
     for channels, side in LARGE_CONV:
         plan = LayerPlan("conv2d", channels, channels, 4, 8, True, kernel_size=3, padding=1, class_ends=[channels])
-        cases.append(Case(plan, (1, channels, side, side)))
+        cases.append(Case(plan, (1, channels, side, side), half))
     return cases
 
 
@@ -157,7 +160,6 @@ def bench_kernels(
     rows: list[Row] = []
     peak = int8_peak(device)
     half = half_dtype(device)
-    work = half if device.type == "cuda" else torch.float32
     for i, case in enumerate(cases):
         x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0)).to(device)
         layer = float_layer(case.plan).eval().to(device)
@@ -167,7 +169,7 @@ def bench_kernels(
             dtype_name(half): functools.partial(lower, x_half),
         }
         format_ = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-        x_quantized = x.to(work).contiguous(memory_format=format_)
+        x_quantized = x.to(half if device.type == "cuda" else case.dtype).contiguous(memory_format=format_)
         for wbits in bits:
             quantized = random_layer(dataclasses.replace(case.plan, wbits=wbits)).to(device)
             runs[f"dgq W{wbits}A8"] = functools.partial(quantized, x_quantized)

@@ -25,7 +25,7 @@ from ..checkpoint import read_header
 from ..errors import DgqError
 from ..fidelity import psnr
 from ..generation import Picture, Settings, generate, grid, write_png
-from ..pipelines import default_device, load, resolve
+from ..pipelines import default_device, float_base, load, resolve
 from . import features
 from .items import Item, items
 from .measures import bootstrap, frechet_distance, ssim
@@ -123,7 +123,7 @@ def evaluate(
     """
     folder = resolve(checkpoint)
     header = read_header(folder)
-    base = _base(folder, against)
+    base = float_base(folder, against)
     settings = options.settings.resolved(folder)
     wanted = items(folder, options.prompts)
     jobs = [item for item in wanted for _ in range(options.seeds)]
@@ -171,23 +171,6 @@ def evaluate(
         _write_grid(options.grid, rows, options.seeds)
         report["grid"] = str(options.grid)
     return report
-
-
-def _base(folder: Path, against: str | None) -> Path | None:
-    """The model to compare with."""
-    header = read_header(folder)
-    if against in (None, "float"):
-        if header is None:
-            if against:
-                raise DgqError(f"{folder}: is a float model already", "name a checkpoint, or --against another model")
-            return None
-        try:
-            return resolve(header.base_model or "")
-        except DgqError:
-            raise DgqError(
-                f"{folder}: the float model it was made of ({header.base_model}) is not at hand", "give it by --against"
-            ) from None
-    return resolve(against)
 
 
 def _name(folder: Path, said: str | None) -> str:

@@ -4,8 +4,14 @@ The references are the definitions (docs/method.md); integer results of every ba
 """
 
 from .conv2d import conv2d, conv2d_int4, conv2d_prepacked
-from .linear import linear_int4, linear_int8, linear_prepacked
-from .log_attention import log_attention, log_attention_base2, log_attention_eager, log_attention_running
+from .linear import linear_float_groups, linear_int4, linear_int8, linear_prepacked
+from .log_attention import (
+    log_attention,
+    log_attention_base2,
+    log_attention_eager,
+    log_attention_pays,
+    log_attention_running,
+)
 from .quantize_activation import (
     geglu_quantize_rows,
     group_norm_quantize_rows,
@@ -24,12 +30,14 @@ __all__ = [
     "group_norm_quantize_rows",
     "group_norm_quantize_samples",
     "layer_norm_quantize_rows",
+    "linear_float_groups",
     "linear_int4",
     "linear_int8",
     "linear_prepacked",
     "log_attention",
     "log_attention_base2",
     "log_attention_eager",
+    "log_attention_pays",
     "log_attention_running",
     "quantize_rows",
     "quantize_samples",

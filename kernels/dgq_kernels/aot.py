@@ -27,8 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .conv2d import triton as conv2d
+from .linear import tiles
 from .linear import triton as linear
 from .log_attention import triton as attention
+from .packing import GROUP_SIZES
 from .quantize_activation import triton as quantize
 
 NVIDIA_TARGETS = ("80", "86", "89", "90", "100", "120")
@@ -48,7 +50,7 @@ _BRANCH = re.compile(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.L_?\w+)")
 # Byte permutes that a main loop may hold: more mean that int8 operands are taken apart.
 PRMT_BUDGETS = {
     "linear_int8_kernel": 0, "conv2d_int8_kernel": 0, "linear_int4_kernel": 24, "conv2d_int4_kernel": 24,
-    "log_attention_kernel": 64, "running_kernel": 64,
+    "linear_float_groups_kernel": 24, "log_attention_kernel": 64, "running_kernel": 64,
 }  # fmt: skip
 
 
@@ -122,29 +124,63 @@ _EPILOGUE = {
     "codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32", "weight_scale_ptr": "*fp32",
     "column_sum_ptr": "*i32", "bias_ptr": "*fp32", "residual_ptr": "*fp16", "out_ptr": "*fp16",
     "weight_ptr": "*i8", "ends_ptr": "*i32", "packed_ptr": "*u8", "subscale_ptr": "*u8",
+    "partial_ptr": "*i32",
 }  # fmt: skip
 
 
 def _product_cases(major: int) -> Iterator[Case]:
-    """The linear layers and convolutions."""
-    flags = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "ASSEMBLY": major > 0}
+    """The linear layers and convolutions: every tile, gated and with a split reduction where that may be chosen."""
     window = {"CHANNELS": 320, "STRIDE": 1}
-    for config in linear.configs_for(linear.INT8_CONFIGS, major):
-        tile = {"BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "HALF": config.half, **flags}
-        for classes in (1, 3):
-            constants: dict[str, Any] = {**tile, "CLASSES": classes, **({"ends_ptr": None} if classes == 1 else {})}
-            note = f"classes={classes}"
-            yield _case(linear.linear_int8_kernel, config, _EPILOGUE, constants, config.warps, config.stages, note)
-            constants = {**constants, **window, "KERNEL_HEIGHT": 3, "KERNEL_WIDTH": 3}
-            yield _case(conv2d.conv2d_int8_kernel, config, _EPILOGUE, constants, config.warps, config.stages, note)
-    for group, table in linear.INT4_CONFIGS.items():
-        for config in linear.configs_for(table, major):
-            tile = {"BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "HALF": config.half, **flags}
-            constants = {**tile, "GROUP": group}
-            note = f"group={group}"
-            yield _case(linear.linear_int4_kernel, config, _EPILOGUE, constants, config.warps, config.stages, note)
-            constants = {**constants, **window, "KERNEL_SIZE": 3}
-            yield _case(conv2d.conv2d_int4_kernel, config, _EPILOGUE, constants, config.warps, config.stages, note)
+    square = {"KERNEL_HEIGHT": 3, "KERNEL_WIDTH": 3}
+
+    def case(kernel: Any, config: tiles.Config, note: str, constants: dict[str, Any], **mode: bool) -> Case:
+        every = {
+            "HAS_BIAS": True, "HAS_RESIDUAL": True, "GATED": False, "SPLIT": False, "ASSEMBLY": major > 0,
+            "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "HALF": config.half, **window, **constants,
+            **mode,
+        }  # fmt: skip
+        if every["GATED"]:
+            every |= {"HAS_RESIDUAL": False, "residual_ptr": None}
+        if not every["SPLIT"]:
+            every |= {"partial_ptr": None}
+        mine = {name: value for name, value in every.items() if name in kernel.arg_names}
+        note = " ".join((note, *(name.lower() for name, on in mode.items() if on)))
+        return _case(kernel, config, _EPILOGUE, mine, config.warps, config.stages, note)
+
+    for kind, classes in (("int8", 1), ("shifted", 3)):
+        constants: dict[str, Any] = {"CLASSES": classes, **({"ends_ptr": None} if classes == 1 else {}), **square}
+        for config in tiles.tiles_of(kind, major):
+            for kernel in (linear.linear_int8_kernel, conv2d.conv2d_int8_kernel):
+                yield case(kernel, config, f"classes={classes}", constants)
+                yield case(kernel, config, f"classes={classes}", constants, SPLIT=True)
+            yield case(linear.linear_int8_kernel, config, f"classes={classes}", constants, GATED=True)
+    for group in GROUP_SIZES:
+        constants = {"GROUP": group, "KERNEL_SIZE": 3}
+        for config in tiles.tiles_of("int4", major):
+            for kernel in (linear.linear_int4_kernel, conv2d.conv2d_int4_kernel):
+                yield case(kernel, config, f"group={group}", constants)
+                yield case(kernel, config, f"group={group}", constants, SPLIT=True)
+            yield case(linear.linear_int4_kernel, config, f"group={group}", constants, GATED=True)
+    if major == 8:  # what unpacking costs: int8 in the tile of int4
+        config = tiles.tiles_of("int4", major)[0]
+        constants = {"CLASSES": 1, "ends_ptr": None, **square}
+        for kernel in (linear.linear_int8_kernel, conv2d.conv2d_int8_kernel):
+            yield case(kernel, config, "classes=1 beside int4", constants)
+    config = tiles.FLOAT_GROUPS
+    constants = {
+        "HAS_BIAS": True, "ASSEMBLY": major > 0, "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels,
+        "HALF": config.half,
+    }  # fmt: skip
+    yield _case(linear.linear_float_groups_kernel, config, _EPILOGUE, constants, config.warps, config.stages)
+    for gated in (False, True):
+        constants = {
+            "HAS_BIAS": True, "HAS_RESIDUAL": not gated, "GATED": gated, "BLOCK_ROWS": linear.SUM_ROWS,
+            "BLOCK_CHANNELS": linear.SUM_CHANNELS, **({"residual_ptr": None} if gated else {}),
+        }  # fmt: skip
+        yield _case(
+            linear.sum_splits_kernel, (linear.SUM_ROWS, linear.SUM_CHANNELS, 4), _EPILOGUE, constants, 4,
+            note="gated" if gated else "", integer=False,
+        )  # fmt: skip
 
 
 def _quantize_cases() -> Iterator[Case]:
@@ -163,7 +199,7 @@ def _quantize_cases() -> Iterator[Case]:
 
     for mode, note in enumerate(("plain", "layer norm", "geglu", "silu", "group norm")):
         for channels in (320, 1280, 5120):
-            if channels == 5120 and note != "geglu":
+            if channels == 5120 and note not in ("plain", "geglu"):
                 continue
             yield case(quantize.quantize_rows_kernel, quantize.config_for(channels), note, INPUT=mode)
     long = quantize.Config(1, 4096, 8)
@@ -181,10 +217,10 @@ def _quantize_cases() -> Iterator[Case]:
             yield case(quantize.quantize_samples_kernel, tile, note, BLOCK_RANGES=256, **fused)
 
 
-def _attention_cases() -> Iterator[Case]:
+def _attention_cases(major: int) -> Iterator[Case]:
     for head_dim in (40, 64, 80, 128, 160):
         width = attention.padded_width(head_dim)
-        tiles = attention.config_for(width)
+        tiles = attention.config_for(width, major)
         for start in (False, True):
             yield _case(
                 attention.log_attention_kernel, tiles,
@@ -196,7 +232,7 @@ def _attention_cases() -> Iterator[Case]:
                 tiles.warps, tiles.stages, f"d={head_dim} {'cross' if start else 'self'}",
             )  # fmt: skip
         if width <= 128:
-            tiles = attention.running_config_for(width)
+            tiles = attention.running_config_for(width, major)
             yield _case(
                 attention.running_kernel, tiles,
                 {"q_ptr": "*fp16", "k_ptr": "*i8", "v_ptr": "*i8", "v_scale_ptr": "*fp32", "v_prefix_ptr": "*i32",
@@ -205,7 +241,7 @@ def _attention_cases() -> Iterator[Case]:
                  "FRACTION_BITS": 4, "TOP": 255, "QK_TOP": 127},
                 tiles.warps, tiles.stages, f"d={head_dim} self",
             )  # fmt: skip
-        tile = (attention.config_for(width).keys, width)
+        tile = (attention.config_for(width, major).keys, width)
         halves = {f"{name}_ptr": "*fp16" for name in ("k", "v")}
         floats = {f"{name}_ptr": "*fp32" for name in ("statistics", "v_scale", "key_step", "start_k", "start_v")}
         codes = {"k_codes_ptr": "*i8", "v_codes_ptr": "*i8", "v_sum_ptr": "*i32"}
@@ -215,7 +251,7 @@ def _attention_cases() -> Iterator[Case]:
             warps = attention.key_warps(*tile)
             yield _case(kernel, (*tile, warps), {**halves, **floats, **codes}, constants, warps,
                         note=f"d={head_dim} cross", integer=False)  # fmt: skip
-        tiles = attention.base2_config_for(width)
+        tiles = attention.base2_config_for(width, major)
         halves = {f"{name}_ptr": "*fp16" for name in ("q", "k", "v", "out")}
         floats = {f"{name}_ptr": "*fp32" for name in ("normaliser", "peak", "reference")}
         for kernel in (attention.base2_rows_kernel, attention.base2_kernel):
@@ -231,7 +267,7 @@ def cases(target: str) -> Iterator[Case]:
     """Every kernel in every configuration that a device of this target can be given."""
     yield from _product_cases(major_of(target))
     yield from _quantize_cases()
-    yield from _attention_cases()
+    yield from _attention_cases(major_of(target))
 
 
 def major_of(target: str) -> int:

@@ -83,8 +83,8 @@ def describe(device: torch.device) -> tuple[str, str]:
     if backend == "reference":
         return backend, "forced by DGQ_BACKEND" if os.environ.get("DGQ_BACKEND") else f"no kernels for {device.type}"
     if native.available():
-        count = torch.get_num_threads()
-        return f"cpu ({native.describe()})", f"own engine of fused int8 layers and attention, {count} threads"
+        what = "layers and attention" if native.attention_pays() else "layers, float attention (the faster here)"
+        return f"cpu ({native.describe()})", f"own engine of fused int8 {what}, {torch.get_num_threads()} threads"
     reasons = {
         "full": "exact int8 products in one pass (32-bit accumulation, as VNNI has it)",
         "split": "no 32-bit int8 accumulation (no VNNI): 8-bit codes run as two exact 7-bit products",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
 from dgq_cli import inspect_command
 
@@ -35,3 +36,38 @@ def test_text_of_a_checkpoint(tiny_checkpoint: Path, capsys: pytest.CaptureFixtu
 def test_text_of_a_float_model(tiny_pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect_command.command(str(tiny_pipeline), worst=10, budget=2)
     assert "is a float model: nothing in it is quantized" in capsys.readouterr().out
+
+
+def test_measured_checkpoint_as_text_picture_and_json(dgq_command: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "picture.png"
+    arguments = ("inspect", tiny_checkpoint, "--prompts", 1, "--steps", 2, "--worst", 3)
+    run = dgq_command(*arguments, "--png", file, "--json")
+    assert run.returncode == 0, run.stderr
+    data = json.loads(run.stdout)
+    measured = data["measurement"]
+    assert len(measured["layers"]) == len(data["layers"])
+    assert len(measured["layers"][0]["sqnr_db_by_step"]) == 2
+    assert data["suggestion"]["predicted_sqnr_db"] > 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert f"wrote {file}" in run.stderr
+
+
+def test_measured_text_fits_a_narrow_terminal(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    inspect_command.command(str(tiny_checkpoint), measure=True, prompts=1, steps=2, worst=3)
+    text = capsys.readouterr().out
+    assert "\x1b" not in text  # no terminal, no colours
+    start = text.index("output SQNR in dB")
+    end = text.index("dgq calibrate ...")
+    assert max(len(line) for line in text[start:end].splitlines()) <= 80
+    for line in ("UNet output", "worst 3 layers", "up 1 attention 1 0.attn2", "predicted: SQNR", "budget"):
+        assert line in text
+
+
+def test_options_that_need_measuring() -> None:
+    with pytest.raises(typer.BadParameter, match=r"not a \.png"):
+        inspect_command.command(png=Path("picture.jpg"))
+    with pytest.raises(typer.BadParameter, match="needs --measure"):
+        inspect_command.command(against="dgq-emoji")

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ pytest.importorskip("triton")
 FLOAT_KERNELS = {
     "quantize_rows_kernel", "quantize_long_rows_kernel", "sample_statistics_kernel", "group_statistics_kernel",
     "sample_range_kernel", "quantize_samples_kernel", "base2_rows_kernel", "base2_kernel", "key_statistics_kernel",
-    "key_codes_kernel",
+    "key_codes_kernel", "sum_splits_kernel",
 }  # fmt: skip
 
 
@@ -31,8 +32,8 @@ def table(tmp_path_factory):
 
 def test_every_kernel_compiles_for_every_target(table):
     kernels = {
-        "linear_int8_kernel", "linear_int4_kernel", "conv2d_int8_kernel", "conv2d_int4_kernel", "log_attention_kernel",
-        "running_kernel", *FLOAT_KERNELS,
+        "linear_int8_kernel", "linear_int4_kernel", "linear_float_groups_kernel", "conv2d_int8_kernel",
+        "conv2d_int4_kernel", "log_attention_kernel", "running_kernel", *FLOAT_KERNELS,
     }  # fmt: skip
     assert {(row["target"], row["kernel"]) for row in table} == {
         (target, kernel) for target in ("80", "89", "90") for kernel in kernels
@@ -53,3 +54,23 @@ def test_plain_int8_operands_stay_packed(table):
             assert int(row["prmt"]) == 0, row
         if "int4" in row["kernel"]:
             assert int(row["prmt"]) < 8, row
+
+
+@pytest.mark.parametrize("target", ["80", "86", "89"])
+@pytest.mark.parametrize("kernel", ["linear", "conv2d"])
+def test_the_table_keeps_the_main_loops_short(kernel, target):
+    """kernels/aot.csv, by every release: int4 at most 35% above int8 in its tile, shift classes at most 2%."""
+    with (Path(__file__).parents[2] / "kernels" / "aot.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["target"] == target and row["kernel"].startswith(kernel)]
+    for release in {row["triton"] for row in rows}:
+        mine = [row for row in rows if row["triton"] == release and int(row["loop_mma"])]  # 0: the loop was not found
+        loops = {row["config"]: int(row["loop"]) for row in mine}
+        beside = next(config for config in loops if config.endswith(" beside int4"))
+        tile = beside.split()[0]
+        for group in (32, 64):
+            assert loops[f"{tile} group={group}"] <= 1.35 * loops[beside], (release, group)
+        tiles = [config.split()[0] for config in loops if config.endswith("classes=3")]
+        shared = [tile for tile in tiles if f"{tile} classes=1" in loops]
+        assert len(shared) >= 2
+        for tile in shared:
+            assert loops[f"{tile} classes=3"] <= 1.02 * loops[f"{tile} classes=1"], (release, tile)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from dgq_kernels import conv2d, conv2d_int4, packing, quantize_samples
 from dgq_kernels.conv2d import reference
 from dgq_kernels.conv2d import triton as kernels
+from dgq_kernels.linear.tiles import Config, Tiling
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -43,7 +44,9 @@ def on_device(arguments):
     return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
 
 
-def check_int8(data, stride, ends, *, dtype=torch.float32, bias=True, residual=False, config=None, **tolerance):
+def check_int8(
+    data, stride, ends, *, dtype=torch.float32, bias=True, residual=False, config=None, splits=1, **tolerance
+):
     codes, scale, zero_point, weight, weight_scale, b = data
     sums = reference.accumulate(torch.ones_like(codes[:1, :, : weight.shape[2], : weight.shape[3]]), weight, 1, ends)
     arguments = (
@@ -53,10 +56,16 @@ def check_int8(data, stride, ends, *, dtype=torch.float32, bias=True, residual=F
     extra = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1)).to(dtype) if residual else None
     expected = reference.conv2d(*arguments, extra)
     moved = on_device((*arguments, extra))
-    compare(lambda out: kernels.conv2d(*moved, out=out, config=config), expected, **tolerance)
+    compare(
+        lambda out: kernels.conv2d(*moved, out=out, tiling=Tiling(config, splits) if config else None),
+        expected,
+        **tolerance,
+    )
 
 
-def check_int4(data, stride, group, *, residual=False, extreme=None, dtype=torch.float32, config=None, **tolerance):
+def check_int4(
+    data, stride, group, *, residual=False, extreme=None, dtype=torch.float32, config=None, splits=1, **tolerance
+):
     codes, scale, zero_point, weight, weight_scale, bias = data
     n, channels, kernel, _ = weight.shape
     k = channels * kernel**2
@@ -75,7 +84,11 @@ def check_int4(data, stride, group, *, residual=False, extreme=None, dtype=torch
     extra = torch.randn(plain.shape, generator=g).to(dtype) if residual else None
     expected = reference.conv2d_int4(*arguments, extra)
     moved = on_device((*arguments, extra))
-    compare(lambda out: kernels.conv2d_int4(*moved, out=out, config=config), expected, **tolerance)
+    compare(
+        lambda out: kernels.conv2d_int4(*moved, out=out, tiling=Tiling(config, splits) if config else None),
+        expected,
+        **tolerance,
+    )
 
 
 # batch, channels, height, width, outputs, kernel, padding, stride; ragged in every direction
@@ -102,15 +115,15 @@ def test_shift_classes(ends, stride):
     """Boundaries inside a chunk, several in one chunk, empty classes first, last and between."""
     data = inputs(2, 42, 5, 6, 10, 3, 1)
     check_int8(data, stride, ends)
-    check_int8(data, stride, ends, config=kernels.Config(32, 32, 32, 4, 1))
+    check_int8(data, stride, ends, config=Config(32, 32, 32, 4, 1))
 
 
 @pytest.mark.parametrize("channels", [64, 32, 48])
 def test_gpu_tiles(channels):
     """Chunks that fill a row of taps, that cross its end, and a K tail; several tiles each way."""
     data = inputs(2, channels, 6, 5, 70, 3, 1)
-    check_int8(data, 1, [channels], config=kernels.Config(32, 64, 64, 4, 1))
-    check_int4(data, 1, 64, config=kernels.Config(32, 64, 64, 4, 1))
+    check_int8(data, 1, [channels], config=Config(32, 64, 64, 4, 1))
+    check_int4(data, 1, 64, config=Config(32, 64, 64, 4, 1))
 
 
 @pytest.mark.parametrize("value", [0, 255])
@@ -196,3 +209,14 @@ def test_refuses_what_may_overflow():
     one = torch.ones(1)
     with pytest.raises(ValueError, match="overflow"):
         kernels.conv2d(codes, one, one.int(), weight, one, one.int(), None, 1, torch.float32, [8000])
+
+
+@pytest.mark.parametrize("ends", [[70], [20, 70], [0, 40, 40, 70]])
+def test_split_reductions_are_exact(ends):
+    """By K without shift classes, by input channels with them."""
+    data = inputs(2, 70, 5, 6, 10, 3, 1)
+    check_int8(data, 1, ends, config=Config(32, 32, 16, 4, 1), splits=3, residual=True)
+
+
+def test_split_int4_reductions_are_exact():
+    check_int4(inputs(2, 48, 5, 6, 10, 3, 1), 1, 32, config=Config(32, 32, 32, 4, 1), splits=4, residual=True)

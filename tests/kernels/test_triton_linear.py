@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgq_kernels import linear_int8, packing, quantize_rows
+from dgq_kernels import linear_float_groups, linear_int8, packing, quantize_rows
 from dgq_kernels.linear import reference
 from dgq_kernels.linear import triton as kernels
+from dgq_kernels.linear.tiles import Config, Tiling
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -41,16 +42,21 @@ def poisoned(m, n, dtype):
     return whole[: m * n].view(m, n), whole[m * n :]
 
 
-def check_int8(m, k, n, ends, *, dtype=torch.float32, bias=True, data=None, config=None):
+def check_int8(
+    m, k, n, ends, *, dtype=torch.float32, bias=True, data=None, config=None, splits=1, gated=False, residual=None
+):
     codes, scale, zero_point, weight, weight_scale, b = data or inputs(m, k, n)
     arguments = (codes, scale, zero_point, weight, weight_scale, column_sum(weight, ends), b if bias else None, dtype)
-    out, guard = poisoned(m, n, dtype)
-    kernels.linear_int8(*on_device(arguments), ends, out=out, config=config)
-    torch.testing.assert_close(out.cpu(), reference.linear_int8(*arguments, ends), **_tolerance(dtype))
+    out, guard = poisoned(m, n // (1 + gated), dtype)
+    kernels.linear_int8(
+        *on_device((*arguments, ends, residual, gated)), out=out, tiling=Tiling(config, splits) if config else None
+    )
+    expected = reference.linear_int8(*arguments, ends, residual, gated)
+    torch.testing.assert_close(out.cpu(), expected, **_tolerance(dtype, gated))
     assert guard.isnan().all()
 
 
-def check_int4(m, k, n, group, *, dtype=torch.float32, extreme=None, config=None):
+def check_int4(m, k, n, group, *, dtype=torch.float32, extreme=None, config=None, splits=1, gated=False):
     codes, scale, zero_point, _, weight_scale, bias = inputs(m, k, n)
     g = torch.Generator().manual_seed(1)
     groups = packing.padded_length(k, group) // group
@@ -62,15 +68,18 @@ def check_int4(m, k, n, group, *, dtype=torch.float32, extreme=None, config=None
         m_values.fill_(15)
     packed, subscales = packing.pack_int4(w4, group), packing.pack_subscales(m_values)
     sums = packing.expand_two_level(packed, subscales, k, group).sum(1, dtype=torch.int32)
-    arguments = (codes, scale, zero_point, packed, subscales, weight_scale, sums, bias, dtype, group)
-    out, guard = poisoned(m, n, dtype)
-    kernels.linear_int4(*on_device(arguments), out=out, config=config)
-    torch.testing.assert_close(out.cpu(), reference.linear_int4(*arguments), **_tolerance(dtype))
+    arguments = (codes, scale, zero_point, packed, subscales, weight_scale, sums, bias, dtype, group, None, gated)
+    out, guard = poisoned(m, n // (1 + gated), dtype)
+    kernels.linear_int4(*on_device(arguments), out=out, tiling=Tiling(config, splits) if config else None)
+    torch.testing.assert_close(out.cpu(), reference.linear_int4(*arguments), **_tolerance(dtype, gated))
     assert guard.isnan().all()
 
 
-def _tolerance(dtype):
-    """On the CPU the epilogue's operations are the reference's, one by one; CUDA's may differ in the last place."""
+def _tolerance(dtype, gated=False):
+    """On the CPU the epilogue's operations are the reference's, one by one; CUDA's may differ in the last place, and
+    so may the error function of GELU anywhere."""
+    if gated and dtype is torch.float32:
+        return {"rtol": 1e-5, "atol": 1e-3}  # 1 + erf cancels, times values of hundreds
     if dtype is torch.bfloat16:
         return {"rtol": 8e-3, "atol": 0}  # the interpreter cuts bfloat16 off
     return {"rtol": 1e-3 if dtype is torch.float16 else 1e-6, "atol": 1e-4} if CUDA else {"rtol": 0, "atol": 0}
@@ -88,7 +97,7 @@ def test_int8_ragged_shapes(m, k, n):
 def test_int8_shift_classes(ends):
     """Boundaries inside a step, several in one step, empty classes first, last and between."""
     check_int8(42, 431, 123, ends)
-    check_int8(6, 431, 42, ends, config=kernels.Config(32, 32, 32, 4, 1))
+    check_int8(6, 431, 42, ends, config=Config(32, 32, 32, 4, 1))
 
 
 @settings(max_examples=10, deadline=None)
@@ -109,7 +118,7 @@ def test_int8_longest_reduction(weight, zero):
     data[2].fill_(zero)
     data[3].fill_(weight)
     data[3][0] = -weight - 1
-    check_int8(6, k, 6, [k], data=data, config=None if CUDA else kernels.Config(16, 16, 4096, 4, 1))
+    check_int8(6, k, 6, [k], data=data, config=None if CUDA else Config(16, 16, 4096, 4, 1))
 
 
 def test_int8_shifted_classes_near_the_limit():
@@ -119,7 +128,7 @@ def test_int8_shifted_classes_near_the_limit():
     data[0].fill_(255)
     data[3].fill_(-128)
     data[2].zero_()
-    check_int8(6, k, 6, [k // 3, 2 * k // 3, k], data=data, config=None if CUDA else kernels.Config(16, 16, 4096, 4, 1))
+    check_int8(6, k, 6, [k // 3, 2 * k // 3, k], data=data, config=None if CUDA else Config(16, 16, 4096, 4, 1))
 
 
 @pytest.mark.parametrize("group", packing.GROUP_SIZES)
@@ -137,7 +146,7 @@ def test_int4_extremes(group, extreme):
 @pytest.mark.parametrize("group", packing.GROUP_SIZES)
 def test_int4_small_tiles(group):
     """The tile of a GPU configuration: several steps, several tiles each way."""
-    check_int4(40, 500, 70, group, config=kernels.Config(32, 64, 64, 4, 1))
+    check_int4(40, 500, 70, group, config=Config(32, 64, 64, 4, 1))
 
 
 @settings(max_examples=8, deadline=None)
@@ -154,7 +163,7 @@ def test_output_types(dtype):
 
 def test_many_tiles_cover_the_output_once():
     """More than 8 row blocks and ragged bands: the order of tiles is a permutation."""
-    check_int8(10 * 16 + 3, 64, 2 * 16 + 1, [64], config=kernels.Config(16, 16, 32, 4, 1))
+    check_int8(10 * 16 + 3, 64, 2 * 16 + 1, [64], config=Config(16, 16, 32, 4, 1))
 
 
 def test_the_operators_reach_these_kernels(monkeypatch):
@@ -197,3 +206,78 @@ def test_refuses_what_may_overflow_and_strided_operands():
     codes, weight = codes[:, :64], weight[:, :64]
     with pytest.raises(ValueError, match="contiguous"):
         kernels.linear_int8(codes, scale, zero_point, weight, weight_scale, sums, bias, torch.float32, [64])
+
+
+SMALL = Config(32, 32, 32, 4, 1)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 8])
+@pytest.mark.parametrize("ends", [[431], [200, 431], [7, 9, 300, 300, 431], [0, 0, 431]])
+def test_split_reductions_are_exact(splits, ends):
+    """Shares that end inside a class, that lie outside all but one, and (8 shares of 7 steps) that are empty."""
+    residual = torch.randn(6, 42, generator=torch.Generator().manual_seed(2))
+    check_int8(6, 431, 42, ends, config=SMALL, splits=splits, residual=residual)
+
+
+@pytest.mark.parametrize("group", packing.GROUP_SIZES)
+def test_split_int4_reductions_are_exact(group):
+    check_int4(40, 500, 70, group, config=Config(32, 64, 64, 4, 1), splits=3)
+    check_int4(6, 431, 42, group, config=Config(32, 32, 32, 4, 1), splits=8, extreme=-8)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_gated_outputs(splits):
+    """Tiles whose end cuts a pair of halves, more tiles than one, odd halves."""
+    for m, k, n in ((6, 42, 2), (42, 131, 122), (40, 320, 66)):
+        check_int8(m, k, n, [k], config=SMALL, splits=splits, gated=True)
+        check_int8(m, k, n, [k // 3, k], bias=False, config=SMALL, splits=splits, gated=True)
+        check_int4(m, k, n, 32, config=SMALL, splits=splits, gated=True)
+    check_int4(6, 42, 10, 64, gated=True, dtype=torch.float16)
+
+
+def test_a_gated_operator_is_the_plain_one_and_geglu(monkeypatch):
+    codes, scale, zero_point, weight, weight_scale, bias = on_device(inputs(6, 64, 42))
+    arguments = (codes, scale, zero_point, weight, weight_scale, weight.sum(1, dtype=torch.int32), bias, torch.float32)
+    value, gate = linear_int8(*arguments, [64]).chunk(2, 1)
+    for backend in ("triton", "reference") + (() if CUDA else ("cpu",)):
+        monkeypatch.setenv("DGQ_BACKEND", backend)
+        y = linear_int8(*arguments, [64], None, True)
+        torch.testing.assert_close(y, value * torch.nn.functional.gelu(gate), rtol=1e-5, atol=1e-3)
+    torch.library.opcheck(linear_int8, (*arguments, [64], None, True))
+    with pytest.raises(ValueError, match="42 outputs cannot be gated beside a residual"):
+        linear_int8(*arguments, [64], y, True)
+
+
+def float_groups(m, k, n, ends):
+    codes, _, _, weight, weight_scale, bias = inputs(m, k, n)
+    g = torch.Generator().manual_seed(3)
+    scale = torch.rand(len(ends), generator=g) + 0.1
+    zero_point = torch.randint(-300, 600, (len(ends),), dtype=torch.int32, generator=g)
+    sums = torch.stack([weight[:, a:b].sum(1, dtype=torch.int32) for a, b in zip([0, *ends], ends, strict=False)])
+    return codes, scale, zero_point, weight, weight_scale, sums, bias, torch.float32, ends
+
+
+@pytest.mark.parametrize("ends", [[431], [40, 64, 64, 127, 300, 431], [0, 1, 431]])
+@pytest.mark.parametrize("config", [None, SMALL])
+def test_float_groups(ends, config):
+    """Group ends inside a step, at a step's end, several in a step, and empty groups."""
+    arguments = float_groups(42, 431, 43, ends)
+    out, guard = poisoned(42, 43, torch.float32)
+    kernels.linear_float_groups(*on_device(arguments), out=out, config=config)
+    torch.testing.assert_close(out.cpu(), reference.linear_float_groups(*arguments), **_tolerance(torch.float32))
+    assert guard.isnan().all()
+
+
+def test_float_groups_are_the_product_of_dequantized_operands(monkeypatch):
+    arguments = float_groups(6, 96, 42, [30, 64, 96])
+    codes, scale, zero_point, weight, weight_scale, _, bias, *_ = arguments
+    group = torch.tensor([0] * 30 + [1] * 34 + [2] * 32)
+    x = (codes.double() - zero_point[group]) * scale[group]
+    expected = (x @ (weight.double() * weight_scale[:, None]).T + bias).float()
+    moved = on_device(arguments)
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("DGQ_BACKEND", backend)
+        torch.testing.assert_close(linear_float_groups(*moved).cpu(), expected, rtol=1e-5, atol=1e-3)
+    torch.library.opcheck(linear_float_groups, tuple(moved))
+    with pytest.raises(ValueError, match="do not cut 96 channels into 3 groups"):
+        linear_float_groups(*moved[:-1], [30, 64, 90])

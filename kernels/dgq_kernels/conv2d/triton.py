@@ -12,18 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..linear.tiles import Tiling
 from ..linear.triton import (
-    INT4_CONFIGS,
-    INT8_CONFIGS,
-    Config,
     check,
-    choose,
     class_ends_on,
+    class_range,
     class_steps,
-    dequantize,
+    finish,
+    run_product,
     signed,
     signed_within,
-    store,
+    split_range,
     subscales,
     tile_of,
     unpack_two_level,
@@ -101,9 +100,10 @@ def _load_tap(
 @triton.jit
 def conv2d_int8_kernel(
     codes_ptr, scale_ptr, zero_point_ptr, weight_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr,
-    out_ptr, ends_ptr, rows, channels, out_height, out_width, height, width,
+    out_ptr, ends_ptr, rows, channels, out_height, out_width, height, width, partial_ptr,
     CHANNELS: tl.constexpr, KERNEL_HEIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, STRIDE: tl.constexpr,
-    CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ASSEMBLY: tl.constexpr,
+    CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """codes (B, height, width, CHANNELS), weight (channels, KERNEL_HEIGHT, KERNEL_WIDTH, CHANNELS), out
@@ -120,7 +120,8 @@ def conv2d_int8_kernel(
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.int32)
     if CLASSES == 1:
         # Two products per step, as in the linear kernel.
-        for first in range(0, REDUCTION, 2 * HALF):
+        low, high = split_range(REDUCTION, 2 * HALF, SPLIT)
+        for first in range(low, high, 2 * HALF):
             x0 = signed(_load_codes(x_tile, first, lane, jump, SEGMENT, REDUCTION, HALF, CHANNELS), ASSEMBLY)
             w0 = _load_weight(w_tile, first, lane, REDUCTION, HALF)
             x1 = signed(_load_codes(x_tile, first + HALF, lane, jump, SEGMENT, REDUCTION, HALF, CHANNELS), ASSEMBLY)
@@ -132,11 +133,10 @@ def conv2d_int8_kernel(
         STEP: tl.constexpr = 2 * HALF
         line = width * CHANNELS
         w_tile = weight_ptr + tl.minimum(channel, channels - 1)[None, :].to(tl.int64) * REDUCTION
+        low, high = split_range(CHANNELS, STEP, SPLIT)
         for reverse in range(CLASSES):
-            index = CLASSES - 1 - reverse
             accumulator += accumulator  # Horner: what the higher classes have summed so far counts twice
-            end = tl.load(ends_ptr + index)
-            begin = tl.load(ends_ptr + index - 1, mask=index > 0, other=0)
+            begin, end = class_range(ends_ptr, CLASSES - 1 - reverse, low, high)
             edge, gap, inner_begin, inner_end = class_steps(begin, end, STEP)
             edges = tl.maximum(tl.cdiv(end - edge, gap), 0)
             for part in range(0, edges * TAPS):
@@ -147,26 +147,37 @@ def conv2d_int8_kernel(
                 x1 = signed_within(x1, (c0 + HALF)[None, :], begin, end, ASSEMBLY)
                 accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
                 accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
-            steps = tl.maximum(inner_end - inner_begin, 0) // STEP
-            for part in range(0, steps * TAPS):
-                c0 = inner_begin + part % steps * STEP + lane
-                x0, w0 = _load_tap(x_tile, w_tile, part // steps, c0, line, TAPS, KERNEL_WIDTH, CHANNELS, False)
-                x1, w1 = _load_tap(x_tile, w_tile, part // steps, c0 + HALF, line, TAPS, KERNEL_WIDTH, CHANNELS, False)
+            # Unmasked steps, those of one tap after those of another; k is where a step begins in K.
+            span = tl.maximum(inner_end - inner_begin, 0)
+            k = inner_begin
+            left = span
+            for _ in range(0, span // STEP * TAPS):
+                x_inner = x_tile + (k + k // SEGMENT * jump) + lane[None, :]
+                w_inner = w_tile + k + lane[:, None]
+                x0 = tl.load(x_inner)
+                w0 = tl.load(w_inner)
+                x1 = tl.load(x_inner + HALF)
+                w1 = tl.load(w_inner + HALF)
                 accumulator = tl.dot(signed(x0, ASSEMBLY), w0, accumulator, out_dtype=tl.int32)
                 accumulator = tl.dot(signed(x1, ASSEMBLY), w1, accumulator, out_dtype=tl.int32)
-    y = dequantize(
-        accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
-        row // (out_height * out_width), channel, row < rows, channel < channels, HAS_BIAS,
+                k += STEP
+                left -= STEP
+                k += tl.where(left == 0, CHANNELS - span, 0)
+                left = tl.where(left == 0, span, left)
+    finish(
+        accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
+        partial_ptr, row, row // (out_height * out_width), channel, rows, channels, HAS_BIAS, HAS_RESIDUAL, False,
+        SPLIT,
     )  # fmt: skip
-    store(y, residual_ptr, out_ptr, row, channel, rows, channels, HAS_RESIDUAL)
 
 
 @triton.jit
 def conv2d_int4_kernel(
     codes_ptr, scale_ptr, zero_point_ptr, packed_ptr, subscale_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
-    residual_ptr, out_ptr, rows, channels, packed_row, subscale_row, out_height, out_width, height, width,
+    residual_ptr, out_ptr, rows, channels, packed_row, subscale_row, out_height, out_width, height, width, partial_ptr,
     CHANNELS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ASSEMBLY: tl.constexpr,
+    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """As `conv2d_int8_kernel`, the weight as `linear_int4_kernel` takes it, over K = (tap row, tap column, channel)."""
@@ -186,7 +197,8 @@ def conv2d_int4_kernel(
     m_tile = subscale_ptr + last * subscale_row + (group // 2)[None, :]
     jump = (width - KERNEL_SIZE) * CHANNELS
     accumulator = tl.zeros((BLOCK_CHANNELS, BLOCK_ROWS), tl.int32)
-    for first in range(0, packed_row, HALF):
+    low_byte, high_byte = split_range(packed_row, HALF, SPLIT)
+    for first in range(low_byte, high_byte, HALF):
         packed = tl.load(w_tile + first, mask=(first + byte < packed_row)[None, :], other=0)
         at = first // GROUP
         pair = tl.load(m_tile + at, mask=(at + group // 2 < subscale_row)[None, :], other=0)
@@ -195,16 +207,19 @@ def conv2d_int4_kernel(
         low_k = 2 * first + low_lane
         high_k = 2 * first + high_lane
         low_at = tap_offsets(low_k, 2 * first, jump, SEGMENT, 2 * HALF, CHANNELS, 16)[:, None]
-        high_at = tap_offsets(high_k, 2 * first, jump, SEGMENT, 2 * HALF, CHANNELS, 16)[:, None]
+        if CHANNELS % GROUP == 0:  # a group does not cross the end of a row
+            high_at = low_at + GROUP // 2
+        else:
+            high_at = tap_offsets(high_k, 2 * first, jump, SEGMENT, 2 * HALF, CHANNELS, 16)[:, None]
         x_low = signed(tl.load(x_tile + low_at, mask=(low_k < REDUCTION)[:, None], other=0), ASSEMBLY)
         x_high = signed(tl.load(x_tile + high_at, mask=(high_k < REDUCTION)[:, None], other=0), ASSEMBLY)
         accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
         accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
-    y = dequantize(
-        accumulator.T, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
-        row // (out_height * out_width), channel, row < rows, channel < channels, HAS_BIAS,
+    finish(
+        accumulator.T, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
+        partial_ptr, row, row // (out_height * out_width), channel, rows, channels, HAS_BIAS, HAS_RESIDUAL, False,
+        SPLIT,
     )  # fmt: skip
-    store(y, residual_ptr, out_ptr, row, channel, rows, channels, HAS_RESIDUAL)
 
 
 def _output(
@@ -223,7 +238,7 @@ def _output(
 def conv2d(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
     bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None, *,
-    out: Tensor | None = None, config: Config | None = None,
+    out: Tensor | None = None, tiling: Tiling | None = None,
 ) -> Tensor:  # fmt: skip
     """See `dgq_kernels.conv2d`; a weight that is not channels-last is copied. `out`: channels-last buffer to write to.
 
@@ -240,23 +255,24 @@ def conv2d(
         return out
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    config = config or choose(INT8_CONFIGS, rows, n, codes.device)
-    ends = class_ends_on(tuple(class_ends), codes.device) if len(class_ends) > 1 else None
-    conv2d_int8_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(n, config.channels),)](
-        codes, scale, zero_point, weight, weight_scale, column_sum, bias, residual, out, ends,
-        rows, n, out.shape[2], out.shape[3], codes.shape[1], codes.shape[2],
-        CHANNELS=channels, KERNEL_HEIGHT=kernel[0], KERNEL_WIDTH=kernel[1], STRIDE=stride, CLASSES=len(class_ends),
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ASSEMBLY=not triton.knobs.runtime.interpret,
-        BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, HALF=config.half,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+    shifted = len(class_ends) > 1
+    ends = class_ends_on(tuple(class_ends), codes.device) if shifted else None
+    return run_product(
+        conv2d_int8_kernel,
+        (codes, scale, zero_point, weight, weight_scale, column_sum, bias, residual, out, ends,
+         rows, n, out.shape[2], out.shape[3], codes.shape[1], codes.shape[2]),
+        {"CHANNELS": channels, "KERNEL_HEIGHT": kernel[0], "KERNEL_WIDTH": kernel[1], "STRIDE": stride,
+         "CLASSES": len(class_ends)},
+        out, (scale, zero_point, weight_scale, column_sum, bias, residual), "shifted" if shifted else "int8",
+        (rows, n, weight[0].numel()), channels if shifted else weight[0].numel(), tiling,
+        pixels=out.shape[2] * out.shape[3],
     )  # fmt: skip
-    return out
 
 
 def conv2d_int4(
     codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
     column_sum: Tensor, bias: Tensor | None, kernel_size: int, stride: int, out_dtype: torch.dtype, group: int,
-    residual: Tensor | None = None, *, out: Tensor | None = None, config: Config | None = None,
+    residual: Tensor | None = None, *, out: Tensor | None = None, tiling: Tiling | None = None,
 ) -> Tensor:  # fmt: skip
     """See `dgq_kernels.conv2d_int4`; `out` as in `conv2d`.
 
@@ -274,13 +290,11 @@ def conv2d_int4(
         return out
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    config = config or choose(INT4_CONFIGS[group], rows, n, codes.device)
-    conv2d_int4_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(n, config.channels),)](
-        codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, residual, out,
-        rows, n, packed.shape[1], subscales.shape[1], out.shape[2], out.shape[3], codes.shape[1], codes.shape[2],
-        CHANNELS=channels, KERNEL_SIZE=kernel_size, STRIDE=stride, GROUP=group,
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ASSEMBLY=not triton.knobs.runtime.interpret,
-        BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, HALF=config.half,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+    return run_product(
+        conv2d_int4_kernel,
+        (codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, residual, out,
+         rows, n, packed.shape[1], subscales.shape[1], out.shape[2], out.shape[3], codes.shape[1], codes.shape[2]),
+        {"CHANNELS": channels, "KERNEL_SIZE": kernel_size, "STRIDE": stride, "GROUP": group},
+        out, (scale, zero_point, weight_scale, column_sum, bias, residual), "int4",
+        (rows, n, kernel_size**2 * channels), kernel_size**2 * channels, tiling, pixels=out.shape[2] * out.shape[3],
     )  # fmt: skip
-    return out

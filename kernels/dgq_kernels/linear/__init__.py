@@ -20,6 +20,7 @@ from . import cpu, reference
 def linear_int8(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
     bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:  # fmt: skip
     """Linear layer on int8 weights, with shift classes.
 
@@ -34,21 +35,38 @@ def linear_int8(
         class_ends: ascending ends of the shift classes; channels [class_ends[i-1], class_ends[i]) count 2^i.
             [K] where there is no shift.
         residual: float (M, N), added in float32 before the output is rounded, or None.
+        gated: GEGLU in the epilogue, in float32: value * gelu(gate), where the value is the first half of the outputs.
 
     Returns:
-        (M, N) of out_dtype.
+        (M, N) of out_dtype, (M, N / 2) if gated.
+
+    Raises:
+        ValueError: gated, with a residual or an odd N.
     """
+    _check_gated(gated, weight.shape[0], residual)
     backend = select(codes.device)
+    arguments = (codes, scale, zero_point, weight, weight_scale, column_sum, bias)
     if backend == "triton":
         from . import triton as kernels
 
-        return kernels.linear_int8(
-            codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends, residual
-        )
-    arguments = (codes, scale, zero_point, weight, weight_scale, column_sum, bias)
+        return kernels.linear_int8(*arguments, out_dtype, class_ends, residual, gated)
     if backend == "cpu":
-        return add_residual(cpu.linear_int8, residual, arguments, out_dtype, (class_ends,))
-    return reference.linear_int8(*arguments, out_dtype, class_ends, residual)
+        return _on_cpu(arguments, out_dtype, class_ends, residual, gated)
+    return reference.linear_int8(*arguments, out_dtype, class_ends, residual, gated)
+
+
+def _check_gated(gated: bool, channels: int, residual: Tensor | None) -> None:
+    if gated and (channels % 2 or residual is not None):
+        raise ValueError(f"{channels} outputs cannot be gated" + ("" if channels % 2 else " beside a residual"))
+
+
+def _on_cpu(
+    arguments: Sequence[Any], out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None, gated: bool
+) -> Tensor:
+    if gated:
+        full = add_residual(cpu.linear_int8, None, arguments, torch.float32, (class_ends,))
+        return reference.gate(full).to(out_dtype)
+    return add_residual(cpu.linear_int8, residual, arguments, out_dtype, (class_ends,))
 
 
 def add_residual(
@@ -65,6 +83,7 @@ def add_residual(
 def linear_int4(
     codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
     column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int, residual: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:  # fmt: skip
     """Linear layer on two-level int4 weights W' = w4 * m, unpacked in registers on CUDA.
 
@@ -73,21 +92,61 @@ def linear_int4(
             `packing.pack_subscales`; group: input channels per sub-scale. The others as in `linear_int8`.
 
     Returns:
-        (M, N) of out_dtype.
+        (M, N) of out_dtype, (M, N / 2) if gated.
+
+    Raises:
+        ValueError: gated, with a residual or an odd N.
     """
+    _check_gated(gated, packed.shape[0], residual)
     backend = select(codes.device)
     if backend == "triton":
         from . import triton as kernels
 
         return kernels.linear_int4(
-            codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group, residual
-        )
+            codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group, residual,
+            gated,
+        )  # fmt: skip
     k = codes.shape[1]
     weight = expand_two_level(packed, subscales, k, group)
     arguments = (codes, scale, zero_point, weight, weight_scale, column_sum, bias)
     if backend == "cpu":
-        return add_residual(cpu.linear_int8, residual, arguments, out_dtype, ([k],))
-    return reference.linear_int8(*arguments, out_dtype, [k], residual)
+        return _on_cpu(arguments, out_dtype, [k], residual, gated)
+    return reference.linear_int8(*arguments, out_dtype, [k], residual, gated)
+
+
+@torch.library.custom_op("dgq::linear_float_groups", mutates_args=())
+def linear_float_groups(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
+    bias: Tensor | None, out_dtype: torch.dtype, group_ends: list[int],
+) -> Tensor:  # fmt: skip
+    """Linear layer whose input channels come in groups with a float scale each, as in DGQ's paper (arXiv 2501.04304).
+
+    For comparison with `linear_int8` only: no recipe asks for it, and on the CPU the reference runs it.
+    y[r, n] = s_w[n] * sum_g s_g * (sum_{k in g} xq[r, k] * W[n, k] - z_g * C[g, n]) + bias[n].
+
+    Args:
+        codes: uint8 (M, K), channels sorted by group; weight: int8 (N, K) in the same order.
+        scale, zero_point: float32 and int32 (G,); a zero point may lie outside the codes' range.
+        weight_scale: float32 (N,).
+        column_sum: int32 (G, N), C[g, n] = sum_{k in g} weight[n, k].
+        bias: float (N,) or None.
+        out_dtype: float16, bfloat16 or float32.
+        group_ends: ascending ends of the groups, the last one K; a group may be empty.
+
+    Returns:
+        (M, N) of out_dtype.
+
+    Raises:
+        ValueError: the groups do not end at K, or are not as many as the scales.
+    """
+    if group_ends != sorted(group_ends) or group_ends[-1:] != [codes.shape[1]] or len(group_ends) != len(scale):
+        raise ValueError(f"group ends {group_ends} do not cut {codes.shape[1]} channels into {len(scale)} groups")
+    arguments = (codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, group_ends)
+    if select(codes.device) == "triton":
+        from . import triton as kernels
+
+        return kernels.linear_float_groups(*arguments)
+    return reference.linear_float_groups(*arguments)
 
 
 @torch.library.custom_op("dgq::linear_prepacked", mutates_args=())
@@ -107,13 +166,23 @@ def linear_prepacked(
 
 
 @linear_int8.register_fake
-def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends, residual=None):
-    return codes.new_empty((codes.shape[0], column_sum.shape[0]), dtype=out_dtype)
+def _(
+    codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends, residual=None, gated=False
+):  # fmt: skip
+    return codes.new_empty((codes.shape[0], column_sum.shape[0] // (1 + gated)), dtype=out_dtype)
 
 
 @linear_int4.register_fake
-def _(codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group, residual=None):
-    return codes.new_empty((codes.shape[0], column_sum.shape[0]), dtype=out_dtype)
+def _(
+    codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group, residual=None,
+    gated=False,
+):  # fmt: skip
+    return codes.new_empty((codes.shape[0], column_sum.shape[0] // (1 + gated)), dtype=out_dtype)
+
+
+@linear_float_groups.register_fake
+def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, group_ends):
+    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
 @linear_prepacked.register_fake

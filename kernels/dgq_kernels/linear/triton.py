@@ -8,39 +8,17 @@ code - 128 in int8, and the epilogue subtracts (zero point - 128) times the colu
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import FLOAT_GROUPS, INTERPRETER, Config, Tiling, pick
+
+SUM_ROWS, SUM_CHANNELS = 16, 128  # tile of `sum_splits_kernel`
 _CODE_LIMIT = 255 * 128  # the largest product of a code and an int8 weight
-
-
-class Config(NamedTuple):
-    """Tile of rows, output channels and reduction length (one of the two products of a step), warps and stages."""
-
-    rows: int
-    channels: int
-    half: int
-    warps: int
-    stages: int
-
-
-# (large, small) tiles per major compute capability; the small one where large tiles would leave multiprocessors idle.
-# Chosen by the compile table (kernels/aot.csv): instructions per product in the loop, no spill under any release.
-INT8_CONFIGS = {
-    8: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
-    9: (Config(128, 128, 64, 8, 4), Config(64, 64, 64, 4, 3)),
-    12: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 2)),  # 99 KiB of shared memory, as 8.6 and 8.9
-}
-# By weights per sub-scale: groups of 32 unpack cheapest in narrow tiles, where a thread's bytes share sub-scales.
-INT4_CONFIGS = {
-    32: {8: (Config(128, 64, 64, 4, 3), Config(64, 64, 32, 4, 4))},
-    64: {8: (Config(128, 128, 64, 8, 3), Config(64, 64, 32, 4, 4))},
-}
-_INTERPRETER = Config(128, 128, 256, 4, 1)  # its cost is per tile
 
 
 @triton.jit
@@ -120,32 +98,140 @@ def store(y, residual_ptr, out_ptr, row, channel, rows, channels, HAS_RESIDUAL: 
 
 
 @triton.jit
+def gelu(x):
+    """The exact form, as torch's default."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def weight_row(place, channels, GATED: tl.constexpr):
+    """The weight's row in column `place` of the tiles, the last one past the end.
+
+    Gated, values (the first half of the rows) and their gates alternate, so that one tile holds both of an output.
+    """
+    place = tl.minimum(place, channels - 1)
+    return place % 2 * (channels // 2) + place // 2 if GATED else place
+
+
+@triton.jit
+def finish(
+    accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
+    partial_ptr, row, scale_row, place, rows, channels, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Dequantize, gate and write an accumulator (row, place); of a split reduction, write it to `partial` as it is."""
+    if SPLIT:
+        # 32-bit offsets: splits are for small outputs, and 64-bit ones spill
+        partial_ptr += tl.program_id(1).to(tl.int64) * rows * channels
+        offsets = row[:, None] * channels + weight_row(place, channels, GATED)[None, :]
+        tl.store(partial_ptr + offsets, accumulator, mask=(row < rows)[:, None] & (place < channels)[None, :])
+    elif GATED:
+        HALF: tl.constexpr = accumulator.shape[1] // 2
+        outputs = channels // 2
+        value, gate = tl.split(accumulator.reshape(accumulator.shape[0], HALF, 2))
+        out = tl.min(place, axis=0) // 2 + tl.arange(0, HALF)
+        y = dequantize(
+            gate, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
+            scale_row, outputs + out, row < rows, out < outputs, HAS_BIAS,
+        )  # fmt: skip
+        y = gelu(y) * dequantize(
+            value, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
+            scale_row, out, row < rows, out < outputs, HAS_BIAS,
+        )  # fmt: skip
+        store(y, residual_ptr, out_ptr, row, out, rows, outputs, HAS_RESIDUAL)
+    else:
+        y = dequantize(
+            accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
+            scale_row, place, row < rows, place < channels, HAS_BIAS,
+        )  # fmt: skip
+        store(y, residual_ptr, out_ptr, row, place, rows, channels, HAS_RESIDUAL)
+
+
+@triton.jit
+def _partial_sum(partial_ptr, splits, row, channel, rows, channels, inside):
+    offsets = row[:, None].to(tl.int64) * channels + channel[None, :]
+    total = tl.zeros(inside.shape, tl.int32)
+    for _ in range(0, splits):
+        total += tl.load(partial_ptr + offsets, mask=inside, other=0)
+        offsets += rows * channels
+    return total
+
+
+@triton.jit
+def sum_splits_kernel(
+    partial_ptr, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
+    splits, rows, channels, pixels,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """What `finish` does, from partial (splits, rows, channels) int32; integers, so any order of adding is exact.
+
+    pixels: rows that share a scale, 1 in a linear layer.
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    outputs = channels // 2 if GATED else channels
+    inside = (row < rows)[:, None] & (channel < outputs)[None, :]
+    total = _partial_sum(partial_ptr, splits, row, channel, rows, channels, inside)
+    y = dequantize(
+        total, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
+        row // pixels, channel, row < rows, channel < outputs, HAS_BIAS,
+    )  # fmt: skip
+    if GATED:
+        total = _partial_sum(partial_ptr, splits, row, channel + outputs, rows, channels, inside)
+        gate = dequantize(
+            total, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
+            row // pixels, channel + outputs, row < rows, channel < outputs, HAS_BIAS,
+        )  # fmt: skip
+        y *= gelu(gate)
+    store(y, residual_ptr, out_ptr, row, channel, rows, outputs, HAS_RESIDUAL)
+
+
+@triton.jit
+def split_range(length, STEP: tl.constexpr, SPLIT: tl.constexpr):
+    """(begin, end) of this program's share of 0..length - 1: whole steps, for all but the last one."""
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(length, STEP), tl.num_programs(1)) * STEP
+        begin = tl.minimum(tl.program_id(1) * share, length)
+        return begin, tl.minimum(begin + share, length)
+    else:
+        return 0, length
+
+
+@triton.jit
+def class_range(ends_ptr, index, low, high):
+    """(begin, end) of shift class `index`, cut to low..high - 1."""
+    begin = tl.load(ends_ptr + index - 1, mask=index > 0, other=0)
+    end = tl.load(ends_ptr + index)
+    return tl.minimum(tl.maximum(begin, low), high), tl.minimum(tl.maximum(end, low), high)
+
+
+@triton.jit
 def linear_int8_kernel(
     codes_ptr, scale_ptr, zero_point_ptr, weight_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
-    residual_ptr, out_ptr, ends_ptr,
-    rows, channels, reduction,
-    CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ASSEMBLY: tl.constexpr,
+    residual_ptr, out_ptr, ends_ptr, rows, channels, reduction, partial_ptr,
+    CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    SPLIT: tl.constexpr, ASSEMBLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """codes (rows, reduction), weight (channels, reduction), ends (CLASSES,) int32; all contiguous."""
     row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    place = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     lane = tl.arange(0, HALF)
     # Rows and channels past the end repeat the last one: they are never stored, and their loads need no mask.
     x_tile = codes_ptr + tl.minimum(row, rows - 1)[:, None].to(tl.int64) * reduction + lane[None, :]
-    w_tile = weight_ptr + tl.minimum(channel, channels - 1)[None, :].to(tl.int64) * reduction + lane[:, None]
+    w_tile = weight_ptr + weight_row(place, channels, GATED)[None, :].to(tl.int64) * reduction + lane[:, None]
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.int32)
     STEP: tl.constexpr = 2 * HALF
+    low, high = split_range(reduction, STEP, SPLIT)
     for reverse in range(CLASSES):
-        index = CLASSES - 1 - reverse
         if CLASSES == 1:
-            begin = 0
-            end = reduction
+            begin = low
+            end = high
         else:
             accumulator += accumulator  # Horner: what the higher classes have summed so far counts twice
-            class_end = tl.load(ends_ptr + index)
-            class_begin = tl.load(ends_ptr + index - 1, mask=index > 0, other=0)
+            class_begin, class_end = class_range(ends_ptr, CLASSES - 1 - reverse, low, high)
             edge, gap, begin, end = class_steps(class_begin, class_end, STEP)
             for first in range(edge, class_end, gap):
                 second = first + HALF
@@ -160,18 +246,65 @@ def linear_int8_kernel(
         for first in range(begin, end, STEP):
             # Two products per step: with one, Triton 3.9 carries int8 operands bytewise through its prefetch.
             second = first + HALF
-            # Past the end the weights are 0, so codes may be anything; only with `other` 0 are loads asynchronous.
-            x0 = signed(tl.load(x_tile + first, mask=(first + lane < reduction)[None, :], other=0), ASSEMBLY)
+            if CLASSES == 1:
+                # Past the end weights are 0, so codes may be anything; only with `other` 0 are loads asynchronous.
+                x0 = tl.load(x_tile + first, mask=(first + lane < reduction)[None, :], other=0)
+                w0 = tl.load(w_tile + first, mask=(first + lane < reduction)[:, None], other=0)
+                x1 = tl.load(x_tile + second, mask=(second + lane < reduction)[None, :], other=0)
+                w1 = tl.load(w_tile + second, mask=(second + lane < reduction)[:, None], other=0)
+            else:  # whole steps lie within the class
+                x0 = tl.load(x_tile + first)
+                w0 = tl.load(w_tile + first)
+                x1 = tl.load(x_tile + second)
+                w1 = tl.load(w_tile + second)
+            accumulator = tl.dot(signed(x0, ASSEMBLY), w0, accumulator, out_dtype=tl.int32)
+            accumulator = tl.dot(signed(x1, ASSEMBLY), w1, accumulator, out_dtype=tl.int32)
+    finish(
+        accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
+        partial_ptr, row, row, place, rows, channels, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT,
+    )  # fmt: skip
+
+
+@triton.jit
+def linear_float_groups_kernel(
+    codes_ptr, scale_ptr, zero_point_ptr, weight_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, out_ptr, ends_ptr,
+    rows, channels, reduction, groups,
+    HAS_BIAS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """As `linear_int8_kernel`, but each group's int32 sum is rescaled into a float accumulator.
+
+    scale and zero_point (groups,), column_sum (groups, channels), ends (groups,) int32.
+    """
+    row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    lane = tl.arange(0, HALF)
+    x_tile = codes_ptr + tl.minimum(row, rows - 1)[:, None].to(tl.int64) * reduction + lane[None, :]
+    w_tile = weight_ptr + tl.minimum(channel, channels - 1)[None, :].to(tl.int64) * reduction + lane[:, None]
+    STEP: tl.constexpr = 2 * HALF
+    total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    for index in range(0, groups):
+        begin, end = class_range(ends_ptr, index, 0, reduction)
+        accumulator = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.int32)
+        # Groups are short: a loop of their own for whole steps would not pay.
+        for first in range(begin // STEP * STEP, end, STEP):
+            second = first + HALF
+            x0 = tl.load(x_tile + first, mask=(first + lane < reduction)[None, :], other=0)
             w0 = tl.load(w_tile + first, mask=(first + lane < reduction)[:, None], other=0)
-            x1 = signed(tl.load(x_tile + second, mask=(second + lane < reduction)[None, :], other=0), ASSEMBLY)
+            x1 = tl.load(x_tile + second, mask=(second + lane < reduction)[None, :], other=0)
             w1 = tl.load(w_tile + second, mask=(second + lane < reduction)[:, None], other=0)
+            x0 = signed_within(x0, (first + lane)[None, :], begin, end, ASSEMBLY)
+            x1 = signed_within(x1, (second + lane)[None, :], begin, end, ASSEMBLY)
             accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
             accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
-    y = dequantize(
-        accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
-        row, channel, row < rows, channel < channels, HAS_BIAS,
-    )  # fmt: skip
-    store(y, residual_ptr, out_ptr, row, channel, rows, channels, HAS_RESIDUAL)
+        column_sum = tl.load(column_sum_ptr + index * channels + channel, mask=channel < channels, other=0)
+        accumulator -= (tl.load(zero_point_ptr + index) - 128) * column_sum[None, :]
+        total += accumulator.to(tl.float32) * tl.load(scale_ptr + index)
+    y = total * tl.load(weight_scale_ptr + channel, mask=channel < channels, other=0.0)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    store(y, y, out_ptr, row, channel, rows, channels, False)
 
 
 @triton.jit
@@ -223,8 +356,9 @@ def subscales(pair, odd, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl
 @triton.jit
 def linear_int4_kernel(
     codes_ptr, scale_ptr, zero_point_ptr, packed_ptr, subscale_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
-    residual_ptr, out_ptr, rows, channels, reduction, packed_row, subscale_row,
-    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ASSEMBLY: tl.constexpr,
+    residual_ptr, out_ptr, rows, channels, reduction, packed_row, subscale_row, partial_ptr,
+    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    SPLIT: tl.constexpr, ASSEMBLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """codes (rows, reduction); packed (channels, packed_row), subscale (channels, subscale_row); all contiguous.
@@ -236,17 +370,18 @@ def linear_int4_kernel(
     GROUPS: tl.constexpr = 2 * HALF // GROUP
     row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    place = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     byte = tl.arange(0, HALF)
     low_lane = byte // (GROUP // 2) * GROUP + byte % (GROUP // 2)
     high_lane = low_lane + GROUP // 2
     x_tile = codes_ptr + tl.minimum(row, rows - 1)[None, :].to(tl.int64) * reduction
-    last = tl.minimum(channel, channels - 1)[:, None].to(tl.int64)
+    last = weight_row(place, channels, GATED)[:, None].to(tl.int64)
     w_tile = packed_ptr + last * packed_row + byte[None, :]
     group = tl.arange(0, GROUPS)
     m_tile = subscale_ptr + last * subscale_row + (group // 2)[None, :]
     accumulator = tl.zeros((BLOCK_CHANNELS, BLOCK_ROWS), tl.int32)
-    for first in range(0, packed_row, HALF):
+    low_byte, high_byte = split_range(packed_row, HALF, SPLIT)
+    for first in range(low_byte, high_byte, HALF):
         packed = tl.load(w_tile + first, mask=(first + byte < packed_row)[None, :], other=0)
         at = first // GROUP  # of the sub-scale bytes: 2 * first weights, GROUP to a nibble
         pair = tl.load(m_tile + at, mask=(at + group // 2 < subscale_row)[None, :], other=0)
@@ -258,26 +393,10 @@ def linear_int4_kernel(
         x_high = signed(tl.load(x_tile + high_k, mask=high_k < reduction, other=0), ASSEMBLY)
         accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
         accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
-    y = dequantize(
-        accumulator.T, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
-        row, channel, row < rows, channel < channels, HAS_BIAS,
+    finish(
+        accumulator.T, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
+        partial_ptr, row, row, place, rows, channels, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT,
     )  # fmt: skip
-    store(y, residual_ptr, out_ptr, row, channel, rows, channels, HAS_RESIDUAL)
-
-
-def configs_for(configs: dict[int, tuple[Config, Config]], major: int) -> tuple[Config, Config]:
-    """(large, small) tiles for a compute capability: the newest entry that is not newer."""
-    return configs[max((known for known in configs if known <= major), default=min(configs))]
-
-
-def choose(configs: dict[int, tuple[Config, Config]], rows: int, channels: int, device: torch.device) -> Config:
-    """The tile for a product of this size on this device."""
-    if triton.knobs.runtime.interpret:
-        return _INTERPRETER
-    properties = torch.cuda.get_device_properties(device)
-    large, small = configs_for(configs, properties.major)
-    tiles = triton.cdiv(rows, large.rows) * triton.cdiv(channels, large.channels)
-    return large if tiles >= properties.multi_processor_count else small
 
 
 def check(reduction: int, *tensors: Tensor) -> None:
@@ -294,12 +413,58 @@ def class_ends_on(ends: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
+def run_product(
+    kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], out: Tensor, epilogue: tuple[Any, ...],
+    kind: str, shape: tuple[int, int, int], length: int, tiling: Tiling | None, *, pixels: int = 1,
+) -> Tensor:  # fmt: skip
+    """Launch a product, and the sum of its parts where the tiling splits the reduction.
+
+    Args:
+        kernel, arguments, constants: without the tile, `partial`, and what every product has in common.
+        out: written to, and returned.
+        epilogue: scale, zero_point, weight_scale, column_sum, bias, residual.
+        shape: rows, channels, reduction; kind, length: as `tiles.pick` takes them.
+        tiling: to use instead of `tiles.pick`'s.
+        pixels: rows that share a scale.
+    """
+    rows, channels, _ = shape
+    *head, bias, residual = epilogue
+    flags = {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
+
+    def run(tiling: Tiling) -> None:
+        config, splits = tiling
+        partial = None
+        if splits > 1:
+            partial = torch.empty((splits, rows, channels), dtype=torch.int32, device=out.device)
+        kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(channels, config.channels), splits)](
+            *arguments, partial_ptr=partial, SPLIT=splits > 1, ASSEMBLY=not triton.knobs.runtime.interpret,
+            BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, HALF=config.half,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **flags, **constants,
+        )  # fmt: skip
+        if partial is not None:
+            gated = constants.get("GATED", False)
+            sum_splits_kernel[(triton.cdiv(rows, SUM_ROWS), triton.cdiv(channels // (1 + gated), SUM_CHANNELS))](
+                partial, *head, bias, residual, out, splits, rows, channels, pixels, GATED=gated,
+                BLOCK_ROWS=SUM_ROWS, BLOCK_CHANNELS=SUM_CHANNELS, num_warps=4, enable_fp_fusion=False, **flags,
+            )  # fmt: skip
+
+    run(tiling or pick(kind, *shape, length, out.device, kernel.__name__, run))
+    return out
+
+
+def _output(rows: int, channels: int, dtype: torch.dtype, codes: Tensor, gated: bool, out: Tensor | None) -> Tensor:
+    """`out`, or a new tensor."""
+    if out is None:
+        return torch.empty((rows, channels // (1 + gated)), dtype=dtype, device=codes.device)
+    return out
+
+
 def linear_int8(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None, *,
-    out: Tensor | None = None, config: Config | None = None,
+    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
+    gated: bool = False, *, out: Tensor | None = None, tiling: Tiling | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `dgq_kernels.linear_int8`; `out` is a contiguous (M, N) buffer to write to.
+    """See `dgq_kernels.linear_int8`; `out` is a contiguous (M, N) buffer to write to, (M, N / 2) if gated.
 
     Raises:
         ValueError: operands are not contiguous, or K is so long that int32 may overflow even without shifts (whether
@@ -309,27 +474,27 @@ def linear_int8(
     check(codes.shape[1], codes, weight)
     rows, reduction = codes.shape
     channels = weight.shape[0]
-    out = torch.empty((rows, channels), dtype=out_dtype, device=codes.device) if out is None else out
+    out = _output(rows, channels, out_dtype, codes, gated, out)
     if not out.numel():
         return out
-    config = config or choose(INT8_CONFIGS, rows, channels, codes.device)
-    ends = class_ends_on(tuple(class_ends), codes.device) if len(class_ends) > 1 else None
-    linear_int8_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(channels, config.channels),)](
-        codes, scale, zero_point, weight, weight_scale, column_sum, bias, residual, out, ends,
-        rows, channels, reduction, CLASSES=len(class_ends), HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, ASSEMBLY=not triton.knobs.runtime.interpret,
-        BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, HALF=config.half,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+    shifted = len(class_ends) > 1
+    ends = class_ends_on(tuple(class_ends), codes.device) if shifted else None
+    return run_product(
+        linear_int8_kernel,
+        (codes, scale, zero_point, weight, weight_scale, column_sum, bias, residual, out, ends,
+         rows, channels, reduction),
+        {"CLASSES": len(class_ends), "GATED": gated}, out,
+        (scale, zero_point, weight_scale, column_sum, bias, residual),
+        "shifted" if shifted else "int8", (rows, channels, reduction), reduction, tiling,
     )  # fmt: skip
-    return out
 
 
 def linear_int4(
     codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
-    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int, residual: Tensor | None = None, *,
-    out: Tensor | None = None, config: Config | None = None,
+    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int, residual: Tensor | None = None,
+    gated: bool = False, *, out: Tensor | None = None, tiling: Tiling | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `dgq_kernels.linear_int4`; `out` is a contiguous (M, N) buffer to write to.
+    """See `dgq_kernels.linear_int4`; `out` is a contiguous (M, N) buffer to write to, (M, N / 2) if gated.
 
     Raises:
         ValueError: operands are not contiguous, or K is so long that int32 may overflow.
@@ -338,15 +503,39 @@ def linear_int4(
     check(codes.shape[1], codes, packed, subscales)
     rows, reduction = codes.shape
     channels = packed.shape[0]
-    out = torch.empty((rows, channels), dtype=out_dtype, device=codes.device) if out is None else out
+    out = _output(rows, channels, out_dtype, codes, gated, out)
     if not out.numel():
         return out
-    config = config or choose(INT4_CONFIGS[group], rows, channels, codes.device)
-    linear_int4_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(channels, config.channels),)](
-        codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, residual, out,
-        rows, channels, reduction, packed.shape[1], subscales.shape[1],
-        GROUP=group, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        ASSEMBLY=not triton.knobs.runtime.interpret,
+    return run_product(
+        linear_int4_kernel,
+        (codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, residual, out,
+         rows, channels, reduction, packed.shape[1], subscales.shape[1]),
+        {"GROUP": group, "GATED": gated}, out, (scale, zero_point, weight_scale, column_sum, bias, residual),
+        "int4", (rows, channels, reduction), reduction, tiling,
+    )  # fmt: skip
+
+
+def linear_float_groups(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
+    bias: Tensor | None, out_dtype: torch.dtype, group_ends: list[int], *, out: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """See `dgq_kernels.linear_float_groups`; `out` is a contiguous (M, N) buffer to write to.
+
+    Raises:
+        ValueError: operands are not contiguous, or K is so long that int32 may overflow.
+    """
+    check(codes.shape[1], codes, weight, column_sum)
+    rows, reduction = codes.shape
+    channels = weight.shape[0]
+    out = _output(rows, channels, out_dtype, codes, False, out)
+    if not out.numel():
+        return out
+    config = config or (INTERPRETER if triton.knobs.runtime.interpret else FLOAT_GROUPS)
+    linear_float_groups_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(channels, config.channels),)](
+        codes, scale, zero_point, weight, weight_scale, column_sum, bias, out,
+        class_ends_on(tuple(group_ends), codes.device), rows, channels, reduction, len(group_ends),
+        HAS_BIAS=bias is not None, ASSEMBLY=not triton.knobs.runtime.interpret,
         BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, HALF=config.half,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
     )  # fmt: skip

@@ -73,6 +73,11 @@ def log_attention_eager(
     return native.attention(q, k, v, scale * cpu.LOG2_E, bits, fraction_bits, start_token, qk_bits, v_bits)
 
 
+def log_attention_pays(device: torch.device) -> bool:
+    """Whether log attention is faster than float attention on a device; compiled code always has it."""
+    return torch.compiler.is_compiling() or select(device) != "cpu" or native.attention_pays()
+
+
 @log_attention.register_fake
 def _(q, k, v, scale, bits, fraction_bits, start_token, qk_bits=8, v_bits=8):
     return _empty_rows_first(q)

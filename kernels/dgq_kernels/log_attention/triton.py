@@ -386,10 +386,17 @@ def padded_width(head_dim: int) -> int:
     return max(32, triton.next_power_of_2(head_dim))
 
 
-def config_for(width: int) -> Config:
-    """Tile sizes for a padded head width, the largest that do not spill."""
+def _major(device: torch.device) -> int:
+    """The major compute capability, 0 without a GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def config_for(width: int, major: int) -> Config:
+    """Tile sizes for a padded head width and a compute capability, the largest that do not spill."""
     if triton.knobs.runtime.interpret:
         return Config(128, 128, 4, 1)  # the interpreter's cost is per tile
+    if (width, major) == (128, 10):
+        return Config(64, 32, 8, 2)  # products arrive from tensor memory: one more copy in registers
     return {32: Config(128, 64, 8, 3), 64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2)}.get(
         width, Config(64, 32, 8, 2)
     )
@@ -487,7 +494,7 @@ def log_attention(
     q = q if q.stride(3) == 1 else q.contiguous()
     batch, heads, rows, head_dim = q.shape
     width = padded_width(head_dim)
-    config = config_for(width)
+    config = config_for(width, _major(q.device))
     own = quantize_keys(k, v, scale, fraction_bits, start_token, qk_bits, v_bits, config.keys)
     log_attention_kernel[(triton.cdiv(rows, config.rows), batch * heads)](
         q, own.k, own.v, own.v_scale, own.v_sum, own.key_step, own.start_k, own.start_v, out,
@@ -515,7 +522,7 @@ def log_attention_running(
     own = quantize_keys(k, v, scale, fraction_bits, False, 8, 8, block)
     sums = own.v.unflatten(2, (-1, block)).sum(3, dtype=torch.int32)
     prefix = pad(sums.cumsum(2, dtype=torch.int32), (1, 0)).mT.contiguous()
-    config = running_config_for(width)
+    config = running_config_for(width, _major(q.device))
     running_kernel[(triton.cdiv(rows, config.rows), batch * heads)](
         q, own.k, own.v, own.v_scale, prefix, own.key_step, out,
         rows, k.shape[2], own.k.shape[1], heads, *q.stride()[:3], *out.stride()[:3],
@@ -526,17 +533,21 @@ def log_attention_running(
     return out
 
 
-def running_config_for(width: int) -> Config:
+def running_config_for(width: int, major: int) -> Config:
     """Rows, warps and stages of the one-pass kernel; the keys of a block belong to what it computes."""
     if triton.knobs.runtime.interpret:
         return Config(128, 64, 4, 1)
+    if (width, major) == (64, 10):
+        return Config(64, 64, 8, 2)
     return {32: Config(128, 64, 8, 3), 64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2)}[width]
 
 
-def base2_config_for(width: int) -> Config:
+def base2_config_for(width: int, major: int) -> Config:
     """Tiles of the published form's passes."""
     if triton.knobs.runtime.interpret:
         return Config(128, 128, 4, 1)
+    if (width, major) == (64, 10):
+        return Config(64, 64, 8, 2)
     return {32: Config(128, 64, 8, 2), 64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2)}.get(
         width, Config(64, 32, 8, 2)
     )
@@ -553,7 +564,7 @@ def log_attention_base2(
     keys = k.shape[2]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     width = padded_width(head_dim)
-    config = base2_config_for(width)
+    config = base2_config_for(width, _major(q.device))
     normaliser, peak = q.new_empty((2, batch * heads, rows), dtype=torch.float32)
     grid = (triton.cdiv(rows, config.rows), batch * heads)
     tile = {

@@ -171,6 +171,13 @@ def supported() -> list[str]:
     return engine.isas if engine is not None else []
 
 
+def attention_pays() -> bool:
+    """Whether `attention` is faster than float attention here: with AVX512 only. Without VNNI its products are 16-bit
+    ones at the rate of float32's, and codes and probabilities come on top (docs/cpu.md)."""
+    engine = _load()[0]
+    return engine is not None and engine.isa.startswith(("avx512", "amx"))
+
+
 def use(isa: str) -> str:
     """Switch to an instruction set of `supported()`; returns the one used before (for tests and comparisons)."""
     engine = _engine()

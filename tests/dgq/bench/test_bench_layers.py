@@ -46,6 +46,24 @@ def test_kernel_rows_cover_every_system_and_case(monkeypatch: pytest.MonkeyPatch
         assert row.peak_fraction == expected
 
 
+def test_a_quantized_layer_takes_the_dtype_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    random_layer = layers.random_layer
+
+    def noted(plan: LayerPlan) -> torch.nn.Module:
+        layer = random_layer(plan)
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+        return layer
+
+    monkeypatch.setattr(layers, "random_layer", noted)
+    monkeypatch.setattr(layers, "int8_peak", lambda device: None)
+    for dtype in (torch.float32, torch.bfloat16):
+        seen.clear()
+        bench_kernels([Case(LINEAR, (5, 32), dtype)], (8,), 1, CPU)
+        assert set(seen) == {dtype}
+    assert {case.dtype for case in layers.large_cases()} == {torch.bfloat16}
+
+
 def test_the_peak_is_that_of_the_best_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     if not native.available():
         assert int8_peak(CPU) is None

@@ -1,0 +1,172 @@
+"""Tiles of the products on CUDA: which there are, which one a shape gets, and, when asked for, which one is fastest.
+
+The table and the choice are plain Python, so they can be tested, and compiled ahead of time, without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """Tile of rows, output channels and reduction length (one of the two products of a step), warps and stages."""
+
+    rows: int
+    channels: int
+    half: int
+    warps: int
+    stages: int
+
+
+class Tiling(NamedTuple):
+    """A tile, and the number of programs that share the reduction of one."""
+
+    config: Config
+    splits: int = 1
+
+
+# Kind of product -> major compute capability -> tiles, the largest first. Chosen by the compile table
+# (kernels/aot.csv): fewest instructions per product, no spill under any release; 8.6, 8.9 and 12.0 have 99 KiB of
+# shared memory. "shifted" has shift classes; "int4" serves both sizes of groups.
+TILES: dict[str, dict[int, tuple[Config, ...]]] = {
+    "int8": {
+        8: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 2)),
+        9: (Config(128, 128, 64, 8, 4), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 3)),
+        10: (Config(128, 128, 64, 8, 4), Config(64, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
+        12: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 2)),
+    },
+    "shifted": {
+        8: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 2)),
+        9: (Config(128, 128, 64, 8, 4), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 3)),
+        10: (Config(128, 128, 32, 8, 4), Config(64, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
+        12: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 32, 4, 4)),
+    },
+    "int4": {  # tall: a weight that was unpacked once serves many rows
+        8: (Config(256, 64, 64, 8, 3), Config(128, 64, 64, 8, 2), Config(64, 64, 32, 4, 4)),
+        9: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 32, 4, 4)),
+        10: (Config(256, 64, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 32, 4, 4)),
+        12: (Config(256, 64, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 32, 4, 4)),
+    },
+}
+# Two accumulators, int32 and float: half the tile, on every device. Groups have few steps of the reduction.
+FLOAT_GROUPS = Config(64, 64, 32, 4, 3)
+# The interpreter's cost is per tile.
+INTERPRETER = Config(128, 128, 256, 4, 1)
+
+# Figures of the model in `clocks`. Dense int8 multiply-adds per clock and multiprocessor, from the data sheets; clocks
+# to unpack an int4 weight, from the compile table; bytes per clock that a multiprocessor gets from L2, and from memory
+# when all of them ask; clocks to start and to end a tile, and of a further launch. The last four are estimates, good
+# for ranking tiles, not for telling times.
+_MACS = {(8, 0): 2048, 9: 4096, 10: 8192}
+_MACS_OTHERS = 1024
+_UNPACK_CLOCKS = 0.01
+_L2_BYTES = 64
+_MEMORY_BYTES = 13
+_TILE_CLOCKS = 1500
+_LAUNCH_CLOCKS = 1500
+_SPLITS = (1, 2, 4, 8, 16)
+
+
+def tiles_of(kind: str, major: int) -> tuple[Config, ...]:
+    """The tiles for a compute capability: those of the newest entry that is not newer."""
+    table = TILES[kind]
+    return table[max((known for known in table if known <= major), default=min(table))]
+
+
+def tilings(kind: str, major: int, length: int) -> Iterator[Tiling]:
+    """Every tile and split that is worth a try.
+
+    Args:
+        kind: of `TILES`; major: of the compute capability.
+        length: of what is split: the reduction, or the input channels of a convolution with shift classes.
+    """
+    for config in tiles_of(kind, major):
+        for splits in _SPLITS:
+            if splits == 1 or length >= splits * 4 * config.half:  # at least two steps each
+                yield Tiling(config, splits)
+
+
+def clocks(
+    tiling: Tiling, kind: str, rows: int, channels: int, reduction: int, capability: tuple[int, int],
+    multiprocessors: int,
+) -> float:  # fmt: skip
+    """Modelled clocks of a product of (rows, reduction) and (channels, reduction); a rank, not a prediction.
+
+    Tiles are handed out in waves, and an idle multiprocessor in the last wave costs as much as a busy one. Tiles of
+    four warps count in pairs, as one alone does not fill a multiprocessor.
+    """
+    config, splits = tiling
+    macs = _MACS.get(capability, _MACS.get(capability[0], _MACS_OTHERS))
+    programs = math.ceil(rows / config.rows) * math.ceil(channels / config.channels) * splits
+    together = max(1, 8 // config.warps)
+    waves = math.ceil(programs / (multiprocessors * together))
+    weight_bytes, unpack = (0.5, _UNPACK_CLOCKS) if kind == "int4" else (1.0, 0.0)
+    loaded = config.rows + config.channels * weight_bytes
+    step = 2 * config.half
+    length = math.ceil(reduction / splits / step) * step
+    tile = length * (config.rows * config.channels / macs + config.channels * unpack + loaded / _L2_BYTES)
+    total = waves * (together * tile + _TILE_CLOCKS)
+    if splits > 1:  # int32 sums are written, read and added by a second kernel
+        total += _LAUNCH_CLOCKS + splits * rows * channels * 8 / (_MEMORY_BYTES * multiprocessors)
+    return total
+
+
+@functools.cache
+def choose(
+    kind: str, rows: int, channels: int, reduction: int, length: int, capability: tuple[int, int], multiprocessors: int
+) -> Tiling:
+    """The tiling with the fewest modelled `clocks`; of equals the larger tile and the fewer splits.
+
+    Args:
+        rows, channels, reduction: of the product.
+        length, kind: as in `tilings`.
+        capability: of the device, e.g. (8, 9).
+        multiprocessors: how many it has.
+    """
+    return min(
+        tilings(kind, capability[0], length),
+        key=lambda tiling: clocks(tiling, kind, rows, channels, reduction, capability, multiprocessors),
+    )
+
+
+_measured: dict[tuple[object, ...], Tiling] = {}
+
+
+def fastest(key: tuple[object, ...], candidates: Iterator[Tiling], time: Callable[[Tiling], float]) -> Tiling:
+    """The candidate with the least time(candidate), measured once per key and process."""
+    if key not in _measured:
+        _measured[key] = min(candidates, key=time)
+    return _measured[key]
+
+
+def pick(
+    kind: str, rows: int, channels: int, reduction: int, length: int, device: torch.device, kernel: str,
+    run: Callable[[Tiling], None],
+) -> Tiling:  # fmt: skip
+    """The tiling for a product on this device.
+
+    DGQ_AUTOTUNE=1 in the environment measures every candidate at a shape's first call, `kernel` and `run` being the
+    call; not while a CUDA graph is captured, where nothing can be measured. Otherwise `choose`.
+    """
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return Tiling(INTERPRETER)
+    properties = torch.cuda.get_device_properties(device)
+    if os.environ.get("DGQ_AUTOTUNE") == "1" and not torch.cuda.is_current_stream_capturing():
+        key = (kernel, kind, rows, channels, reduction, length, device)
+        return fastest(key, tilings(kind, properties.major, length), lambda t: _milliseconds(run, t))
+    capability = (properties.major, properties.minor)
+    return choose(kind, rows, channels, reduction, length, capability, properties.multi_processor_count)
+
+
+def _milliseconds(run: Callable[[Tiling], None], tiling: Tiling) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(lambda: run(tiling)))

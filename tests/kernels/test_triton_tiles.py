@@ -1,0 +1,147 @@
+"""The choice of tiles, on the shapes of real models; no GPU and no interpreter needed."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from dgq_kernels.linear import tiles
+from dgq_kernels.linear.tiles import Config, Tiling
+
+DEVICES = {"A100": ((8, 0), 108), "A6000": ((8, 6), 84), "RTX 4090": ((8, 9), 128), "H100": ((9, 0), 132)}
+CAPTIONS = 77
+
+
+def transformer(tokens, width, batch, captions, inner, gated):
+    """(rows, channels, reduction) of a block: self-attention, cross-attention, feed-forward."""
+    rows = batch * tokens
+    return [
+        *[(rows, width, width)] * 6, *[(batch * captions, width, inner)] * 2,
+        (rows, (8 if gated else 4) * width, width), (rows, width, 4 * width),
+    ]  # fmt: skip
+
+
+def unet(latent, batch, widths, depths, context):
+    """ResNet and transformer blocks of a UNet's levels, the way up with skip connections of the same width."""
+    shapes = []
+    for level, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        tokens = (latent >> level) ** 2
+        shapes += [(batch * tokens, width, 9 * width)] * 7 + [(batch * tokens, width, 18 * width)] * 3
+        shapes += [(batch, width, 4 * widths[0])] * 5
+        shapes += depth * transformer(tokens, width, batch, CAPTIONS, context, True)
+    return shapes
+
+
+def shapes_of(model, pixels):
+    latent = pixels // 8
+    if model == "sd-v1.4":
+        return unet(latent, 2, (320, 640, 1280, 1280), (5, 5, 5, 1), 768)
+    if model == "sdxl":
+        return unet(latent, 2, (320, 640, 1280), (0, 10, 60), 2048)
+    return 28 * transformer((latent // 2) ** 2, 1152, 2, 120, 1152, False)  # PixArt
+
+
+def two_sizes(kind, shape, capability, multiprocessors):
+    """The rule without a model: the large tile where it gives every multiprocessor work, else the small one."""
+    large, *_, small = tiles.tiles_of(kind, capability[0])
+    count = math.ceil(shape[0] / large.rows) * math.ceil(shape[1] / large.channels)
+    return Tiling(large if count >= multiprocessors else small)
+
+
+@pytest.mark.parametrize("kind", tiles.TILES)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("pixels", [512, 1024])
+@pytest.mark.parametrize("model", ["sd-v1.4", "sdxl", "pixart"])
+def test_models(model, pixels, device, kind):
+    """Hardly a multiprocessor idles, reductions are split only where few tiles exist, and no step gets slower."""
+    capability, multiprocessors = DEVICES[device]
+    chosen = simple = 0.0
+    for shape, count in Counter(shapes_of(model, pixels)).items():
+        tiling = tiles.choose(kind, *shape, shape[2], capability, multiprocessors)
+        config, splits = tiling
+        count_tiles = math.ceil(shape[0] / config.rows) * math.ceil(shape[1] / config.channels)
+        if splits > 1:
+            assert count_tiles < 3 * multiprocessors * max(1, 8 // config.warps), (shape, tiling)
+            assert shape[2] >= splits * 4 * config.half
+        small = min(config.rows * config.channels for config in tiles.tiles_of(kind, capability[0]))
+        if shape[0] * shape[1] >= 4 * multiprocessors * small:  # enough outputs for every multiprocessor
+            waves = math.ceil(count_tiles * splits / multiprocessors)
+            assert count_tiles * splits / (waves * multiprocessors) > 0.5, (shape, tiling)
+        chosen += count * tiles.clocks(tiling, kind, *shape, capability, multiprocessors)
+        plain = two_sizes(kind, shape, capability, multiprocessors)
+        simple += count * tiles.clocks(plain, kind, *shape, capability, multiprocessors)
+    assert chosen <= simple
+
+
+def test_small_products_fill_the_device():
+    """SDXL's 256 x 1280 x 1280 has 20 tiles of 128 x 128; SD's 8 x 8 convolutions have 10, and 180 steps each."""
+    for shape in ((256, 1280, 1280), (128, 1280, 11520), (128, 1280, 23040)):
+        for capability, multiprocessors in DEVICES.values():
+            config, splits = tiles.choose("int8", *shape, shape[2], capability, multiprocessors)
+            programs = math.ceil(shape[0] / config.rows) * math.ceil(shape[1] / config.channels) * splits
+            assert programs >= 0.6 * multiprocessors, (shape, multiprocessors, config, splits)
+    assert tiles.choose("int8", 128, 1280, 23040, 23040, (8, 0), 108).splits > 1
+
+
+def test_one_tile_too_many_costs_a_wave():
+    """108 large tiles fill an A100 once; of 120, the second wave would hold 12: shares of the reduction do better."""
+    large = tiles.tiles_of("int8", 8)[0]
+    k = 11520
+    assert tiles.choose("int8", 108 * 128, 128, k, k, (8, 0), 108) == Tiling(large)
+    full, over = (tiles.clocks(Tiling(large), "int8", n * 128, 128, k, (8, 0), 108) for n in (108, 120))
+    assert over == 2 * full
+    better = tiles.choose("int8", 120 * 128, 128, k, k, (8, 0), 108)
+    assert tiles.clocks(better, "int8", 120 * 128, 128, k, (8, 0), 108) < 0.85 * over
+
+
+def test_a_convolution_with_classes_splits_by_input_channels():
+    assert all(length >= t.splits * 4 * t.config.half or t.splits == 1
+               for length in (64, 320, 1280) for t in tiles.tilings("shifted", 8, length))  # fmt: skip
+    assert {t.splits for t in tiles.tilings("shifted", 8, 320)} == {1}
+    assert tiles.choose("shifted", 128, 1280, 11520, 1280, (8, 0), 108).splits in (2, 4)
+
+
+def test_newer_and_older_devices_use_the_nearest_table():
+    assert tiles.tiles_of("int4", 11) == tiles.TILES["int4"][10]
+    assert tiles.tiles_of("int4", 13) == tiles.TILES["int4"][12]
+    assert tiles.tiles_of("int8", 7) == tiles.TILES["int8"][8]
+
+
+def test_tuning_measures_each_shape_once(monkeypatch):
+    monkeypatch.setattr(tiles, "_measured", {})
+    candidates = list(tiles.tilings("int8", 8, 1280))
+    assert {t.splits for t in candidates} == {1, 2, 4}
+    calls = []
+
+    def time(tiling):
+        calls.append(tiling)
+        return abs(tiling.config.rows - 64) + tiling.splits
+
+    for _ in range(2):
+        assert tiles.fastest(("a",), iter(candidates), time) == Tiling(Config(64, 64, 64, 4, 2), 1)
+    assert calls == candidates
+    tiles.fastest(("b",), iter(candidates), time)
+    assert len(calls) == 2 * len(candidates)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("wanted", ["", "1"])
+def test_the_environment_asks_for_tuning(monkeypatch, wanted, capturing):
+    """With a pretended device: measured only where asked for, and not inside a CUDA graph."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(tiles, "_measured", {})
+    monkeypatch.setenv("DGQ_AUTOTUNE", wanted)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    properties = type("Properties", (), {"major": 8, "minor": 9, "multi_processor_count": 128})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr("triton.testing.do_bench", lambda call: call() or len(launched))
+    launched = []
+    got = tiles.pick("int8", 4096, 1280, 1280, 1280, torch.device("cuda"), "a kernel", launched.append)
+    if wanted and not capturing:
+        assert launched == list(tiles.tilings("int8", 8, 1280))
+        assert got == launched[0]
+    else:
+        assert not launched
+        assert got == tiles.choose("int8", 4096, 1280, 1280, 1280, (8, 9), 128)
