@@ -170,7 +170,7 @@ def gptq(second_moment: Tensor, damping: float = 0.1, sweeps: int = 2) -> Roundi
     Args:
         second_moment: float (K, K), mean of x x^T over the layer's inputs.
         damping: share of the mean diagonal added to the diagonal. Calibration inputs are few and alike: ten times the
-            usual 0.01 does better on inputs that were not seen (docs/fidelity.md).
+            usual 0.01 does better in convolutions and on unseen prompts (docs/fidelity.md).
         sweeps: passes of the descent over the columns.
 
     Raises:
