@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -400,7 +400,7 @@ def _work(job: tuple[str, int, bool]) -> tuple[Row | None, list[str]]:
 def main(arguments: list[str] | None = None) -> int:
     """Command line: prints the table, writes it to --csv; exit code 1 where a row is at fault."""
     parser = argparse.ArgumentParser(prog="python -m dgq_kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table here; other releases' rows stay")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table here; rows of other releases, targets and kernels stay")
     parser.add_argument("--targets", nargs="+", default=TARGETS, metavar="TARGET", help="e.g. 80 90 gfx942")
     parser.add_argument("--quick", action="store_true", help="one case per kernel, the largest tile")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
@@ -425,21 +425,25 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.append(row)
                 print(*asdict(row).values(), sep="\t", flush=True)
     if options.csv:
-        write(options.csv, rows)
+        write(options.csv, rows, options.targets, options.kernels)
     for problem in problems:
         print(problem, file=sys.stderr)
     # AMD rows tell how far the kernels are from running there; no configuration is chosen for it yet.
     return int(any(not problem.startswith("gfx") for problem in problems))
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """Write the table, keeping another Triton release's rows that are there."""
+def write(path: Path, rows: list[Row], targets: Sequence[str] = TARGETS, kernels: str = "") -> None:
+    """Write the table, in order. Rows that are there stay, but for those of this release's `targets` and of kernels
+    whose name holds `kernels`, which `rows` replace."""
     table = [{name: str(value) for name, value in asdict(row).items()} for row in rows]
     if path.exists():
         with path.open(newline="") as file:
             releases = {row.triton for row in rows}
-            table += [row for row in csv.DictReader(file) if row.get("triton") not in releases]
-    table.sort(key=lambda row: row["triton"])
+            table += [
+                row for row in csv.DictReader(file)
+                if row["triton"] not in releases or row["target"] not in targets or kernels not in row["kernel"]
+            ]  # fmt: skip
+    table.sort(key=lambda row: [row[name] for name in ("triton", "target", "kernel", "config")])
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
