@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from dgq.quantizers.paper import AxisRanges
 from dgq.recipe import Recipe
 
 FIRST_SEED = 20_000
+KINDS = ("linear", "conv2d")
 Calls = list[list[dict[str, Any]]]
 
 
@@ -89,17 +90,27 @@ class Captured:
 
 
 @torch.no_grad()
-def capture(recorded: Recorded, recipe: Recipe, calls: int = 160, evaluation_steps: int = 10) -> dict[str, Captured]:
+def capture(
+    recorded: Recorded, recipe: Recipe, every: int = 1, kinds: Collection[str] = KINDS, calls: int = 160,
+    evaluation_steps: int = 10,
+) -> dict[str, Captured]:  # fmt: skip
     """Replay the calls and keep each quantizable layer's data.
 
     Args:
         recorded: from `record`.
         recipe: bits of the plans.
+        every: take every n-th layer of each kind.
+        kinds: of the layers (`Captured.kind`).
         calls: for the statistics, spread as `dgq calibrate` does.
         evaluation_steps: sampler steps, evenly spread, whose inputs are kept.
     """
     unet: nn.Module = recorded.pipe.unet
-    layers, _ = plan_layers(unet, recipe)
+    every_layer, _ = plan_layers(unet, recipe)
+    layers = [
+        layer
+        for kind in kinds
+        for layer in [layer for layer in every_layer if (layer.plan.kind == "conv2d") == (kind == "conv2d")][::every]
+    ]
     steps = len(recorded.calibration[0])
     chosen = {id(call) for call in spread(recorded.calibration, calls)}
     found = {

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from captures import Captured, capture, record, say
+from captures import KINDS, Captured, capture, record, say
 from torch import Tensor
 
-from dgq.calibration import choose_rounded, round_layer
+from dgq.calibration import round_layer
 from dgq.paper_layers import image_to_pixels_last, pixels_last_to_image
 from dgq.quantizers.channels import (
+    WORTH,
     ChannelGroups,
     apply_layer,
     fake_quantize_input,
@@ -210,8 +211,8 @@ class ContainerGrid(TwoLevelGrid):
         return self.scale * m
 
 
-def weights_alone(one: Captured) -> Iterator[tuple[str, Tensor]]:
-    """Names and float weights after int4 rounding."""
+def weights_alone(one: Captured, two_level: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Names and float weights after int4 rounding; `two_level` is GPTQ's, in groups of 32."""
     weight = to_matrix(one.layer.weight)
     plan, seen = one.layer.plan, one.statistics
     assert seen.moment is not None
@@ -233,36 +234,59 @@ def weights_alone(one: Captured) -> Iterator[tuple[str, Tensor]]:
     yield "two-level, 32", back(quantize_integer(weight, 4, 32, importance, nearest(importance)).dequantize())
     yield "GPTQ per channel", back(gptq(moment)(weight, ChannelGrid(weight, importance, True)).dequantize())
     yield "GPTQ two-level, 64", back(quantize_integer(weight, 4, 64, importance, gptq(moment)).dequantize())
-    yield "GPTQ two-level, 32", back(quantize_integer(weight, 4, 32, importance, gptq(moment)).dequantize())
+    yield "GPTQ two-level, 32", two_level
 
 
-def both(one: Captured, wbits: int, abits: int) -> Iterator[tuple[str, ChannelGroups, Tensor]]:
-    """(name, groups, float weight) of each way to handle channels, rounded by GPTQ."""
-    layer = dataclasses.replace(one.layer, plan=dataclasses.replace(one.layer.plan, wbits=wbits, abits=abits))
-    recipe = Recipe(wbits=wbits, abits=abits)
+SHIPPED = {4: ("none", "smooth, folded before", "shift, folded before, sorted"),
+           8: ("none", "smooth, folded before", "shift, after (Horner)")}  # fmt: skip
+"""What calibration chooses from, by weight bits"""
 
-    def rounded(groups: ChannelGroups) -> Tensor:
-        done = round_layer(layer, one.statistics, recipe, groups)
-        return groups.unfold(done.weight.dequantize(), done.plan)
+
+def rounded_ways(one: Captured, wbits: int) -> dict[str, tuple[ChannelGroups, Tensor]]:
+    """{way to handle channels: (groups, float weight after GPTQ)}; equal groups are rounded once."""
+    layer = dataclasses.replace(one.layer, plan=dataclasses.replace(one.layer.plan, wbits=wbits))
+    recipe, done = Recipe(wbits=wbits), {}
+
+    def rounded(groups: ChannelGroups) -> tuple[ChannelGroups, Tensor]:
+        key = (tuple(groups.divisor.tolist()), tuple(groups.stored_order.tolist()), groups.shifts_accumulator)
+        if key not in done:
+            result = round_layer(layer, one.statistics, recipe, groups)
+            done[key] = groups.unfold(result.weight.dequantize(), result.plan)
+        return groups, done[key]
 
     rms, ends = one.statistics.mean_square.sqrt(), [layer.plan.in_features]
-    for name, mode, largest in (
-        ("none", "none", 2), ("smooth, folded before", "smooth", 2), ("smooth in full, folded before", "full", 2),
-        ("shift, folded before, sorted", "shift", 2), ("shift up to 4, folded before, sorted", "shift", 4),
-    ):  # fmt: skip
-        groups = groups_of(one, mode, largest)
-        groups = dataclasses.replace(groups, class_ends=ends)
-        yield name, groups, rounded(groups)
-    shift = form_groups("shift", rms, 4)
-    unsorted = dataclasses.replace(shift, order=None, class_ends=ends)
-    yield "shift, folded before, unsorted", unsorted, rounded(unsorted)
+    sorted_ = dataclasses.replace(groups_of(one, "shift"), class_ends=ends)
+    found = {
+        "none": rounded(no_groups(layer.plan.in_features)),
+        "smooth, folded before": rounded(groups_of(one, "smooth")),
+        "shift, folded before, sorted": rounded(sorted_),
+    }
     if wbits == 8:
-        after = form_groups("shift", rms, 8)
-        yield "shift, after (Horner)", after, rounded(after)
-    else:
-        yield "shift, in the container, sorted", shift, in_container(one, shift)
-    chosen = choose_rounded(layer, one.statistics, recipe)
-    yield "chosen by calibration", chosen.groups, chosen.groups.unfold(chosen.weight.dequantize(), chosen.plan)
+        return found | {"shift, after (Horner)": rounded(form_groups("shift", rms, 8))}
+    largest = dataclasses.replace(groups_of(one, "shift", 4), class_ends=ends)
+    return found | {
+        "smooth in full, folded before": rounded(groups_of(one, "full")),
+        "shift up to 4, folded before, sorted": rounded(largest),
+        "shift, folded before, unsorted": rounded(dataclasses.replace(sorted_, order=None)),
+        "shift, in the container, sorted": (sorted_, in_container(one, sorted_)),
+    }
+
+
+def chosen_way(one: Captured, ways: dict[str, tuple[ChannelGroups, Tensor]], wbits: int, abits: int) -> str:
+    """The way that calibration would choose: by the output's error on its samples (`choose_rounded`)."""
+    x = calibration_inputs(one)
+    target = apply_layer(x, one.layer.weight, one.layer.plan)
+
+    def error(way: str) -> float:
+        groups, weight = ways[way]
+        noise = apply_layer(fake_quantize_input(x, abits, groups.divisor), weight, one.layer.plan) - target
+        return float(noise.norm())
+
+    best, least = "none", error("none")
+    for way in SHIPPED[wbits][1:]:
+        if (tried := error(way)) < least * (1 - WORTH):
+            best, least = way, tried
+    return best
 
 
 def in_container(one: Captured, groups: ChannelGroups) -> Tensor:
@@ -306,11 +330,15 @@ def study(found: dict[str, Captured]) -> list[dict[str, Any]]:
         for way, format_ in ACTIVATIONS.items():
             for bits in (8, 6, 4):
                 measure(f"A{bits}", way, format_(one, x, one.steps, bits), weight)
-        for way, rounded in weights_alone(one):
+        ways = {wbits: rounded_ways(one, wbits) for wbits in (4, 8)}
+        for way, rounded in weights_alone(one, ways[4]["none"][1]):
             measure("W4", way, x, rounded)
         for wbits, abits in ((4, 8), (4, 6), (4, 4), (8, 8)):
-            for way, groups, rounded in both(one, wbits, abits):
+            choice = chosen_way(one, ways[wbits], wbits, abits)
+            for way, (groups, rounded) in ways[wbits].items():
                 measure(f"W{wbits}A{abits}", way, quantized_rows(one, x, abits, groups.divisor), rounded)
+            rows.append({**next(row for row in reversed(rows) if row["way"] == choice), "way": "chosen by calibration",
+                         "choice": choice})  # fmt: skip
         found[name] = dataclasses.replace(one, inputs=torch.empty(0))  # measured: its memory can go
     return rows
 
@@ -338,12 +366,14 @@ def main() -> None:
     parser.add_argument("--model", help="float model; the embedded model if left out")
     parser.add_argument("--calibration-prompts", type=int, default=64, help="as published (default 64)")
     parser.add_argument("--prompts", type=int, default=8, help="evaluation prompts (default 8)")
+    parser.add_argument("--every", type=int, default=1, help="every n-th layer of each kind (default 1)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of layers")
     parser.add_argument("--out", type=Path, help="write PREFIX.md and PREFIX.json")
     args = parser.parse_args()
     say("making pictures")
     recorded = record(args.model, args.calibration_prompts, args.prompts)
     say("capturing")
-    found = capture(recorded, Recipe(wbits=4))
+    found = capture(recorded, Recipe(wbits=4), args.every, args.kinds)
     rows = study(found)
     groups = (["A8", "A6", "A4"], ["W4"], ["W4A8", "W4A6", "W4A4"], ["W8A8"])
     text = "\n\n".join(table(rows, names) for names in groups) + "\n"

@@ -1,9 +1,9 @@
-"""UNets of well-known models, built from their configurations with random weights: for speed, never for quality."""
+"""Networks of well-known models, built from their configurations with random weights: for speed, never for quality."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,19 @@ TOKENS = 77
 
 @dataclass(frozen=True)
 class Architecture:
-    """A UNet and how it is called.
+    """A network and how it is called.
 
     Attributes:
-        config: of diffusers' UNet2DConditionModel, where it differs from the defaults.
+        config: of diffusers' class, where it differs from the defaults.
         batch: samples of a call (two with guidance).
+        network: diffusers' class.
+        tokens: of the text.
     """
 
     config: dict[str, Any]
     batch: int
+    network: str = "UNet2DConditionModel"
+    tokens: int = TOKENS
 
 
 # at 512 pixels
@@ -50,9 +54,40 @@ ARCHITECTURES = {
     ),
 }
 
+# What `dgq bench --predict` draws and nothing runs: dgq quantizes UNets. PixArt-XL-2-512x512.
+PREDICTED = {
+    "pixart-alpha": Architecture(
+        {
+            "sample_size": 64, "num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "in_channels": 4,
+            "out_channels": 8, "patch_size": 2, "cross_attention_dim": 1152, "caption_channels": 4096,
+            "attention_bias": True, "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False, "norm_eps": 1e-6, "use_additional_conditions": False,
+        },
+        2, "PixArtTransformer2DModel", 120,
+    ),
+}  # fmt: skip
 
-def architecture(name: str) -> Architecture:
+
+def drawn(name: str, pixels: int | None = None) -> Architecture:
+    """As `architecture`, and the networks in PREDICTED too; for pictures of this height and width.
+
+    Raises:
+        DgqError: as `architecture`; pixels is not a positive multiple of 64.
+    """
+    known = PREDICTED[name] if name in PREDICTED else architecture(name, (*ARCHITECTURES, *PREDICTED))
+    if pixels is None:
+        return known
+    if pixels < 64 or pixels % 64:
+        raise DgqError(f"pictures of {pixels} pixels cannot be drawn", "give a multiple of 64")
+    return replace(known, config={**known.config, "sample_size": pixels // 8})
+
+
+def architecture(name: str, names: tuple[str, ...] = ()) -> Architecture:
     """The architecture of this name, or of a UNet's config.json (called with two samples).
+
+    Args:
+        name: of ARCHITECTURES, or a path.
+        names: to tell of where there is none; those of ARCHITECTURES where empty.
 
     Raises:
         DgqError: there is none, or the file is not a JSON object.
@@ -63,7 +98,7 @@ def architecture(name: str) -> Architecture:
         return Architecture(config, 2)
     if name not in ARCHITECTURES:
         raise DgqError(
-            f"architecture {name!r} is not one of {', '.join(ARCHITECTURES)}", "or give a UNet's config.json"
+            f"architecture {name!r} is not one of {', '.join(names or ARCHITECTURES)}", "or give a UNet's config.json"
         )
     return ARCHITECTURES[name]
 
@@ -74,15 +109,26 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
     Raises:
         DgqError: diffusers refuses the configuration.
     """
-    from diffusers import UNet2DConditionModel
+    return network(Architecture(config, 1))
 
+
+def network(which: Architecture) -> nn.Module:
+    """The network of an architecture without weights, on the meta device.
+
+    Raises:
+        DgqError: diffusers refuses the configuration.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, which.network)
     try:
         with torch.device("meta"):
-            unet: nn.Module = UNet2DConditionModel.from_config(config).eval()
+            net: nn.Module = kind.from_config(which.config).eval()
     except (ValueError, TypeError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DgqError(f"the UNet's configuration cannot be used ({reason})") from None
-    return unet
+        what = "UNet" if which.network.startswith("UNet") else which.network
+        raise DgqError(f"the {what}'s configuration cannot be used ({reason})") from None
+    return net
 
 
 def random_weights(unet: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -99,16 +145,24 @@ def random_weights(unet: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def call(
     unet: nn.Module, batch: int, device: torch.device, *, tokens: int = TOKENS, timestep: int = 500, seed: int = 0
 ) -> dict[str, Any]:
-    """Keyword arguments of one UNet call at its default size, float32 noise.
+    """Keyword arguments of one call of a UNet, or of PixArt's transformer, at its default size, float32 noise.
 
     Returns:
         sample (batch, channels, height, width), timestep (scalar int64), encoder_hidden_states (batch, tokens, width),
-        and added_cond_kwargs where the UNet takes a text embedding and sizes.
+        and added_cond_kwargs where the UNet takes a text embedding and sizes; what PixArt calls them.
 
     Raises:
         DgqError: the UNet wants other conditions, or its configuration tells no size.
     """
     config: Any = unet.config
+    if "caption_channels" in config:
+        size = (batch, config.in_channels, config.sample_size, config.sample_size)
+        return {
+            "hidden_states": torch.empty(size, device=device),
+            "timestep": torch.full((batch,), timestep, device=device),
+            "encoder_hidden_states": torch.empty((batch, tokens, config.caption_channels), device=device),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }  # fmt: skip
     if config.addition_embed_type not in (None, "text_time") or config.class_embed_type is not None:
         raise DgqError("the UNet takes conditions whose shapes are not in its configuration")
     if config.sample_size is None or not isinstance(config.cross_attention_dim, int):

@@ -1,9 +1,9 @@
 """Modules of a diffusers UNet that hand their neighbours' work to quantized layers: norms, residuals, GEGLU.
 
-The layers can normalize while they quantize, and add a residual or a time embedding and gate their output while the
-sums are still in the cache; diffusers' modules do each as a pass over memory of its own. `fuse` changes the class of
-the modules that can do better, and nothing of their parameters: names, state_dict and results stay (results up to the
-rounding of what is no longer stored between).
+The layers can normalize and activate while they quantize, and gate their output or add a residual while the sums are
+still in the cache (on the CPU a time embedding too); diffusers' modules do each as a pass over memory of its own.
+`fuse` changes the class of the modules that can do better, and nothing of their parameters: names, state_dict and
+results stay (results up to the rounding of what is no longer stored between).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -70,7 +71,15 @@ def _attend(attention: Any, norm: nn.Module, x: Tensor, context: Tensor | None) 
 
 
 class FusedTransformer(Transformer2DModel):
-    """A transformer over pixels whose last projection adds the residual, and leaves pixels channels-last."""
+    """A transformer over pixels whose projections normalize and add the residual; pixels stay channels-last."""
+
+    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        layer: Any = self.proj_in
+        if not isinstance(layer, IntegerLayer):
+            plain: Any = super()
+            result: tuple[Tensor, int] = plain._operate_on_continuous_inputs(hidden_states)
+            return result
+        return layer.over_pixels(hidden_states, self.norm).flatten(1, 2), layer.out_features
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
@@ -93,11 +102,37 @@ class FusedResnetBlock(ResnetBlock2D):
             return result
         embedding = None
         if temb is not None and self.time_emb_proj is not None:
-            embedding = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-        x = self.conv1(input_tensor, None, embedding, self.norm1, silu=True)
+            embedding = self._embed(temb)
+        # the CPU engine adds the embedding to its sums, the ops of the second norm to the mean that they subtract
+        second: Any = self.conv2
+        later = second.fuses(input_tensor.device)
+        x = self.conv1(input_tensor, None, None if later else embedding, self.norm1, "silu")
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        out: Tensor = self.conv2(x, shortcut, None, self.norm2, silu=True)
+        out: Tensor = second(x, shortcut, None, self.norm2, "silu", embedding if later else None)
         return out
+
+    def _embed(self, temb: Tensor) -> Tensor:
+        layer: Any = self.time_emb_proj
+        if self.skip_time_act or not _is_layer(layer, "linear"):
+            plain: Tensor = layer(temb if self.skip_time_act else self.nonlinearity(temb))
+            return plain
+        embedding: Tensor = layer(temb, activation="silu")
+        return embedding
+
+
+class FusedTimestepEmbedding(TimestepEmbedding):
+    """An embedding of the time whose second layer activates its input."""
+
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        first: Any = self.linear_1
+        last: Any = self.linear_2
+        post: Any = self.post_act
+        if self.training or condition is not None:
+            plain: Any = super()
+            result: Tensor = plain.forward(sample, condition)
+            return result
+        out: Tensor = last(first(sample), activation="silu")
+        return out if post is None else post(out)
 
 
 def _is_layer(module: object, kind: str | None = None) -> bool:
@@ -109,6 +144,8 @@ def _fused_class(module: Any) -> type[nn.Module] | None:
     kind = type(module)
     if kind is GEGLU and _is_layer(module.proj, "linear"):
         return FusedGEGLU
+    if kind is TimestepEmbedding and type(module.act) is nn.SiLU and _is_layer(module.linear_2, "linear"):
+        return FusedTimestepEmbedding
     if kind is BasicTransformerBlock:
         plain = module.norm_type == "layer_norm" and module.pos_embed is None and not module.only_cross_attention
         layers = [x for x in module.ff.net if not isinstance(x, nn.Dropout)] if type(module.ff) is FeedForward else []

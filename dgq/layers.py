@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,19 @@ def buffer_specs(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtyp
     return specs
 
 
+# What a layer does to its input first, after a norm.
+Activation = Literal["none", "silu"]
+
 # Layers may be used from several threads, and packing takes the stored form away.
 _preparing = threading.Lock()
+
+
+class Codes(NamedTuple):
+    """A quantized input: codes, and the scale and zero point of each row or sample, as the product ops take them."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
 
 
 @dataclass
@@ -60,12 +71,35 @@ class _Prepared:
     weight: Tensor | None = None  # int8, dense
     onednn: list[Tensor] | None = None  # int8 in oneDNN's blocked layout
     split: bool = False
+    fuses: bool = False  # the backend's ops quantize together with what comes before, and add residuals
+    joined: _Joined | None = None  # with the layers that read the same input
 
     @property
     def tensors(self) -> list[Tensor]:
         """The forms of the weight kept beside the stored buffers."""
         dense = [] if self.weight is None else [self.weight]
         return [*dense, *(self.onednn or []), *([] if self.engine is None else [self.engine.packed])]
+
+
+@dataclass
+class _Joined:
+    """Layers on one input whose weights lie behind each other: their outputs are slices of one product."""
+
+    layers: list[IntegerLayer]
+    parts: list[_Prepared]
+    sizes: list[int]
+    weight: Tensor  # int8 (N, K), or packed
+    subscales: Tensor | None
+    weight_scale: Tensor
+    column_sum: Tensor
+    bias: Tensor | None
+
+    def fits(self, layers: Sequence[IntegerLayer]) -> bool:
+        """Whether these are the layers, and none was loaded or moved since."""
+        return len(layers) == len(self.layers) and all(
+            layer is mine and layer._prepared is part
+            for layer, mine, part in zip(layers, self.layers, self.parts, strict=True)
+        )
 
 
 class IntegerLayer(nn.Module):
@@ -175,6 +209,7 @@ class IntegerLayer(nn.Module):
             class_of = torch.bucketize(channel, bounds, right=True).repeat(plan.kernel_size**2)
         sums = column_sum(matrix, class_of)
         prepared = _Prepared(device, sums, self.order.argsort().to(torch.int32) if gather else None)
+        prepared.fuses = backend.select(device) == "triton"
         if kernel_unpacks:
             return prepared
         weight = from_matrix(matrix, plan).contiguous()
@@ -229,40 +264,78 @@ class IntegerLayer(nn.Module):
             return 0
         return self.plan.reduction * self.plan.out_features if ready.engine is None else ready.engine.packed.nbytes
 
+    def fuses(self, device: torch.device) -> bool:
+        """Whether the ops on this device quantize together with what comes before (`forward`'s norm and the rest)."""
+        return self.prepare(device).fuses
+
     def forward(
         self,
         x: Tensor,
         residual: Tensor | None = None,
         sample_bias: Tensor | None = None,
         norm: nn.Module | None = None,
-        silu: bool = False,
+        activation: Activation = "none",
+        offset: Tensor | None = None,
     ) -> Tensor:
         """x (..., C) for a linear layer, (B, C, H, W) for a convolution; returns x's dtype.
+
+        What happens to x before the product is done while it is quantized, where engine or ops can: in this order.
 
         Args:
             residual: added to the result, shaped like it.
             sample_bias: (B, N), added too; of a convolution larger than 1x1.
-            norm: applied to x first, then SiLU if `silu`; the engine does both while it quantizes.
+            norm: applied to x.
+            activation: applied after the norm.
+            offset: (B, C), added to the x of a convolution before its norm.
         """
-        kind = self.plan.kind
-        before = self._engine_norm(norm, silu, x)
-        if norm is not None and before is None:
-            x = norm(x)
-            x = nn.functional.silu(x) if silu else x
-        if kind == "conv2d":
-            return self._convolve(x, residual, sample_bias, before)
-        assert sample_bias is None
+        kind, ready = self.plan.kind, self.prepare(x.device)
         if kind == "pointwise":
-            moved = None if residual is None else residual.permute(0, 2, 3, 1)
-            return self._rows(x.permute(0, 2, 3, 1), moved, None).permute(0, 3, 1, 2)
-        return self._rows(x, residual, before)
+            y = self.over_pixels(x, norm, None if residual is None else residual.permute(0, 2, 3, 1), activation)
+            return y.permute(0, 3, 1, 2)
+        before = self._engine_norm(norm, activation, x)
+        if ready.fuses:
+            codes = self._fused_codes(x, norm, activation, offset)
+            if codes is not None:
+                return self._finish(codes, x, residual, sample_bias)
+        if before is None:
+            x = _apply(x, norm, activation, offset)
+        if ready.engine is None:
+            return self._finish(self._codes(x), x, residual, sample_bias)
+        if kind == "linear":
+            return ready.engine.linear(x, residual, norm=before)
+        if sample_bias is not None and self.plan.bias:
+            sample_bias = sample_bias.float() + self.bias
+        return ready.engine.conv2d(x, residual, sample_bias, before)
 
-    def _engine_norm(self, norm: nn.Module | None, silu: bool, x: Tensor) -> native.Norm | None:
-        """The norm as the engine takes it; None where it does not."""
+    def over_pixels(
+        self,
+        x: Tensor,
+        norm: nn.Module | None = None,
+        residual: Tensor | None = None,
+        activation: Activation = "none",
+    ) -> Tensor:
+        """A linear layer or 1x1 convolution over pixels: x (B, C, H, W) -> (B, H, W, N), like the residual."""
+        ready, known = self.prepare(x.device), norm
+        size = (x.shape[0], *x.shape[2:], self.out_features)
+        if ready.fuses and activation == "none" and type(known) is nn.GroupNorm:
+            codes = dgq_kernels.group_norm_quantize_rows(
+                x, known.num_groups, known.weight, known.bias, known.eps, self.plan.abits, self._inv_divisor(),
+                ready.position,
+            )  # fmt: skip
+            return self._multiply(Codes(*codes), x.dtype, residual).view(size)
+        x = _apply(x, norm, activation, None).permute(0, 2, 3, 1)
+        if ready.engine is not None:
+            return ready.engine.linear(x, residual)
+        y = self._multiply(self._codes(x), x.dtype, residual if ready.fuses else None).view(size)
+        return y if residual is None or ready.fuses else y + residual
+
+    def _engine_norm(self, norm: nn.Module | None, activation: Activation, x: Tensor) -> native.Norm | None:
+        """The norm, and SiLU, as the engine takes them; None where it does not."""
         kind, engine = self.plan.kind, None if norm is None else self.prepare(x.device).engine
         if engine is None:
             return None
         known: Any = norm
+        silu = activation == "silu"
         if kind == "conv2d" and type(norm) is nn.GroupNorm and known.affine and not engine.divided:
             return native.Norm(known.weight.float(), known.bias.float(), known.eps, known.num_groups, silu)
         if kind == "linear" and type(norm) is nn.LayerNorm and known.bias is not None and not silu:
@@ -271,68 +344,90 @@ class IntegerLayer(nn.Module):
 
     def gated(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """value * gelu(gate) (..., N / 2) of the two halves (..., N) that `forward` gives for x (..., C)."""
-        engine = self.prepare(x.device).engine
-        if engine is not None and engine.can_gate:
-            before = self._engine_norm(norm, False, x)
+        ready = self.prepare(x.device)
+        if ready.engine is not None and ready.engine.can_gate:
+            before = self._engine_norm(norm, "none", x)
             x = x if norm is None or before is not None else norm(x)
-            return engine.linear(x, gated=True, norm=before)
+            return ready.engine.linear(x, gated=True, norm=before)
+        if ready.fuses:
+            return self._multiply(self._codes_of(x, norm), x.dtype, None, gated=True).view(*x.shape[:-1], -1)
         value, gate = self(x, norm=norm).chunk(2, dim=-1)
         return value * nn.functional.gelu(gate)
 
-    def _rows(self, x: Tensor, residual: Tensor | None, norm: native.Norm | None) -> Tensor:
-        plan, ready = self.plan, self.prepare(x.device)
-        if ready.engine is not None:
-            return ready.engine.linear(x, residual, norm=norm)
+    def _codes(self, x: Tensor) -> Codes:
+        """The codes of x itself: of its rows, or of samples with their padding."""
+        plan, position = self.plan, self.prepare(x.device).position
+        if plan.kind == "conv2d":
+            return Codes(*dgq_kernels.quantize_samples(x, plan.abits, self._inv_divisor(), plan.padding, position))
         rows = x.reshape(-1, plan.in_features)
-        codes, scale, zero = dgq_kernels.quantize_rows(rows, plan.abits, self._inv_divisor(), ready.position)
-        bias = self._bias()
-        if ready.onednn is not None:
-            y = dgq_kernels.linear_prepacked(
-                codes, scale, zero, ready.onednn, plan.class_ends, ready.split,
-                self.weight_scale, ready.column_sum, bias, x.dtype,
-            )  # fmt: skip
-        elif ready.weight is not None:
-            y = dgq_kernels.linear_int8(
-                codes, scale, zero, ready.weight, self.weight_scale, ready.column_sum, bias, x.dtype, plan.class_ends
-            )
-        else:
-            y = dgq_kernels.linear_int4(
-                codes, scale, zero, self.packed, self.subscales, self.weight_scale, ready.column_sum, bias, x.dtype,
-                plan.weight_group,
-            )  # fmt: skip
-        y = y.view(*x.shape[:-1], plan.out_features)
-        return y if residual is None else y + residual
+        return Codes(*dgq_kernels.quantize_rows(rows, plan.abits, self._inv_divisor(), position))
 
-    def _convolve(
-        self, x: Tensor, residual: Tensor | None, sample_bias: Tensor | None, norm: native.Norm | None
-    ) -> Tensor:
-        plan, ready = self.plan, self.prepare(x.device)
-        if ready.engine is not None:
-            if sample_bias is not None and plan.bias:
-                sample_bias = sample_bias.float() + self.bias
-            return ready.engine.conv2d(x, residual, sample_bias, norm)
-        codes, scale, zero = dgq_kernels.quantize_samples(
-            x, plan.abits, self._inv_divisor(), plan.padding, ready.position
-        )
-        bias = self._bias()
-        if ready.onednn is not None:
-            y = dgq_kernels.conv2d_prepacked(
-                codes, scale, zero, ready.onednn, plan.class_ends, ready.split, self.weight_scale, ready.column_sum,
-                bias, plan.kernel_size, plan.stride, x.dtype,
+    def _codes_of(self, x: Tensor, norm: nn.Module | None) -> Codes:
+        """The codes of rows, normalized first, by one op where there is one."""
+        codes = None if norm is None else self._fused_codes(x, norm, "none")
+        return self._codes(x if norm is None else norm(x)) if codes is None else codes
+
+    def _fused_codes(
+        self, x: Tensor, norm: nn.Module | None, activation: Activation, offset: Tensor | None = None
+    ) -> Codes | None:
+        """The codes of what norm and activation make of x, by one op; None where there is no op for them."""
+        plan, position = self.plan, self.prepare(x.device).position
+        known: Any = norm
+        if plan.kind == "conv2d":
+            if type(norm) is not nn.GroupNorm:
+                return None
+            return Codes(
+                *dgq_kernels.group_norm_quantize_samples(
+                    x, known.num_groups, known.weight, known.bias, known.eps, activation == "silu", plan.abits,
+                    self._inv_divisor(), plan.padding, position, offset,
+                )
             )  # fmt: skip
-        elif ready.weight is not None:
-            y = dgq_kernels.conv2d(
-                codes, scale, zero, ready.weight, self.weight_scale, ready.column_sum, bias, plan.stride, x.dtype,
-                plan.class_ends,
-            )  # fmt: skip
-        else:
-            y = dgq_kernels.conv2d_int4(
-                codes, scale, zero, self.packed, self.subscales, self.weight_scale, ready.column_sum, bias,
-                plan.kernel_size, plan.stride, x.dtype, plan.weight_group,
-            )  # fmt: skip
-        if sample_bias is not None:
+        rows = x.reshape(-1, x.shape[-1])
+        last = (plan.abits, self._inv_divisor(), position)
+        if type(norm) is nn.LayerNorm and activation == "none" and known.normalized_shape == x.shape[-1:]:
+            return Codes(*dgq_kernels.layer_norm_quantize_rows(rows, known.weight, known.bias, known.eps, *last))
+        if norm is not None or activation == "none":
+            return None
+        return Codes(*dgq_kernels.silu_quantize_rows(rows, *last))
+
+    def _finish(self, codes: Codes, x: Tensor, residual: Tensor | None, sample_bias: Tensor | None) -> Tensor:
+        """The layer's result from its input's codes; x gives dtype and shape."""
+        fuses = self.prepare(x.device).fuses and sample_bias is None
+        y = self._multiply(codes, x.dtype, residual if fuses else None)
+        if self.plan.kind == "linear":
+            assert sample_bias is None
+            y = y.view(*x.shape[:-1], self.plan.out_features)
+        elif sample_bias is not None:
             y = y + sample_bias.to(y.dtype)[:, :, None, None]
-        return y if residual is None else y + residual
+        return y if residual is None or fuses else y + residual
+
+    def _multiply(self, codes: Codes, dtype: torch.dtype, residual: Tensor | None, gated: bool = False) -> Tensor:
+        """The product op: (rows, N), or (B, N, H, W) of a convolution. Residual and gate (of a linear layer) only
+        where the backend fuses."""
+        plan, bias = self.plan, self._bias()
+        ready = self._prepared
+        assert ready is not None
+        after = (self.weight_scale, ready.column_sum, bias)
+        if plan.kind == "conv2d":
+            if ready.onednn is not None:
+                return dgq_kernels.conv2d_prepacked(
+                    *codes, ready.onednn, plan.class_ends, ready.split, *after, plan.kernel_size, plan.stride, dtype
+                )
+            if ready.weight is not None:
+                return dgq_kernels.conv2d(*codes, ready.weight, *after, plan.stride, dtype, plan.class_ends, residual)
+            return dgq_kernels.conv2d_int4(
+                *codes, self.packed, self.subscales, *after, plan.kernel_size, plan.stride, dtype, plan.weight_group,
+                residual,
+            )  # fmt: skip
+        if residual is not None:
+            residual = residual.reshape(-1, plan.out_features)
+        if ready.onednn is not None:
+            return dgq_kernels.linear_prepacked(*codes, ready.onednn, plan.class_ends, ready.split, *after, dtype)
+        if ready.weight is not None:
+            return dgq_kernels.linear_int8(*codes, ready.weight, *after, dtype, plan.class_ends, residual, gated)
+        return dgq_kernels.linear_int4(
+            *codes, self.packed, self.subscales, *after, dtype, plan.weight_group, residual, gated
+        )
 
     def _inv_divisor(self) -> Tensor | None:
         return self.inv_divisor if self.plan.channels != "none" else None
@@ -352,7 +447,9 @@ class IntegerLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + self._stored_name] = self._stored()
+        destination[prefix + self._stored_name] = _unshared(self._stored())
+        if self.plan.wbits == 4:
+            destination[prefix + "subscales"] = _unshared(self.subscales)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.restore()
@@ -367,27 +464,110 @@ class IntegerLayer(nn.Module):
         return f"{p.kind} {p.in_features} -> {p.out_features}, W{p.wbits}A{p.abits}, channels {p.channels}"
 
 
+def _apply(x: Tensor, norm: nn.Module | None, activation: Activation, offset: Tensor | None) -> Tensor:
+    """`IntegerLayer.forward`'s steps before the product, by torch."""
+    if offset is not None:
+        x = x + offset.to(x.dtype)[:, :, None, None]
+    x = x if norm is None else norm(x)
+    if activation == "silu":
+        return nn.functional.silu(x)
+    return x
+
+
+def _unshared(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own, as files want it."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _same(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all are None, or all equal."""
+    first, *others = tensors
+    if first is None or any(other is None for other in others):
+        return all(tensor is None for tensor in tensors)
+    return all(other is not None and torch.equal(first, other) for other in others)
+
+
+def _share_codes(layers: Sequence[IntegerLayer], ready: Sequence[_Prepared]) -> bool:
+    """Whether one quantized input serves all these layers. Looks at values: at preparation only."""
+    sizes = {(layer.plan.in_features, layer.plan.abits) for layer in layers}
+    divisors = [layer._inv_divisor() for layer in layers]
+    return len(sizes) == 1 and _same(divisors) and _same([one.position for one in ready])
+
+
+def join(layers: Sequence[nn.Module], device: torch.device) -> None:
+    """Let linear layers that read the same input run as one product on this device, where its ops and the layers'
+    formats allow; their weights are then slices of one tensor."""
+    own = [layer for layer in layers if isinstance(layer, IntegerLayer) and layer.plan.kind == "linear"]
+    if len(own) < len(layers) or len(own) < 2:
+        return
+    ready = [layer.prepare(device) for layer in own]
+    formats = {(layer.plan.wbits, layer.plan.weight_group, tuple(layer.plan.class_ends)) for layer in own}
+    if not all(one.fuses for one in ready) or len(formats) > 1 or not _share_codes(own, ready):
+        return
+    sizes = [layer.out_features for layer in own]
+    first, subscales = own[0].plan, None
+    if first.wbits == 4 and ready[0].weight is None:
+        weight, subscales = (torch.cat([getattr(layer, name) for layer in own]) for name in ("packed", "subscales"))
+        for layer, packed, subs in zip(own, weight.split(sizes), subscales.split(sizes), strict=True):
+            layer.packed, layer.subscales = packed, subs
+    else:
+        dense = [one.weight for one in ready if one.weight is not None]
+        weight = torch.cat(dense)
+        for layer, one, part in zip(own, ready, weight.split(sizes), strict=True):
+            if first.wbits == 8 and one.weight is not None and one.weight.data_ptr() == layer.weight.data_ptr():
+                layer.weight = part
+            one.weight = part
+    bias = None
+    if any(layer.plan.bias for layer in own):
+        bias = torch.cat([
+            layer.bias if layer.plan.bias else torch.zeros_like(layer.weight_scale) for layer in own
+        ])  # fmt: skip
+    scales = torch.cat([layer.weight_scale for layer in own])
+    sums = torch.cat([one.column_sum for one in ready])
+    ready[0].joined = _Joined(own, ready, sizes, weight, subscales, scales, sums, bias)
+
+
 def project(layers: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = None) -> list[Tensor]:
     """The results of several layers on one input (..., C), normalized first; normalized and quantized once where the
-    engine can."""
+    engine can, or in one product where they were joined (`join`)."""
     own = [layer for layer in layers if isinstance(layer, IntegerLayer) and layer.plan.kind == "linear"]
     if len(own) == len(layers):
-        prepared = [layer.prepare(x.device).engine for layer in own]
-        engines = [engine for engine in prepared if engine is not None]
+        prepared = [layer.prepare(x.device) for layer in own]
+        engines = [one.engine for one in prepared if one.engine is not None]
         if len(engines) == len(own) and native.can_share(engines):
-            before = own[0]._engine_norm(norm, False, x)
+            before = own[0]._engine_norm(norm, "none", x)
             x = x if norm is None or before is not None else norm(x)
             return native.linear(engines, x, norm=before)
+        joined = prepared[0].joined
+        if joined is not None and joined.fits(own):
+            return _multiply_joined(joined, own[0], x, norm)
+        if all(one.fuses for one in prepared):
+            return [layer(x, norm=norm) for layer in own]
     x = x if norm is None else norm(x)
     return [layer(x) for layer in layers]
 
 
+def _multiply_joined(joined: _Joined, one: IntegerLayer, x: Tensor, norm: nn.Module | None) -> list[Tensor]:
+    codes = one._codes_of(x, norm)
+    after = (joined.weight_scale, joined.column_sum, joined.bias, x.dtype)
+    if joined.subscales is None:
+        y = dgq_kernels.linear_int8(*codes, joined.weight, *after, one.plan.class_ends)
+    else:
+        y = dgq_kernels.linear_int4(*codes, joined.weight, joined.subscales, *after, one.plan.weight_group)
+    return list(y.view(*x.shape[:-1], -1).split(joined.sizes, dim=-1))
+
+
 def prepare_all(model: nn.Module, device: torch.device) -> None:
-    """Pack every integer layer for a device now. Between a first call's activations, packing would leave the
-    allocator's memory in pieces."""
+    """Pack every integer layer for a device now, and join what reads the same input. Between a first call's
+    activations, packing would leave the allocator's memory in pieces, and torch.compile cannot trace it."""
     for module in model.modules():
         if isinstance(module, IntegerLayer):
             module.prepare(device)
+    for module in model.modules():
+        if hasattr(module, "to_q") and hasattr(module, "to_k") and hasattr(module, "to_v"):
+            known: Any = module
+            shared = [known.to_k, known.to_v]
+            join(shared if known.is_cross_attention else [known.to_q, *shared], device)
 
 
 class SplitLayer(nn.ModuleList):

@@ -25,7 +25,12 @@ def command(
     ] = None,
     predict: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Measure nothing: bounds of a step on GPUs; sd-v1.4 or sdxl-turbo."),
+        typer.Option(
+            metavar="NAME", help="Measure nothing: bounds of a step on GPUs; sd-v1.4, sdxl-turbo or pixart-alpha."
+        ),
+    ] = None,
+    pixels: Annotated[
+        int | None, typer.Option(metavar="N", help="With --predict: the picture's height and width; default 512.")
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Weight bits, 4 or 8, where the model is a float model.")] = None,
     what: Annotated[str, typer.Option(help="kernels (single layers), step (whole UNet calls) or all.")] = "all",
@@ -53,12 +58,14 @@ def command(
         from dgq.predict import predict as bounds
         from dgq.predict import text, to_dict
 
-        predictions = bounds(predict)
+        predictions = bounds(predict, pixels=pixels)
         if json:
             print_json(to_dict(predictions))
         else:
             typer.echo(text(predictions, products=True))
         return
+    if pixels is not None:
+        raise typer.BadParameter("--pixels goes with --predict")
     _check("--bits", bits, (4, 8, None))
     _check("--what", what, ("kernels", "step", "all"))
     _check("--shapes", shapes, ("model", "large"))

@@ -12,6 +12,8 @@ import torch
 # Triton decides at its import, which diffusers causes, whether kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# What is compared with the CPU must not be rounded to ten bits on the way.
+torch.backends.cudnn.allow_tf32 = False
 
 
 def build_tiny_pipeline(folder: Path) -> Path:

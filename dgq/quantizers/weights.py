@@ -162,12 +162,16 @@ def nearest(importance: Tensor) -> Rounding:
     return run
 
 
-def gptq(second_moment: Tensor, damping: float = 0.01) -> Rounding:
+def gptq(second_moment: Tensor, damping: float = 0.1, sweeps: int = 2) -> Rounding:
     """GPTQ: round column by column and spread each column's error over those not yet rounded (arXiv 2210.17323).
+
+    Then coordinate descent on the codes: GPTQ looks only ahead, and each code is set to the best one given all others.
 
     Args:
         second_moment: float (K, K), mean of x x^T over the layer's inputs.
-        damping: share of the mean diagonal added to the diagonal.
+        damping: share of the mean diagonal added to the diagonal. Calibration inputs are few and alike: ten times the
+            usual 0.01 does better in convolutions and on unseen prompts (docs/fidelity.md).
+        sweeps: passes of the descent over the columns.
 
     Raises:
         DgqError: the damped matrix cannot be factored (inputs that are not finite).
@@ -181,12 +185,12 @@ def gptq(second_moment: Tensor, damping: float = 0.01) -> Rounding:
     if int(info):
         raise DgqError("the layer's second moments are not positive definite", "use more calibration prompts")
     inverse_upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
-    importance = diagonal.float()
+    importance, moment = diagonal.float(), damped.float()
 
     def run(weight: Tensor, grid: Grid) -> IntegerWeight:
-        weight = weight.clone()
+        target, weight = weight, weight.clone()
         k = weight.shape[1]
-        codes = torch.empty_like(weight)
+        codes, steps = torch.empty_like(weight), torch.empty_like(weight)
         block = min(grid.group, 64)
         step = torch.empty(0)
         for start in range(0, k, block):
@@ -194,6 +198,7 @@ def gptq(second_moment: Tensor, damping: float = 0.01) -> Rounding:
             if start % grid.group == 0:
                 part = slice(start, start + grid.group)
                 step = grid.start_group(weight[:, part], importance[part])
+            steps[:, start:end] = step[:, None]
             local = inverse_upper[start:end, start:end]
             errors = torch.empty(weight.shape[0], end - start, device=weight.device)
             for i in range(end - start):
@@ -204,9 +209,33 @@ def gptq(second_moment: Tensor, damping: float = 0.01) -> Rounding:
                 weight[:, start + i + 1 : end] -= torch.outer(error, local[i, i + 1 :])
                 errors[:, i] = error
             weight[:, end:] -= errors @ inverse_upper[start:end, end:]
+        for _ in range(sweeps):
+            _descend(target, codes, steps, moment, grid)
         return grid.result(codes)
 
     return run
+
+
+def _descend(weight: Tensor, codes: Tensor, steps: Tensor, moment: Tensor, grid: Grid) -> None:
+    """One pass of coordinate descent on tr(E H E^T), E the weight's error, in place; steps (N, K) stay as they are.
+
+    Args:
+        weight, codes, steps: float32 (N, K).
+        moment: H, float32 (K, K), positive definite.
+        grid: whose `round` clamps the codes.
+    """
+    k = weight.shape[1]
+    slope = (codes * steps - weight) @ moment
+    for start in range(0, k, 64):
+        end = min(start + 64, k)
+        changes = torch.empty(len(weight), end - start, device=weight.device)
+        for i in range(start, end):
+            before, step = codes[:, i] * steps[:, i], steps[:, i]
+            codes[:, i] = grid.round(before - slope[:, i] / moment[i, i], step)
+            change = codes[:, i] * step - before
+            changes[:, i - start] = change
+            slope[:, i + 1 : end] += torch.outer(change, moment[i, i + 1 : end])
+        slope[:, end:] += changes @ moment[start:end, end:]
 
 
 def quantize_weight(weight: Tensor, bits: int, group: int, importance: Tensor, rounding: Rounding) -> IntegerWeight:

@@ -14,10 +14,12 @@ from .log_attention import (
 )
 from .quantize_activation import (
     geglu_quantize_rows,
+    group_norm_quantize_rows,
     group_norm_quantize_samples,
     layer_norm_quantize_rows,
     quantize_rows,
     quantize_samples,
+    silu_quantize_rows,
 )
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "conv2d_int4",
     "conv2d_prepacked",
     "geglu_quantize_rows",
+    "group_norm_quantize_rows",
     "group_norm_quantize_samples",
     "layer_norm_quantize_rows",
     "linear_float_groups",
@@ -38,4 +41,5 @@ __all__ = [
     "log_attention_running",
     "quantize_rows",
     "quantize_samples",
+    "silu_quantize_rows",
 ]

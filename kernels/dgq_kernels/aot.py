@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,10 @@ from .quantize_activation import triton as quantize
 NVIDIA_TARGETS = ("80", "86", "89", "90", "100", "120")
 TARGETS = (*NVIDIA_TARGETS, "gfx942")
 # Row lengths and strides that count as multiples of 16, as in every layer that matters.
-_ALIGNED = ("reduction", "channels", "packed_row", "padded_keys", "q_batch", "q_head", "q_row", "x_row")
+_ALIGNED = (
+    "reduction", "channels", "packed_row", "padded_keys", "x_row",
+    *(f"{name}_{axis}" for name in ("q", "k", "v", "out") for axis in ("batch", "head", "row")),
+)  # fmt: skip
 _MMA = re.compile(r"IMMA|IGMMA|UTCIMMA|HMMA|HGMMA|UTCHMMA|QMMA|v_mfma_\w+|v_wmma_\w+")
 _INTEGER_MMA = re.compile(r"IMMA|IGMMA|v_mfma_i32|v_wmma_i32")
 _INSTRUCTION = re.compile(r"^\s+(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b.*;")
@@ -184,7 +187,7 @@ def _quantize_cases() -> Iterator[Case]:
     pointers = {
         "x_ptr": "*fp16", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32", "inv_divisor_ptr": "*fp32",
         "position_ptr": "*i32", "codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
-        **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "centre", "gain", "low", "high")},
+        **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "shift", "centre", "gain", "low", "high")},
     }  # fmt: skip
     flags = {"DIVIDE": True, "PLACE": True, "OFFSET": True, "GAIN": True, "SMALLEST": 1e-30, "TOP": 255}
 
@@ -194,9 +197,9 @@ def _quantize_cases() -> Iterator[Case]:
         mine = {name: value for name, value in every.items() if name in kernel.arg_names}
         return _case(kernel, config, pointers, mine, config.warps, 3, note, integer=False)
 
-    for mode, note in enumerate(("plain", "layer norm", "geglu")):
+    for mode, note in enumerate(("plain", "layer norm", "geglu", "silu", "group norm")):
         for channels in (320, 1280, 5120):
-            if channels == 5120 and note != "geglu":
+            if channels == 5120 and note not in ("plain", "geglu"):
                 continue
             yield case(quantize.quantize_rows_kernel, quantize.config_for(channels), note, INPUT=mode)
     long = quantize.Config(1, 4096, 8)
@@ -207,7 +210,7 @@ def _quantize_cases() -> Iterator[Case]:
         width = 16 if group < 16 else 64
         yield case(quantize.sample_statistics_kernel, tile, "")
         whole = quantize.Config(32, width, 4)
-        yield case(quantize.group_statistics_kernel, whole, f"group={group}", GROUP=group)
+        yield case(quantize.group_statistics_kernel, whole, f"group={group}", GROUP=group, SHIFT=True)
         for norm, note in ((False, "plain"), (True, "norm silu")):
             fused = {"NORM": norm, "SILU": norm, "OFFSET": norm}
             yield case(quantize.sample_range_kernel, tile, note, **fused)
@@ -238,6 +241,16 @@ def _attention_cases(major: int) -> Iterator[Case]:
                  "FRACTION_BITS": 4, "TOP": 255, "QK_TOP": 127},
                 tiles.warps, tiles.stages, f"d={head_dim} self",
             )  # fmt: skip
+        tile = (attention.config_for(width, major).keys, width)
+        halves = {f"{name}_ptr": "*fp16" for name in ("k", "v")}
+        floats = {f"{name}_ptr": "*fp32" for name in ("statistics", "v_scale", "key_step", "start_k", "start_v")}
+        codes = {"k_codes_ptr": "*i8", "v_codes_ptr": "*i8", "v_sum_ptr": "*i32"}
+        for kernel in (attention.key_statistics_kernel, attention.key_codes_kernel):
+            constants = {"HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_KEYS": tile[0], "START": 1}
+            constants |= {"QK_TOP": 127, "V_TOP": 127} if kernel is attention.key_codes_kernel else {}
+            warps = attention.key_warps(*tile)
+            yield _case(kernel, (*tile, warps), {**halves, **floats, **codes}, constants, warps,
+                        note=f"d={head_dim} cross", integer=False)  # fmt: skip
         tiles = attention.base2_config_for(width, major)
         halves = {f"{name}_ptr": "*fp16" for name in ("q", "k", "v", "out")}
         floats = {f"{name}_ptr": "*fp32" for name in ("normaliser", "peak", "reference")}
@@ -387,7 +400,7 @@ def _work(job: tuple[str, int, bool]) -> tuple[Row | None, list[str]]:
 def main(arguments: list[str] | None = None) -> int:
     """Command line: prints the table, writes it to --csv; exit code 1 where a row is at fault."""
     parser = argparse.ArgumentParser(prog="python -m dgq_kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table here; other releases' rows stay")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table here; rows of other releases, targets and kernels stay")
     parser.add_argument("--targets", nargs="+", default=TARGETS, metavar="TARGET", help="e.g. 80 90 gfx942")
     parser.add_argument("--quick", action="store_true", help="one case per kernel, the largest tile")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
@@ -412,21 +425,25 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.append(row)
                 print(*asdict(row).values(), sep="\t", flush=True)
     if options.csv:
-        write(options.csv, rows)
+        write(options.csv, rows, options.targets, options.kernels)
     for problem in problems:
         print(problem, file=sys.stderr)
     # AMD rows tell how far the kernels are from running there; no configuration is chosen for it yet.
     return int(any(not problem.startswith("gfx") for problem in problems))
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """Write the table, keeping another Triton release's rows that are there."""
+def write(path: Path, rows: list[Row], targets: Sequence[str] = TARGETS, kernels: str = "") -> None:
+    """Write the table, in order. Rows that are there stay, but for those of this release's `targets` and of kernels
+    whose name holds `kernels`, which `rows` replace."""
     table = [{name: str(value) for name, value in asdict(row).items()} for row in rows]
     if path.exists():
         with path.open(newline="") as file:
             releases = {row.triton for row in rows}
-            table += [row for row in csv.DictReader(file) if row.get("triton") not in releases]
-    table.sort(key=lambda row: row["triton"])
+            table += [
+                row for row in csv.DictReader(file)
+                if row["triton"] not in releases or row["target"] not in targets or kernels not in row["kernel"]
+            ]  # fmt: skip
+    table.sort(key=lambda row: [row[name] for name in ("triton", "target", "kernel", "config")])
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()

@@ -9,20 +9,28 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from dgq.attention import AttentionPlan, use_log_attention
 from dgq.bench.files import absmax_weight
 from dgq.calibration import plan_layers
-from dgq.fusion import FusedGEGLU, FusedResnetBlock, FusedTransformer, FusedTransformerBlock, fuse
+from dgq.fusion import (
+    FusedGEGLU,
+    FusedResnetBlock,
+    FusedTimestepEmbedding,
+    FusedTransformer,
+    FusedTransformerBlock,
+    fuse,
+)
 from dgq.layers import IntegerLayer, place
 from dgq.quantizers.channels import no_groups, to_matrix
 from dgq.recipe import Recipe
 
 FUSED = {
     FusedGEGLU: GEGLU, FusedResnetBlock: ResnetBlock2D, FusedTransformer: Transformer2DModel,
-    FusedTransformerBlock: BasicTransformerBlock,
+    FusedTransformerBlock: BasicTransformerBlock, FusedTimestepEmbedding: TimestepEmbedding,
 }  # fmt: skip
 
 

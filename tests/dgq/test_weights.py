@@ -67,8 +67,8 @@ def test_gptq_is_the_column_by_column_update():
     x = correlated_inputs(500, 40)
     weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(4))
     moment = x.t() @ x / len(x)
-    result = quantize_weight(weight, 8, 32, moment.diagonal(), gptq(moment))
-    damped = moment.double() + 0.01 * moment.diagonal().double().mean() * torch.eye(40, dtype=torch.float64)
+    result = quantize_weight(weight, 8, 32, moment.diagonal(), gptq(moment, sweeps=0))
+    damped = moment.double() + 0.1 * moment.diagonal().double().mean() * torch.eye(40, dtype=torch.float64)
     left = weight.double().clone()
     step = result.scale.double()
     for column in range(40):
@@ -81,6 +81,30 @@ def test_gptq_is_the_column_by_column_update():
         code = result.codes[:, column].double()
         error = (left[:, column] - code * step) / inverse[0, 0]
         left[:, column:] -= torch.outer(error, inverse[0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_coordinate_descent_ends_where_no_single_code_could_do_better(bits):
+    x = correlated_inputs(500, 70)  # more than a block of 64 columns
+    weight = torch.randn(6, 70, generator=torch.Generator().manual_seed(7))
+    moment = x.t() @ x / len(x)
+    damped = moment + 0.1 * moment.diagonal().mean() * torch.eye(70)
+
+    def errors(rounded, codes):
+        sub = 1 if bits == 8 else rounded.subscales.repeat_interleave(32, 1)[:, :70]
+        off = (codes * sub * rounded.scale[:, None] - weight).double()
+        return ((off @ damped.double()) * off).sum(1)
+
+    first, done = (quantize_weight(weight, bits, 32, moment.diagonal(), gptq(moment, sweeps=n)) for n in (0, 40))
+    least = errors(done, done.codes)
+    assert (least <= errors(first, first.codes) * (1 + 1e-6)).all()
+    assert least.sum() < 0.98 * errors(first, first.codes).sum()
+    low, high = (-127, 127) if bits == 8 else (-8, 7)
+    for column in range(70):
+        for change in (-1, 1):
+            codes = done.codes.clone()
+            codes[:, column] = (codes[:, column] + change).clamp(low, high)
+            assert (errors(done, codes) >= least * (1 - 1e-5)).all()
 
 
 def test_gptq_refuses_inputs_that_are_not_finite():

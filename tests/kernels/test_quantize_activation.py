@@ -69,8 +69,3 @@ def test_samples_are_rows_in_a_zero_point_border(padding):
 def test_half_inputs_are_widened_first(dtype):
     x = torch.randn(4, 40).to(dtype)
     assert torch.equal(quantize_rows(x, 8, None)[0], quantize_rows(x.float(), 8, None)[0])
-
-
-def test_opcheck():
-    torch.library.opcheck(quantize_rows, (torch.randn(3, 8), 8, torch.rand(8) + 0.5))
-    torch.library.opcheck(quantize_samples, (torch.randn(2, 3, 4, 4), 6, None, 1))

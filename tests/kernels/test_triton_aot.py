@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 FLOAT_KERNELS = {
     "quantize_rows_kernel", "quantize_long_rows_kernel", "sample_statistics_kernel", "group_statistics_kernel",
-    "sample_range_kernel", "quantize_samples_kernel", "base2_rows_kernel", "base2_kernel", "sum_splits_kernel",
+    "sample_range_kernel", "quantize_samples_kernel", "base2_rows_kernel", "base2_kernel", "key_statistics_kernel",
+    "key_codes_kernel", "sum_splits_kernel",
 }  # fmt: skip
 
 
@@ -73,3 +74,21 @@ def test_the_table_keeps_the_main_loops_short(kernel, target):
         assert len(shared) >= 2
         for tile in shared:
             assert loops[f"{tile} classes=3"] <= 1.02 * loops[f"{tile} classes=1"], (release, tile)
+
+
+def test_a_part_of_the_table_replaces_its_own_rows(tmp_path):
+    from dgq_kernels import aot
+
+    def row(release, target, kernel, registers):
+        return aot.Row(release, target, kernel, "64x64", registers, *(0,) * 2, "-", *(0,) * 8)
+
+    path = tmp_path / "aot.csv"
+    every = [row("3.6.0", "80", "a_kernel", 1), row("3.9.0", "80", "b_kernel", 2), row("3.9.0", "90", "b_kernel", 3)]
+    aot.write(path, [*every, row("3.9.0", "90", "a_kernel", 4)])
+    aot.write(path, [row("3.9.0", "90", "a_kernel", 9)], ["90"], "a_")
+    with path.open(newline="") as file:
+        got = [(x["triton"], x["target"], x["kernel"], int(x["registers"])) for x in csv.DictReader(file)]
+    assert got == [
+        ("3.6.0", "80", "a_kernel", 1), ("3.9.0", "80", "b_kernel", 2), ("3.9.0", "90", "a_kernel", 9),
+        ("3.9.0", "90", "b_kernel", 3),
+    ]  # fmt: skip

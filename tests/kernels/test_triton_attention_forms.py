@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgq_kernels import log_attention_base2, log_attention_running
+from dgq_kernels import log_attention_running
 from dgq_kernels.log_attention import reference
 from dgq_kernels.log_attention import triton as kernels
 
@@ -57,7 +57,7 @@ def test_one_pass_equals_its_reference(rows, keys, width, bits, fraction, block,
 )  # fmt: skip
 def test_one_pass_any_shape(rows, keys, width, fraction, bits, seed, spread):
     q, k, v = operands(rows, keys, width, heads=(1, 1), spread=spread, seed=seed)
-    arguments = (width**-0.5, bits, fraction, 64)
+    arguments = (width**-0.5, bits, min(fraction, bits - 1), 64)
     expected = reference.log_attention_running(q, k, v, *arguments)
     assert rms_error(run("log_attention_running", q, k, v, *arguments), expected) < 1e-6
 
@@ -126,11 +126,9 @@ def test_the_published_form_with_a_dominant_start_token():
         assert rms_error(got, reference.log_attention_base2(q, k, v, 40**-0.5, 8, True)) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["triton", "reference"])
-def test_operators(monkeypatch, name):
-    monkeypatch.setenv("DGQ_BACKEND", name)
-    q, k, v = (x.to(DEVICE) for x in operands(6, 9, 16))
-    torch.library.opcheck(log_attention_running, (q, k, v, 0.25, 8, 4))
-    torch.library.opcheck(log_attention_base2, (q, k, v, 0.25, 8, True))
+def test_refusals():
+    q, k, v = operands(6, 9, 16)
+    with pytest.raises(ValueError, match="two octaves"):
+        log_attention_running(q, k, v, 0.25, 5, 5)
     with pytest.raises(ValueError, match="block"):
         log_attention_running(q, k, v, 0.25, 8, 4, 48)

@@ -114,11 +114,15 @@ def test_any_fused_shape(data):
     divisor = torch.rand(channels) + 0.5 if data.draw(st.booleans()) else None
     x = torch.randn(rows, 2 * channels, generator=torch.Generator().manual_seed(channels)) * 3
     check("geglu_quantize_rows", x, bits, divisor, position)
+    check("silu_quantize_rows", x[:, :channels], bits, divisor, position)
     check("layer_norm_quantize_rows", x[:, :channels] + 1, weight, bias, 1e-5, bits, divisor, position)
     groups = data.draw(st.sampled_from([g for g in (1, 2, 3, 5, 8, channels) if channels % g == 0]))
     silu, padding = data.draw(st.booleans()), data.draw(st.integers(0, 2))
     arguments = (groups, weight, bias, 1e-5, silu, bits, divisor, padding, position)
-    check("group_norm_quantize_samples", image(2, channels, height, width), *arguments)
+    offset = torch.randn(2, channels) * 3 if data.draw(st.booleans()) else None
+    check("group_norm_quantize_samples", image(2, channels, height, width), *arguments, offset)
+    arguments = (groups, weight, bias, 1e-5, bits, divisor, position)
+    check("group_norm_quantize_rows", image(2, channels, height, width), *arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -127,7 +131,9 @@ def test_half_precision_inputs(dtype):
     weight, bias = (v.to(dtype) for v in gains(84))
     check("layer_norm_quantize_rows", x, weight, bias, 1e-5, 8, None, None)
     check("geglu_quantize_rows", x, 8, None, None)
+    check("silu_quantize_rows", x, 8, None, None)
     check("group_norm_quantize_samples", image(1, 84, 4, 4).to(dtype), 4, weight, bias, 1e-5, True, 8, None, 1, None)
+    check("group_norm_quantize_rows", image(1, 84, 4, 4).to(dtype), 4, weight, bias, 1e-5, 8, None, None)
 
 
 def test_norms_of_large_means_and_constant_inputs():
@@ -144,6 +150,8 @@ def test_rows_too_long_for_registers():
     x = torch.randn(2, 2 * 8200, generator=torch.Generator().manual_seed(0))
     check("geglu_quantize_rows", x, 8, None, None)
     check("layer_norm_quantize_rows", x, None, None, 1e-5, 8, None, None)
+    check("silu_quantize_rows", x[:, :8200], 8, None, None)
+    check("group_norm_quantize_rows", x.view(1, -1, 1, 2), 8, None, None, 1e-5, 8, None, None)
 
 
 def test_nothing_to_do_and_refusals():
@@ -155,6 +163,8 @@ def test_nothing_to_do_and_refusals():
     with pytest.raises(ValueError, match="contiguous"):
         kernels.quantize_rows(x, 8, torch.ones(8, device=DEVICE)[::2])
     with pytest.raises(ValueError, match="divide"):
+        dgq_kernels.group_norm_quantize_rows(torch.zeros(1, 4, 2, 2), 3, None, None, 1e-5, 8, None, None)
+    with pytest.raises(ValueError, match="divide"):
         dgq_kernels.group_norm_quantize_samples(torch.zeros(1, 4, 2, 2), 3, None, None, 1e-5, True, 8, None, 1, None)
 
 
@@ -165,10 +175,11 @@ def test_the_operators_reach_both(monkeypatch, name):
     for op, arguments in (
         (dgq_kernels.layer_norm_quantize_rows, (x, None, None, 1e-5, 8, None, None)),
         (dgq_kernels.geglu_quantize_rows, (x, 8, None, None)),
+        (dgq_kernels.silu_quantize_rows, (x, 8, None, None)),
+        (dgq_kernels.group_norm_quantize_rows, (image(2, 6, 4, 4).to(DEVICE), 2, None, None, 1e-5, 8, None, None)),
         (dgq_kernels.group_norm_quantize_samples,
          (image(2, 6, 4, 4).to(DEVICE), 2, None, None, 1e-5, True, 8, None, 1, None)),
     ):  # fmt: skip
         codes, scale, zero_point = op(*arguments)
         assert codes.dtype == torch.uint8
         assert scale.shape == zero_point.shape == codes.shape[:1]
-        torch.library.opcheck(op, arguments)

@@ -35,7 +35,7 @@ def log_attention(
         qk_bits, v_bits: bits of the codes of q and k, and of v; 0 keeps them float.
 
     Returns:
-        (B, H, T, d) in q's dtype, contiguous.
+        (B, H, T, d) in q's dtype, laid out as (B, T, H, d): what follows joins the heads of a row.
 
     Raises:
         ValueError: shapes or numbers outside the above.
@@ -49,14 +49,24 @@ def log_attention(
         run = kernels.log_attention
     else:
         run = cpu.log_attention if backend == "cpu" else reference.log_attention
-    return run(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
+    return _rows_first(run(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits))
+
+
+def _rows_first(y: Tensor) -> Tensor:
+    """y (B, H, T, d) laid out as (B, T, H, d)."""
+    return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _empty_rows_first(q: Tensor) -> Tensor:
+    batch, heads, rows, width = q.shape
+    return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
 
 
 def log_attention_eager(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
     qk_bits: int = 8, v_bits: int = 8,
 ) -> Tensor:  # fmt: skip
-    """`log_attention`; on the CPU without torch's dispatcher, and returned as a view of (B, T, H, d)."""
+    """`log_attention`; on the CPU without torch's dispatcher."""
     if q.device.type != "cpu" or torch.compiler.is_compiling() or not cpu.engine_takes(q.device, qk_bits, v_bits):
         return log_attention(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
     reference.validate(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
@@ -70,7 +80,7 @@ def log_attention_pays(device: torch.device) -> bool:
 
 @log_attention.register_fake
 def _(q, k, v, scale, bits, fraction_bits, start_token, qk_bits=8, v_bits=8):
-    return q.new_empty(q.shape)
+    return _empty_rows_first(q)
 
 
 @torch.library.custom_op("dgq::log_attention_running", mutates_args=())
@@ -87,11 +97,12 @@ def log_attention_running(
 
     Args:
         q: float16, bfloat16 or float32 (B, H, T, d), d at most 128; k, v: the same dtype, (B, H, S, d).
-        scale, bits, fraction_bits: as in `log_attention`; q, k and v become 8-bit codes as there.
+        scale, bits, fraction_bits: as in `log_attention`, but fraction_bits < bits; q, k and v become 8-bit codes as
+            there.
         block: keys per step, 32, 64 or 128.
 
     Returns:
-        (B, H, T, d) in q's dtype, contiguous.
+        (B, H, T, d) in q's dtype, laid out as (B, T, H, d): what follows joins the heads of a row.
 
     Raises:
         ValueError: shapes or numbers outside the above.
@@ -100,8 +111,8 @@ def log_attention_running(
     if select(q.device) == "triton":
         from . import triton as kernels
 
-        return kernels.log_attention_running(q, k, v, scale, bits, fraction_bits, block)
-    return reference.log_attention_running(q, k, v, scale, bits, fraction_bits, block)
+        return _rows_first(kernels.log_attention_running(q, k, v, scale, bits, fraction_bits, block))
+    return _rows_first(reference.log_attention_running(q, k, v, scale, bits, fraction_bits, block))
 
 
 @torch.library.custom_op("dgq::log_attention_base2", mutates_args=())
@@ -128,15 +139,15 @@ def log_attention_base2(q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int
     if select(q.device) == "triton":
         from . import triton as kernels
 
-        return kernels.log_attention_base2(q, k, v, scale, bits, start_token)
-    return reference.log_attention_base2(q, k, v, scale, bits, start_token)
+        return _rows_first(kernels.log_attention_base2(q, k, v, scale, bits, start_token))
+    return _rows_first(reference.log_attention_base2(q, k, v, scale, bits, start_token))
 
 
 @log_attention_running.register_fake
 def _(q, k, v, scale, bits, fraction_bits, block=64):
-    return q.new_empty(q.shape)
+    return _empty_rows_first(q)
 
 
 @log_attention_base2.register_fake
 def _(q, k, v, scale, bits, start_token):
-    return q.new_empty(q.shape)
+    return _empty_rows_first(q)

@@ -33,7 +33,7 @@ def log_attention(
     """See `dgq_kernels.log_attention`."""
     if engine_takes(q.device, qk_bits, v_bits):
         factor = scale * LOG2_E
-        return native.attention(q, k, v, factor, bits, fraction_bits, start_token, qk_bits, v_bits).contiguous()
+        return native.attention(q, k, v, factor, bits, fraction_bits, start_token, qk_bits, v_bits)
     return carried_by_floats(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
 
 

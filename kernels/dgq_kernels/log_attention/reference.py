@@ -155,6 +155,8 @@ def log_attention(
 def validate_running(q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, block: int) -> None:
     """Raise ValueError where the arguments of `dgq_kernels.log_attention_running` make no sense."""
     validate(q, k, v, scale, bits, fraction_bits, False, 8, 8)
+    if fraction_bits == bits:  # a row's largest logit may lie an octave below R, and would be zero with the rest
+        raise ValueError(f"codes of {bits} bits must reach two octaves: fewer than {bits} fractional bits expected")
     if k.shape[2] > MAX_KEYS // 2:  # the rounding of a shift needs one bit more
         raise ValueError(f"at most {MAX_KEYS // 2} keys expected, got {k.shape[2]}")
     if q.shape[3] > 128:  # the accumulators of wider heads would spill; only short sequences have them

@@ -6,12 +6,14 @@ turns differences to it into bytes and multiplies them by int8 v, which gives th
 that grows the int32 sums are shifted (sums, not bytes), so a byte is never rounded more coarsely than two passes round
 it. The largest octave does not depend on the order of the keys, the last digits do; the reference fixes the order.
 The published form (one maximum for the tensor, base 2) needs each row's normaliser before the first code: two passes.
+
+q is quantized by the kernels that read it; k and v, which every tile of rows reads again, by two kernels before them.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import cpu
-from .reference import quantize_operands
 
 
 class Config(NamedTuple):
@@ -38,6 +39,8 @@ _CUBIC = tl.constexpr((267386880, -5781381, 60673, -331))
 _ROUND_TRICK = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a small float to an integer, half to even
 _SMALLEST = tl.constexpr(1e-30)
 _LOWEST = tl.constexpr(-(1 << 30))  # below every q . k
+# Parts that a head's keys are cut into for quantization: enough programs, and few results for each to gather.
+_CHUNKS = tl.constexpr(16)
 
 
 @triton.jit
@@ -63,17 +66,119 @@ def row_codes(q_values, QK_TOP: tl.constexpr):
 
 
 @triton.jit
+def key_statistics_kernel(
+    k_ptr, v_ptr, statistics_ptr, keys, chunk, heads, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_KEYS: tl.constexpr, START: tl.constexpr,
+):  # fmt: skip
+    """Of each channel in a chunk of keys: the sum, the least and the largest k, and the largest |v|.
+
+    k and v (B, H, START + keys, d) with the strides given; the start key is left out. statistics float32
+    (4, BH, chunks, WIDTH), 0 past d.
+    """
+    part, head = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, WIDTH)
+    in_head = channel < HEAD_DIM
+    k_tile = k_ptr + (head // heads).to(tl.int64) * k_batch + (head % heads).to(tl.int64) * k_head + channel[None, :]
+    v_tile = v_ptr + (head // heads).to(tl.int64) * v_batch + (head % heads).to(tl.int64) * v_head + channel[None, :]
+    total = tl.zeros((WIDTH,), tl.float32)
+    low = tl.full((WIDTH,), float("inf"), tl.float32)
+    high = tl.full((WIDTH,), float("-inf"), tl.float32)
+    magnitude = tl.zeros((WIDTH,), tl.float32)
+    for first in range(part * chunk, tl.minimum((part + 1) * chunk, keys), BLOCK_KEYS):
+        key = first + tl.arange(0, BLOCK_KEYS)
+        inside = (key < keys)[:, None] & in_head[None, :]
+        row = (key + START)[:, None].to(tl.int64)
+        k = tl.load(k_tile + row * k_row, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(k, axis=0)
+        low = tl.minimum(low, tl.min(tl.where(inside, k, float("inf")), axis=0))
+        high = tl.maximum(high, tl.max(tl.where(inside, k, float("-inf")), axis=0))
+        v = tl.load(v_tile + row * v_row, mask=inside, other=0.0).to(tl.float32)
+        magnitude = tl.maximum(magnitude, tl.max(tl.abs(v), axis=0))
+    plane = tl.num_programs(0) * tl.num_programs(1) * WIDTH
+    out = statistics_ptr + (head * tl.num_programs(0) + part) * WIDTH + channel
+    tl.store(out, total)
+    tl.store(out + plane, tl.where(in_head, low, 0.0))
+    tl.store(out + 2 * plane, tl.where(in_head, high, 0.0))
+    tl.store(out + 3 * plane, magnitude)
+
+
+@triton.jit
+def _symmetric(largest, TOP: tl.constexpr):
+    """(scale, 1 / scale) as `reference.symmetric_scale`."""
+    scale = tl.where(largest > _SMALLEST, tl.div_rn(largest, float(TOP)), 1.0)
+    return scale, tl.div_rn(1.0, scale)
+
+
+@triton.jit
+def _symmetric_codes(x, inverse, TOP: tl.constexpr):
+    scaled = tl.minimum(tl.maximum(x * inverse, -float(TOP)), float(TOP))
+    return ((scaled + _ROUND_TRICK) - _ROUND_TRICK).to(tl.int8)
+
+
+@triton.jit
+def key_codes_kernel(
+    k_ptr, v_ptr, statistics_ptr, k_codes_ptr, v_codes_ptr, v_scale_ptr, v_sum_ptr, key_step_ptr,
+    start_k_ptr, start_v_ptr, keys, chunk, padded_keys, heads, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    step_scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_KEYS: tl.constexpr, QK_TOP: tl.constexpr, V_TOP: tl.constexpr,
+    START: tl.constexpr,
+):  # fmt: skip
+    """`reference.quantize_operands` of k and v, as `log_attention_kernel` takes them, from `key_statistics_kernel`'s
+    results; k and v as there. The first chunk of a head writes what belongs to the head."""
+    part, head = tl.program_id(0), tl.program_id(1)
+    chunks = tl.num_programs(0)
+    channel = tl.arange(0, WIDTH)
+    in_head = channel < HEAD_DIM
+    other = tl.arange(0, _CHUNKS)
+    gathered = statistics_ptr + (head * chunks + other[:, None]) * WIDTH + channel[None, :]
+    plane = chunks * tl.num_programs(1) * WIDTH
+    known = (other < chunks)[:, None]
+    mean = tl.div_rn(tl.sum(tl.load(gathered, mask=known, other=0.0), axis=0), keys.to(tl.float32))
+    low = tl.min(tl.load(gathered + plane, mask=known, other=float("inf")), axis=0)
+    high = tl.max(tl.load(gathered + 2 * plane, mask=known, other=float("-inf")), axis=0)
+    # a rounded difference grows with what is subtracted from: the largest |k - mean| is one of these
+    k_scale, k_inverse = _symmetric(tl.max(tl.maximum(high - mean, mean - low), axis=0), QK_TOP)
+    v_scale, v_inverse = _symmetric(tl.max(tl.load(gathered + 3 * plane, mask=known, other=0.0), axis=0), V_TOP)
+
+    k_start = k_ptr + (head // heads).to(tl.int64) * k_batch + (head % heads).to(tl.int64) * k_head + channel
+    v_start = v_ptr + (head // heads).to(tl.int64) * v_batch + (head % heads).to(tl.int64) * v_head + channel
+    if part == 0:
+        tl.store(key_step_ptr + head, k_scale * step_scale)
+        tl.store(v_scale_ptr + head * WIDTH + channel, v_scale)
+        if START:
+            start_k = tl.load(k_start, mask=in_head, other=0.0).to(tl.float32) - mean
+            tl.store(start_k_ptr + head * WIDTH + channel, tl.where(in_head, start_k, 0.0))
+            start_v = tl.load(v_start, mask=in_head, other=0.0).to(tl.float32)
+            tl.store(start_v_ptr + head * WIDTH + channel, start_v)
+    total = tl.zeros((WIDTH,), tl.int32)
+    out = head.to(tl.int64) * padded_keys * WIDTH
+    for first in range(part * chunk, tl.minimum((part + 1) * chunk, padded_keys), BLOCK_KEYS):
+        key = first + tl.arange(0, BLOCK_KEYS)
+        inside = (key < keys)[:, None] & in_head[None, :]
+        row = (key + START)[:, None].to(tl.int64)
+        k = tl.load(k_start[None, :] + row * k_row, mask=inside, other=0.0).to(tl.float32)
+        k_codes = tl.where(inside, _symmetric_codes(k - mean[None, :], k_inverse, QK_TOP), 0)
+        tl.store(k_codes_ptr + out + key[:, None] * WIDTH + channel[None, :], k_codes)
+        v = tl.load(v_start[None, :] + row * v_row, mask=inside, other=0.0).to(tl.float32)
+        v_codes = _symmetric_codes(v, v_inverse[None, :], V_TOP)
+        tl.store(v_codes_ptr + out + channel[None, :] * padded_keys + key[:, None], v_codes)
+        total += tl.sum(v_codes.to(tl.int32), axis=0)
+    tl.store(v_sum_ptr + (head * chunks + part) * WIDTH + channel, total)
+
+
+@triton.jit
 def log_attention_kernel(
     q_ptr, k_ptr, v_ptr, v_scale_ptr, v_sum_ptr, key_step_ptr, start_k_ptr, start_v_ptr, out_ptr,
-    rows, keys, padded_keys, heads, q_batch, q_head, q_row, logit_scale,
+    rows, keys, padded_keys, chunks, heads, q_batch, q_head, q_row, out_batch, out_head, out_row, logit_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     FRACTION_BITS: tl.constexpr, TOP: tl.constexpr, QK_TOP: tl.constexpr,
     START: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one head.
 
-    q (B, H, T, d) with the strides given; k (BH, padded_keys, WIDTH) and v (BH, WIDTH, padded_keys), int8, zero-padded;
-    v_scale, v_sum, start_k, start_v (BH, WIDTH); key_step (BH,); out (BH, T, d).
+    q and out (B, H, T, d) with the strides given; k (BH, padded_keys, WIDTH) and v (BH, WIDTH, padded_keys), int8,
+    zero-padded; v_scale, start_k, start_v (BH, WIDTH); v_sum (BH, chunks, WIDTH) int32, sums of v's codes;
+    key_step (BH,).
     """
     head = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -114,7 +219,9 @@ def log_attention_kernel(
         # No uint8 times int8 product: shift p to -128..127 and add 128 times v's column sums back at the end.
         accumulator = tl.dot((p - 128).to(tl.int8), v_codes, accumulator, out_dtype=tl.int32)
 
-    accumulator += 128 * tl.load(v_sum_ptr + head * WIDTH + channel)[None, :]
+    part = tl.arange(0, _CHUNKS)
+    v_sums = v_sum_ptr + (head * chunks + part[:, None]) * WIDTH + channel[None, :]
+    accumulator += 128 * tl.sum(tl.load(v_sums, mask=(part < chunks)[:, None], other=0), axis=0)[None, :]
     numerator = accumulator.to(tl.float32) * tl.load(v_scale_ptr + head * WIDTH + channel)[None, :]
     total = normaliser.to(tl.float32)
     if START:
@@ -124,7 +231,8 @@ def log_attention_kernel(
         start = 255.0 * tl.exp2(tl.minimum(gap, 0.0))
         numerator = others[:, None] * numerator + start[:, None] * start_v[None, :]
         total = others * total + start
-    out_offsets = (head.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + channel[None, :]
+    out_base = (head // heads).to(tl.int64) * out_batch + (head % heads).to(tl.int64) * out_head
+    out_offsets = out_base + row[:, None].to(tl.int64) * out_row + channel[None, :]
     numerator *= (1.0 / total)[:, None]
     tl.store(out_ptr + out_offsets, numerator.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -132,7 +240,7 @@ def log_attention_kernel(
 @triton.jit
 def running_kernel(
     q_ptr, k_ptr, v_ptr, v_scale_ptr, v_prefix_ptr, key_step_ptr, out_ptr,
-    rows, keys, padded_keys, heads, q_batch, q_head, q_row,
+    rows, keys, padded_keys, heads, q_batch, q_head, q_row, out_batch, out_head, out_row,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     FRACTION_BITS: tl.constexpr, TOP: tl.constexpr, QK_TOP: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +286,8 @@ def running_kernel(
 
     accumulator += 128 * tl.load(prefix + padded_keys // BLOCK_KEYS * WIDTH)[None, :]
     numerator = accumulator.to(tl.float32) * tl.load(v_scale_ptr + head * WIDTH + channel)[None, :]
-    out_offsets = (head.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + channel[None, :]
+    out_base = (head // heads).to(tl.int64) * out_batch + (head % heads).to(tl.int64) * out_head
+    out_offsets = out_base + row[:, None].to(tl.int64) * out_row + channel[None, :]
     numerator *= (1.0 / normaliser.to(tl.float32))[:, None]
     tl.store(out_ptr + out_offsets, numerator.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -293,16 +402,85 @@ def config_for(width: int, major: int) -> Config:
     )
 
 
-def _padded(x: Tensor, width: int, keys: int) -> Tensor:
-    """Codes (B, H, S, d) -> int8 (B * H, keys, width), zero-padded."""
-    return pad(x.to(torch.int8), (0, width - x.shape[3], 0, keys - x.shape[2])).flatten(0, 1)
+def key_warps(block: int, width: int) -> int:
+    """Warps of the kernels that quantize k and v, for tiles of `block` keys."""
+    return 8 if block * width > 4096 else 4
+
+
+class Keys(NamedTuple):
+    """What the products of attention take of k and v.
+
+    Attributes:
+        k: int8 codes (BH, padded_keys, WIDTH); v: int8 codes (BH, WIDTH, padded_keys), both 0 where padded.
+        v_scale: float32 (BH, WIDTH); v_sum: int32 (BH, chunks, WIDTH), sums of v's codes over chunks of the keys.
+        key_step: float32 (BH,), times a row's scale it turns q . k into codes.
+        start_k, start_v: float32 (BH, WIDTH), the start key minus the mean of the others, and its value; or None.
+    """
+
+    k: Tensor
+    v: Tensor
+    v_scale: Tensor
+    v_sum: Tensor
+    key_step: Tensor
+    start_k: Tensor | None
+    start_v: Tensor | None
+
+
+def quantize_keys(
+    k: Tensor, v: Tensor, scale: float, fraction_bits: int, start_token: bool, qk_bits: int, v_bits: int, block: int
+) -> Keys:
+    """Codes of k (per head, minus its mean) and v (per head and channel), as `reference.quantize_operands`.
+
+    Args:
+        k, v: float (B, H, S, d); scale, fraction_bits, start_token, qk_bits, v_bits: as in
+            `dgq_kernels.log_attention`, the bits not 0.
+        block: keys are padded to a multiple of it.
+    """
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    batch, heads, keys, head_dim = k.shape
+    keys -= int(start_token)
+    width = padded_width(head_dim)
+    blocks = triton.cdiv(keys, block)
+    chunk = triton.cdiv(blocks, _CHUNKS.value) * block
+    chunks = triton.cdiv(keys, chunk)
+    every = batch * heads
+
+    def buffer(dtype: torch.dtype, *size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=k.device)
+
+    statistics = buffer(torch.float32, 4, every, chunks, width)
+    padded = blocks * block
+    starts = [buffer(torch.float32, every, width) if start_token else None for _ in range(2)]
+    out = Keys(
+        buffer(torch.int8, every, padded, width), buffer(torch.int8, every, width, padded),
+        buffer(torch.float32, every, width), buffer(torch.int32, every, chunks, width), buffer(torch.float32, every),
+        *starts,
+    )  # fmt: skip
+    strides = (*k.stride()[:3], *v.stride()[:3])
+    tile: dict[str, Any] = {
+        "HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_KEYS": block, "START": int(start_token),
+        "num_warps": key_warps(block, width), "enable_fp_fusion": False,
+    }  # fmt: skip
+    key_statistics_kernel[(chunks, every)](k, v, statistics, keys, chunk, heads, *strides, **tile)
+    key_codes_kernel[(chunks, every)](
+        k, v, statistics, out.k, out.v, out.v_scale, out.v_sum, out.key_step, out.start_k, out.start_v,
+        keys, chunk, padded, heads, *strides, scale * math.log2(math.e) * 2**fraction_bits,
+        QK_TOP=2 ** (qk_bits - 1) - 1, V_TOP=2 ** (v_bits - 1) - 1, **tile,
+    )  # fmt: skip
+    return out
+
+
+def _empty_output(q: Tensor) -> Tensor:
+    """(B, H, T, d) laid out as (B, T, H, d)."""
+    batch, heads, rows, head_dim = q.shape
+    return torch.empty((batch, rows, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
 def log_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
     qk_bits: int, v_bits: int, *, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `dgq_kernels.log_attention`; `out` is a contiguous (B, H, T, d) buffer to write to.
+    """See `dgq_kernels.log_attention`; `out` is a (B, H, T, d) buffer to write to, of dense channels.
 
     Float q, k or v, which only comparisons ask for, have no kernel: torch runs them, a slice of the rows at a time.
     The sums are exact in int32: 255 * 127 * S stays below 2^31 (`reference.MAX_KEYS`).
@@ -310,28 +488,18 @@ def log_attention(
     if not (qk_bits and v_bits):
         y = cpu.log_attention(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
         return y if out is None else out.copy_(y)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    out = _empty_output(q) if out is None else out
     if not out.numel():
         return out
     q = q if q.stride(3) == 1 else q.contiguous()
-    # The kernel quantizes q itself; k and v do not depend on it, so one row stands in for it here.
-    operands = quantize_operands(q[:, :, :1], k, v, scale, fraction_bits, start_token, qk_bits, v_bits)
     batch, heads, rows, head_dim = q.shape
     width = padded_width(head_dim)
     config = config_for(width, _major(q.device))
-    keys = operands.k.shape[2]
-    padded_keys = triton.cdiv(keys, config.keys) * config.keys
-    k_codes = _padded(operands.k, width, padded_keys)
-    v_codes = _padded(operands.v, width, padded_keys)
-    v_sum = v_codes.sum(1, dtype=torch.int32)
-    per_channel = [
-        None if x is None else pad(x, (0, width - head_dim)).flatten(0, 2)
-        for x in (operands.v_scale, operands.start_k, operands.start_v)
-    ]
+    own = quantize_keys(k, v, scale, fraction_bits, start_token, qk_bits, v_bits, config.keys)
     log_attention_kernel[(triton.cdiv(rows, config.rows), batch * heads)](
-        q, k_codes, v_codes.mT.contiguous(), per_channel[0], v_sum, operands.key_step.flatten(),
-        per_channel[1], per_channel[2], out,
-        rows, keys, padded_keys, heads, q.stride(0), q.stride(1), q.stride(2), scale * math.log2(math.e),
+        q, own.k, own.v, own.v_scale, own.v_sum, own.key_step, own.start_k, own.start_v, out,
+        rows, k.shape[2] - int(start_token), own.k.shape[1], own.v_sum.shape[1], heads,
+        *q.stride()[:3], *out.stride()[:3], scale * math.log2(math.e),
         HEAD_DIM=head_dim, WIDTH=width, BLOCK_ROWS=config.rows, BLOCK_KEYS=config.keys,
         FRACTION_BITS=fraction_bits, TOP=2**bits - 1, QK_TOP=2 ** (qk_bits - 1) - 1, START=start_token,
         num_warps=config.warps, num_stages=config.stages,
@@ -344,25 +512,20 @@ def log_attention_running(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, block: int, *,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `dgq_kernels.log_attention_running`; `out` is a contiguous (B, H, T, d) buffer to write to."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    """See `dgq_kernels.log_attention_running`; `out` is a (B, H, T, d) buffer to write to, of dense channels."""
+    out = _empty_output(q) if out is None else out
     if not out.numel():
         return out
     q = q if q.stride(3) == 1 else q.contiguous()
-    operands = quantize_operands(q[:, :, :1], k, v, scale, fraction_bits, False, 8, 8)
     batch, heads, rows, head_dim = q.shape
     width = padded_width(head_dim)
-    keys = operands.k.shape[2]
-    padded_keys = triton.cdiv(keys, block) * block
-    k_codes = _padded(operands.k, width, padded_keys)
-    v_codes = _padded(operands.v, width, padded_keys)
-    prefix = pad(v_codes.view(batch * heads, -1, block, width).sum(2, dtype=torch.int32), (0, 0, 1, 0))
-    prefix = prefix.cumsum(1, dtype=torch.int32)
+    own = quantize_keys(k, v, scale, fraction_bits, False, 8, 8, block)
+    sums = own.v.unflatten(2, (-1, block)).sum(3, dtype=torch.int32)
+    prefix = pad(sums.cumsum(2, dtype=torch.int32), (1, 0)).mT.contiguous()
     config = running_config_for(width, _major(q.device))
     running_kernel[(triton.cdiv(rows, config.rows), batch * heads)](
-        q, k_codes, v_codes.mT.contiguous(), pad(operands.v_scale, (0, width - head_dim)).flatten(0, 2), prefix,
-        operands.key_step.flatten(), out,
-        rows, keys, padded_keys, heads, q.stride(0), q.stride(1), q.stride(2),
+        q, own.k, own.v, own.v_scale, prefix, own.key_step, out,
+        rows, k.shape[2], own.k.shape[1], heads, *q.stride()[:3], *out.stride()[:3],
         HEAD_DIM=head_dim, WIDTH=width, BLOCK_ROWS=config.rows, BLOCK_KEYS=block,
         FRACTION_BITS=fraction_bits, TOP=2**bits - 1, QK_TOP=127,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,

@@ -79,8 +79,57 @@ def geglu_quantize_rows(
     return reference.geglu_quantize_rows(x, bits, inv_divisor, position)
 
 
-def _empty_rows(x: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.shape[0]
+@torch.library.custom_op("dgq::silu_quantize_rows", mutates_args=())
+def silu_quantize_rows(
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_rows` of SiLU(x) = x * sigmoid(x), in float32; of a time embedding.
+
+    Args:
+        x: float (M, K). The others as in `quantize_rows`.
+
+    Returns:
+        codes uint8 (M, K); scale float32 (M,); zero_point int32 (M,).
+    """
+    if select(x.device) == "triton":
+        from . import triton as kernels
+
+        return kernels.silu_quantize_rows(x, bits, inv_divisor, position)
+    return reference.silu_quantize_rows(x, bits, inv_divisor, position)
+
+
+@torch.library.custom_op("dgq::group_norm_quantize_rows", mutates_args=())
+def group_norm_quantize_rows(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int,
+    inv_divisor: Tensor | None, position: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`quantize_rows` of GroupNorm(x), a row for each pixel: what a transformer over pixels begins with.
+
+    Args:
+        x: float (B, C, H, W).
+        groups, weight, bias, eps: of the norm, as in `group_norm_quantize_samples`. The others as in `quantize_rows`,
+            K = C.
+
+    Returns:
+        codes uint8 (B * H * W, C); scale float32 (B * H * W,); zero_point int32 (B * H * W,).
+
+    Raises:
+        ValueError: groups does not divide C.
+    """
+    _check_groups(x, groups)
+    if select(x.device) == "triton":
+        from . import triton as kernels
+
+        return kernels.group_norm_quantize_rows(x, groups, weight, bias, eps, bits, inv_divisor, position)
+    return reference.group_norm_quantize_rows(x, groups, weight, bias, eps, bits, inv_divisor, position)
+
+
+def _check_groups(x: Tensor, groups: int) -> None:
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"{groups} groups do not divide {x.shape[1]} channels")
+
+
+def _empty_rows(x: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty((rows, channels), dtype=torch.uint8),
         x.new_empty(rows, dtype=torch.float32),
@@ -90,17 +139,27 @@ def _empty_rows(x: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @quantize_rows.register_fake
 def _(x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None):
-    return _empty_rows(x, x.shape[1])
+    return _empty_rows(x, *x.shape)
 
 
 @layer_norm_quantize_rows.register_fake
 def _(x, weight, bias, eps, bits, inv_divisor, position):
-    return _empty_rows(x, x.shape[1])
+    return _empty_rows(x, *x.shape)
 
 
 @geglu_quantize_rows.register_fake
 def _(x, bits, inv_divisor, position):
-    return _empty_rows(x, x.shape[1] // 2)
+    return _empty_rows(x, x.shape[0], x.shape[1] // 2)
+
+
+@silu_quantize_rows.register_fake
+def _(x, bits, inv_divisor, position):
+    return _empty_rows(x, *x.shape)
+
+
+@group_norm_quantize_rows.register_fake
+def _(x, groups, weight, bias, eps, bits, inv_divisor, position):
+    return _empty_rows(x, x.shape[0] * x.shape[2] * x.shape[3], x.shape[1])
 
 
 @torch.library.custom_op("dgq::quantize_samples", mutates_args=())
@@ -132,7 +191,7 @@ def quantize_samples(
 @torch.library.custom_op("dgq::group_norm_quantize_samples", mutates_args=())
 def group_norm_quantize_samples(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, bits: int,
-    inv_divisor: Tensor | None, padding: int, position: Tensor | None,
+    inv_divisor: Tensor | None, padding: int, position: Tensor | None, offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`quantize_samples` of GroupNorm(x), or SiLU(GroupNorm(x)), in float32.
 
@@ -141,7 +200,9 @@ def group_norm_quantize_samples(
         groups: of the norm; divides C.
         weight, bias: float (C,), the norm's gain and offset, or None.
         eps: added to the variance.
-        silu: apply y * sigmoid(y). The others as in `quantize_samples`.
+        silu: apply y * sigmoid(y).
+        offset: float (B, C), added to x first (a residual block's time embedding), or None. The others as in
+            `quantize_samples`.
 
     Returns:
         As `quantize_samples`.
@@ -149,16 +210,15 @@ def group_norm_quantize_samples(
     Raises:
         ValueError: groups does not divide C.
     """
-    if groups < 1 or x.shape[1] % groups:
-        raise ValueError(f"{groups} groups do not divide {x.shape[1]} channels")
+    _check_groups(x, groups)
     if select(x.device) == "triton":
         from . import triton as kernels
 
         return kernels.group_norm_quantize_samples(
-            x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position
+            x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position, offset
         )
     return reference.group_norm_quantize_samples(
-        x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position
+        x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position, offset
     )
 
 
@@ -177,5 +237,5 @@ def _(x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: 
 
 
 @group_norm_quantize_samples.register_fake
-def _(x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position):
+def _(x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position, offset=None):
     return _empty_samples(x, padding)

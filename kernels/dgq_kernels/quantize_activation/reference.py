@@ -59,6 +59,28 @@ def geglu_quantize_rows(
     return quantize_rows(value * functional.gelu(gate), bits, inv_divisor, position)
 
 
+def silu_quantize_rows(
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `dgq_kernels.silu_quantize_rows`."""
+    return quantize_rows(functional.silu(x.float()), bits, inv_divisor, position)
+
+
+def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
+    # torch's norm of a channels-last tensor loses the digits of a large mean; of a contiguous one it does not
+    return functional.group_norm(x.float().contiguous(), groups, weight, bias, eps)
+
+
+def group_norm_quantize_rows(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int,
+    inv_divisor: Tensor | None, position: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `dgq_kernels.group_norm_quantize_rows`."""
+    rows = _group_norm(x, groups, weight, bias, eps).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return quantize_rows(rows, bits, inv_divisor, position)
+
+
 def quantize_samples(
     x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,10 +103,10 @@ def quantize_samples(
 
 def group_norm_quantize_samples(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, bits: int,
-    inv_divisor: Tensor | None, padding: int, position: Tensor | None,
+    inv_divisor: Tensor | None, padding: int, position: Tensor | None, offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `dgq_kernels.group_norm_quantize_samples`."""
-    weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
-    # torch's norm of a channels-last tensor loses the digits of a large mean; of a contiguous one it does not
-    y = functional.group_norm(x.float().contiguous(), groups, weight, bias, eps)
+    if offset is not None:
+        x = x.float() + offset.float()[:, :, None, None]
+    y = _group_norm(x, groups, weight, bias, eps)
     return quantize_samples(functional.silu(y) if silu else y, bits, inv_divisor, padding, position)

@@ -17,7 +17,8 @@ from torch import Tensor
 from .reference import SMALLEST_SCALE
 
 _ROUND_TRICK = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a small float to an integer, half to even
-_PLAIN, _LAYER_NORM, _GEGLU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# What a row is before its quantization: itself, normalized, gated, activated, or normalized over a group of pixels.
+_PLAIN, _LAYER_NORM, _GEGLU, _SILU, _GROUP_NORM = (tl.constexpr(i) for i in range(5))
 LONGEST_ROW = 8192  # channels that a program's registers hold
 
 
@@ -47,13 +48,14 @@ def code(x, inverse, zero_point, TOP: tl.constexpr):
 
 @triton.jit
 def quantize_rows_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, inv_divisor_ptr, position_ptr, codes_ptr, scale_ptr, zero_point_ptr,
-    rows, channels, x_row, eps,
+    x_ptr, centre_ptr, norm_weight_ptr, norm_bias_ptr, inv_divisor_ptr, position_ptr, codes_ptr, scale_ptr,
+    zero_point_ptr, rows, channels, pixels, x_row, eps,
     INPUT: tl.constexpr, GAIN: tl.constexpr, OFFSET: tl.constexpr, DIVIDE: tl.constexpr, PLACE: tl.constexpr,
     SMALLEST: tl.constexpr, TOP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """x (rows, channels) with row stride x_row, for GEGLU (rows, 2 channels); codes (rows, channels) contiguous; norm
-    weight and bias, inv_divisor and position (channels,); scale and zero_point (rows,). BLOCK_CHANNELS >= channels."""
+    weight and bias, inv_divisor and position (channels,); scale and zero_point (rows,). BLOCK_CHANNELS >= channels.
+    Group norm: centre and norm weight are `group_statistics_kernel`'s (B, channels), each sample has `pixels` rows."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.arange(0, BLOCK_CHANNELS)
     in_channels = channel < channels
@@ -69,6 +71,14 @@ def quantize_rows_kernel(
             x *= tl.load(norm_weight_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)[None, :]
         if OFFSET:
             x += tl.load(norm_bias_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)[None, :]
+    if INPUT == _GROUP_NORM:
+        at = (row // pixels)[:, None] * channels + channel[None, :]
+        x -= tl.load(centre_ptr + at, mask=inside, other=0.0)
+        x *= tl.load(norm_weight_ptr + at, mask=inside, other=0.0)
+        if OFFSET:
+            x += tl.load(norm_bias_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)[None, :]
+    if INPUT == _SILU:
+        x = x / (1.0 + tl.exp(-x))
     if INPUT == _GEGLU:
         gate = tl.load(x_ptr + x_offsets + channels, mask=inside, other=0.0).to(tl.float32)
         x *= 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
@@ -146,20 +156,28 @@ def sample_statistics_kernel(
 
 @triton.jit
 def group_statistics_kernel(
-    mean_ptr, square_ptr, norm_weight_ptr, centre_ptr, gain_ptr, blocks, pixels, channels, block_pixels, eps,
-    GROUP: tl.constexpr, GAIN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    mean_ptr, square_ptr, shift_ptr, norm_weight_ptr, centre_ptr, gain_ptr, blocks, pixels, channels, block_pixels, eps,
+    GROUP: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """From the blocks' statistics each group's: centre (its mean) and gain (norm weight / deviation), (B, channels)."""
+    """From the blocks' statistics each group's: centre (its mean) and gain (norm weight / deviation), (B, channels).
+
+    With SHIFT they are those of x + shift (B, channels), and the centre is what to take from x itself."""
     group, sample = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, BLOCK_CHANNELS)
     base = sample.to(tl.int64) * blocks * channels + group * GROUP
     size = (pixels * GROUP).to(tl.float32)
+    shift = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+    if SHIFT:
+        at = shift_ptr + sample * channels + group * GROUP + lane
+        shift = tl.load(at, mask=lane < GROUP, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     for first in range(0, blocks, BLOCK_ROWS):
         block = first + tl.arange(0, BLOCK_ROWS)
         inside = (block < blocks)[:, None] & (lane < GROUP)[None, :]
         count = tl.minimum(pixels - block * block_pixels, block_pixels).to(tl.float32)
         means = tl.load(mean_ptr + base + block[:, None] * channels + lane[None, :], mask=inside, other=0.0)
+        means = tl.where(inside, means + shift[None, :], 0.0)
         total += tl.sum(means * count[:, None], axis=0)
     mean = tl.sum(total, axis=0) / size
     squares = tl.zeros((BLOCK_CHANNELS,), tl.float32)
@@ -169,7 +187,7 @@ def group_statistics_kernel(
         count = tl.minimum(pixels - block * block_pixels, block_pixels).to(tl.float32)
         offsets = base + block[:, None] * channels + lane[None, :]
         means = tl.load(mean_ptr + offsets, mask=inside, other=0.0)
-        apart = tl.where(inside, means - mean, 0.0)
+        apart = tl.where(inside, (means + shift[None, :]) - mean, 0.0)
         squares += tl.sum(
             tl.load(square_ptr + offsets, mask=inside, other=0.0) + apart * apart * count[:, None], axis=0
         )
@@ -180,7 +198,7 @@ def group_statistics_kernel(
     if GAIN:
         gain *= tl.load(norm_weight_ptr + channel, mask=lane < GROUP, other=0.0).to(tl.float32)
     out = sample * channels + channel
-    tl.store(centre_ptr + out, mean + tl.zeros((BLOCK_CHANNELS,), tl.float32), mask=lane < GROUP)
+    tl.store(centre_ptr + out, mean - shift, mask=lane < GROUP)
     tl.store(gain_ptr + out, gain, mask=lane < GROUP)
 
 
@@ -302,7 +320,7 @@ def _check(position: Tensor | None, *vectors: Tensor | None) -> None:
 def _rows(
     x: Tensor, channels: int, bits: int, inv_divisor: Tensor | None, position: Tensor | None,
     out: tuple[Tensor, Tensor, Tensor] | None, mode: int, weight: Tensor | None = None, bias: Tensor | None = None,
-    eps: float = 0.0,
+    eps: float = 0.0, centre: Tensor | None = None, pixels: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check(position, inv_divisor, weight, bias)
     rows = x.shape[0]
@@ -327,7 +345,8 @@ def _rows(
     else:
         config = config_for(channels)
         quantize_rows_kernel[(triton.cdiv(rows, config.rows),)](
-            x, weight, bias, inv_divisor, position, codes, scale, zero_point, rows, channels, x.stride(0), eps,
+            x, centre, weight, bias, inv_divisor, position, codes, scale, zero_point,
+            rows, channels, pixels, x.stride(0), eps,
             INPUT=mode, GAIN=weight is not None, OFFSET=bias is not None,
             BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, num_warps=config.warps, **common,
         )  # fmt: skip
@@ -371,6 +390,34 @@ def geglu_quantize_rows(
     return _rows(x, channels, bits, inv_divisor, position, out, _GEGLU.value)
 
 
+def silu_quantize_rows(
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None, *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `dgq_kernels.silu_quantize_rows`; `out` and errors as in `quantize_rows`."""
+    if x.shape[1] > LONGEST_ROW:
+        return _rows(torch.nn.functional.silu(x.float()), x.shape[1], bits, inv_divisor, position, out, _PLAIN.value)
+    return _rows(x, x.shape[1], bits, inv_divisor, position, out, _SILU.value)
+
+
+def group_norm_quantize_rows(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int,
+    inv_divisor: Tensor | None, position: Tensor | None, *, out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `dgq_kernels.group_norm_quantize_rows`; `out` and errors as in `quantize_rows`."""
+    _check(None, weight, bias)
+    x = x.contiguous(memory_format=torch.channels_last)
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    if channels > LONGEST_ROW:
+        weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
+        y = torch.nn.functional.group_norm(x.float().contiguous(), groups, weight, bias, eps)
+        rows = y.permute(0, 2, 3, 1).reshape(-1, channels)
+        return _rows(rows, channels, bits, inv_divisor, position, out, _PLAIN.value)
+    centre, gain = _group_statistics(x, groups, weight, eps, None)
+    return _rows(rows, channels, bits, inv_divisor, position, out, _GROUP_NORM.value, gain, bias, eps, centre, pixels)
+
+
 def quantize_samples(
     x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None, *,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -385,12 +432,20 @@ def quantize_samples(
 
 def group_norm_quantize_samples(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, bits: int,
-    inv_divisor: Tensor | None, padding: int, position: Tensor | None, *,
+    inv_divisor: Tensor | None, padding: int, position: Tensor | None, offset: Tensor | None = None, *,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `dgq_kernels.group_norm_quantize_samples`; `out` and errors as in `quantize_samples`."""
     _check(None, weight, bias)
     x = x.contiguous(memory_format=torch.channels_last)
+    centre, gain = _group_statistics(x, groups, weight, eps, None if offset is None else offset.contiguous())
+    return _samples(x, bits, inv_divisor, padding, position, out, centre, gain, bias, silu)
+
+
+def _group_statistics(
+    x: Tensor, groups: int, weight: Tensor | None, eps: float, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(centre, gain) float32 (B, C) such that (x - centre) * gain is the norm of x + shift, without its offset."""
     batch, channels, height, width = x.shape
     config = sample_config_for(batch, height * width, channels)
     blocks = triton.cdiv(height * width, config.rows)
@@ -403,11 +458,11 @@ def group_norm_quantize_samples(
         )  # fmt: skip
         group = channels // groups
         group_statistics_kernel[(groups, batch)](
-            mean, square, weight, centre, gain, blocks, height * width, channels, config.rows, eps,
-            GROUP=group, GAIN=weight is not None, BLOCK_ROWS=32, BLOCK_CHANNELS=triton.next_power_of_2(group),
-            num_warps=4, enable_fp_fusion=False,
+            mean, square, shift, weight, centre, gain, blocks, height * width, channels, config.rows, eps,
+            GROUP=group, SHIFT=shift is not None, GAIN=weight is not None, BLOCK_ROWS=32,
+            BLOCK_CHANNELS=triton.next_power_of_2(group), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return _samples(x, bits, inv_divisor, padding, position, out, centre, gain, bias, silu)
+    return centre, gain
 
 
 def _samples(

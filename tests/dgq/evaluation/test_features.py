@@ -8,6 +8,7 @@ from PIL import Image
 
 from dgq.errors import DgqError
 from dgq.evaluation import features
+from dgq.evaluation.measures import frechet_distance
 
 
 def small_clip(folder: Path) -> Path:
@@ -56,6 +57,41 @@ def test_clip_score_is_the_cosine(tmp_path: Path) -> None:
 def test_no_clip_model(tmp_path: Path) -> None:
     with pytest.raises(DgqError, match="cannot be loaded as a CLIP model"):
         features.clip_score([Image.new("RGB", (8, 8))], ["a"], tmp_path)
+
+
+def test_fid_by_local_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inception with random weights from a file: FID is the Frechet distance of its features."""
+    pytest.importorskip("torchmetrics")
+    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    weights = tmp_path / "inception.pth"
+    torch.save({}, weights)
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(inception, "load_state_dict", lambda *_: None)
+        network = inception("random", ["2048"], feature_extractor_weights_path=str(weights))
+    torch.save(network.state_dict(), weights)
+
+    noise = torch.Generator().manual_seed(1)
+    pictures = [
+        [
+            Image.fromarray((torch.rand(32, 32, 3, generator=noise) * 255 * scale).byte().numpy())
+            for scale in (0.3, 0.6, 1.0)
+        ]
+        for _ in range(2)
+    ]
+    got = features.inception_distance(*pictures, weights)
+    with torch.no_grad():
+        rows = [torch.cat([network(features.pixels(x)[None])[0] for x in images]).double() for images in pictures]
+    assert got == pytest.approx(frechet_distance(*rows), rel=1e-3)
+    assert features.inception_distance(pictures[0], pictures[0], weights) == pytest.approx(0, abs=1e-3 * got)
+
+
+def test_no_inception_weights(tmp_path: Path) -> None:
+    file = tmp_path / "inception.pth"
+    torch.save({"other": torch.zeros(1)}, file)
+    pictures = [Image.new("RGB", (8, 8))] * 2
+    with pytest.raises(DgqError, match="FID needs|cannot be read as Inception weights"):
+        features.inception_distance(pictures, pictures, file)
 
 
 def test_pictures_of_a_folder(tmp_path: Path) -> None:
