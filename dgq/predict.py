@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from dgq_kernels.linear.tiles import Config, Tiling, choose
 
 from .architectures import call, drawn, network
@@ -71,7 +72,7 @@ class Work:
         parts: products of this size on the same input, which the quantized system joins into one.
         quantize: launches of a quantization of the input alone, where nothing that precedes it can do it on the way.
         rereads: of a norm, how often the quantizing op reads its input once more.
-        gated: the quantized system's epilogue makes one value of two.
+        gated: a product whose epilogue, in the quantized system, makes one value of two; or the pass after it.
         quantized: False for what stays float in every system.
     """
 
@@ -217,7 +218,9 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
 
         def hook(_module: Any, _arguments: Any, y: Any) -> None:
             size = (y if isinstance(y, torch.Tensor) else y[0]).numel()
-            found.append(Work(kind, 0, 0, 0, read * size, 0, size, rereads=rereads, quantized=quantized))
+            found.append(
+                Work(kind, 0, 0, 0, read * size, 0, size, rereads=rereads, gated=kind == "geglu", quantized=quantized)
+            )
 
         return hook
 
@@ -295,8 +298,7 @@ def _pass(work: Work, system: str, device: Device) -> Cost:
     if work.kind == "add":  # in the epilogue of a quantized layer, which reads the residual; torch's fp16 makes a pass
         more, launches = (2 * work.outputs, 0) if quantized else (2 * (work.inputs + work.outputs), 1)
         return Cost(more_bytes=more, launches=launches)
-    gated = quantized and work.kind == "geglu"  # already, by the product
-    read = 2 * (work.outputs if gated else work.inputs)
+    read = 2 * (work.outputs if quantized and work.gated else work.inputs)
     again = read if read > device.cache * 1e6 else 0
     if quantized:
         launches = work.rereads + 2 if work.rereads else 1

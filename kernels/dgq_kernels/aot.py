@@ -400,7 +400,7 @@ def _work(job: tuple[str, int, bool]) -> tuple[Row | None, list[str]]:
 def main(arguments: list[str] | None = None) -> int:
     """Command line: prints the table, writes it to --csv; exit code 1 where a row is at fault."""
     parser = argparse.ArgumentParser(prog="python -m dgq_kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table here; rows of other releases, targets and kernels stay")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table here; other rows stay")
     parser.add_argument("--targets", nargs="+", default=TARGETS, metavar="TARGET", help="e.g. 80 90 gfx942")
     parser.add_argument("--quick", action="store_true", help="one case per kernel, the largest tile")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")

@@ -119,7 +119,7 @@ def test_output_noise_is_what_the_layers_cause_alone(models: Any) -> None:
     names = [CONV, LINEAR, POINTWISE, "up_blocks.1.resnets.1.conv2", "mid_block.resnets.0.conv1"]
     few = dataclasses.replace(header, layers={name: header.layers[name] for name in names})
     about = {"against": "", "prompts": [], "settings": {}}
-    found = measurement._replay(unet, quantized, few, [[call]] * 30, 3.0, lambda *_: None, about)
+    found = measurement._replay(unet, quantized, few, [[call]] * 120, 3.0, lambda *_: None, about)
     weights = torch.tensor([-2.0, 3.0]).view(2, 1, 1, 1)
     with torch.no_grad():
         reference = (weights * unet(**call)[0]).sum(0)
@@ -131,9 +131,9 @@ def test_output_noise_is_what_the_layers_cause_alone(models: Any) -> None:
             caused[name] = float(((weights * unet(**call)[0]).sum(0) - reference).square().sum())
         handle.remove()
     energy, noise = float(reference.square().sum()), {name: by_name(found)[name].noise for name in names}
-    assert sum(noise.values()) == pytest.approx(sum(caused.values()) / energy, rel=0.25)
-    for name in names:  # 30 probes: a relative deviation of sqrt(2 / 30)
-        assert noise[name] == pytest.approx(caused[name] / energy, rel=0.9)
+    assert sum(noise.values()) == pytest.approx(sum(caused.values()) / energy, rel=0.35)
+    for name in names:  # 120 probes: a relative standard deviation of sqrt(2 / 120), and of the sum at most that
+        assert noise[name] == pytest.approx(caused[name] / energy, rel=0.5)
     assert by_name(found)[CONV].input_noise < noise[CONV]
 
 

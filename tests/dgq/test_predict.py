@@ -1,5 +1,7 @@
 """The static model of a step on GPUs: its sums, and the roofline rows computed by hand for the design."""
 
+import dataclasses
+import functools
 import json
 
 import pytest
@@ -35,13 +37,27 @@ def test_pixart_by_hand():
     assert sum(work.macs for work in predict.works("pixart-alpha")) == 28 * block + rest
 
 
+@pytest.fixture(scope="module")
+def ungated():
+    """As `ideal`, with GEGLU apart from the product, as in the calculation by hand."""
+
+    def sums(name, device):
+        every = [dataclasses.replace(work, gated=False) for work in predict.works(name)]
+        return {
+            system: sum(predict.bound(work, system, predict.DEVICES[device], {}).ideal for work in every)
+            for system in predict.SYSTEMS
+        }
+
+    return functools.cache(sums)
+
+
 @pytest.mark.parametrize(
     # ms by hand: fp16; W8A8 with attention in fp16
     ("device", "fp16", "integer"),
     [("a6000", 12.4, 7.8), ("rtx4090", 11.1, 5.3), ("a100", 5.8, 3.55), ("h100", 2.2, 1.45)],
 )
-def test_reproduces_the_roofline_of_stable_diffusion(ideal, device, fp16, integer):
-    got = ideal["sd-v1.4", device]
+def test_reproduces_the_roofline_of_stable_diffusion(ungated, device, fp16, integer):
+    got = ungated("sd-v1.4", device)
     assert got["fp16"] == pytest.approx(fp16, rel=0.03)
     assert got["W8A8 fp16-attention"] == pytest.approx(integer, rel=0.03)
 
@@ -51,8 +67,8 @@ def test_reproduces_the_roofline_of_stable_diffusion(ideal, device, fp16, intege
     ("device", "fp16", "w8", "w4"),
     [("a6000", 12.3, 7.2, 6.5), ("rtx4090", 10.9, 5.1, 3.95), ("h100", 2.56, 1.53, 1.20)],
 )
-def test_reproduces_the_roofline_of_sdxl_turbo(ideal, device, fp16, w8, w4):
-    got = ideal["sdxl-turbo", device]
+def test_reproduces_the_roofline_of_sdxl_turbo(ungated, device, fp16, w8, w4):
+    got = ungated("sdxl-turbo", device)
     assert got["fp16"] == pytest.approx(fp16, rel=0.05)
     assert got["W8A8"] == pytest.approx(w8, rel=0.03)
     assert got["W4A8"] == pytest.approx(w4, rel=0.03)
@@ -65,6 +81,28 @@ def test_bounds_reach_what_the_design_wants(ideal):
     for device in ("a6000", "rtx4090", "h100"):
         got = ideal["sdxl-turbo", device]
         assert got["W4A8"] <= 0.55 * got["fp16"]
+
+
+def test_gating_saves_half_of_the_output(ideal, ungated):
+    for device in ("a6000", "h100"):
+        assert 0.88 < ideal["sd-v1.4", device]["W8A8"] / ungated("sd-v1.4", device)["W8A8"] < 1
+        assert ideal["sd-v1.4", device]["fp16"] == pytest.approx(ungated("sd-v1.4", device)["fp16"])
+    product = predict.Work("linear", 128, 64, 32, 8192, 2048, 4096, gated=True)
+    after = predict.Work("geglu", 0, 0, 0, 4096, 0, 2048, gated=True)
+    assert [predict.cost(work, "W8A8", DEVICE, {})[0].bytes for work in (product, after)] == [
+        8192 + 2048 + 2 * 2048, 2 * 2048 + 2048,
+    ]  # fmt: skip
+    assert predict.cost(after, "fp16", DEVICE, {})[0].bytes == 2 * 4096 + 2 * 2048
+
+
+def test_split_reductions_cost_their_sums():
+    """One tile of a long reduction on ten multiprocessors: more programs, and int32 sums to and from memory."""
+    work = predict.Work("linear", 64, 8192, 64, 64 * 8192, 64 * 8192, 64 * 64)
+    cost, _ = predict.cost(work, "W8A8", DEVICE, {})
+    splits = predict.choose("int8", 64, 64, 8192, 8192, (8, 0), 10).splits
+    assert splits > 1
+    assert (cost.more_bytes, cost.launches) == (8 * splits * 64 * 64, 2)
+    assert 1 / 10 < cost.fill <= 1
 
 
 DEVICE = predict.Device(100, 200, 1000, 10, 1.0, "80", cache=1)

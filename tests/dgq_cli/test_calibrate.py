@@ -72,7 +72,7 @@ def test_ctrl_c_leaves_no_checkpoint_and_resumes(tiny_pipeline, tmp_path, dgq_co
     partial = tmp_path / ".out.partial"
     deadline = time.monotonic() + 120
     while not list(partial.glob("layer-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -38,6 +38,8 @@ def cases():
     after, half = (floats(6).abs(), sums, floats(6)), torch.float16
     small = weight[:, :32].contiguous()
     yield "linear_int8", (codes, scale, zero, small, *after, half, [10, 32], floats(5, 6))
+    grouped = (codes, scale[:2], zero[:2], small, after[0], torch.stack([sums, sums]), after[2])
+    yield "linear_float_groups", (*grouped, half, [10, 32])
     yield "linear_int4", (
         codes, scale, zero, packed[:, :16].contiguous(), subscales[:, :1].contiguous(), *after, half, 32, floats(5, 6),
     )  # fmt: skip

@@ -90,7 +90,7 @@ def test_no_inception_weights(tmp_path: Path) -> None:
     file = tmp_path / "inception.pth"
     torch.save({"other": torch.zeros(1)}, file)
     pictures = [Image.new("RGB", (8, 8))] * 2
-    with pytest.raises(DgqError, match="FID needs|cannot be read as Inception weights"):
+    with pytest.raises(DgqError, match=r"FID needs|cannot be read as Inception weights"):
         features.inception_distance(pictures, pictures, file)
 
 
