@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dgq_kernels.linear.tiles import Config, Tiling, choose
+from dgq_kernels.linear.tiles import Config, Machine, Tiling, choose
 
 from .architectures import call, drawn, network
 from .errors import DgqError
@@ -46,6 +46,13 @@ class Device:
     clock: float
     target: str
     cache: float = 0.0
+
+    @property
+    def machine(self) -> Machine:
+        """What the kernels choose their tiles by."""
+        memory = self.bandwidth / (self.multiprocessors * self.clock)
+        capability = int(self.target[:-1]), int(self.target[-1])
+        return Machine(capability, self.multiprocessors, int(self.cache * 1e6), memory)
 
 
 DEVICES = {
@@ -339,7 +346,8 @@ def cost(work: Work, system: str, device: Device, table: Tiles) -> tuple[Cost, b
             more += 3 * work.inputs
             launches += work.quantize
         if tiling.splits > 1:  # int32 sums, written and read by the kernel that adds them
-            more += 8 * tiling.splits * work.rows * channels
+            sums = 4 * tiling.splits * work.rows * channels
+            more += 0 if device.machine.holds(sums) else 2 * sums
             launches += 1
     else:
         tiles_in_all = max(_float_tilings(work, channels), key=lambda many: many / math.ceil(many / processors))
@@ -351,8 +359,7 @@ def cost(work: Work, system: str, device: Device, table: Tiles) -> tuple[Cost, b
 def _tiling(work: Work, channels: int, system: str, device: Device) -> Tiling:
     """What the kernels would run for a product without shift classes on the device."""
     kind = "int4" if system == "W4A8" else "int8"
-    capability = (int(device.target[:-1]), int(device.target[-1]))
-    return choose(kind, work.rows, channels, work.reduction, work.reduction, capability, device.multiprocessors)
+    return choose(kind, work.rows, channels, work.reduction, work.reduction, device.machine)
 
 
 def _float_tilings(work: Work, channels: int) -> Iterator[int]:

@@ -99,8 +99,12 @@ def test_split_reductions_cost_their_sums():
     """One tile of a long reduction on ten multiprocessors: more programs, and int32 sums to and from memory."""
     work = predict.Work("linear", 64, 8192, 64, 64 * 8192, 64 * 8192, 64 * 64)
     cost, _ = predict.cost(work, "W8A8", DEVICE, {})
-    splits = predict.choose("int8", 64, 64, 8192, 8192, (8, 0), 10).splits
+    splits = predict.choose("int8", 64, 64, 8192, 8192, DEVICE.machine).splits
     assert splits > 1
+    assert (cost.more_bytes, cost.launches) == (0, 2)  # the cache holds them
+    small = dataclasses.replace(DEVICE, cache=0.01)
+    cost, _ = predict.cost(work, "W8A8", small, {})
+    splits = predict.choose("int8", 64, 64, 8192, 8192, small.machine).splits
     assert (cost.more_bytes, cost.launches) == (8 * splits * 64 * 64, 2)
     assert 1 / 10 < cost.fill <= 1
 

@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from dgq_kernels.linear import tiles
-from dgq_kernels.linear.tiles import Config, Tiling
+from dgq_kernels.linear.tiles import Config, Machine, Tiling
 
-DEVICES = {"A100": ((8, 0), 108), "A6000": ((8, 6), 84), "RTX 4090": ((8, 9), 128), "H100": ((9, 0), 132)}
+MB = 10**6
+DEVICES = {
+    "A100": Machine((8, 0), 108, 40 * MB, 13.4), "A6000": Machine((8, 6), 84, 6 * MB, 5.1),
+    "RTX 4090": Machine((8, 9), 128, 72 * MB, 3.1), "H100": Machine((9, 0), 132, 50 * MB, 13.9),
+}  # fmt: skip
 CAPTIONS = 77
 
 
@@ -42,11 +46,11 @@ def shapes_of(model, pixels):
     return 28 * transformer((latent // 2) ** 2, 1152, 2, 120, 1152, False)  # PixArt
 
 
-def two_sizes(kind, shape, capability, multiprocessors):
+def two_sizes(kind, shape, machine):
     """The rule without a model: the large tile where it gives every multiprocessor work, else the small one."""
-    large, *_, small = tiles.tiles_of(kind, capability[0])
+    large, *_, small = tiles.tiles_of(kind, machine.capability[0])
     count = math.ceil(shape[0] / large.rows) * math.ceil(shape[1] / large.channels)
-    return Tiling(large if count >= multiprocessors else small)
+    return Tiling(large if count >= machine.multiprocessors else small)
 
 
 @pytest.mark.parametrize("kind", tiles.TILES)
@@ -55,51 +59,53 @@ def two_sizes(kind, shape, capability, multiprocessors):
 @pytest.mark.parametrize("model", ["sd-v1.4", "sdxl", "pixart"])
 def test_models(model, pixels, device, kind):
     """Hardly a multiprocessor idles, reductions are split only where few tiles exist, and no step gets slower."""
-    capability, multiprocessors = DEVICES[device]
+    machine = DEVICES[device]
+    multiprocessors = machine.multiprocessors
     chosen = simple = 0.0
     for shape, count in Counter(shapes_of(model, pixels)).items():
-        tiling = tiles.choose(kind, *shape, shape[2], capability, multiprocessors)
+        tiling = tiles.choose(kind, *shape, shape[2], machine)
         config, splits = tiling
         count_tiles = math.ceil(shape[0] / config.rows) * math.ceil(shape[1] / config.channels)
         if splits > 1:
             assert count_tiles < 3 * multiprocessors * max(1, 8 // config.warps), (shape, tiling)
             assert shape[2] >= splits * 4 * config.half
-        small = min(config.rows * config.channels for config in tiles.tiles_of(kind, capability[0]))
+        small = min(config.rows * config.channels for config in tiles.tiles_of(kind, machine.capability[0]))
         if shape[0] * shape[1] >= 4 * multiprocessors * small:  # enough outputs for every multiprocessor
             waves = math.ceil(count_tiles * splits / multiprocessors)
             assert count_tiles * splits / (waves * multiprocessors) > 0.5, (shape, tiling)
-        chosen += count * tiles.clocks(tiling, kind, *shape, capability, multiprocessors)
-        plain = two_sizes(kind, shape, capability, multiprocessors)
-        simple += count * tiles.clocks(plain, kind, *shape, capability, multiprocessors)
+        chosen += count * tiles.clocks(tiling, kind, *shape, machine)
+        plain = two_sizes(kind, shape, machine)
+        simple += count * tiles.clocks(plain, kind, *shape, machine)
     assert chosen <= simple
 
 
 def test_small_products_fill_the_device():
     """SDXL's 256 x 1280 x 1280 has 20 tiles of 128 x 128; SD's 8 x 8 convolutions have 10, and 180 steps each."""
     for shape in ((256, 1280, 1280), (128, 1280, 11520), (128, 1280, 23040)):
-        for capability, multiprocessors in DEVICES.values():
-            config, splits = tiles.choose("int8", *shape, shape[2], capability, multiprocessors)
+        for machine in DEVICES.values():
+            multiprocessors = machine.multiprocessors
+            config, splits = tiles.choose("int8", *shape, shape[2], machine)
             programs = math.ceil(shape[0] / config.rows) * math.ceil(shape[1] / config.channels) * splits
             assert programs >= 0.6 * multiprocessors, (shape, multiprocessors, config, splits)
-    assert tiles.choose("int8", 128, 1280, 23040, 23040, (8, 0), 108).splits > 1
+    assert tiles.choose("int8", 128, 1280, 23040, 23040, DEVICES["A100"]).splits > 1
 
 
 def test_one_tile_too_many_costs_a_wave():
     """108 large tiles fill an A100 once; of 120, the second wave would hold 12: shares of the reduction do better."""
     large = tiles.tiles_of("int8", 8)[0]
     k = 11520
-    assert tiles.choose("int8", 108 * 128, 128, k, k, (8, 0), 108) == Tiling(large)
-    full, over = (tiles.clocks(Tiling(large), "int8", n * 128, 128, k, (8, 0), 108) for n in (108, 120))
+    assert tiles.choose("int8", 108 * 128, 128, k, k, DEVICES["A100"]) == Tiling(large)
+    full, over = (tiles.clocks(Tiling(large), "int8", n * 128, 128, k, DEVICES["A100"]) for n in (108, 120))
     assert over == 2 * full
-    better = tiles.choose("int8", 120 * 128, 128, k, k, (8, 0), 108)
-    assert tiles.clocks(better, "int8", 120 * 128, 128, k, (8, 0), 108) < 0.85 * over
+    better = tiles.choose("int8", 120 * 128, 128, k, k, DEVICES["A100"])
+    assert tiles.clocks(better, "int8", 120 * 128, 128, k, DEVICES["A100"]) < 0.85 * over
 
 
 def test_a_convolution_with_classes_splits_by_input_channels():
     assert all(length >= t.splits * 4 * t.config.half or t.splits == 1
                for length in (64, 320, 1280) for t in tiles.tilings("shifted", 8, length))  # fmt: skip
     assert {t.splits for t in tiles.tilings("shifted", 8, 320)} == {1}
-    assert tiles.choose("shifted", 128, 1280, 11520, 1280, (8, 0), 108).splits in (2, 4)
+    assert tiles.choose("shifted", 128, 1280, 11520, 1280, DEVICES["A100"]).splits in (2, 4)
 
 
 def test_newer_and_older_devices_use_the_nearest_table():
@@ -131,9 +137,22 @@ def test_the_environment_asks_for_tuning(monkeypatch, wanted, capturing):
     """With a pretended device: measured only where asked for, and not inside a CUDA graph."""
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(tiles, "_measured", {})
+    tiles._machine.cache_clear()
     monkeypatch.setenv("DGQ_AUTOTUNE", wanted)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    properties = type("Properties", (), {"major": 8, "minor": 9, "multi_processor_count": 128})
+    properties = type(
+        "Properties",
+        (),
+        {
+            "major": 8,
+            "minor": 9,
+            "multi_processor_count": 128,
+            "L2_cache_size": 72 * MB,
+            "clock_rate": 2_520_000,
+            "memory_clock_rate": 10_501_000,
+            "memory_bus_width": 384,
+        },
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr("triton.testing.do_bench", lambda call: call() or len(launched))
@@ -144,4 +163,4 @@ def test_the_environment_asks_for_tuning(monkeypatch, wanted, capturing):
         assert got == launched[0]
     else:
         assert not launched
-        assert got == tiles.choose("int8", 4096, 1280, 1280, 1280, (8, 9), 128)
+        assert got == tiles.choose("int8", 4096, 1280, 1280, 1280, DEVICES["RTX 4090"])

@@ -31,6 +31,26 @@ class Tiling(NamedTuple):
     splits: int = 1
 
 
+class Machine(NamedTuple):
+    """What the choice of a tile depends on.
+
+    Attributes:
+        capability: e.g. (8, 9).
+        multiprocessors: how many.
+        cache: bytes of the second-level cache.
+        memory: bytes per clock that a multiprocessor gets from memory when all of them ask.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    cache: int
+    memory: float
+
+    def holds(self, size: int) -> bool:
+        """Whether so many bytes that one kernel writes are still in the cache when the next one reads them."""
+        return size <= self.cache // 2
+
+
 # Kind of product -> major compute capability -> tiles, the largest first. Chosen by the compile table
 # (kernels/aot.csv): fewest instructions per product, no spill under any release; 8.6, 8.9 and 12.0 have 99 KiB of
 # shared memory. "shifted" has shift classes; "int4" serves both sizes of groups.
@@ -60,14 +80,14 @@ FLOAT_GROUPS = Config(64, 64, 32, 4, 3)
 INTERPRETER = Config(128, 128, 256, 4, 1)
 
 # Figures of the model in `clocks`. Dense int8 multiply-adds per clock and multiprocessor, from the data sheets; clocks
-# to unpack an int4 weight, from the compile table; bytes per clock that a multiprocessor gets from L2, and from memory
-# when all of them ask; clocks to start and to end a tile, and of a further launch. The last four are estimates, good
-# for ranking tiles, not for telling times.
+# to unpack an int4 weight, from the compile table; bytes per clock that a multiprocessor gets from L2 alone, and when
+# all of them ask; clocks to start and to end a tile, and of a further launch. The last four are estimates, good for
+# ranking tiles, not for telling times.
 _MACS = {(8, 0): 2048, 9: 4096, 10: 8192}
 _MACS_OTHERS = 1024
 _UNPACK_CLOCKS = 0.01
 _L2_BYTES = 64
-_MEMORY_BYTES = 13
+_L2_BYTES_SHARED = 13
 _TILE_CLOCKS = 1500
 _LAUNCH_CLOCKS = 1500
 _SPLITS = (1, 2, 4, 8, 16)
@@ -92,17 +112,15 @@ def tilings(kind: str, major: int, length: int) -> Iterator[Tiling]:
                 yield Tiling(config, splits)
 
 
-def clocks(
-    tiling: Tiling, kind: str, rows: int, channels: int, reduction: int, capability: tuple[int, int],
-    multiprocessors: int,
-) -> float:  # fmt: skip
+def clocks(tiling: Tiling, kind: str, rows: int, channels: int, reduction: int, machine: Machine) -> float:
     """Modelled clocks of a product of (rows, reduction) and (channels, reduction); a rank, not a prediction.
 
     Tiles are handed out in waves, and an idle multiprocessor in the last wave costs as much as a busy one. Tiles of
     four warps count in pairs, as one alone does not fill a multiprocessor.
     """
     config, splits = tiling
-    macs = _MACS.get(capability, _MACS.get(capability[0], _MACS_OTHERS))
+    multiprocessors = machine.multiprocessors
+    macs = _MACS.get(machine.capability, _MACS.get(machine.capability[0], _MACS_OTHERS))
     programs = math.ceil(rows / config.rows) * math.ceil(channels / config.channels) * splits
     together = max(1, 8 // config.warps)
     waves = math.ceil(programs / (multiprocessors * together))
@@ -113,25 +131,23 @@ def clocks(
     tile = length * (config.rows * config.channels / macs + config.channels * unpack + loaded / _L2_BYTES)
     total = waves * (together * tile + _TILE_CLOCKS)
     if splits > 1:  # int32 sums are written, read and added by a second kernel
-        total += _LAUNCH_CLOCKS + splits * rows * channels * 8 / (_MEMORY_BYTES * multiprocessors)
+        sums = 4 * splits * rows * channels
+        rate = _L2_BYTES_SHARED if machine.holds(sums) else min(_L2_BYTES_SHARED, machine.memory)
+        total += _LAUNCH_CLOCKS + 2 * sums / (rate * multiprocessors)
     return total
 
 
 @functools.cache
-def choose(
-    kind: str, rows: int, channels: int, reduction: int, length: int, capability: tuple[int, int], multiprocessors: int
-) -> Tiling:
+def choose(kind: str, rows: int, channels: int, reduction: int, length: int, machine: Machine) -> Tiling:
     """The tiling with the fewest modelled `clocks`; of equals the larger tile and the fewer splits.
 
     Args:
         rows, channels, reduction: of the product.
         length, kind: as in `tilings`.
-        capability: of the device, e.g. (8, 9).
-        multiprocessors: how many it has.
     """
     return min(
-        tilings(kind, capability[0], length),
-        key=lambda tiling: clocks(tiling, kind, rows, channels, reduction, capability, multiprocessors),
+        tilings(kind, machine.capability[0], length),
+        key=lambda tiling: clocks(tiling, kind, rows, channels, reduction, machine),
     )
 
 
@@ -158,12 +174,21 @@ def pick(
 
     if triton.knobs.runtime.interpret:
         return Tiling(INTERPRETER)
-    properties = torch.cuda.get_device_properties(device)
+    machine = _machine(device)
     if os.environ.get("DGQ_AUTOTUNE") == "1" and not torch.cuda.is_current_stream_capturing():
         key = (kernel, kind, rows, channels, reduction, length, device)
-        return fastest(key, tilings(kind, properties.major, length), lambda t: _milliseconds(run, t))
-    capability = (properties.major, properties.minor)
-    return choose(kind, rows, channels, reduction, length, capability, properties.multi_processor_count)
+        return fastest(key, tilings(kind, machine.capability[0], length), lambda t: _milliseconds(run, t))
+    return choose(kind, rows, channels, reduction, length, machine)
+
+
+@functools.cache
+def _machine(device: torch.device) -> Machine:
+    found = torch.cuda.get_device_properties(device)
+    clock = getattr(found, "clock_rate", 0)  # older torch does not tell
+    memory: float = _L2_BYTES_SHARED
+    if clock:  # two transfers a clock of the memory
+        memory = found.memory_clock_rate * found.memory_bus_width / 4 / (clock * found.multi_processor_count)
+    return Machine((found.major, found.minor), found.multi_processor_count, found.L2_cache_size, memory)
 
 
 def _milliseconds(run: Callable[[Tiling], None], tiling: Tiling) -> float:
