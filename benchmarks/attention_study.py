@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from captures import FIRST_SEED, record, say
+from captures import record
+from fidelity import FIRST_SEED, say
 from torch import Tensor, nn
 
 from dgq.fidelity import compare

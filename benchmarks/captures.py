@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import time
+import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from fidelity import FIRST_SEED
 from torch import Tensor, nn
 
 from dgq.calibration import Layer, Statistics, plan_layers, record_inputs, spread
@@ -20,14 +20,8 @@ from dgq.prompts import calibration_prompts, evaluation_prompts
 from dgq.quantizers.paper import AxisRanges
 from dgq.recipe import Recipe
 
-FIRST_SEED = 20_000
 KINDS = ("linear", "conv2d")
 Calls = list[list[dict[str, Any]]]
-
-
-def say(text: str) -> None:
-    """A line of progress on stderr."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -153,3 +147,25 @@ def capture(
     for name, one in found.items():
         one.inputs, one.steps = torch.cat(inputs.pop(name)), torch.tensor(indices[name])
     return found
+
+
+def table(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """Mean / worst SQNR of linear layers and of convolutions in the named tables, and the seconds of all layers where
+    rows have them, a way a line."""
+    rows = [row for row in rows if row["table"] in names]
+    columns = [(name, kind) for kind in KINDS for name in names]
+    heads = [f"{name}, {kind}" for name, kind in columns]
+    timed = any("seconds" in row for row in rows)
+    heads += ["CPU s"] if timed else []
+    lines = ["| mean / worst layer, dB | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        mine = [row for row in rows if row["way"] == way]
+        cells = []
+        for column in columns:
+            values = [row["sqnr_db"] for row in mine if (row["table"], row["kind"]) == column]
+            cells.append(f"{statistics.mean(values):.1f} / {min(values):.1f}" if values else "-")
+        if timed:
+            spent = sum(row.get("seconds", 0) for row in mine)
+            cells.append(f"{spent:.1f}" if spent else "-")
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from captures import KINDS, Captured, capture, record, say
+from captures import KINDS, Captured, capture, record, table
+from fidelity import say
 from torch import Tensor
 
 from dgq.calibration import round_layer
@@ -341,23 +341,6 @@ def study(found: dict[str, Captured]) -> list[dict[str, Any]]:
                          "choice": choice})  # fmt: skip
         found[name] = dataclasses.replace(one, inputs=torch.empty(0))  # measured: its memory can go
     return rows
-
-
-def table(rows: list[dict[str, Any]], tables: list[str]) -> str:
-    """Mean / worst SQNR of linear layers and of convolutions, a way a line."""
-    ways = list(dict.fromkeys(row["way"] for row in rows if row["table"] in tables))
-    head = [f"{name}, {kind}" for kind in ("linear", "conv2d") for name in tables]
-    lines = ["| mean / worst layer, dB | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
-    for way in ways:
-        cells = []
-        for kind in ("linear", "conv2d"):
-            for name in tables:
-                values = [
-                    row["sqnr_db"] for row in rows if (row["way"], row["table"], row["kind"]) == (way, name, kind)
-                ]
-                cells.append(f"{statistics.mean(values):.1f} / {min(values):.1f}" if values else "-")
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def main() -> None:

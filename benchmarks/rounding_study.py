@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from captures import Captured, capture, record, say
+from captures import Captured, capture, record, table
+from fidelity import say
 from layer_study import as_applied, sqnr_db
 from torch import Tensor
 
@@ -239,21 +239,6 @@ def study(found: dict[str, Captured], iterations: int) -> list[dict[str, Any]]:
                 for way, y in ways_down(one, x, wbits, abits):
                     note(f"W{wbits}A{abits}", way, y)
     return rows
-
-
-def table(rows: list[dict[str, Any]], names: list[str]) -> str:
-    """Mean / worst SQNR by kind, and the seconds of all layers, a way a line."""
-    columns = [(name, kind) for kind in ("linear", "conv2d") for name in names]
-    heads = [f"{name}, {kind}" for name, kind in columns] + ["CPU s"]
-    lines = ["| mean / worst layer, dB | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for way in dict.fromkeys(row["way"] for row in rows if row["table"] in names):
-        cells = []
-        for column in columns:
-            values = [r["sqnr_db"] for r in rows if (r["table"], r["kind"]) == column and r["way"] == way]
-            cells.append(f"{statistics.mean(values):.1f} / {min(values):.1f}" if values else "-")
-        spent = sum(row.get("seconds", 0) for row in rows if row["way"] == way)
-        lines.append(f"| {way} | " + " | ".join(cells) + f" | {f'{spent:.1f}' if spent else '-'} |")
-    return "\n".join(lines)
 
 
 def main() -> None:
