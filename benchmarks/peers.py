@@ -34,7 +34,15 @@ from dgq.recipe import Recipe
 
 FIRST_SEED = 40_000
 CALIBRATION_PROMPTS = 16
-RECIPES = (Recipe(wbits=8, abits=8), Recipe(wbits=4, abits=8))
+# Every layer; and, as torchao has it, convolutions in float.
+FLOAT_CONVOLUTIONS = tuple(
+    (pattern, 0) for pattern in ("*.conv", "*.conv?", "*.conv_shortcut", "*.proj_in", "*.proj_out")
+)
+RECIPES = tuple(
+    (f"dgq W{wbits}A8{', linear layers' if overrides else ''}", Recipe(wbits=wbits, abits=8, overrides=overrides))
+    for wbits in (8, 4)
+    for overrides in ((), FLOAT_CONVOLUTIONS)
+)
 KEPT_FLOAT = ("conv_in", "conv_out")  # as dgq keeps them
 
 
@@ -166,9 +174,10 @@ def main() -> None:
         return pipe
 
     measure("bfloat16", lambda: load(model, dtype=torch.bfloat16))
-    for recipe in RECIPES:
-        folder = checkpoint(model, recipe, args.work, options, embedded.NAME)
-        measure(f"dgq {recipe.label}", lambda folder=folder: load(folder, dtype=torch.float32))  # type: ignore[misc]
+    for name, recipe in RECIPES:
+        work = args.work / "linear-layers" if recipe.overrides else args.work
+        folder = checkpoint(model, recipe, work, options, embedded.NAME)
+        measure(name, lambda folder=folder: load(folder, dtype=torch.float32))  # type: ignore[misc]
     for peer in PEERS:
         if installed(peer.package):
             measure(peer.name, lambda peer=peer: quantized(peer))  # type: ignore[misc]

