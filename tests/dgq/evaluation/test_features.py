@@ -1,6 +1,7 @@
 """Features of other networks: small local weights, and what is said where something is missing."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,38 +60,73 @@ def test_no_clip_model(tmp_path: Path) -> None:
         features.clip_score([Image.new("RGB", (8, 8))], ["a"], tmp_path)
 
 
-def test_fid_by_local_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inception with random weights from a file: FID is the Frechet distance of its features."""
+@pytest.fixture
+def inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(file, class): random weights of Inception as torch-fidelity stores them."""
     pytest.importorskip("torchmetrics")
-    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
-    weights = tmp_path / "inception.pth"
-    torch.save({}, weights)
+    kind = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    file = tmp_path / "inception.pth"
+    torch.save({}, file)
     torch.manual_seed(0)
     with monkeypatch.context() as patch:
-        patch.setattr(inception, "load_state_dict", lambda *_: None)
-        network = inception("random", ["2048"], feature_extractor_weights_path=str(weights))
-    torch.save(network.state_dict(), weights)
+        patch.setattr(kind, "load_state_dict", lambda *_: None)
+        network = kind("random", ["2048"], feature_extractor_weights_path=str(file))
+    torch.save(network.state_dict(), file)
+    return file, kind
 
-    noise = torch.Generator().manual_seed(1)
-    pictures = [
-        [
-            Image.fromarray((torch.rand(32, 32, 3, generator=noise) * 255 * scale).byte().numpy())
-            for scale in (0.3, 0.6, 1.0)
-        ]
-        for _ in range(2)
+
+def noise(count: int, seed: int) -> list[Image.Image]:
+    g = torch.Generator().manual_seed(seed)
+    return [
+        Image.fromarray((torch.rand(32, 32, 3, generator=g) * 255 * (i + 1) / count).byte().numpy())
+        for i in range(count)
     ]
-    got = features.inception_distance(*pictures, weights)
-    with torch.no_grad():
-        rows = [torch.cat([network(features.pixels(x)[None])[0] for x in images]).double() for images in pictures]
+
+
+@torch.no_grad()
+def test_fid_is_the_distance_of_inceptions_features(inception: Any) -> None:
+    file, kind = inception
+    network = kind("same", ["2048"], feature_extractor_weights_path=str(file))
+    a, b = noise(3, 1), noise(3, 2)
+    got = features.inception_distance(a, b, file)
+    rows = [torch.cat([network(features.pixels(x)[None])[0] for x in images]).double() for images in (a, b)]
     assert got == pytest.approx(frechet_distance(*rows), rel=1e-3)
-    assert features.inception_distance(pictures[0], pictures[0], weights) == pytest.approx(0, abs=1e-3 * got)
+    assert features.inception_distance(a, a, file) == pytest.approx(0, abs=1e-3 * got)
+
+
+@torch.no_grad()
+def test_the_inception_score_is_that_of_the_logits(inception: Any) -> None:
+    """Of three pictures in three splits, each is the mean of its own split, and the score 1; of twelve it is more."""
+    file, kind = inception
+    pictures = noise(12, 1)
+    pooled = kind("pooled", ["2048"], feature_extractor_weights_path=str(file))
+    mean = torch.cat([pooled(features.pixels(x)[None])[0] for x in pictures]).mean(0)
+    state = torch.load(file)
+    classes = state["fc.weight"]  # as they are, random logits of all pictures are alike
+    classes -= torch.outer(classes @ mean, mean) / mean.square().sum()
+    classes *= 3 / (classes @ pooled(features.pixels(pictures[0])[None])[0][0]).std()
+    torch.save(state, file)
+
+    assert features.inception_score(pictures[:3], file) == pytest.approx(1)
+    got = features.inception_score(pictures, file)
+    from torchmetrics.image.fid import NoTrainInceptionV3  # torch-fidelity's, but for how it resamples
+
+    network = NoTrainInceptionV3("logits", ["logits_unbiased"], str(file))
+    logits = torch.cat([network(features.pixels(x)[None]) for x in pictures])
+    torch.manual_seed(0)
+    scores = []
+    for part in logits[torch.randperm(12)].chunk(10):
+        p = part.softmax(1)
+        scores.append((p * (p.log() - p.mean(0, keepdim=True).log())).sum(1).mean().exp())
+    assert got == pytest.approx(float(torch.stack(scores).mean()), rel=1e-5)
+    assert got > 1.01
 
 
 def test_no_inception_weights(tmp_path: Path) -> None:
     file = tmp_path / "inception.pth"
     torch.save({"other": torch.zeros(1)}, file)
     pictures = [Image.new("RGB", (8, 8))] * 2
-    with pytest.raises(DgqError, match=r"FID needs|cannot be read as Inception weights"):
+    with pytest.raises(DgqError, match=r"FID and the inception score need|cannot be read as Inception weights"):
         features.inception_distance(pictures, pictures, file)
 
 
