@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from captures import record
+from captures import publish, record
 from fidelity import FIRST_SEED, say
 from torch import Tensor, nn
 
@@ -234,11 +234,7 @@ def main() -> None:
             measured = compare(target, generate(pipe, prompts, settings))
             pictures.append({"way": way.name, "bits": way.bits, **measured})
     text = table(rows, pictures) + f"\n\n{json.dumps(maps)}\n"
-    if args.out:
-        args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-        report = {"maps": maps, "layers": rows, "pictures": pictures}
-        args.out.with_suffix(".json").write_text(json.dumps(report, indent=0) + "\n", encoding="utf-8")
-    print(text)
+    publish(text, {"maps": maps, "layers": rows, "pictures": pictures}, args.out)
 
 
 if __name__ == "__main__":

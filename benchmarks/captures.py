@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,3 +171,11 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
             cells.append(f"{spent:.1f}" if spent else "-")
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def publish(text: str, report: Any, out: Path | None) -> None:
+    """Print a study's tables, and write them to OUT.md and its figures to OUT.json where `out` is given."""
+    if out:
+        out.with_suffix(".md").write_text(text, encoding="utf-8")
+        out.with_suffix(".json").write_text(json.dumps(report, indent=0) + "\n", encoding="utf-8")
+    print(text)

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from captures import KINDS, Captured, capture, record, table
+from captures import KINDS, Captured, capture, publish, record, table
 from fidelity import say
 from torch import Tensor
 
@@ -360,10 +359,7 @@ def main() -> None:
     rows = study(found)
     groups = (["A8", "A6", "A4"], ["W4"], ["W4A8", "W4A6", "W4A4"], ["W8A8"])
     text = "\n\n".join(table(rows, names) for names in groups) + "\n"
-    if args.out:
-        args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-        args.out.with_suffix(".json").write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
-    print(text)
+    publish(text, rows, args.out)
 
 
 if __name__ == "__main__":

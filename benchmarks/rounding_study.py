@@ -9,14 +9,13 @@ ways to W4A4 and W3A8, simulated. Calibration and evaluation prompts are apart.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from captures import Captured, capture, record, table
+from captures import Captured, capture, publish, record, table
 from fidelity import say
 from layer_study import as_applied, sqnr_db
 from torch import Tensor
@@ -255,10 +254,7 @@ def main() -> None:
     found = capture(recorded, Recipe(wbits=4), args.every)
     rows = study(found, args.iterations)
     text = "\n\n".join(table(rows, names) for names in (["W4", "W4A8"], ["W4A4", "W3A8"])) + "\n"
-    if args.out:
-        args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-        args.out.with_suffix(".json").write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
-    print(text)
+    publish(text, rows, args.out)
 
 
 if __name__ == "__main__":
