@@ -151,20 +151,22 @@ def plan_layers(unet: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[str,
 
 
 def _plan(module: nn.Linear | nn.Conv2d, wbits: int, recipe: Recipe) -> LayerPlan:
-    common: dict[str, Any] = {
-        "wbits": wbits,
-        "abits": recipe.abits,
-        "bias": module.bias is not None,
-        "weight_group": recipe.weight_group,
-    }
+    sizes = geometry(module)
+    return LayerPlan(
+        **sizes, wbits=wbits, abits=recipe.abits, weight_group=recipe.weight_group, class_ends=[sizes["in_features"]]
+    )
+
+
+def geometry(module: nn.Linear | nn.Conv2d) -> dict[str, Any]:
+    """The fields of a layer's plan that the float layer fixes: kind, sizes, and whether it has a bias."""
+    sizes = {"in_features": module.weight.shape[1], "out_features": module.weight.shape[0]}
+    bias = module.bias is not None
     if isinstance(module, nn.Linear):
-        n, c = module.weight.shape
-        return LayerPlan("linear", c, n, class_ends=[c], **common)
-    n, c = module.weight.shape[:2]
-    kernel, stride, padding = module.kernel_size[0], module.stride[0], int(module.padding[0])
-    if kernel == 1 and stride == 1 and padding == 0:
-        return LayerPlan("pointwise", c, n, class_ends=[c], **common)
-    return LayerPlan("conv2d", c, n, kernel_size=kernel, stride=stride, padding=padding, class_ends=[c], **common)
+        return {"kind": "linear", **sizes, "bias": bias}
+    taps = {"kernel_size": module.kernel_size[0], "stride": module.stride[0], "padding": int(module.padding[0])}
+    if taps == {"kernel_size": 1, "stride": 1, "padding": 0}:
+        return {"kind": "pointwise", **sizes, "bias": bias}
+    return {"kind": "conv2d", **sizes, **taps, "bias": bias}
 
 
 def record_inputs(

@@ -16,9 +16,11 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,11 +32,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from dgq_kernels.log_attention.reference import MAX_FRACTION_BITS
+
 from .attention import AttentionPlan
+from .calibration import geometry, quantizable
 from .errors import DgqError
 from .fusion import fuse
-from .layers import build_skeleton
-from .recipe import LayerPlan, Recipe
+from .layers import IntegerLayer, build_skeleton
+from .recipe import LayerPlan, Recipe, shortened, strict
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "dgq"
@@ -44,7 +49,17 @@ COPIED_SUFFIXES = {".json", ".txt", ".safetensors", ".model"}
 # The names diffusers and transformers give weights: of either library, of a variant, in shards (the variant before
 # the shard's number as it is written today, or after it).
 _WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors")
-_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# The pipelines that dgq quantizes, loads and draws with, the components they cannot do without, and the libraries
+# that components come from ("stable_diffusion" is diffusers' own module of that name: the safety checker).
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+# No number in a component's configuration is as large: not the channels, the vocabulary or the timesteps of a model.
+MAX_CONFIG_NUMBER = 2**24
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+SAFETENSORS_DTYPES = {
+    torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip
 
 
 @dataclass
@@ -103,38 +118,75 @@ class Header:
         known = {item.name for item in dataclasses.fields(cls)} | {"quant_method", "format_version"}
         if unknown := sorted(set(data) - known):
             raise DgqError(f"quantization_config: unknown field {unknown[0]!r}")
+        layers: dict[str, LayerPlan] = {}
+        for name, plan in _of_type(data, "layers", dict, {}).items():
+            try:
+                layers[name] = LayerPlan.from_dict(plan)
+            except DgqError as error:
+                raise DgqError(f"quantization_config: layer {shortened(name)}: {error.message}", error.hint) from None
         try:
-            attention = data.get("attention")
-            return cls(
-                recipe=Recipe.from_dict(data["recipe"]),
-                layers={name: LayerPlan.from_dict(plan) for name, plan in data.get("layers", {}).items()},
-                attention=AttentionPlan(**attention) if attention else None,
-                paper=data.get("paper"),
-                base_model=data.get("base_model", ""),
-                generation=data.get("generation", {}),
-                calibration=data.get("calibration", {}),
-                dgq_version=data.get("dgq_version", ""),
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise DgqError(f"quantization_config: damaged ({type(error).__name__}: {error})") from None
+            recipe = Recipe.from_dict(_of_type(data, "recipe", dict))
+            attention = _attention_plan(_of_type(data, "attention", dict | None))
+        except DgqError as error:
+            raise DgqError(f"quantization_config: {error.message}", error.hint) from None
+        return cls(
+            recipe=recipe,
+            layers=layers,
+            attention=attention,
+            paper=_of_type(data, "paper", dict | None),
+            base_model=_of_type(data, "base_model", str, ""),
+            generation=_numbers(_of_type(data, "generation", dict, {}), {"steps": int, "guidance": int | float}),
+            calibration=_calibration(_of_type(data, "calibration", dict, {})),
+            dgq_version=_of_type(data, "dgq_version", str, ""),
+        )
+
+
+def _of_type(data: dict[str, Any], name: str, kind: Any, default: Any = None) -> Any:
+    """A field of a JSON object, or the default where there is none."""
+    value = data.get(name, default)
+    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and abs(value) > 2**64):
+        raise DgqError(f"quantization_config: damaged ({name} is {shortened(value)})")
+    return value
+
+
+def _numbers(data: dict[str, Any], kinds: dict[str, Any]) -> dict[str, Any]:
+    """The object itself, where the fields of these names are finite numbers of these types."""
+    for name, kind in kinds.items():
+        if name in data and not math.isfinite(_of_type(data, name, kind)):
+            raise DgqError(f"quantization_config: damaged ({name} is {data[name]})")
+    return data
+
+
+def _calibration(data: dict[str, Any]) -> dict[str, Any]:
+    _numbers(data, dict.fromkeys(("prompts", "steps", "seed", "calls"), int))
+    for name in ("sqnr_db", "fidelity"):
+        values = _of_type(data, name, dict, {})
+        for key in values:
+            _of_type(values, key, int | float | None)
+    return data
+
+
+def _attention_plan(data: dict[str, Any] | None) -> AttentionPlan | None:
+    if data is None:
+        return None
+    plan: AttentionPlan = strict(AttentionPlan, data)
+    if not 2 <= plan.bits <= 8 or not 0 <= plan.fraction_bits <= min(plan.bits - 1, MAX_FRACTION_BITS):
+        raise DgqError(f"attention of {plan.bits} bits, {plan.fraction_bits} of them fractional, is out of range")
+    return plan
 
 
 def apply_header(unet: nn.Module, header: Header) -> None:
     """Turn a float UNet (usually on the meta device) into the empty quantized model a header describes.
 
     Raises:
-        DgqError: the header names a layer the model does not have.
+        DgqError: a planned layer is none of the model's, or not of its kind and sizes.
     """
     if header.paper is not None:
         from .paper_calibration import build_paper_skeleton
 
         build_paper_skeleton(unet, header.paper)
         return
-    for name, plan in header.layers.items():
-        try:
-            unet.get_submodule(plan.owner(name))
-        except AttributeError:
-            raise DgqError(f"quantization_config: the model has no layer {name!r}") from None
+    check_plans(unet, header.layers)
     build_skeleton(unet, header.layers)
     fuse(unet)
     if header.attention is not None:
@@ -143,17 +195,64 @@ def apply_header(unet: nn.Module, header: Header) -> None:
         use_log_attention(unet, header.attention)
 
 
+def check_plans(unet: nn.Module, plans: dict[str, LayerPlan]) -> None:
+    """Hold plans against the float model: layers, their kinds, sizes and biases, and the parts of split ones.
+
+    Raises:
+        DgqError: the first plan that is not of this model.
+    """
+    modules, skipped = quantizable(unet)
+    parts: dict[str, list[int]] = {}  # of split layers: where the parts so far end
+    for name, plan in plans.items():
+        owner = plan.owner(name)
+        if owner not in modules:
+            why = f"cannot be quantized ({skipped[owner]})" if owner in skipped else "is none of the model's"
+            raise DgqError(f"quantization_config: layer {name!r} {why}")
+        expected = geometry(modules[owner])
+        if plan.columns:
+            ends = parts.setdefault(owner, [])
+            start = ends[-1] if ends else 0
+            if name != f"{owner}.{len(ends)}" or plan.columns[0] != start or owner in plans:
+                raise DgqError(f"quantization_config: layer {name!r}: columns {plan.columns} do not follow {start}")
+            ends.append(plan.columns[1])
+            expected |= {"kind": "pointwise", "in_features": plan.in_features, "bias": expected["bias"] and not start}
+        for key, value in expected.items():
+            if getattr(plan, key) != value:
+                found = f"{key} is {getattr(plan, key)}, {value} in the model"
+                raise DgqError(f"quantization_config: layer {name!r}: {found}")
+    for owner, ends in parts.items():
+        whole = geometry(modules[owner])
+        if whole["kind"] != "pointwise" or ends[-1] != whole["in_features"]:
+            what = f"the {whole['in_features']} input channels of a {whole['kind']} layer"
+            raise DgqError(f"quantization_config: layer {owner!r}: parts that end at {ends} are not {what}")
+
+
+def check_regular(path: Path) -> None:
+    """Refuse to open what is no regular file (a link to one is): a pipe or a device could hang the reader.
+
+    Raises:
+        DgqError: there is no such file, or something else in its place.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise DgqError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DgqError(f"{path}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(mode):
+        raise DgqError(f"{path}: is not a regular file", "put the file itself in its place, or a link to it")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
         DgqError: the file is missing, unreadable or not a JSON object.
     """
+    check_regular(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DgqError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DgqError(f"{path}: cannot be read ({error})") from None
     if not isinstance(data, dict):
         raise DgqError(f"{path}: not a JSON object")
@@ -171,7 +270,7 @@ def read_header(folder: Path) -> Header | None:
     if quantization is None:
         return None
     try:
-        return Header.from_dict(quantization)
+        return Header.from_dict(_of_type(config, "quantization_config", dict))
     except DgqError as error:
         raise DgqError(f"{folder / 'unet' / 'config.json'}: {error.message}", error.hint) from None
 
@@ -182,13 +281,12 @@ def tensor_table(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     Raises:
         DgqError: the file is missing, truncated or not safetensors.
     """
+    check_regular(file)
     try:
         with safe_open(str(file), framework="pt") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except FileNotFoundError:
-        raise DgqError(f"{file}: no such file") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         reason = f"{file}: not a readable safetensors file ({error})"
         raise DgqError(reason, "it may be truncated: copy it again") from None
 
@@ -217,15 +315,20 @@ def weight_variant(component_folder: Path) -> Literal["fp16"] | None:
 
 
 def verify_tensors(files: Sequence[Path], unet: nn.Module) -> None:
-    """Compare the stored tensors with the empty model: names, shapes, and the dtypes of integers.
+    """Compare the stored tensors with the empty model: names, shapes and dtypes.
 
     Raises:
-        DgqError: the first missing, unknown or misshapen tensor.
+        DgqError: the first missing, unknown, misshapen or repeated tensor, or one of another dtype (parameters may
+            have any float dtype, what integer layers store only its own).
     """
     stored: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
-        stored.update(tensor_table(file))
-    place = files[0] if len(files) == 1 else files[0].parent
+        table = tensor_table(file)
+        if twice := sorted(set(stored) & set(table)):
+            raise DgqError(f"{file}: tensor {twice[0]!r} is in another file too")
+        stored.update(table)
+    place = weights_place(files)
+    integer = {name for name, module in unet.named_modules() if isinstance(module, IntegerLayer)}
     expected = unet.state_dict()
     for name, tensor in expected.items():
         if name not in stored:
@@ -233,39 +336,116 @@ def verify_tensors(files: Sequence[Path], unet: nn.Module) -> None:
         shape, dtype = stored[name]
         if shape != tuple(tensor.shape):
             raise DgqError(f"{place}: tensor {name!r} has shape {list(shape)}, expected {list(tensor.shape)}")
-        floating = dtype.startswith(("F", "BF"))
-        if floating != tensor.is_floating_point() or (not floating and _DTYPES.get(dtype) != tensor.element_size()):
+        loose = tensor.is_floating_point() and name.rpartition(".")[0] not in integer
+        if dtype not in (FLOAT_DTYPES if loose else [SAFETENSORS_DTYPES.get(tensor.dtype)]):
             raise DgqError(f"{place}: tensor {name!r} has dtype {dtype}, expected {tensor.dtype}")
     if unknown := sorted(set(stored) - set(expected)):
         raise DgqError(f"{place}: unknown tensor {unknown[0]!r}", "the config belongs to another checkpoint")
+
+
+def weights_place(files: Sequence[Path]) -> Path:
+    """What an error about one of several weight files' tensors names: the file, or the folder of shards."""
+    return files[0] if len(files) == 1 else files[0].parent
+
+
+def components(folder: Path) -> dict[str, tuple[str, str]]:
+    """The components of a pipeline folder, from its model_index.json: {name: (library, class)}.
+
+    Raises:
+        DgqError: the file is damaged, or the pipeline is none that dgq works with.
+    """
+    file = folder / "model_index.json"
+    index = read_json(file)
+    pipeline = index.get("_class_name")
+    if pipeline not in PIPELINES:
+        raise DgqError(
+            f"{file}: the pipeline is {shortened(pipeline)}; dgq works with {', '.join(PIPELINES)}",
+            "dgq quantizes the UNet of pipelines that draw from a text alone",
+        )
+    found = {}
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
+            continue
+        if not name.isascii() or not name.isidentifier():
+            raise DgqError(f"{file}: component {name!r} is not a plain folder name")
+        if len(entry) != 2 or not all(isinstance(part, str) for part in entry) or entry[0] not in LIBRARIES:
+            raise DgqError(f"{file}: component {name!r} is {shortened(entry)}, not a class of {', '.join(LIBRARIES)}")
+        found[name] = (entry[0], entry[1])
+    if missing := [name for name in NEEDED if name not in found]:
+        raise DgqError(f"{file}: the pipeline has no {missing[0]}")
+    if found["unet"] != ("diffusers", "UNet2DConditionModel"):
+        raise DgqError(f"{file}: the unet is {'.'.join(found['unet'])}; dgq works with diffusers.UNet2DConditionModel")
+    return found
 
 
 def check_folder(folder: Path) -> None:
     """Check a local pipeline folder before any weight is loaded.
 
     Raises:
-        DgqError: no model_index.json, a component that is not plainly inside the folder, weights only as pickles,
-            an unreadable safetensors file, or a damaged header.
+        DgqError: no model_index.json, or of a pipeline that dgq does not work with; a component that is not plainly
+            inside the folder; a file that is no regular one, not readable, or of sizes no model has; weights only as
+            pickles; a damaged header.
     """
-    index = read_json(folder / "model_index.json")
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or not entry or entry[0] is None:
-            continue
-        component = folder / name
-        if Path(name).name != name:
-            raise DgqError(f"{folder / 'model_index.json'}: component {name!r} is not a plain folder name")
-        if not component.is_dir():
-            raise DgqError(f"{component}: the folder is missing")
-        for shard_index in component.glob("*.index.json"):
-            for shard in set(read_json(shard_index).get("weight_map", {}).values()):
-                if Path(shard).name != shard:
-                    raise DgqError(f"{shard_index}: {shard!r} leads outside the checkpoint")
-        weights = sorted(component.glob("*.safetensors"))
-        if not weights and (list(component.glob("*.bin")) or list(component.glob("*.pt"))):
-            raise DgqError(f"{component}: the weights are pickled", "convert them to safetensors; dgq loads no pickle")
-        for file in weights:
-            tensor_table(file)
+    for name in components(folder):
+        _check_component(folder / name)
     read_header(folder)
+
+
+def _check_component(component: Path) -> None:
+    if not component.is_dir():
+        raise DgqError(f"{component}: the folder is missing")
+    configs: dict[Path, dict[str, Any]] = {}
+    for file in sorted(component.iterdir()):
+        if file.suffix in COPIED_SUFFIXES or (file.exists() and not file.is_dir()):
+            check_regular(file)
+        if file.suffix == ".json":
+            configs[file] = read_json(file)
+        elif file.suffix == ".txt":
+            try:
+                file.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise DgqError(f"{file}: cannot be read ({error})") from None
+    weights = weight_files(component)
+    if not weights and (list(component.glob("*.bin")) or list(component.glob("*.pt"))):
+        raise DgqError(f"{component}: the weights are pickled", "convert them to safetensors; dgq loads no pickle")
+    names = [name for file in weights for name in tensor_table(file)]
+    for file, config in configs.items():
+        if file.name in ("config.json", "scheduler_config.json"):
+            _check_sizes(file, config, len(names))
+        elif ".safetensors.index." in file.name:
+            shards = _of_type(config, "weight_map", dict, {}).values()
+            if lost := [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]:
+                raise DgqError(f"{file}: {shortened(lost[0])} leads outside the checkpoint")
+
+
+def _check_sizes(file: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse a configuration whose network would be built for minutes, or fill the memory, before a tensor is compared.
+
+    Args:
+        file: its place.
+        config: the JSON object, or one within it.
+        tensors: how many the component's weight files hold; no network has more layers.
+    """
+    depth = {"transformer_layers": 1, "layers": 1, "block_types": 1}
+    for name, value in config.items():
+        if name == "quantization_config":
+            continue
+        if isinstance(value, dict):
+            _check_sizes(file, value, tensors)
+            continue
+        items = value if isinstance(value, list) else [value]
+        flat = [item for part in items for item in (part if isinstance(part, list) else [part])]
+        numbers = [item for item in flat if isinstance(item, int | float) and not isinstance(item, bool)]
+        if any(number != number or (isinstance(number, int) and abs(number) > MAX_CONFIG_NUMBER) for number in numbers):
+            raise DgqError(f"{file}: {name} {shortened(value)} is out of range")
+        for key in depth:
+            if key in name:
+                counts = [len(items)] if key == "block_types" else [n for n in numbers if isinstance(n, int)]
+                depth[key] = max([depth[key], *counts])
+                break
+    layers = math.prod(depth.values())
+    if tensors and layers > tensors:
+        raise DgqError(f"{file}: {layers} layers, but the weights are {tensors} tensors", "another model's file?")
 
 
 @contextlib.contextmanager

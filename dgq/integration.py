@@ -16,8 +16,9 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from .checkpoint import QUANT_METHOD, Header, apply_header, verify_tensors
+from .checkpoint import QUANT_METHOD, Header, apply_header, verify_tensors, weights_place
 from .errors import DgqError
+from .verification import verify_values
 
 
 class DgqMethod(StrEnum):
@@ -30,7 +31,10 @@ class DgqConfig(QuantizationConfigMixin):
     """`quantization_config` of a dgq checkpoint as diffusers hands it around; see `checkpoint.Header`."""
 
     def __init__(self, **fields: Any) -> None:
-        self.header = Header.from_dict(fields)
+        try:
+            self.header = Header.from_dict(fields)
+        except DgqError as error:  # diffusers does not say which folder it reads
+            raise DgqError(f"config.json: {error.message}", error.hint) from None
         self.quant_method: Any = DgqMethod.DGQ
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,8 +65,11 @@ class DgqQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         float_names = set(dict(model.named_parameters()))
-        with torch.device("meta"):
-            apply_header(model, self.quantization_config.header)
+        try:
+            with torch.device("meta"):
+                apply_header(model, self.quantization_config.header)
+        except DgqError as error:
+            raise DgqError(f"{self._files[0].parent / 'config.json'}: {error.message}", error.hint) from None
         verify_tensors(self._files, model)
         # tensors that quantized layers brought along keep their stored dtype whatever torch_dtype is asked for
         float_names &= set(dict(model.named_parameters()))
@@ -70,9 +77,7 @@ class DgqQuantizer(DiffusersQuantizer):
         model.config["quantization_config"] = self.quantization_config
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise DgqError(f"{self._files[0].parent}: tensor {name!r} holds values that are not finite")
+        verify_values(weights_place(self._files), model)
         return model
 
     def check_if_quantized_param(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,8 +113,11 @@ def build_paper_skeleton(unet: nn.Module, table: dict[str, Any]) -> StepState:
         DgqError: the table's layers are not the UNet's, by name or by geometry; or the table is damaged.
     """
     try:
-        return _build_skeleton(unet, StepState(table["timesteps"]), table["layers"])
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        timesteps = table["timesteps"]
+        if not timesteps or not all(type(t) in (int, float) and math.isfinite(t) for t in timesteps):
+            raise DgqError("table of the paper recipe: damaged (timesteps)")
+        return _build_skeleton(unet, StepState(timesteps), table["layers"])
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
         raise DgqError(f"table of the paper recipe: damaged ({type(error).__name__}: {error})") from error
 
 
@@ -124,12 +128,10 @@ def _build_skeleton(unet: nn.Module, state: StepState, plans: dict[str, Plan]) -
         name = min(strays)
         raise DgqError(f"{name}: only the {'table' if name in plans else 'model'} has this layer")
     for name, module in (layers | attentions).items():
-        plan = plans[name]
-        for field, value in layer_geometry(module, name).items():
-            if plan.get(field) != value:
-                raise DgqError(f"{name}: {field} is {plan.get(field)} in the table, {value} in the model")
+        _check_plan(name, plans[name], module)
     for name, module in layers.items():
-        quantized = LAYER_TYPES[plans[name]["kind"]](plans[name], name, state, module.weight.device)
+        plan = {**plans[name], **layer_geometry(module, name)}
+        quantized = LAYER_TYPES[plan["kind"]](plan, name, state, module.weight.device)
         if quantized.bias is not None:
             quantized.bias = quantized.bias.to(module.weight.dtype)
         unet.set_submodule(name, quantized)
@@ -138,6 +140,35 @@ def _build_skeleton(unet: nn.Module, state: StepState, plans: dict[str, Plan]) -
         attn.set_processor(processor)  # type: ignore[arg-type]  # too narrow a hint
     unet.register_forward_pre_hook(state.before_unet, with_kwargs=True)
     return state
+
+
+def _check_plan(name: str, plan: Plan, module: nn.Linear | nn.Conv2d | Attention) -> None:
+    """Hold a plan against its float layer: the geometry, and the bits and groups that there can be."""
+    geometry = layer_geometry(module, name)
+    inputs: tuple[str, ...]
+    if isinstance(module, Attention):
+        inputs, channels = ATTENTION_PARTS, module.to_q.out_features // module.heads
+        bits = {"abits": range(4, 9)}
+    else:
+        inputs, channels = ("input",), module.in_features if isinstance(module, nn.Linear) else module.in_channels
+        bits = {"abits": range(4, 9), "wbits": range(4, 9, 4)}
+    known = [*geometry, *bits, *inputs]
+    if unknown := sorted(plan.keys() - set(known)):
+        raise DgqError(f"{name}: the table has an unknown field {unknown[0]!r}")
+    if missing := [field for field in known if field not in plan]:
+        raise DgqError(f"{name}: the table is damaged, {missing[0]} is missing")
+    for field, value in geometry.items():
+        if plan[field] != value:
+            raise DgqError(f"{name}: {field} is {plan[field]} in the table, {value} in the model")
+    for field, allowed in bits.items():
+        if type(plan[field]) is not int or plan[field] not in allowed:
+            raise DgqError(f"{name}: {field} {plan[field]!r} is not one of {', '.join(map(str, allowed))}")
+    for field in inputs:
+        axis, groups, size = (plan[field][key] for key in ("axis", "groups", "size"))
+        sizes = {"tensor": range(1, 2), "channel": range(channels, channels + 1), "pixel": range(1, 2**24)}
+        whole = type(size) is int and type(groups) is int
+        if not whole or size not in sizes.get(axis, ()) or not 1 <= groups <= min(size, 256):
+            raise DgqError(f"{name}: {field} has no groups of {plan[field]}")
 
 
 def _quantizable_layers(unet: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import inspect
+import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dgq_kernels import backend, native
 
 from . import embedded
-from .checkpoint import check_folder, read_header
+from .checkpoint import (
+    check_folder,
+    components,
+    read_header,
+    read_json,
+    tensor_table,
+    weight_files,
+    weight_variant,
+    weights_place,
+)
 from .errors import DgqError
 from .layers import prepare_all
+from .verification import verify_values
 
+# What old text encoders' files hold and their classes no longer do, or that of another head: none is of any use here.
+_HARMLESS = re.compile(r"(^|\.)position_ids$|^text_projection\.weight$|^logit_scale$")
 DEFAULT_GENERATION = {"steps": 25, "guidance": 7.5}
 
 
@@ -137,21 +155,142 @@ def load(
         native.available()
     except ValueError as error:
         raise DgqError(str(error)) from None
-    from diffusers import DiffusionPipeline
+    pipe = _assemble(folder, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    pipe = pipe.to(place)
+    prepare_all(pipe.unet, place)
+    return pipe
+
+
+def _assemble(folder: Path, dtype: torch.dtype) -> Any:
+    """The pipeline of a folder that `check_folder` has seen, on the CPU; every component is loaded strictly."""
+    import diffusers
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    index = folder / "model_index.json"
+    pipeline: Any = getattr(diffusers, read_json(index)["_class_name"])
+    taken = inspect.signature(pipeline.__init__).parameters
+    parts = {
+        name: _component(folder, name, library, kind, dtype)
+        for name, (library, kind) in components(folder).items()
+        if name in taken
+    }
+    _check_text(folder, parts)
+    # what the libraries would say of parts given to them is that they cannot tell the safety checker's class
+    with _one_line(index), _quiet("diffusers.pipelines.pipeline_loading_utils"):
+        return pipeline.from_pretrained(folder, local_files_only=True, **parts)
+
+
+def _component(folder: Path, name: str, library: str, kind: str, dtype: torch.dtype) -> Any:
+    """One component: a network with all its tensors and no others, all finite; or a tokenizer, scheduler or the like.
+
+    Raises:
+        DgqError: it is damaged, or there is no such class.
+    """
+    from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
+    from diffusers.schedulers import SchedulerMixin
+
+    place = folder / name
+    with _one_line(folder / "model_index.json", f"{name}: {library} has no class {kind}"):
+        found: Any = simple_get_class_obj(library, kind)
+        load_from: Any = found.from_pretrained
+    if not issubclass(found, nn.Module):
+        settings = place / "scheduler_config.json"
+        with _one_line(settings if settings.is_file() else place):
+            part = load_from(str(place), local_files_only=True)
+            if isinstance(part, SchedulerMixin):
+                _try(part)
+        return part
+    files = weight_files(place)
+    if not files:
+        raise DgqError(f"{place}: holds no safetensors weights")
+    if hasattr(found, "base_model_prefix"):
+        _check_shapes(place, found, files)
+    with _one_line(place), _quiet("transformers"):
+        part, info = load_from(
+            str(place), dtype=dtype, use_safetensors=True, local_files_only=True, variant=weight_variant(place),
+            output_loading_info=True,
+        )  # fmt: skip
+    weights = weights_place(files)
+    for what in ("missing", "unexpected"):
+        if wrong := sorted(key for key in info[f"{what}_keys"] if what == "missing" or not _HARMLESS.search(key)):
+            raise DgqError(f"{weights}: tensor {wrong[0]!r} is {what}", f"the {name} is another one, or damaged")
+    if getattr(part, "hf_quantizer", None) is None:
+        verify_values(weights, part)
+    return part
+
+
+def _check_shapes(place: Path, kind: Any, files: list[Path]) -> None:
+    """Hold the configuration of one of transformers' models against its weights: the library makes tensors that do not
+    fit anew, whatever their size, before it says so."""
+    file, weights = place / "config.json", weights_place(files)
+    with _one_line(file), torch.device("meta"):
+        expected = kind(kind.config_class.from_pretrained(str(place), local_files_only=True)).state_dict()
+    stored = {name: shape for part in files for name, (shape, _) in tensor_table(part).items()}
+    prefix = f"{kind.base_model_prefix}."
+    for name, tensor in expected.items():
+        shape = tuple(tensor.shape)
+        found = next((stored[key] for key in (name, prefix + name, name.removeprefix(prefix)) if key in stored), None)
+        if found is None and shape not in stored.values():
+            raise DgqError(f"{weights}: tensor {name!r} is missing", f"{file} may belong to another one")
+        if found is not None and found != shape:
+            raise DgqError(f"{weights}: tensor {name!r} has shape {list(found)}, {list(shape)} in {file}")
+
+
+@torch.no_grad()
+def _try(scheduler: Any) -> None:
+    """Take a step of nothing: a damaged configuration shows only then."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(2)
+    sample = torch.zeros(1, 4, 8, 8)
+    step = scheduler.timesteps[0]
+    after = scheduler.step(scheduler.scale_model_input(sample, step), step, sample).prev_sample
+    if not bool(torch.isfinite(after).all()):
+        raise ValueError("a step is not finite")
+
+
+def _check_text(folder: Path, parts: dict[str, Any]) -> None:
+    """Refuse a tokenizer whose tokens, or numbers of them, the text encoder beside it does not know."""
+    for suffix in ("", "_2"):
+        tokenizer, encoder = parts.get(f"tokenizer{suffix}"), parts.get(f"text_encoder{suffix}")
+        if tokenizer is None or encoder is None:
+            continue
+        with _one_line(folder / f"tokenizer{suffix}"):
+            known = encoder.get_input_embeddings().num_embeddings
+            largest = max(tokenizer.get_vocab().values(), default=0)
+            limit = getattr(encoder.config, "max_position_embeddings", None)
+            if largest >= known:
+                raise ValueError(f"token {largest}, but the text encoder knows {known}")
+            if limit is not None and tokenizer.model_max_length > limit:
+                raise ValueError(f"prompts of {tokenizer.model_max_length} tokens, but the text encoder reads {limit}")
+
+
+@contextlib.contextmanager
+def _one_line(place: Path, reason: str = "cannot be loaded") -> Iterator[None]:
+    """What other libraries raise for damaged files (their errors have no common base) becomes a DgqError."""
+    before = torch.get_default_dtype()
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        yield
     except DgqError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise DgqError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
-    if not hasattr(pipe, "unet"):
-        raise DgqError(f"{folder}: a {type(pipe).__name__} has no UNet", "dgq quantizes UNet pipelines")
-    pipe.set_progress_bar_config(disable=True)
-    pipe = pipe.to(place)
-    prepare_all(pipe.unet, place)
-    return pipe
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        detail = ": ".join([type(error).__name__, *lines[:1]])
+        raise DgqError(f"{place}: {reason} ({detail})", "the file may be damaged: copy it again") from error
+    finally:
+        torch.set_default_dtype(before)  # diffusers leaves another one where a network cannot be built
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Only errors from a library's logger: what it warns of is an error here."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import DgqError
 
@@ -89,7 +89,9 @@ class Recipe:
         Raises:
             DgqError: an unknown field or a value out of range.
         """
-        return _strict(cls, {**data, "overrides": tuple((p, b) for p, b in data.get("overrides", ()))})
+        overrides = data.get("overrides", ())
+        pairs = isinstance(overrides, (list, tuple)) and all(isinstance(item, (list, tuple)) for item in overrides)
+        return strict(cls, {**data, "overrides": tuple(map(tuple, overrides)) if pairs else overrides})
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,9 @@ class LayerPlan:
         Raises:
             DgqError: an unknown or missing field, or a value no layer can have.
         """
-        plan = _strict(cls, data)
-        if plan.kind not in ("linear", "pointwise", "conv2d") or plan.channels not in ("none", "smooth", "shift"):
-            raise DgqError(f"unknown layer kind {plan.kind!r} or channel handling {plan.channels!r}")
+        plan: LayerPlan = strict(cls, data)
         sizes = (plan.in_features, plan.out_features, plan.kernel_size, plan.stride)
-        if any(not isinstance(size, int) or not 0 < size < 2**20 for size in sizes) or plan.padding not in range(8):
+        if any(not 0 < size < 2**20 for size in sizes) or plan.padding not in range(8):
             raise DgqError(f"layer sizes {sizes}, padding {plan.padding} are out of range")
         if plan.wbits not in WEIGHT_BITS or plan.abits not in ACTIVATION_BITS or plan.weight_group not in (32, 64):
             values = f"wbits {plan.wbits}, abits {plan.abits} or weight_group {plan.weight_group}"
@@ -165,17 +165,56 @@ class LayerPlan:
         ends = plan.class_ends
         if ends != sorted(ends) or not ends or ends[-1] != plan.in_features or ends[0] < 0 or len(ends) > 5:
             raise DgqError(f"class_ends {ends} do not cover {plan.in_features} channels")
-        if plan.columns and (len(plan.columns) != 2 or plan.columns[1] - plan.columns[0] != plan.in_features):
+        if plan.reordered != (plan.channels == "shift") or (len(ends) > 1 and (not plan.reordered or plan.wbits != 8)):
+            what = f"reordered {plan.reordered}, {len(ends)} shift classes and {plan.wbits} bits"
+            raise DgqError(f"channels {plan.channels!r} with {what}: no such layer")
+        start, *end = plan.columns or (0, plan.in_features)
+        if start < 0 or end != [start + plan.in_features]:
             raise DgqError(f"columns {plan.columns} are not {plan.in_features} channels")
         return plan
 
 
-def _strict(cls: type, data: dict[str, Any]) -> Any:
-    """Build a dataclass from a dict, refusing unknown fields and missing ones."""
-    unknown = sorted(set(data) - {item.name for item in dataclasses.fields(cls)})
-    if unknown:
+def strict(cls: type, data: dict[str, Any]) -> Any:
+    """Build a dataclass from a JSON object.
+
+    Raises:
+        DgqError: a field is unknown, missing or of another type than the class says.
+    """
+    hints = get_type_hints(cls)
+    if not isinstance(data, dict):
+        raise DgqError(f"{cls.__name__} is {shortened(data)}, not a JSON object")
+    if unknown := sorted(set(data) - set(hints)):
         raise DgqError(f"unknown field {unknown[0]!r} in {cls.__name__}", "a newer dgq may have written it")
+    for name, value in data.items():
+        if not _fits(value, hints[name]):
+            raise DgqError(f"{name} {shortened(value)} is not {_described(hints[name])}")
     try:
         return cls(**data)
     except TypeError as error:
         raise DgqError(f"{cls.__name__}: {error}") from None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; True is no integer."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return type(value) is str and value in parts
+    if kind is list:
+        return type(value) is list and all(_fits(item, parts[0]) for item in value)
+    if kind is tuple and parts[-1] is Ellipsis:
+        return type(value) is tuple and all(_fits(item, parts[0]) for item in value)
+    if kind is tuple:
+        return type(value) is tuple and len(value) == len(parts) and all(map(_fits, value, parts))
+    return type(value) is hint
+
+
+def _described(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    return {int: "a whole number", bool: "true or false", str: "a text"}.get(hint, "a list of the right kind")
+
+
+def shortened(value: Any) -> str:
+    """A damaged value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

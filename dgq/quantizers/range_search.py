@@ -10,6 +10,8 @@ from torch import Tensor
 
 SHRINK_FACTORS = tuple(i / 100 for i in range(100, 20, -1))  # 1.00, 0.99, ..., 0.21: 80 candidates
 LOSS_POWER = 2.4
+# Every scale is at least this: below it float32 loses digits, and the reciprocal overflows.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 # Rows are searched in blocks of about this many weights: 80 passes over a block that stays in the cache.
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -19,7 +21,7 @@ def affine_parameters(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Ten
 
     ``s = (high - low) / (2^bits - 1)``, ``z = round(-low / s)``. The zero point is not clamped to the code
     range: a range that excludes 0 needs it outside (DGQ paper). A range of one point v gets s = |v|
-    (1 where v = 0), which represents v exactly.
+    (1 where v = 0), which represents v exactly. Numbers below SMALLEST_SCALE count as 0.
 
     Args:
         low, high: float32, any one shape, low <= high.
@@ -29,8 +31,8 @@ def affine_parameters(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Ten
         (scale, zero_point), float32, of that shape; the zero point holds whole numbers.
     """
     scale = (high - low) / (2**bits - 1)
-    lone_value = torch.where(low == 0, torch.ones_like(low), low.abs())
-    scale = torch.where(scale == 0, lone_value, scale)
+    lone_value = torch.where(low.abs() < SMALLEST_SCALE, torch.ones_like(low), low.abs())
+    scale = torch.where(scale < SMALLEST_SCALE, lone_value, scale)
     return scale, torch.round(-low / scale)
 
 
@@ -71,11 +73,11 @@ def search_symmetric(weight: Tensor, qmax: int, qmin: int, importance: Tensor | 
         importance: (K,), weights of the mean (the inputs' mean squares), or None for a plain one.
 
     Returns:
-        scale, float32 (N,); 1 for a row of zeros.
+        scale, float32 (N,); 1 for a row of zeros, and of numbers that would need less than SMALLEST_SCALE.
     """
     weight = weight.float()
     widest = weight.abs().amax(dim=1) / qmax
-    widest = torch.where(widest == 0, torch.ones_like(widest), widest)
+    widest = torch.where(widest * SHRINK_FACTORS[-1] < SMALLEST_SCALE, torch.ones_like(widest), widest)
 
     def dequantized(rows: Tensor, index: slice, factor: float) -> Tensor:
         scale = (widest[index] * factor)[:, None]
