@@ -159,14 +159,14 @@ def _plan(module: nn.Linear | nn.Conv2d, wbits: int, recipe: Recipe) -> LayerPla
 
 def geometry(module: nn.Linear | nn.Conv2d) -> dict[str, Any]:
     """The fields of a layer's plan that the float layer fixes: kind, sizes, and whether it has a bias."""
-    sizes = {"in_features": module.weight.shape[1], "out_features": module.weight.shape[0]}
-    bias = module.bias is not None
+    fields = {
+        "kind": "linear", "in_features": module.weight.shape[1], "out_features": module.weight.shape[0],
+        "kernel_size": 1, "stride": 1, "padding": 0, "bias": module.bias is not None,
+    }  # fmt: skip
     if isinstance(module, nn.Linear):
-        return {"kind": "linear", **sizes, "bias": bias}
+        return fields
     taps = {"kernel_size": module.kernel_size[0], "stride": module.stride[0], "padding": int(module.padding[0])}
-    if taps == {"kernel_size": 1, "stride": 1, "padding": 0}:
-        return {"kind": "pointwise", **sizes, "bias": bias}
-    return {"kind": "conv2d", **sizes, **taps, "bias": bias}
+    return {**fields, **taps, "kind": "pointwise" if taps.items() <= fields.items() else "conv2d"}
 
 
 def record_inputs(

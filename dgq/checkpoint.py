@@ -54,8 +54,9 @@ _WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
 NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-# No number in a component's configuration is as large: not the channels, the vocabulary or the timesteps of a model.
+# No number in a component's configuration is larger: not the channels or the vocabulary of a model.
 MAX_CONFIG_NUMBER = 2**24
+MAX_TIMESTEPS = 10**5
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 SAFETENSORS_DTYPES = {
     torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
@@ -110,7 +111,7 @@ class Header:
         """
         if data.get("quant_method") != QUANT_METHOD:
             raise DgqError(f"quantization_config: quant_method is {data.get('quant_method')!r}, not 'dgq'")
-        if data.get("format_version") != FORMAT_VERSION:
+        if data.get("format_version") != FORMAT_VERSION or data["format_version"] is True:
             raise DgqError(
                 f"quantization_config: format version {data.get('format_version')!r}, this dgq reads {FORMAT_VERSION}",
                 "install the dgq that wrote it, or calibrate again",
@@ -124,15 +125,15 @@ class Header:
                 layers[name] = LayerPlan.from_dict(plan)
             except DgqError as error:
                 raise DgqError(f"quantization_config: layer {shortened(name)}: {error.message}", error.hint) from None
+        recipe, attention = _of_type(data, "recipe", dict), _of_type(data, "attention", dict | None)
         try:
-            recipe = Recipe.from_dict(_of_type(data, "recipe", dict))
-            attention = _attention_plan(_of_type(data, "attention", dict | None))
+            asked, attention_plan = Recipe.from_dict(recipe), _attention_plan(attention)
         except DgqError as error:
             raise DgqError(f"quantization_config: {error.message}", error.hint) from None
         return cls(
-            recipe=recipe,
+            recipe=asked,
             layers=layers,
-            attention=attention,
+            attention=attention_plan,
             paper=_of_type(data, "paper", dict | None),
             base_model=_of_type(data, "base_model", str, ""),
             generation=_numbers(_of_type(data, "generation", dict, {}), {"steps": int, "guidance": int | float}),
@@ -175,18 +176,27 @@ def _attention_plan(data: dict[str, Any] | None) -> AttentionPlan | None:
     return plan
 
 
-def apply_header(unet: nn.Module, header: Header) -> None:
+def apply_header(unet: nn.Module, header: Header, file: Path | None = None) -> None:
     """Turn a float UNet (usually on the meta device) into the empty quantized model a header describes.
+
+    Args:
+        unet: is changed.
+        header: from `file`.
+        file: for the message of an error.
 
     Raises:
         DgqError: a planned layer is none of the model's, or not of its kind and sizes.
     """
-    if header.paper is not None:
-        from .paper_calibration import build_paper_skeleton
+    try:
+        if header.paper is not None:
+            from .paper_calibration import build_paper_skeleton
 
-        build_paper_skeleton(unet, header.paper)
-        return
-    check_plans(unet, header.layers)
+            build_paper_skeleton(unet, header.paper)
+            return
+        check_plans(unet, header.layers)
+    except DgqError as error:
+        where = f"{file}: quantization_config" if file else "quantization_config"
+        raise DgqError(f"{where}: {error.message}", error.hint) from None
     build_skeleton(unet, header.layers)
     fuse(unet)
     if header.attention is not None:
@@ -207,24 +217,24 @@ def check_plans(unet: nn.Module, plans: dict[str, LayerPlan]) -> None:
         owner = plan.owner(name)
         if owner not in modules:
             why = f"cannot be quantized ({skipped[owner]})" if owner in skipped else "is none of the model's"
-            raise DgqError(f"quantization_config: layer {name!r} {why}")
+            raise DgqError(f"layer {name!r} {why}")
         expected = geometry(modules[owner])
         if plan.columns:
             ends = parts.setdefault(owner, [])
             start = ends[-1] if ends else 0
             if name != f"{owner}.{len(ends)}" or plan.columns[0] != start or owner in plans:
-                raise DgqError(f"quantization_config: layer {name!r}: columns {plan.columns} do not follow {start}")
+                raise DgqError(f"layer {name!r}: columns {plan.columns} do not follow {start}")
             ends.append(plan.columns[1])
             expected |= {"kind": "pointwise", "in_features": plan.in_features, "bias": expected["bias"] and not start}
         for key, value in expected.items():
             if getattr(plan, key) != value:
                 found = f"{key} is {getattr(plan, key)}, {value} in the model"
-                raise DgqError(f"quantization_config: layer {name!r}: {found}")
+                raise DgqError(f"layer {name!r}: {found}")
     for owner, ends in parts.items():
         whole = geometry(modules[owner])
         if whole["kind"] != "pointwise" or ends[-1] != whole["in_features"]:
             what = f"the {whole['in_features']} input channels of a {whole['kind']} layer"
-            raise DgqError(f"quantization_config: layer {owner!r}: parts that end at {ends} are not {what}")
+            raise DgqError(f"layer {owner!r}: parts that end at {ends} are not {what}")
 
 
 def check_regular(path: Path) -> None:
@@ -413,8 +423,10 @@ def _check_component(component: Path) -> None:
         if file.name in ("config.json", "scheduler_config.json"):
             _check_sizes(file, config, len(names))
         elif ".safetensors.index." in file.name:
-            shards = _of_type(config, "weight_map", dict, {}).values()
-            if lost := [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]:
+            shards = config.get("weight_map")
+            if not isinstance(shards, dict):
+                raise DgqError(f"{file}: holds no weight_map")
+            if lost := [shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard]:
                 raise DgqError(f"{file}: {shortened(lost[0])} leads outside the checkpoint")
 
 
@@ -436,7 +448,9 @@ def _check_sizes(file: Path, config: dict[str, Any], tensors: int) -> None:
         items = value if isinstance(value, list) else [value]
         flat = [item for part in items for item in (part if isinstance(part, list) else [part])]
         numbers = [item for item in flat if isinstance(item, int | float) and not isinstance(item, bool)]
-        if any(number != number or (isinstance(number, int) and abs(number) > MAX_CONFIG_NUMBER) for number in numbers):
+        low = 0 if name.endswith(("dim", "size", "channels", "heads", "groups")) else -MAX_CONFIG_NUMBER
+        high = MAX_TIMESTEPS if "timesteps" in name else MAX_CONFIG_NUMBER
+        if any(number != number or (isinstance(number, int) and not low <= number <= high) for number in numbers):
             raise DgqError(f"{file}: {name} {shortened(value)} is out of range")
         for key in depth:
             if key in name:

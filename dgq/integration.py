@@ -65,11 +65,8 @@ class DgqQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         float_names = set(dict(model.named_parameters()))
-        try:
-            with torch.device("meta"):
-                apply_header(model, self.quantization_config.header)
-        except DgqError as error:
-            raise DgqError(f"{self._files[0].parent / 'config.json'}: {error.message}", error.hint) from None
+        with torch.device("meta"):
+            apply_header(model, self.quantization_config.header, self._files[0].parent / "config.json")
         verify_tensors(self._files, model)
         # tensors that quantized layers brought along keep their stored dtype whatever torch_dtype is asked for
         float_names &= set(dict(model.named_parameters()))

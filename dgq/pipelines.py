@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -19,11 +20,13 @@ from dgq_kernels import backend, native
 
 from . import embedded
 from .checkpoint import (
+    apply_header,
     check_folder,
     components,
     read_header,
     read_json,
     tensor_table,
+    verify_tensors,
     weight_files,
     weight_variant,
     weights_place,
@@ -178,7 +181,7 @@ def _assemble(folder: Path, dtype: torch.dtype) -> Any:
         for name, (library, kind) in components(folder).items()
         if name in taken
     }
-    _check_text(folder, parts)
+    _check_together(folder, parts)
     # what the libraries would say of parts given to them is that they cannot tell the safety checker's class
     with _one_line(index), _quiet("diffusers.pipelines.pipeline_loading_utils"):
         return pipeline.from_pretrained(folder, local_files_only=True, **parts)
@@ -197,9 +200,13 @@ def _component(folder: Path, name: str, library: str, kind: str, dtype: torch.dt
     with _one_line(folder / "model_index.json", f"{name}: {library} has no class {kind}"):
         found: Any = simple_get_class_obj(library, kind)
         load_from: Any = found.from_pretrained
+    settings = place / getattr(found, "config_name", "config.json")
+    if library == "diffusers" and "_class_name" not in read_json(settings):
+        raise DgqError(f"{settings}: is no configuration of {kind} (no _class_name)")
     if not issubclass(found, nn.Module):
-        settings = place / "scheduler_config.json"
-        with _one_line(settings if settings.is_file() else place):
+        if wanted := _vocabulary(place, found):
+            raise DgqError(f"{place}: holds neither {wanted}")
+        with _one_line(settings if library == "diffusers" else place):
             part = load_from(str(place), local_files_only=True)
             if isinstance(part, SchedulerMixin):
                 _try(part)
@@ -207,9 +214,8 @@ def _component(folder: Path, name: str, library: str, kind: str, dtype: torch.dt
     files = weight_files(place)
     if not files:
         raise DgqError(f"{place}: holds no safetensors weights")
-    if hasattr(found, "base_model_prefix"):
-        _check_shapes(place, found, files)
-    with _one_line(place), _quiet("transformers"):
+    _check_shapes(place, found, files)
+    with _one_line(settings), _quiet("transformers"):
         part, info = load_from(
             str(place), dtype=dtype, use_safetensors=True, local_files_only=True, variant=weight_variant(place),
             output_loading_info=True,
@@ -223,21 +229,49 @@ def _component(folder: Path, name: str, library: str, kind: str, dtype: torch.dt
     return part
 
 
+def _vocabulary(place: Path, kind: Any) -> str:
+    """The files a tokenizer of this class is made of, where the folder does not hold them; it would be an empty one."""
+    names = dict(getattr(kind, "vocab_files_names", {}))
+    whole = names.pop("tokenizer_file", None)
+    if not names or (whole and (place / whole).is_file()) or all((place / name).is_file() for name in names.values()):
+        return ""
+    return " nor ".join([*([whole] if whole else []), ", ".join(names.values())])
+
+
 def _check_shapes(place: Path, kind: Any, files: list[Path]) -> None:
-    """Hold the configuration of one of transformers' models against its weights: the library makes tensors that do not
-    fit anew, whatever their size, before it says so."""
+    """Hold a network's configuration against its weights, before anything is as large as it says.
+
+    The libraries compare names, some of which they change: here a tensor of the network has to have its own shape in
+    the files, or that of some tensor of another name.
+
+    Raises:
+        DgqError: it cannot be built, or a tensor does not fit.
+    """
     file, weights = place / "config.json", weights_place(files)
-    with _one_line(file), torch.device("meta"):
-        expected = kind(kind.config_class.from_pretrained(str(place), local_files_only=True)).state_dict()
-    stored = {name: shape for part in files for name, (shape, _) in tensor_table(part).items()}
-    prefix = f"{kind.base_model_prefix}."
-    for name, tensor in expected.items():
+    config = {name: value for name, value in read_json(file).items() if name != "quantization_config"}
+    header = read_header(place.parent) if place.name == "unet" else None
+    with _one_line(file), _quiet("diffusers"), torch.device("meta"):
+        if hasattr(kind, "config_class"):
+            network = kind(kind.config_class.from_pretrained(str(place), local_files_only=True))
+        else:
+            network = kind.from_config(config)
+        if header is not None:
+            apply_header(network, header, file)
+    if header is not None:
+        verify_tensors(files, network)
+        return
+    stored = {name: entry for part in files for name, entry in tensor_table(part).items()}
+    shapes = {shape for shape, _ in stored.values()}
+    prefix = f"{getattr(kind, 'base_model_prefix', '')}."
+    for name, tensor in network.state_dict().items():
         shape = tuple(tensor.shape)
         found = next((stored[key] for key in (name, prefix + name, name.removeprefix(prefix)) if key in stored), None)
-        if found is None and shape not in stored.values():
+        if found is None and shape not in shapes:
             raise DgqError(f"{weights}: tensor {name!r} is missing", f"{file} may belong to another one")
-        if found is not None and found != shape:
-            raise DgqError(f"{weights}: tensor {name!r} has shape {list(found)}, {list(shape)} in {file}")
+        if found is not None and found[0] != shape:
+            raise DgqError(f"{weights}: tensor {name!r} has shape {list(found[0])}, {list(shape)} in {file}")
+        if found is not None and tensor.is_floating_point() and not found[1].startswith(("F", "BF")):
+            raise DgqError(f"{weights}: tensor {name!r} has dtype {found[1]}, expected a float")
 
 
 @torch.no_grad()
@@ -252,20 +286,38 @@ def _try(scheduler: Any) -> None:
         raise ValueError("a step is not finite")
 
 
-def _check_text(folder: Path, parts: dict[str, Any]) -> None:
-    """Refuse a tokenizer whose tokens, or numbers of them, the text encoder beside it does not know."""
-    for suffix in ("", "_2"):
-        tokenizer, encoder = parts.get(f"tokenizer{suffix}"), parts.get(f"text_encoder{suffix}")
+def _check_together(folder: Path, parts: dict[str, Any]) -> None:
+    """Refuse components that load one by one and fail only while they draw.
+
+    Raises:
+        DgqError: the VAE's latents, or the text's width, are not the UNet's; or a tokenizer has tokens, or as many of
+            them in a prompt, as the text encoder beside it does not know.
+    """
+    vae, unet = parts["vae"].config, parts["unet"].config
+    scale = vae.get("scaling_factor")
+    if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise DgqError(f"{folder / 'vae' / 'config.json'}: scaling_factor {scale!r} is not positive")
+    sizes = unet.sample_size if isinstance(unet.sample_size, list | tuple) else [unet.sample_size]
+    if not sizes or any(type(size) is not int or size < 1 for size in sizes):
+        raise DgqError(f"{folder / 'unet' / 'config.json'}: sample_size is {unet.sample_size!r}")
+    if vae.latent_channels != unet.in_channels:
+        raise DgqError(f"{folder}: latents of {vae.latent_channels} channels, but the unet takes {unet.in_channels}")
+    encoders = {suffix: parts.get(f"text_encoder{suffix}") for suffix in ("", "_2")}
+    width = sum(encoder.config.hidden_size for encoder in encoders.values() if encoder is not None)
+    if unet.encoder_hid_dim is None and isinstance(unet.cross_attention_dim, int) and unet.cross_attention_dim != width:
+        raise DgqError(f"{folder}: text of width {width}, but the unet takes {unet.cross_attention_dim}")
+    for suffix, encoder in encoders.items():
+        tokenizer, place = parts.get(f"tokenizer{suffix}"), folder / f"tokenizer{suffix}"
         if tokenizer is None or encoder is None:
             continue
-        with _one_line(folder / f"tokenizer{suffix}"):
-            known = encoder.get_input_embeddings().num_embeddings
-            largest = max(tokenizer.get_vocab().values(), default=0)
-            limit = getattr(encoder.config, "max_position_embeddings", None)
-            if largest >= known:
-                raise ValueError(f"token {largest}, but the text encoder knows {known}")
-            if limit is not None and tokenizer.model_max_length > limit:
-                raise ValueError(f"prompts of {tokenizer.model_max_length} tokens, but the text encoder reads {limit}")
+        known, tokens = encoder.get_input_embeddings().num_embeddings, tokenizer.get_vocab().values()
+        if max(tokens, default=0) >= known or len(tokens) < known / 2:
+            held = f"{len(tokens)} tokens up to number {max(tokens, default=0)}"
+            raise DgqError(f"{place}: holds {held}, but the text encoder knows {known}")
+        length, limit = tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", None)
+        if not isinstance(length, int) or length < 3 or (limit is not None and length > limit):
+            file = place / "tokenizer_config.json"
+            raise DgqError(f"{file}: model_max_length is {length}, the text encoder reads {limit} tokens")
 
 
 @contextlib.contextmanager

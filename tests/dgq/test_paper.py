@@ -107,6 +107,16 @@ def test_constant_channels_are_exact(value: float) -> None:
     assert (scale > 0).all()
 
 
+def test_scales_keep_the_digits_of_float32() -> None:
+    """Rows whose steps would be subnormal count as zeros: a loader refuses such scales, and 1 / scale is infinite."""
+    weight = torch.tensor([[1e-45, 0, -1e-45], [1e-39, -1e-39, 3e-40], [2e-37, -1e-38, 0], [1e-30, 0, 1e-31]])
+    scales = [range_search.search_symmetric(weight, 127, -127), quantize_weight(weight, 8)[1]]
+    scales.append(range_search.affine_parameters(*torch.aminmax(weight, dim=1), 8)[0])
+    for scale in scales:
+        assert bool((scale >= range_search.SMALLEST_SCALE).all())
+        assert float(scale[3]) < 1e-31
+
+
 @settings(max_examples=8, deadline=None)
 @given(seeds, st.sampled_from([4, 8]), st.sampled_from([(3, 5), (2, 3, 3, 3)]), st.floats(-4, 4))
 def test_quantized_weights_are_the_formula(seed: int, bits: int, shape: tuple[int, ...], shift: float) -> None:
