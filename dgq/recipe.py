@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -180,7 +181,7 @@ def strict(cls: type, data: dict[str, Any]) -> Any:
     Raises:
         DgqError: a field is unknown, missing or of another type than the class says.
     """
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     if not isinstance(data, dict):
         raise DgqError(f"{cls.__name__} is {shortened(data)}, not a JSON object")
     if unknown := sorted(set(data) - set(hints)):
@@ -192,6 +193,9 @@ def strict(cls: type, data: dict[str, Any]) -> Any:
         return cls(**data)
     except TypeError as error:
         raise DgqError(f"{cls.__name__}: {error}") from None
+
+
+_hints = functools.cache(get_type_hints)  # a checkpoint has hundreds of plans
 
 
 def _fits(value: Any, hint: Any) -> bool:
