@@ -7,7 +7,8 @@
     DIR/README.md                                 generated model card
 
 A checkpoint is written to a temporary folder beside its place and renamed: an interrupted save never looks like one.
-Reading is strict: a missing, unknown or misshapen tensor is an error that names it. No pickle is read or written.
+Reading is strict: a missing, unknown or misshapen tensor is an error that names it, and so are a plan that is not the
+float layer's and a value that no calibration writes (`verification`). No pickle is read or written.
 """
 
 from __future__ import annotations
