@@ -241,7 +241,9 @@ def _paper_layer(name: str, plan: dict[str, Any], size: int) -> LayerReport:
     """A layer of the paper recipe's table (`paper_layers`)."""
     try:
         if plan["kind"] == "attention":
-            parts = ((part[0], plan[part]) for part in ("query", "key", "value"))
+            # probabilities without a range of their own get powers of two
+            names = ("query", "key", "value", *(["probabilities"] if "probabilities" in plan else []))
+            parts = ((part[0], plan[part]) for part in names)
             groups = " ".join(f"{letter}:{part['axis']}x{part['groups']}" for letter, part in parts)
             return LayerReport(name, "attention", (), 0, plan["abits"], groups, size, None)
         if plan["kind"] == "linear":
