@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Header, float16_bytes, read_header, tensor_table, unet_bytes
+from .checkpoint import Header, float16_bytes, read_header, tensor_table, unet_bytes, weight_files
 from .errors import DgqError
 from .layers import buffer_specs
 from .measurement import Measurement, decibels
@@ -187,7 +187,7 @@ def _sqnr(layer: LayerReport) -> float:
 
 
 def _tensors(folder: Path) -> _Tensors:
-    files = sorted((folder / "unet").glob("*.safetensors"))
+    files = weight_files(folder / "unet")
     if not files:
         raise DgqError(f"{folder / 'unet'}: holds no safetensors file")
     return {name: entry for file in files for name, entry in tensor_table(file).items()}

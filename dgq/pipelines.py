@@ -12,7 +12,7 @@ import torch
 from dgq_kernels import backend, native
 
 from . import embedded
-from .checkpoint import check_folder, read_header
+from .checkpoint import check_folder, read_header, weight_variant
 from .errors import DgqError
 from .layers import prepare_all
 
@@ -144,7 +144,11 @@ def load(
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        # components that have no such variant are loaded from their plain files
+        variant = next(filter(None, (weight_variant(component) for component in sorted(folder.iterdir()))), None)
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
+        )
     except DgqError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
