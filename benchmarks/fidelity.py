@@ -1,6 +1,7 @@
 """How close quantized pictures are to the float model's: the table and the picture grid of the README.
 
     python benchmarks/fidelity.py --work DIR [--model MODEL] [--prompts 32] [--grid FILE] [--out PREFIX]
+    python benchmarks/fidelity.py --work DIR --only "G=1 " --floor-prompts 0 --out PREFIX    # some rows again
 
 Calibrates each configuration once into DIR (kept, and used again while the float model and the settings stay the
 same), makes the same pictures with every system from the same seeds, and compares them with float32's. The prompts are
@@ -24,7 +25,7 @@ from PIL import Image, ImageDraw
 
 import dgq
 from dgq import embedded
-from dgq.checkpoint import float16_bytes, read_header, unet_bytes
+from dgq.checkpoint import float16_bytes, read_header, read_json, unet_bytes
 from dgq.errors import DgqError
 from dgq.fidelity import compare
 from dgq.generation import Picture, Settings, generate, grid, write_png
@@ -120,6 +121,11 @@ def labelled(rows: dict[str, list[Image.Image]], scale: int) -> Image.Image:
     return canvas
 
 
+def system(recipe: Recipe) -> str:
+    """A recipe's name in the table."""
+    return recipe.label + (" (per tensor)" if recipe.name == "paper" and recipe.groups == 1 else "")
+
+
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The README's table."""
     lines = [
@@ -134,6 +140,27 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"| {size} | {share} |"
         )
     return "\n".join(lines)
+
+
+def earlier_rows(file: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier report, to which those of a new one can be added.
+
+    Raises:
+        DgqError: it is of another model, or of other settings or prompts.
+    """
+    earlier = read_json(file)
+    for key in ("model", "settings", "prompts", "calibration_prompts"):
+        if earlier.get(key) != report[key]:
+            raise DgqError(f"{file}: was measured with another {key}", "choose another --out, or leave out --only")
+    rows: list[dict[str, Any]] = earlier["rows"]
+    return rows
+
+
+def merged(earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Earlier rows, the new ones in their places, in the order of a whole run."""
+    order = [system(recipe) for recipe in configurations()]
+    by_system = {row["system"]: row for row in (*earlier, *rows)}
+    return sorted(by_system.values(), key=lambda row: order.index(row["system"]) if row["system"] in order else -1)
 
 
 def options() -> argparse.Namespace:
@@ -151,7 +178,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="sampler steps; the model's own default if left out")
     parser.add_argument("--guidance", type=float, help="guidance scale; the model's own default if left out")
     parser.add_argument("--batch", type=int, default=8, help="pictures a UNet call (default 8)")
-    parser.add_argument("--only", help="only the systems whose label holds this text, such as 'integer' or 'W4A8'")
+    parser.add_argument(
+        "--only", help="only the systems whose label holds this text, such as 'W4A8'; --out keeps its other rows"
+    )
     parser.add_argument("--out", type=Path, help="write PREFIX.md and PREFIX.json instead of printing them")
     parser.add_argument("--grid", type=Path, help="write a PNG: one system a row, the same seeds")
     parser.add_argument("--grid-prompts", nargs="+", help="prompts of the grid; some evaluation prompts if left out")
@@ -172,6 +201,13 @@ def main() -> None:
     calibration = Options(
         prompts=args.calibration_prompts, steps=settings.steps, guidance=settings.guidance, evaluate=0, overwrite=True
     )
+    report: dict[str, Any] = {
+        "model": model.name, "dgq": dgq.__version__, "torch": torch.__version__,
+        "settings": dataclasses.asdict(settings),
+        "prompts": prompts, "calibration_prompts": args.calibration_prompts,
+    }  # fmt: skip
+    kept = args.out.with_suffix(".json") if args.only and args.out else None
+    earlier = earlier_rows(kept, report) if kept and kept.exists() else []
     recipes = [recipe for recipe in configurations() if not args.only or args.only in recipe.label]
     sheets: dict[str, list[Image.Image]] = {}
 
@@ -191,20 +227,15 @@ def main() -> None:
         folder = checkpoint(model, recipe, args.work, calibration, name)
         measured = compare(reference, run(load(folder, dtype=torch.float32), recipe.label))
         size = unet_bytes(folder)
-        per_tensor = recipe.name == "paper" and recipe.groups == 1
         rows.append({
-            "system": recipe.label + (" (per tensor)" if per_tensor else ""), **measured,
+            "system": system(recipe), **measured,
             "unet_mib": size / 2**20, "of_float16": size / float16_bytes(model), "recipe": recipe.to_dict(),
         })  # fmt: skip
-    report = {
-        "model": model.name, "dgq": dgq.__version__, "torch": torch.__version__,
-        "settings": dataclasses.asdict(settings),
-        "prompts": prompts, "calibration_prompts": args.calibration_prompts, "rows": rows,
-    }  # fmt: skip
+    report["rows"] = merged(earlier, rows)
     if args.grid:
         write_png(labelled(sheets, args.grid_scale), args.grid)
         say(f"wrote {args.grid}")
-    table, text = markdown(rows), json.dumps(report, indent=2)
+    table, text = markdown(report["rows"]), json.dumps(report, indent=2)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".md").write_text(table + "\n", encoding="utf-8")

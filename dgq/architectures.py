@@ -149,7 +149,8 @@ def call(
 
     Returns:
         sample (batch, channels, height, width), timestep (scalar int64), encoder_hidden_states (batch, tokens, width),
-        and added_cond_kwargs where the UNet takes a text embedding and sizes; what PixArt calls them.
+        added_cond_kwargs where the UNet takes a text embedding and sizes, and timestep_cond (batch, width) where it
+        takes the guidance scale (LCM); what PixArt calls them.
 
     Raises:
         DgqError: the UNet wants other conditions, or its configuration tells no size.
@@ -165,7 +166,9 @@ def call(
         }  # fmt: skip
     if config.addition_embed_type not in (None, "text_time") or config.class_embed_type is not None:
         raise DgqError("the UNet takes conditions whose shapes are not in its configuration")
-    if config.sample_size is None or not isinstance(config.cross_attention_dim, int):
+    width = config.cross_attention_dim
+    widths = {width} if isinstance(width, int) else {*(width or ())}  # or one for each level
+    if config.sample_size is None or len(widths) != 1 or config.encoder_hid_dim_type is not None:
         raise DgqError("the UNet's configuration lacks a sample_size or a single cross_attention_dim")
     generator = torch.Generator().manual_seed(seed)
 
@@ -179,10 +182,12 @@ def call(
     arguments: dict[str, Any] = {
         "sample": noise(batch, config.in_channels, height, width),
         "timestep": torch.full((), timestep, device=device),
-        "encoder_hidden_states": noise(batch, tokens, config.cross_attention_dim),
+        "encoder_hidden_states": noise(batch, tokens, *widths),
     }
     if config.addition_embed_type == "text_time":
         ids = torch.tensor([8.0 * height, 8.0 * width, 0, 0, 8.0 * height, 8.0 * width], device=device)
         pooled = config.projection_class_embeddings_input_dim - ids.numel() * config.addition_time_embed_dim
         arguments["added_cond_kwargs"] = {"text_embeds": noise(batch, pooled), "time_ids": ids.repeat(batch, 1)}
+    if config.time_cond_proj_dim is not None:
+        arguments["timestep_cond"] = noise(batch, config.time_cond_proj_dim)
     return arguments

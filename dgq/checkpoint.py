@@ -498,13 +498,37 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def copy_component(source: Path, target: Path) -> None:
-    """Copy a component's data files (configs, vocabularies, safetensors of the plain variant), following links."""
-    target.mkdir()
+def component_files(source: Path) -> dict[str, Path]:
+    """What a checkpoint takes over from a component's folder: {name in the checkpoint: file}.
+
+    Data files: configs, vocabularies, and the component's weights (`weight_files`), under the plain names whatever
+    their variant. Indexes of shards are left out: `index_shards` writes one for the files that are there.
+    """
+    found = {file.name.replace(".fp16", ""): file for file in weight_files(source)}
     for file in sorted(source.iterdir()):
-        variant = file.suffix == ".safetensors" and len(file.suffixes) > 1 and "-of-" not in file.stem
-        if file.is_file() and file.suffix in COPIED_SUFFIXES and not variant:
-            shutil.copyfile(file, target / file.name)
+        data = file.suffix in COPIED_SUFFIXES - {".safetensors"} and ".safetensors.index." not in file.name
+        if data and file.is_file():
+            found[file.name] = file
+    return found
+
+
+def index_shards(component: Path) -> None:
+    """Write the index that loading weights in several files needs; nothing where they are one file."""
+    shards = weight_files(component)
+    if not shards or "-of-" not in shards[0].name:
+        return
+    weights = {name: shard.name for shard in shards for name in tensor_table(shard)}
+    index = {"metadata": {"total_size": sum(shard.stat().st_size for shard in shards)}, "weight_map": weights}
+    name = shards[0].name.split("-")[0] + ".safetensors.index.json"
+    (component / name).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def copy_component(source: Path, target: Path) -> None:
+    """Copy a component's `component_files`, following links."""
+    target.mkdir()
+    for name, file in component_files(source).items():
+        shutil.copyfile(file, target / name)
+    index_shards(target)
 
 
 def write_checkpoint(base: Path, unet: nn.Module, header: Header, target: Path, overwrite: bool = False) -> None:

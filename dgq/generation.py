@@ -119,6 +119,19 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
             )
 
 
+def check_text_to_image(channels: int, latent_channels: int) -> None:
+    """Refuse a UNet that takes more than the latents, such as the mask and the picture of inpainting.
+
+    Raises:
+        DgqError: it does.
+    """
+    if channels != latent_channels:
+        raise DgqError(
+            f"the UNet takes {channels} channels, the latents have {latent_channels}: it draws from a picture too",
+            "dgq calibrates and draws from prompts alone: name a text-to-image model",
+        )
+
+
 def check_size(pipe: Any, settings: Settings) -> tuple[int, int]:
     """(width, height) in pixels.
 
@@ -126,8 +139,9 @@ def check_size(pipe: Any, settings: Settings) -> tuple[int, int]:
         DgqError: a side is not divisible by the VAE's factor, or out of range.
     """
     factor = pipe.vae_scale_factor
-    default = pipe.unet.config.sample_size * factor
-    width, height = settings.width or default, settings.height or default
+    size = pipe.unet.config.sample_size
+    rows, columns = (size, size) if isinstance(size, int) else size
+    width, height = settings.width or columns * factor, settings.height or rows * factor
     for name, value in (("width", width), ("height", height)):
         if value % factor or not factor <= value <= 4096:
             raise DgqError(f"{name} {value} must be a multiple of {factor}, from {factor} to 4096")
@@ -157,8 +171,10 @@ def generate(
         progress: called after every sampler step with (done, total) steps over all batches.
 
     Raises:
-        DgqError: a bad prompt or size, or a picture with values that are not finite.
+        DgqError: a bad prompt or size, a pipeline that draws from more than a prompt, or a picture with values that are
+            not finite.
     """
+    check_text_to_image(pipe.unet.config.in_channels, pipe.vae.config.latent_channels)
     check_prompts(pipe, prompts)
     width, height = check_size(pipe, settings)
     assert settings.steps is not None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Header, float16_bytes, read_header, tensor_table, unet_bytes
+from .checkpoint import Header, float16_bytes, read_header, tensor_table, unet_bytes, weight_files
 from .errors import DgqError
 from .layers import buffer_specs
 from .measurement import Measurement, decibels
@@ -187,7 +187,7 @@ def _sqnr(layer: LayerReport) -> float:
 
 
 def _tensors(folder: Path) -> _Tensors:
-    files = sorted((folder / "unet").glob("*.safetensors"))
+    files = weight_files(folder / "unet")
     if not files:
         raise DgqError(f"{folder / 'unet'}: holds no safetensors file")
     return {name: entry for file in files for name, entry in tensor_table(file).items()}
@@ -241,7 +241,9 @@ def _paper_layer(name: str, plan: dict[str, Any], size: int) -> LayerReport:
     """A layer of the paper recipe's table (`paper_layers`)."""
     try:
         if plan["kind"] == "attention":
-            parts = ((part[0], plan[part]) for part in ("query", "key", "value"))
+            # probabilities without a range of their own get powers of two
+            names = ("query", "key", "value", *(["probabilities"] if "probabilities" in plan else []))
+            parts = ((part[0], plan[part]) for part in names)
             groups = " ".join(f"{letter}:{part['axis']}x{part['groups']}" for letter, part in parts)
             return LayerReport(name, "attention", (), 0, plan["abits"], groups, size, None)
         if plan["kind"] == "linear":

@@ -14,7 +14,9 @@ from dgq.errors import DgqError
 from dgq.paper_layers import (
     ATTENTION_PARTS,
     LAYER_TYPES,
+    PROBABILITIES,
     PaperAttnProcessor,
+    PlainAttnProcessor,
     Plan,
     StepState,
     activation_plan,
@@ -41,7 +43,9 @@ def calibrate_paper(
     """Quantize a UNet in place by the ``paper`` recipe: rounded weights, grouped activations, log2 attention.
 
     Every Linear and Conv2d becomes a PaperLinear or PaperConv2d, but for conv_in and conv_out; every
-    attention layer gets a PaperAttnProcessor; a forward pre-hook keeps their shared step.
+    attention layer gets a PaperAttnProcessor; a forward pre-hook keeps their shared step. With one group, the
+    published baseline, attention probabilities are an activation like others: rounded in equal steps over one
+    calibrated range, the start token with them.
 
     Args:
         unet: a diffusers UNet2DConditionModel in eval mode.
@@ -73,7 +77,8 @@ def calibrate_paper(
     layers = _quantizable_layers(unet)
     attentions = _attention_layers(unet)
     geometries = {name: layer_geometry(module, name) for name, module in (layers | attentions).items()}
-    ranges = _record_ranges(unet, calls, state, layers, attentions, progress)
+    parts = (*ATTENTION_PARTS, PROBABILITIES) if groups == 1 else ATTENTION_PARTS
+    ranges = _record_ranges(unet, calls, state, layers, attentions, parts, progress)
     groupings = {name: group_activation(recorded, abits, groups) for name, recorded in ranges.items()}
 
     plans: dict[str, Plan] = {}
@@ -86,10 +91,10 @@ def calibrate_paper(
             quantized = layer_type.from_float(layers.pop(name), plan, groupings[name], name, state)
             unet.set_submodule(name, quantized)
         else:
-            parts = {part: groupings[f"{name}.{part}"] for part in ATTENTION_PARTS}
+            own = {part: groupings[f"{name}.{part}"] for part in parts}
             plan = {**geometry, "abits": abits}
-            plan |= {part: activation_plan(grouping) for part, grouping in parts.items()}
-            processor = PaperAttnProcessor.from_float(attentions[name], plan, parts, name, state)
+            plan |= {part: activation_plan(grouping) for part, grouping in own.items()}
+            processor = PaperAttnProcessor.from_float(attentions[name], plan, own, name, state)
             attentions[name].set_processor(processor)  # type: ignore[arg-type]  # too narrow a hint
         plans[name] = plan
         if progress is not None:
@@ -187,17 +192,31 @@ def _timestep(kwargs: dict[str, Any]) -> float:
     return float(torch.as_tensor(kwargs["timestep"]).flatten()[0])
 
 
+class _ProbabilityWatcher(PlainAttnProcessor):
+    """Tells of the probabilities of one attention layer, (rows, keys), and leaves them as they are."""
+
+    def __init__(self, name: str, cross: bool, update: Callable[[Tensor], None]) -> None:
+        super().__init__(name, cross)
+        self.update = update
+
+    def round_probabilities(self, probabilities: Tensor) -> Tensor:
+        self.update(probabilities.flatten(0, -2))
+        return probabilities
+
+
 def _record_ranges(
     unet: nn.Module,
     calls: Sequence[dict[str, Any]],
     state: StepState,
     layers: dict[str, nn.Linear | nn.Conv2d],
     attentions: dict[str, Attention],
+    parts: Sequence[str],
     progress: Progress | None,
 ) -> dict[str, AxisRanges]:
-    """Run the calls through the float UNet: ranges of each layer's input and each attention's q, k and v."""
+    """Run the calls through the float UNet: ranges of each layer's input and of each attention's parts."""
     ranges: dict[str, AxisRanges] = {}
     handles = []
+    processors = {name: attn.processor for name, attn in attentions.items()}
 
     def watch(name: str) -> Callable[[Tensor], None]:
         ranges[name] = AxisRanges(name, len(state.timesteps))
@@ -229,9 +248,13 @@ def _record_ranges(
         watch_input(name, module)
     for name, attn in attentions.items():
         watch_output(f"{name}.query", attn.to_q, attn.heads, 0)
-        # The start token's key stays float, so it has no part in the ranges.
-        watch_output(f"{name}.key", attn.to_k, attn.heads, int(attn.is_cross_attention))
+        # Where the start token's key stays float it has no part in the ranges.
+        apart = attn.is_cross_attention and PROBABILITIES not in parts
+        watch_output(f"{name}.key", attn.to_k, attn.heads, int(apart))
         watch_output(f"{name}.value", attn.to_v, attn.heads, 0)
+        if PROBABILITIES in parts:
+            watcher = _ProbabilityWatcher(name, attn.is_cross_attention, watch(f"{name}.{PROBABILITIES}"))
+            attn.set_processor(watcher)  # type: ignore[arg-type]  # too narrow a hint
     handles.append(unet.register_forward_pre_hook(state.before_unet, with_kwargs=True))
     device = next(unet.parameters()).device
     try:
@@ -242,6 +265,8 @@ def _record_ranges(
     finally:
         for handle in handles:
             handle.remove()
+        for name, attn in attentions.items():
+            attn.set_processor(processors[name])
     return ranges
 
 

@@ -9,10 +9,10 @@ device too) and filled from a state dict:
     linear     {"kind", "in_features", "out_features", "bias", "wbits", "abits", "input"}
     conv2d     {"kind", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
                 "conv_groups", "bias", "wbits", "abits", "input"}
-    attention  {"kind", "cross", "abits", "query", "key", "value"}
+    attention  {"kind", "cross", "abits", "query", "key", "value"}, and with one group "probabilities"
 
-where input, query, key and value are {"axis", "groups", "size"}: "channel", "pixel" or "tensor", and how many
-groups and indices it has.
+where input, query, key, value and probabilities are {"axis", "groups", "size"}: "channel", "pixel" or "tensor",
+and how many groups and indices it has. Attention without "probabilities" rounds them to powers of two.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from dgq.quantizers.paper import (
 Plan = dict[str, Any]
 Device = torch.device | str | None
 ATTENTION_PARTS = ("query", "key", "value")
+PROBABILITIES = "probabilities"
 
 
 class StepState:
@@ -151,7 +152,7 @@ def layer_geometry(module: nn.Linear | nn.Conv2d | Attention, name: str) -> Plan
 
     Raises:
         DgqError: a convolution whose padding is not explicit zeros, or an attention layer that
-            PaperAttnProcessor would not compute as diffusers does.
+            PlainAttnProcessor would not compute as diffusers does.
     """
     if isinstance(module, Attention):
         for feature in ("spatial_norm", "norm_q", "norm_k", "added_kv_proj_dim"):
@@ -309,41 +310,28 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-class PaperAttnProcessor(nn.Module):
-    """diffusers attention processor of the ``paper`` recipe, simulated: float products of rounded values.
+class PlainAttnProcessor(nn.Module):
+    """diffusers attention processor that computes the probabilities as a tensor, float32, and can change them.
 
-    q, k and v are fake-quantized by their calibrated groups, the softmax is float32, its result is rounded to
-    ``d * 2^-q`` with d per sample (``log2_quantize``). In cross-attention the start token stays apart:
-    ``A[:, 0] V^[0] + A^[:, 1:] V^[1:]``, and row 0 of k stays float (DGQ paper).
+    What it computes is what diffusers' own processor does; subclasses round ``inputs`` and ``probabilities``.
 
     Args:
-        plan: see the module's docstring.
         name: of the attention layer, for error messages.
-        state: the model's step.
-        device: of the empty buffers.
+        cross: whether it is cross-attention.
     """
 
-    query: PaperActivation
-    key: PaperActivation
-    value: PaperActivation
-
-    def __init__(self, plan: Plan, name: str, state: StepState, device: Device = None) -> None:
+    def __init__(self, name: str, cross: bool) -> None:
         super().__init__()
         self.name = name
-        self.cross: bool = plan["cross"]
-        self.bits: int = plan["abits"]
-        for part in ATTENTION_PARTS:
-            setattr(self, part, PaperActivation(plan[part], self.bits, f"{name}.{part}", state, device))
+        self.cross = cross
 
-    @classmethod
-    def from_float(
-        cls, attn: Attention, plan: Plan, groupings: dict[str, Grouping], name: str, state: StepState
-    ) -> Self:
-        """The processor of a float attention layer, by the calibrated groupings of ATTENTION_PARTS."""
-        processor = cls(plan, name, state, attn.to_q.weight.device)
-        for part in ATTENTION_PARTS:
-            getattr(processor, part).load(groupings[part])
-        return processor
+    def round_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, float32 (B, heads, T, d), as the products get them."""
+        return query, key, value
+
+    def round_probabilities(self, probabilities: Tensor) -> Tensor:
+        """One sample's probabilities, float32 (1, heads, queries, keys), as the product with v gets them."""
+        return probabilities
 
     def forward(
         self,
@@ -382,9 +370,7 @@ class PaperAttnProcessor(nn.Module):
             for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
         )
         batch, _, tokens, _ = key.shape
-        query, value = self.query(query), self.value(value)
-        first = int(self.cross)
-        key = torch.cat([key[:, :, :first], self.key(key[:, :, first:])], dim=2)
+        query, key, value = self.round_inputs(query, key, value)
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, tokens).float()
@@ -394,8 +380,7 @@ class PaperAttnProcessor(nn.Module):
             logits = query[i] @ key[i].transpose(-1, -2) * attn.scale
             if attention_mask is not None:
                 logits = logits + attention_mask[i]
-            probabilities = logits.softmax(dim=-1)
-            output[i] = log2_quantize(probabilities[None], self.bits, self.cross)[0] @ value[i]
+            output[i] = self.round_probabilities(logits.softmax(dim=-1)[None])[0] @ value[i]
 
         output = output.transpose(1, 2).flatten(2).to(hidden_states.dtype)
         output = attn.to_out[1](attn.to_out[0](output))
@@ -404,3 +389,56 @@ class PaperAttnProcessor(nn.Module):
         if attn.residual_connection:
             output = output + residual
         return output / attn.rescale_output_factor
+
+
+class PaperAttnProcessor(PlainAttnProcessor):
+    """diffusers attention processor of the ``paper`` recipe, simulated: float products of rounded values.
+
+    q, k and v are fake-quantized by their calibrated groups, and the softmax is float32. Its result is rounded to
+    ``d * 2^-q`` with d per sample (``log2_quantize``), and in cross-attention the start token stays apart:
+    ``A[:, 0] V^[0] + A^[:, 1:] V^[1:]``, and row 0 of k stays float (DGQ paper). Where the plan has
+    "probabilities", as it does with one group, they are rounded in equal steps over their calibrated range
+    instead, and the start token is a token like others.
+
+    Args:
+        plan: see the module's docstring.
+        name: of the attention layer, for error messages.
+        state: the model's step.
+        device: of the empty buffers.
+    """
+
+    query: PaperActivation
+    key: PaperActivation
+    value: PaperActivation
+    probabilities: PaperActivation | None
+
+    def __init__(self, plan: Plan, name: str, state: StepState, device: Device = None) -> None:
+        super().__init__(name, plan["cross"])
+        self.bits: int = plan["abits"]
+        for part in ATTENTION_PARTS:
+            setattr(self, part, PaperActivation(plan[part], self.bits, f"{name}.{part}", state, device))
+        linear = plan.get(PROBABILITIES)
+        label = f"{name}.{PROBABILITIES}"
+        self.probabilities = None if linear is None else PaperActivation(linear, self.bits, label, state, device)
+
+    @classmethod
+    def from_float(
+        cls, attn: Attention, plan: Plan, groupings: dict[str, Grouping], name: str, state: StepState
+    ) -> Self:
+        """The processor of a float attention layer, by the calibrated groupings of the plan's parts."""
+        processor = cls(plan, name, state, attn.to_q.weight.device)
+        for part, grouping in groupings.items():
+            getattr(processor, part).load(grouping)
+        return processor
+
+    def round_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Fake-quantized; the start token's key is not where log codes keep the token apart."""
+        first = int(self.cross and self.probabilities is None)
+        key = torch.cat([key[:, :, :first], self.key(key[:, :, first:])], dim=2)
+        return self.query(query), key, self.value(value)
+
+    def round_probabilities(self, probabilities: Tensor) -> Tensor:
+        """Rounded in equal steps over the calibrated range, or to powers of two."""
+        if self.probabilities is not None:
+            return self.probabilities(probabilities)
+        return log2_quantize(probabilities, self.bits, self.cross)

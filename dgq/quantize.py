@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import embedded
+from . import architectures, embedded
 from .attention import AttentionPlan, use_log_attention
 from .calibration import (
     DEFAULT_BUDGET_BYTES,
@@ -32,10 +32,10 @@ from .calibration import (
     silent,
     spread,
 )
-from .checkpoint import Header, check_folder, read_header, read_json, write_checkpoint
+from .checkpoint import Header, check_folder, read_header, read_json, weight_files, write_checkpoint
 from .errors import DgqError
 from .fidelity import compare
-from .generation import Picture, Settings, generate
+from .generation import Picture, Settings, check_text_to_image, generate
 from .layers import IntegerLayer, buffer_specs
 from .pipelines import load, resolve
 from .prompts import calibration_prompts, evaluation_prompts
@@ -79,7 +79,8 @@ class Estimate:
         statistics_bytes: peak of second moments and samples; passes: runs over the recorded calls.
         memory_bytes: rough peak of the process (float32 model, statistics, packed layers).
         calls: UNet calls: recorded and replayed.
-        macs_per_call: multiply-accumulates of the quantized layers in one UNet call with guidance.
+        macs_per_call: multiply-accumulates of the quantized layers in one UNet call, of both halves where the guidance
+            doubles it.
         seconds: rough time on this machine, from a short timed float product.
     """
 
@@ -101,6 +102,8 @@ def _float_folder(model: str | os.PathLike[str] | None) -> Path:
         raise DgqError(f"{folder}: is quantized already", "calibrate the float model it was made from")
     if not (folder / "unet").is_dir():
         raise DgqError(f"{folder}: has no unet", "dgq quantizes Stable Diffusion pipelines")
+    unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    check_text_to_image(unet.get("in_channels", 4), vae.get("latent_channels", 4))
     return folder
 
 
@@ -135,7 +138,10 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     quantized = sum(layer.weight.numel() + layer.plan.bias * layer.plan.out_features for layer in layers)
     packed = sum(packed_bytes(layer.plan) for layer in layers)
     statistics = max(sum(layer.moment_bytes for layer in group) for group in groups)
-    outputs = _outputs_per_call(unet, layers)
+    assert settings.guidance is not None
+    # a UNet that is told the guidance scale (LCM) is called once for it
+    doubled = settings.guidance > 1 and unet.config.time_cond_proj_dim is None
+    outputs = _outputs_per_call(unet, layers, 2 if doubled else 1)
     macs = sum(outputs[layer.name] * layer.plan.reduction * layer.plan.out_features for layer in layers)
     work = (recorded + len(groups) * replayed + 2 * options.evaluate * settings.steps) * macs
     for layer in layers:
@@ -150,9 +156,8 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     )  # fmt: skip
 
 
-def _outputs_per_call(unet: nn.Module, layers: Sequence[Layer]) -> dict[str, int]:
-    """Rows (tokens or pixels, both guidance halves) each layer computes in one UNet call, found on the meta device."""
-    config: Any = unet.config
+def _outputs_per_call(unet: nn.Module, layers: Sequence[Layer], batch: int) -> dict[str, int]:
+    """Rows (tokens or pixels, of all samples) each layer computes in one UNet call, found on the meta device."""
     rows: dict[str, int] = {}
 
     def hook(layer: Layer) -> Any:
@@ -162,18 +167,9 @@ def _outputs_per_call(unet: nn.Module, layers: Sequence[Layer]) -> dict[str, int
         return note
 
     handles = [layer.module.register_forward_hook(hook(layer)) for layer in layers]
-    size = config.sample_size
-    with torch.device("meta"), torch.no_grad():
-        added = None
-        if config.addition_embed_type == "text_time":  # SDXL: pooled text and six sizes
-            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            added = {"text_embeds": torch.empty(2, width), "time_ids": torch.empty(2, 6)}
-        unet(
-            torch.empty(2, config.in_channels, size, size),
-            torch.empty(2),
-            torch.empty(2, 77, config.cross_attention_dim),
-            added_cond_kwargs=added,
-        )
+    device = torch.device("meta")
+    with device, torch.no_grad():
+        unet(**architectures.call(unet, batch, device))
     for handle in handles:
         handle.remove()
     return rows
@@ -262,7 +258,7 @@ class Partial:
 
 
 def _fingerprint(folder: Path, recipe: Recipe, prompts: Sequence[str], settings: Settings, calls: int) -> str:
-    weights = sorted((folder / "unet").glob("*.safetensors"))
+    weights = weight_files(folder / "unet")
     parts = [
         __version__, str(folder.resolve()), [(file.name, file.stat().st_size) for file in weights], recipe.to_dict(),
         list(prompts), dataclasses.asdict(settings), calls,

@@ -25,7 +25,7 @@ class Recipe:
         rounding: how weights are rounded: "gptq" (second moments) or "nearest".
         channels: outlier handling of input channels, integer recipe: "auto" chooses per layer by measured error.
         attention: integer recipe: "log" (fractional log2 probabilities) or "float" (scaled dot product).
-        groups: activation groups G of the paper recipe (1 is the per-tensor baseline).
+        groups: activation groups G of the paper recipe (1 is the per-tensor baseline, without log attention).
         weight_group: input channels that share an int4 sub-scale, 32 or 64.
         overrides: (pattern, bits) in order, the last match wins; bits 0 keeps the layer in float.
     """

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import architectures
 from ..attention import AttentionPlan
 from ..calibration import plan_layers
-from ..checkpoint import WEIGHTS_NAME, Header, apply_header, atomic_folder, read_json
+from ..checkpoint import WEIGHTS_NAME, Header, apply_header, atomic_folder, read_json, weight_variant
 from ..errors import DgqError
 from ..layers import IntegerLayer
 from ..quantizers.channels import no_groups, to_matrix
@@ -65,8 +65,8 @@ def save_calls(calls: Sequence[Call], file: Path) -> None:
         for key, value in call.items():
             nested = value if isinstance(value, Mapping) else {"": value}
             for leaf, tensor in nested.items():
-                if isinstance(tensor, Tensor):
-                    tensors[f"{i}/{key}/{leaf}"] = tensor.detach().cpu().contiguous()
+                if isinstance(tensor, Tensor):  # copied: calls share what stays the same, a file may not
+                    tensors[f"{i}/{key}/{leaf}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     save_file(tensors, str(file))
 
 
@@ -119,8 +119,9 @@ def load_unet(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
 
     logging.disable_progress_bar()
     unet = UNet2DConditionModel.from_pretrained(
-        folder, subfolder="unet", dtype=dtype, use_safetensors=True, local_files_only=True, **options
-    )
+        folder, subfolder="unet", dtype=dtype, variant=weight_variant(folder / "unet"), use_safetensors=True,
+        local_files_only=True, **options,
+    )  # fmt: skip
     return unet.eval()
 
 

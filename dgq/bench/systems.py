@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from ..calibration import Progress, silent
+from ..checkpoint import unet_bytes
 from ..doctor import relative_error
 from ..errors import DgqError
 from .files import child_environment
@@ -100,9 +101,11 @@ class System:
 
     @property
     def stored_bytes(self) -> int:
-        """The files it loads."""
-        files = Path(self.specs[0].folder).rglob("*")
-        return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin"))
+        """The UNet's files that it loads."""
+        folder = Path(self.specs[0].folder)
+        if self.specs[0].kind == "openvino":
+            return (folder / "unet.bin").stat().st_size
+        return unet_bytes(folder)
 
     @property
     def versions(self) -> str:

@@ -2,7 +2,7 @@
 
 Weights: asymmetric codes per output channel. Activations: K-means groups along the channel or the
 pixel/token axis. Attention probabilities: powers of two below a maximum taken at run time, the start token's
-column apart.
+column apart; with one group, the published baseline, an activation like others.
 
 One difference from the published code: a layer keeps one axis and one grouping for all sampler steps, and
 only the ranges of its groups change from step to step; published, the axis and the groups are chosen anew at

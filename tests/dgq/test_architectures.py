@@ -36,6 +36,18 @@ def test_calls_differ_by_their_seed_only(small_config):
     assert first["encoder_hidden_states"].shape == (2, 77, 32)
 
 
+def test_the_call_of_a_unet_that_is_told_the_guidance_and_of_one_width_a_level(small_config):
+    config = {**json.loads(small_config.read_text()), "time_cond_proj_dim": 16, "cross_attention_dim": [32, 32]}
+    unet = architectures.skeleton(config)
+    call = architectures.call(unet, 2, META)
+    assert call["timestep_cond"].shape == (2, 16)
+    assert call["encoder_hidden_states"].shape == (2, 77, 32)
+    ran = []
+    unet.time_embedding.cond_proj.register_forward_hook(lambda *_: ran.append(True))
+    assert unet(**call).sample.shape == (2, 4, 16, 16)
+    assert ran == [True]
+
+
 def test_a_config_file_is_an_architecture(small_config, tmp_path):
     assert architectures.architecture(str(small_config)).config["cross_attention_dim"] == 32
     with pytest.raises(DgqError, match="no such file"):
@@ -54,6 +66,9 @@ def test_an_unknown_architecture_and_a_bad_configuration_are_refused(small_confi
     images = architectures.skeleton({**config, "class_embed_type": "timestep"})
     with pytest.raises(DgqError, match="conditions"):
         architectures.call(images, 2, META)
+    for other in ({"cross_attention_dim": [32, 48]}, {"encoder_hid_dim": 16, "encoder_hid_dim_type": "text_proj"}):
+        with pytest.raises(DgqError, match="single cross_attention_dim"):
+            architectures.call(architectures.skeleton({**config, **other}), 2, META)
     shapeless = architectures.skeleton({**config, "sample_size": None})
     with pytest.raises(DgqError, match="lacks a sample_size"):
         architectures.call(shapeless, 2, META)

@@ -14,6 +14,7 @@ from dgq.checkpoint import (
     Header,
     atomic_folder,
     check_folder,
+    copy_component,
     float16_bytes,
     read_header,
     unet_bytes,
@@ -217,6 +218,42 @@ def test_weight_files(tmp_path, names, chosen, variant):
         (tmp_path / name).touch()
     assert [file.name for file in weight_files(tmp_path)] == chosen.split()
     assert weight_variant(tmp_path) == variant
+
+
+def shards(folder, variant, count):
+    """Shards of one tensor each, as transformers names them, with their index."""
+    names = [f"model{variant}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    for i, name in enumerate(names):
+        save_file({f"tensor{i}": torch.full((2,), float(i))}, folder / name)
+    index = {"metadata": {}, "weight_map": {f"tensor{i}": name for i, name in enumerate(names)}}
+    (folder / f"model.safetensors.index{variant}.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("variants", [["", ".fp16"], [".fp16"]])
+def test_a_component_is_copied_with_one_set_of_weights_under_plain_names(tmp_path, variants):
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    for folder in (whole, split):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.py").write_text("raise SystemExit")
+        for variant in variants:
+            shards(folder, variant, 3)
+    for i, variant in enumerate(variants):
+        save_file({"w": torch.full((1,), float(i))}, whole / f"model{variant}.safetensors")
+    save_file({"w": torch.zeros(1)}, whole / "adapter.safetensors")
+
+    copy_component(whole, tmp_path / "a")
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["config.json", "model.safetensors"]
+    assert load_file(tmp_path / "a" / "model.safetensors")["w"] == 0
+
+    copy_component(split, tmp_path / "b")
+    names = {f"tensor{i}": f"model-{i + 1:05}-of-00003.safetensors" for i in range(3)}
+    index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == names
+    found = {file.name for file in (tmp_path / "b").iterdir()}
+    assert found == {"config.json", "model.safetensors.index.json", *names.values()}
+    for i, name in enumerate(names.values()):
+        assert load_file(tmp_path / "b" / name)[f"tensor{i}"].tolist() == [i, i]
 
 
 def test_model_card_says_what_it_is(tiny_checkpoint):

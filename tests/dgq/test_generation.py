@@ -59,6 +59,12 @@ def test_other_sizes_work(pipe):
     assert generate(pipe, ["a cat"], dataclasses.replace(FAST, width=32, height=16))[0].image.size == (32, 16)
 
 
+def test_the_default_size_may_have_a_height_and_a_width(tiny_checkpoint):
+    pipe = dgq.load(tiny_checkpoint)
+    pipe.unet.register_to_config(sample_size=[8, 12])
+    assert generate(pipe, ["a cat"], FAST)[0].image.size == (24, 16)
+
+
 @pytest.mark.parametrize("bad", [{"steps": 0}, {"guidance": -1}, {"batch": 0}, {"seed": -1}])
 def test_settings_out_of_range(bad, tiny_checkpoint):
     with pytest.raises(DgqError, match="out of range"):

@@ -262,6 +262,42 @@ def test_attention_is_the_published_formula(cross: bool, masked: bool) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cross", [False, True])
+def test_attention_of_one_group_rounds_probabilities_in_equal_steps(cross: bool) -> None:
+    attn = attention(cross)
+    one = {"axis": "tensor", "groups": 1, "size": 1}
+    plan = {"kind": "attention", "cross": cross, "abits": 6}
+    plan |= dict.fromkeys(("query", "key", "value", "probabilities"), one)
+    processor = PaperAttnProcessor(plan, "attn", at_step(1))
+    x, text = randn(2, 5, 16), randn(2, TOKENS, 24) if cross else None
+    context = x if text is None else text
+    steps = {"query": (0.07, 30.0), "key": (0.08, 32.0), "value": (0.06, 34.0), "probabilities": (0.005, -3.0)}
+    for part, (scale, zero_point) in steps.items():
+        getattr(processor, part).scale[1] = scale
+        getattr(processor, part).zero_point[1] = zero_point
+    attn.set_processor(processor)
+
+    def rounded(t: torch.Tensor, part: str) -> torch.Tensor:
+        scale, zero_point = steps[part]
+        return ((t / scale).round() + zero_point).clamp(0, 63).sub(zero_point) * scale
+
+    heads = torch.zeros(2, 5, 16)
+    for b in range(2):
+        q, k, v = (
+            rounded(project(t[b]), part)  # the start token's key too
+            for project, t, part in (
+                (attn.to_q, x, "query"),
+                (attn.to_k, context, "key"),
+                (attn.to_v, context, "value"),
+            )
+        )
+        for c in (slice(0, 8), slice(8, 16)):
+            weights = torch.softmax(q[:, c] @ k[:, c].T * 8**-0.5, dim=-1)
+            heads[b, :, c] = rounded(weights, "probabilities") @ v[:, c]
+    torch.testing.assert_close(attn(x, text), attn.to_out[0](heads))
+
+
+@torch.no_grad()
 def test_attention_follows_diffusers_around_the_product() -> None:
     """Residual, group norm, 4-D input, rescaling. Zero queries make A uniform: only v is rounded."""
     attn = attention(False, norm_num_groups=4, residual_connection=True, rescale_output_factor=2.0)
@@ -426,28 +462,80 @@ def test_arguments_are_checked(float_unet: UNet2DConditionModel, bad: dict[str, 
         calibrate_paper(float_unet, [], wbits=4, abits=8, groups=8)
 
 
-def test_a_failed_calibration_leaves_the_unet_float(float_unet: UNet2DConditionModel) -> None:
+@pytest.mark.parametrize("groups", [1, 8])
+def test_a_failed_calibration_leaves_the_unet_float(float_unet: UNet2DConditionModel, groups: int) -> None:
     unet = copy.deepcopy(float_unet)
+    processors = unet.attn_processors
     inputs = unet_inputs(401)
     reference = run(unet, **inputs)
     with pytest.raises(DgqError, match=r"64 and 144|144 and 64"):
-        calibrate_paper(unet, [[inputs, unet_inputs(1)], [unet_inputs(401, size=12)]], wbits=4, abits=8, groups=8)
+        calibrate_paper(unet, [[inputs, unet_inputs(1)], [unet_inputs(401, size=12)]], wbits=4, abits=8, groups=groups)
+    assert unet.attn_processors == processors
     assert torch.equal(run(unet, **inputs), reference)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
 
 
-def test_the_start_token_has_no_part_in_key_ranges(float_unet: UNet2DConditionModel) -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_start_token_has_a_part_in_key_ranges_only_with_one_group(
+    float_unet: UNet2DConditionModel, groups: int
+) -> None:
     plain, loud = unet_inputs(401), unet_inputs(401)
     loud["encoder_hidden_states"][:, 0] *= 100
     keys, values = [], []
     for inputs in (plain, loud):
         unet = copy.deepcopy(float_unet)
-        calibrate_paper(unet, [[inputs]], wbits=8, abits=8, groups=1)
+        calibrate_paper(unet, [[inputs]], wbits=8, abits=8, groups=groups)
         processor = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.processor
         keys.append(processor.key.scale)
         values.append(processor.value.scale)
-    assert torch.equal(keys[0], keys[1])
-    assert values[1] > values[0]
+    assert torch.equal(keys[0], keys[1]) == (groups > 1)
+    assert values[1].max() > values[0].max()
+
+
+def test_one_group_takes_the_range_of_the_float_probabilities(float_unet: UNet2DConditionModel) -> None:
+    unet, table = calibrated(float_unet, abits=6, groups=1)
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    assert table["layers"][name]["probabilities"] == {"axis": "tensor", "groups": 1, "size": 1}
+    attn, seen = float_unet.get_submodule(name), []
+
+    def keep(_: nn.Module, args: tuple[torch.Tensor], kwargs: dict[str, Any]) -> None:
+        query, key = attn.to_q(args[0]), attn.to_k(kwargs["encoder_hidden_states"])
+        query, key = (attn.head_to_batch_dim(part) for part in (query, key))
+        seen.append(attn.get_attention_scores(query, key))
+
+    handle = attn.register_forward_pre_hook(keep, with_kwargs=True)
+    for prompt in recorded():
+        for inputs in prompt:
+            run(float_unet, **inputs)
+    handle.remove()
+    found = unet.get_submodule(name).processor.probabilities
+    for step in range(len(TIMESTEPS)):
+        both = torch.cat([seen[step], seen[step + len(TIMESTEPS)]])
+        scale = float(both.max() - both.min()) / 63
+        assert float(found.scale[step]) == pytest.approx(scale, rel=1e-4)
+        assert float(found.zero_point[step]) == round(-float(both.min()) / scale)
+
+
+def test_a_table_without_probabilities_keeps_log_attention(float_unet: UNet2DConditionModel) -> None:
+    unet, table = calibrated(float_unet, groups=1)
+    inputs = unet_inputs(401, seed=3)
+    linear = run(unet, **inputs)
+    rebuilt = tiny_unet(1)
+    build_paper_skeleton(rebuilt, json.loads(json.dumps(table)))
+    rebuilt.load_state_dict(unet.state_dict(), strict=True)
+    assert torch.equal(run(rebuilt, **inputs), linear)
+
+    for plan in table["layers"].values():
+        plan.pop("probabilities", None)
+    older = tiny_unet(1)
+    build_paper_skeleton(older, table)
+    state = {name: tensor for name, tensor in unet.state_dict().items() if ".probabilities." not in name}
+    older.load_state_dict(state, strict=True)
+    for processor in unet.attn_processors.values():
+        processor.probabilities = None
+    logarithmic = run(unet, **inputs)
+    assert torch.equal(run(older, **inputs), logarithmic)
+    assert not torch.allclose(logarithmic, linear)
 
 
 def test_calls_at_one_timestep_share_scales_and_progress_counts_them(

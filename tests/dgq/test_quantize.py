@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 import dgq
 from dgq.checkpoint import WEIGHTS_NAME, read_header, unet_bytes
 from dgq.errors import DgqError
+from dgq.inspection import inspect
 from dgq.prompts import calibration_prompts, evaluation_prompts, read_prompts
 from dgq.quantize import Options, calibrate, estimate
 from dgq.recipe import Recipe
@@ -74,6 +75,9 @@ def test_paper_recipe_makes_a_checkpoint(tiny_pipeline, tmp_path, groups):
     assert header.paper is not None
     pipe = dgq.load(tmp_path / "out")
     pipe("a cat", num_inference_steps=2)
+    shown = [layer.channels for layer in inspect(tmp_path / "out").layers if layer.kind == "attention"]
+    assert len(shown) == 8
+    assert all(channels.endswith(" p:tensorx1") == (groups == 1) for channels in shown)
 
 
 def test_bad_sources(tiny_checkpoint, tiny_pipeline, tmp_path):

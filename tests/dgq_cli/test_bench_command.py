@@ -6,6 +6,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from tiny_pipelines import BUILDERS
+
+from dgq.checkpoint import WEIGHTS_NAME
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -28,6 +32,17 @@ def test_step_of_a_checkpoint_as_json_and_csv(dgq_command: Run, tiny_checkpoint:
     assert any(note.startswith("dgq W4A8 is ") for note in data["notes"])
     with open(file, newline="", encoding="utf-8") as handle:
         assert [row["system"] for row in csv.DictReader(handle)] == list(rows)
+
+
+def test_step_of_sdxl(dgq_command: Run, tmp_path: Path) -> None:
+    folder = BUILDERS["sdxl"](tmp_path / "sdxl")
+    run = dgq_command("bench", "--model", folder, "--what", "step", "--bits", 8, "--repeats", 1, "--json")
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout)["rows"]
+    assert [row["system"] for row in rows] == ["float32", "bfloat16", "dgq W8A8"]
+    assert 0 < rows[2]["relative_error"] < 0.1
+    # the UNet's file alone
+    assert rows[0]["disk_mib"] == (folder / "unet" / WEIGHTS_NAME).stat().st_size / 2**20
 
 
 def test_bad_bits_are_a_usage_error(dgq_command: Run) -> None:

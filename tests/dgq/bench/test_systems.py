@@ -12,6 +12,7 @@ import torch
 from dgq.bench import systems
 from dgq.bench.systems import OVERHEAD, Size, System, Worker, chosen_peers, measure
 from dgq.bench.worker import Spec
+from dgq.checkpoint import WEIGHTS_NAME
 from dgq.errors import DgqError
 
 GIB = 2**30
@@ -149,7 +150,9 @@ def test_a_system_needs_memory_by_kind_and_dtype(tmp_path: Path) -> None:
     assert int8.needed(Size(1000, 100)) == OVERHEAD + 2250
     assert single.chosen("float32") == single
     (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "a.safetensors").write_bytes(b"12345")
+    (tmp_path / "vae").mkdir()
+    for part in ("unet", "vae"):
+        (tmp_path / part / WEIGHTS_NAME).write_bytes(b"12345")
     (tmp_path / "unet" / "config.json").write_bytes(b"123")
     assert single.stored_bytes == 5
     assert System("x", single.specs, packages=("torch", "numpy")).versions.startswith(f"torch {torch.__version__}, ")
