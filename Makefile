@@ -8,7 +8,7 @@ DEMO := build/demo
 GPU_VENV := build/gpu
 GPU_BIN := $(GPU_VENV)/bin
 
-.PHONY: demo test test-all lint types gpu aot sanitize bench fidelity embedded-data embedded-train clean
+.PHONY: demo test test-all lint types gpu aot sanitize sanitize-native bench fidelity embedded-data embedded-train clean
 
 demo: $(VENV)/ready
 	$(BIN)/dgq calibrate --out $(DEMO)/dgq-emoji-w4a8 --wbits 4 --abits 8 --overwrite
@@ -49,6 +49,16 @@ sanitize: $(VENV)/ready
 		z3-solver anytree flask flask_cloudflared cairocffi tqdm
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton-viz "triton-viz==3.0" "triton==3.6.*"
 	PYTHONPATH=build/triton-viz $(BIN)/python -m pytest tests/kernels/test_triton_sanitizer.py
+
+# The tests of the CPU engine under the address and undefined-behaviour sanitizers of GCC, one thread.
+SANITIZED := build/sanitized/libdgq_cpu.so
+sanitize-native: $(VENV)/ready
+	mkdir -p $(dir $(SANITIZED))
+	CXX="g++ -g -fsanitize=address,undefined -fsanitize=float-cast-overflow -fno-sanitize-recover=all" \
+		DGQ_CPU_LIBRARY=$(SANITIZED) $(BIN)/python kernels/dgq_kernels/native/build.py
+	DGQ_CPU_LIBRARY=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_native.py tests/kernels/test_native_hostile.py
 
 bench: $(VENV)/ready
 	$(BIN)/dgq bench --csv benchmarks/results.csv

@@ -90,6 +90,7 @@ class LogAttnProcessor:
         if dgq_kernels.log_attention_pays(q.device):
             out = dgq_kernels.log_attention_eager(q, k, v, module.scale, self.plan.bits, self.plan.fraction_bits, cross)
         else:
+            k, v = k.to(q.dtype), v.to(q.dtype)
             out = nn.functional.scaled_dot_product_attention(q, k, v, scale=module.scale)
         out = out.transpose(1, 2).flatten(2)
         plain = len(shape) == 3 and not module.residual_connection and module.rescale_output_factor == 1

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dgq_kernels
 from dgq_kernels import log_attention
 from dgq_kernels.log_attention import cpu, reference
 from dgq_kernels.log_attention import triton as kernels
@@ -234,3 +235,32 @@ def test_refuses_nonsense():
     ):
         with pytest.raises(ValueError, match=message):
             log_attention(*arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("dtypes", ["q wide", "q narrow", "three", "double"])
+@pytest.mark.parametrize("form", ["op", "eager", "running", "base2"])
+def test_operands_of_different_dtypes(backend, dtypes, form, monkeypatch):
+    """All are taken in the widest dtype: nothing is rounded, and nothing read in another's width."""
+    monkeypatch.setenv("DGQ_BACKEND", backend)
+    kinds = {
+        "q wide": (torch.float32, torch.bfloat16, torch.bfloat16), "q narrow": (torch.bfloat16, *[torch.float32] * 2),
+        "three": (torch.float32, torch.bfloat16, torch.float16), "double": (torch.float32, *[torch.float64] * 2),
+    }[dtypes]  # fmt: skip
+    mixed = [x.to(DEVICE, kind) for x, kind in zip(operands(20, 30, 16), kinds, strict=True)]
+    op, numbers = {
+        "op": (dgq_kernels.log_attention, (0.25, 8, 4, True)),
+        "eager": (dgq_kernels.log_attention_eager, (0.25, 8, 4, True)),
+        "running": (dgq_kernels.log_attention_running, (0.25, 8, 4)),
+        "base2": (dgq_kernels.log_attention_base2, (0.25, 8, True)),
+    }[form]
+    got = op(*mixed, *numbers)
+    assert got.dtype == kinds[0]
+    assert torch.equal(got, op(*(x.float() for x in mixed), *numbers).to(kinds[0]))
+
+
+@pytest.mark.parametrize("other", [torch.int32, "meta"])
+def test_operands_that_are_no_floats_or_elsewhere_are_refused(other):
+    q, k, v = operands(4, 5, 8)
+    with pytest.raises(ValueError, match="floats on one device expected"):
+        dgq_kernels.log_attention_eager(q, k.to(other), v, 0.3, 8, 4, False)

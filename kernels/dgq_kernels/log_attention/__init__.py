@@ -12,6 +12,21 @@ from ..backend import select
 from . import cpu, reference
 
 
+def _in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands in the widest dtype of the three, so that none is rounded; in float32 where no kernel has that one.
+
+    Raises:
+        ValueError: one of them is not of floats, or they are on different devices.
+    """
+    if not q.device == k.device == v.device or not all(x.is_floating_point() for x in (q, k, v)):
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"q, k and v of floats on one device expected, got {kinds}")
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if dtype == torch.float64:
+        dtype = torch.float32
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
 @torch.library.custom_op("dgq::log_attention", mutates_args=())
 def log_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
@@ -27,7 +42,7 @@ def log_attention(
 
     Args:
         q: float16, bfloat16 or float32 (B, H, T, d).
-        k, v: the same dtype, (B, H, S, d).
+        k, v: (B, H, S, d). Where dtypes differ, all are taken in the widest.
         scale: positive factor of the logits, usually d^-0.5.
         bits: 2 to 8 bits of a code.
         fraction_bits: f, 0 to 5; steps per octave are 2^f.
@@ -38,7 +53,7 @@ def log_attention(
         (B, H, T, d) in q's dtype, laid out as (B, T, H, d): what follows joins the heads of a row.
 
     Raises:
-        ValueError: shapes or numbers outside the above.
+        ValueError: shapes or numbers outside the above; tensors on different devices, or not of floats.
     """
     reference.validate(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
     backend = select(q.device)
@@ -49,7 +64,8 @@ def log_attention(
         run = kernels.log_attention
     else:
         run = cpu.log_attention if backend == "cpu" else reference.log_attention
-    return _rows_first(run(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits))
+    y = run(*_in_one_dtype(q, k, v), scale, bits, fraction_bits, start_token, qk_bits, v_bits)
+    return _rows_first(y.to(q.dtype))
 
 
 def _rows_first(y: Tensor) -> Tensor:
@@ -70,7 +86,9 @@ def log_attention_eager(
     if q.device.type != "cpu" or torch.compiler.is_compiling() or not cpu.engine_takes(q.device, qk_bits, v_bits):
         return log_attention(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
     reference.validate(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
-    return native.attention(q, k, v, scale * cpu.LOG2_E, bits, fraction_bits, start_token, qk_bits, v_bits)
+    operands = _in_one_dtype(q, k, v)
+    y = native.attention(*operands, scale * cpu.LOG2_E, bits, fraction_bits, start_token, qk_bits, v_bits)
+    return y.to(q.dtype)
 
 
 def log_attention_pays(device: torch.device) -> bool:
@@ -96,7 +114,7 @@ def log_attention_running(
     not depend on the order of the keys.
 
     Args:
-        q: float16, bfloat16 or float32 (B, H, T, d), d at most 128; k, v: the same dtype, (B, H, S, d).
+        q: float16, bfloat16 or float32 (B, H, T, d), d at most 128; k, v: (B, H, S, d), dtypes as in `log_attention`.
         scale, bits, fraction_bits: as in `log_attention`, but fraction_bits < bits; q, k and v become 8-bit codes as
             there.
         block: keys per step, 32, 64 or 128.
@@ -105,14 +123,17 @@ def log_attention_running(
         (B, H, T, d) in q's dtype, laid out as (B, T, H, d): what follows joins the heads of a row.
 
     Raises:
-        ValueError: shapes or numbers outside the above.
+        ValueError: shapes or numbers outside the above; tensors on different devices, or not of floats.
     """
     reference.validate_running(q, k, v, scale, bits, fraction_bits, block)
+    run: Callable[..., Tensor]
     if select(q.device) == "triton":
         from . import triton as kernels
 
-        return _rows_first(kernels.log_attention_running(q, k, v, scale, bits, fraction_bits, block))
-    return _rows_first(reference.log_attention_running(q, k, v, scale, bits, fraction_bits, block))
+        run = kernels.log_attention_running
+    else:
+        run = reference.log_attention_running
+    return _rows_first(run(*_in_one_dtype(q, k, v), scale, bits, fraction_bits, block).to(q.dtype))
 
 
 @torch.library.custom_op("dgq::log_attention_base2", mutates_args=())
@@ -124,7 +145,7 @@ def log_attention_base2(q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int
     stay float.
 
     Args:
-        q: float16, bfloat16 or float32 (B, H, T, d); k, v: the same dtype, (B, H, S, d).
+        q: float16, bfloat16 or float32 (B, H, T, d); k, v: (B, H, S, d), dtypes as in `log_attention`.
         scale: positive factor of the logits.
         bits: 2 to 8.
         start_token: key 0 is the start token; S >= 2 then.
@@ -133,14 +154,17 @@ def log_attention_base2(q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int
         A^ v, (B, H, T, d) in q's dtype, contiguous.
 
     Raises:
-        ValueError: shapes or numbers outside the above.
+        ValueError: shapes or numbers outside the above; tensors on different devices, or not of floats.
     """
     reference.validate(q, k, v, scale, bits, 0, start_token, 0, 0)
+    run: Callable[..., Tensor]
     if select(q.device) == "triton":
         from . import triton as kernels
 
-        return _rows_first(kernels.log_attention_base2(q, k, v, scale, bits, start_token))
-    return _rows_first(reference.log_attention_base2(q, k, v, scale, bits, start_token))
+        run = kernels.log_attention_base2
+    else:
+        run = reference.log_attention_base2
+    return _rows_first(run(*_in_one_dtype(q, k, v), scale, bits, start_token).to(q.dtype))
 
 
 @log_attention_running.register_fake

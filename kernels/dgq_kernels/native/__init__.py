@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .build import LIBRARY
 
-ABI = 4
+ABI = 5
 ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx")
 BLOCK = 16  # output channels in a block of the packed weight
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -69,12 +69,17 @@ class _Attention(ctypes.Structure):
     )
 
 
-_SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
+_STRUCTURES = (_Layer, _Stored, _Norm, _Attention)  # as dgq_struct_bytes numbers them
+_NO_MEMORY = 1
+_SIGNATURES: dict[str, tuple[type, Sequence[type]]] = {
     "dgq_abi": (_Int, ()),
+    "dgq_struct_bytes": (_Long, (_Int,)),
+    "dgq_error": (ctypes.c_char_p, (_Int,)),
     "dgq_supported": (_Int, (_Int,)),
-    "dgq_use": (None, (_Int, _Pointer)),
+    "dgq_use": (_Int, (_Int, _Pointer)),
     "dgq_packed_bytes": (_Long, (_Long, _Long)),
     "dgq_pack": (_Int, (_Pointer, _Pointer, _Pointer, _Pointer, _Int)),
+    "dgq_check_layer": (_Int, (_Pointer,)),
     "dgq_linear": (
         _Int,
         (_Pointer, _Long, _Pointer, _Long, _Long, _Int, _Pointer, _Pointer, _Int, _Pointer, _Int),
@@ -96,8 +101,14 @@ class _Engine:
         self.isa = ""
 
     def use(self, isa: str) -> None:
-        self.library.dgq_use(ISAS.index(isa), self.region)
+        self.check(self.library.dgq_use(ISAS.index(isa), self.region))
         self.isa = isa
+
+    def check(self, code: int) -> None:
+        """Raise what a call's result stands for: MemoryError, or ValueError for arguments that it refused."""
+        if code:
+            text = self.library.dgq_error(code).decode()
+            raise (MemoryError if code == _NO_MEMORY else ValueError)(f"the CPU engine: {text}")
 
 
 def _parallel_region() -> int | None:
@@ -129,7 +140,8 @@ def _load() -> tuple[_Engine | None, str]:
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
-        if library.dgq_abi() != ABI:
+        sizes = [library.dgq_struct_bytes(i) for i in range(len(_STRUCTURES))]
+        if library.dgq_abi() != ABI or sizes != [ctypes.sizeof(struct) for struct in _STRUCTURES]:
             return None, f"{LIBRARY.name} belongs to another version: build it again"
     except (OSError, AttributeError):
         return None, "not built (a C++ compiler at installation builds it)"
@@ -193,9 +205,12 @@ def _engine() -> _Engine:
     return engine
 
 
-def _check(code: int) -> None:
-    if code:
-        raise MemoryError("the CPU engine is out of memory")
+def _checked(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """The tensor in one piece; ValueError where it is not what the library will read."""
+    if tensor.dtype != dtype or tensor.shape != shape or tensor.device.type != "cpu":
+        got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name}: {dtype} {shape} on the CPU expected, got {got}")
+    return tensor.contiguous()
 
 
 @dataclass(frozen=True)
@@ -216,12 +231,10 @@ class Norm:
     silu: bool = False
 
     def _struct(self, channels: int) -> _Norm:
-        assert self.gain.dtype == self.shift.dtype == torch.float32
-        if self.gain.shape != (channels,) or self.shift.shape != (channels,):
-            raise ValueError(f"a norm of {channels} channels expected, got {tuple(self.gain.shape)}")
-        if self.groups and channels % self.groups:
-            raise ValueError(f"{channels} channels are not whole groups of {self.groups}")
-        gain, shift = self.gain.contiguous(), self.shift.contiguous()
+        gain, shift = (
+            _checked(f"a norm of {channels} channels", tensor, torch.float32, channels)
+            for tensor in (self.gain, self.shift)
+        )
         struct = _Norm(gain.data_ptr(), shift.data_ptr(), self.eps, self.groups, self.silu)
         struct.kept = gain, shift
         return struct
@@ -249,61 +262,88 @@ class Layer:
         order: int32 (C,), the natural channel that the weight stores at each place; None where they are the same.
 
     Attributes:
+        packed: int8, the weight in the engine's blocks.
         column_sum: int32 (N,), sums of the weight over K.
 
     Raises:
         OverflowError: a sum of products could leave int32.
+        ValueError: a tensor has another shape or dtype, or is not on the CPU; `order` is no permutation; other numbers
+            outside the above.
     """
 
     def __init__(
         self, weight: Tensor | TwoLevel, weight_scale: Tensor, bias: Tensor | None, inv_divisor: Tensor | None,
         bits: int, kernel: int = 1, stride: int = 1, padding: int = 0, order: Tensor | None = None,
     ) -> None:  # fmt: skip
-        library = _engine().library
+        engine = _engine()
         if isinstance(weight, TwoLevel):
-            tensors = {"packed": weight.packed.contiguous(), "subscales": weight.subscales.contiguous()}
-            self.n, self.k, group = weight.packed.shape[0], weight.k, weight.group
+            n, k, group = weight.packed.shape[0], weight.k, weight.group
+            groups = -(-k // group) if group > 0 else 0
+            tensors = {
+                "packed": _checked("packed", weight.packed, torch.uint8, n, groups * group // 2),
+                "subscales": _checked("subscales", weight.subscales, torch.uint8, n, -(-groups // 2)),
+            }
         else:
-            tensors = {"weight": weight.contiguous()}
-            (self.n, self.k), group = weight.shape, 0
+            n, k, group = weight.shape[0], weight.shape[-1], 0
+            tensors = {"weight": _checked("weight", weight, torch.int8, n, k)}
+        channels = k // kernel**2 if kernel > 0 else 0
         if order is not None:
-            tensors["order"] = order.to(torch.int32).contiguous()
-        self.kernel, self.stride, self.padding = kernel, stride, padding
-        self.bits, self.divided = bits, inv_divisor is not None
-        channels = self.k // kernel**2
+            tensors["order"] = _checked("order", order, order.dtype, channels).to(torch.int32)
         pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        stored = _Stored(n=self.n, k=self.k, channels=channels, group=group, **pointers)
-        size = library.dgq_packed_bytes(self.n, self.k)
-        self.packed_k = size // (-(-self.n // (2 * BLOCK)) * 2 * BLOCK)
-        self.packed = torch.empty(size + 63, dtype=torch.int8)
-        start = self.packed.data_ptr() + 63 & ~63  # whole cache lines
-        self.column_sum, sizes = torch.empty(self.n, dtype=torch.int32), torch.empty(self.n, dtype=torch.int64)
-        sums = self.column_sum.data_ptr(), sizes.data_ptr()
-        _check(library.dgq_pack(ctypes.addressof(stored), start, *sums, torch.get_num_threads()))
-        if self.n and int(sizes.max()) * (2**bits - 1) >= 2**31:
-            raise OverflowError(f"a sum over {self.k} products could overflow int32")
-        vectors = [x if x is None else x.contiguous() for x in (weight_scale, self.column_sum, bias, inv_divisor)]
-        for vector, dtype in zip(vectors, (torch.float32, torch.int32, torch.float32, torch.float32), strict=True):
-            assert vector is None or vector.dtype == dtype
-        self._kept = vectors
-        addresses = [None if x is None else x.data_ptr() for x in vectors]
-        self._struct = _Layer(start, *addresses, self.n, self.k, channels, bits, kernel, stride, padding)
+        stored = _Stored(n=n, k=k, channels=channels, group=group, **pointers)
+        packed = torch.empty(engine.library.dgq_packed_bytes(n, k), dtype=torch.int8)
+        column_sum, sizes = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int64)
+        results = packed.data_ptr(), column_sum.data_ptr(), sizes.data_ptr()
+        engine.check(engine.library.dgq_pack(ctypes.addressof(stored), *results, torch.get_num_threads()))
+        if int(sizes.max()) * (2**bits - 1) >= 2**31:
+            raise OverflowError(f"a sum over {k} products could overflow int32")
+        self._bind(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding)
+
+    @classmethod
+    def of_blocks(
+        cls, packed: Tensor, weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None, inv_divisor: Tensor | None,
+        k: int, bits: int, kernel: int = 1, stride: int = 1, padding: int = 0,
+    ) -> Layer:  # fmt: skip
+        """The layer of the tensors that another one packed. Raises ValueError as the constructor."""
+        layer = cls.__new__(cls)
+        layer._bind(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding)
+        return layer
+
+    def _bind(
+        self, packed: Tensor, weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None,
+        inv_divisor: Tensor | None, k: int, bits: int, kernel: int, stride: int, padding: int,
+    ) -> None:  # fmt: skip
+        engine = _engine()
+        n, channels = column_sum.shape[0], k // kernel**2 if kernel > 0 else 0
+        self.n, self.k, self.channels = n, k, channels
+        self.bits, self.kernel, self.stride, self.padding = bits, kernel, stride, padding
+        self.divided = inv_divisor is not None
+        self.packed = _checked("packed", packed, torch.int8, engine.library.dgq_packed_bytes(n, k))
+        self.weight_scale = _checked("weight_scale", weight_scale, torch.float32, n)
+        self.column_sum = _checked("column_sum", column_sum, torch.int32, n)
+        self.bias = None if bias is None else _checked("bias", bias, torch.float32, n)
+        self.inv_divisor = (
+            None if inv_divisor is None else _checked("inv_divisor", inv_divisor, torch.float32, channels)
+        )
+        tensors = (self.packed, self.weight_scale, self.column_sum, self.bias, self.inv_divisor)
+        addresses = [None if x is None else x.data_ptr() for x in tensors]
+        self._struct = _Layer(*addresses, n, k, channels, bits, kernel, stride, padding)
         self._address = ctypes.addressof(self._struct)
-        self._linear, self._conv2d = library.dgq_linear, library.dgq_conv2d
+        engine.check(engine.library.dgq_check_layer(self._address))
 
     def weight(self) -> Tensor:
         """The int8 matrix (N, K) the layer was made of, from its blocks."""
-        start = -self.packed.data_ptr() % 64
-        blocks = self.packed[start : start + self.packed.numel() - 63].view(-1, self.packed_k // 4, BLOCK, 4)
-        return blocks.transpose(1, 2).reshape(-1, self.packed_k)[: self.n, : self.k].contiguous()
+        blocks = self.packed.view(-(-self.n // (2 * BLOCK)) * 2, -1, BLOCK, 4)
+        return blocks.transpose(1, 2).reshape(len(blocks) * BLOCK, -1)[: self.n, : self.k].contiguous()
 
     @staticmethod
-    def _check_input(x: Tensor, channels: int, expected: int) -> None:
-        """The library trusts the sizes it is given."""
+    def _check_input(channels: int, expected: int, x: Tensor, *others: Tensor | None) -> None:
+        """The library cannot see how much memory lies behind a pointer."""
         if channels != expected:
             raise ValueError(f"{expected} input channels expected, got an input of {tuple(x.shape)}")
-        if x.device.type != "cpu":
-            raise ValueError(f"the CPU engine cannot read an input on {x.device}")
+        for tensor in (x, *others):
+            if tensor is not None and tensor.device.type != "cpu":
+                raise ValueError(f"the CPU engine cannot read an input on {tensor.device}")
 
     @property
     def can_gate(self) -> bool:
@@ -319,8 +359,8 @@ class Layer:
         and the gate the second (GELU by the error function, to 1e-6 of the gate's size).
 
         Raises:
-            ValueError: x has another number of channels, or is not on the CPU; `gated` with a residual, or where
-                `can_gate` is false; a norm of groups, or of other channels.
+            ValueError: x has another number of channels; a tensor is not on the CPU; `gated` with a residual, or where
+                `can_gate` is false; a norm of groups, of other channels or with SiLU; a layer of a convolution.
         """
         return linear([self], x, residual, gated, norm)[0]
 
@@ -336,11 +376,17 @@ class Layer:
         `sample_bias`, float32 (B, N), takes the place of the layer's bias.
 
         Raises:
-            ValueError: x is not 4-D, has other channels, is smaller than the kernel, or is not on the CPU;
+            ValueError: x is not 4-D, has other channels, or is smaller than the kernel; a tensor is not on the CPU;
                 `sample_bias` has another shape; a norm without groups or of other channels, or before a layer with
                 divisors.
         """
-        self._check_input(x, x.shape[1] if x.dim() == 4 else -1, self.k // self.kernel**2)
+        if torch.compiler.is_compiling():
+            y: Tensor = torch.ops.dgq.engine_conv2d(
+                x, self.packed, self.weight_scale, self.column_sum, self.bias, self.inv_divisor, self.bits, self.kernel,
+                self.stride, self.padding, residual, sample_bias, *_norm_arguments(norm),
+            )  # fmt: skip
+            return y
+        self._check_input(x.shape[1] if x.dim() == 4 else -1, self.channels, x, residual, sample_bias)
         if min(x.shape[2:]) + 2 * self.padding < self.kernel:
             raise ValueError(f"input {tuple(x.shape)} is smaller than the kernel of {self.kernel}")
         if sample_bias is not None:
@@ -353,19 +399,17 @@ class Layer:
             return self.conv2d(x.float(), half, sample_bias, norm).to(x.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         batch, _, height, width = x.shape
-        size = [(side + 2 * self.padding - self.kernel) // self.stride + 1 for side in (height, width)]
-        y = torch.empty((batch, self.n, *size), dtype=x.dtype, memory_format=torch.channels_last)
+        y = _empty_picture(x, self.n, self.kernel, self.stride, self.padding)
         kept = None
         if residual is not None:
             kept = residual.to(x.dtype).expand(y.shape).contiguous(memory_format=torch.channels_last)
         if not batch:
             return y
-        if norm is not None and (not norm.groups or self.divided):
-            raise ValueError("a convolution's norm has groups, and no divisors behind it")
         before = None if norm is None else norm._struct(x.shape[1])
         pointers = [None if t is None else t.data_ptr() for t in (sample_bias, kept)]
-        _check(
-            self._conv2d(
+        engine = _engine()
+        engine.check(
+            engine.library.dgq_conv2d(
                 self._address, x.data_ptr(), batch, height, width, dtype,
                 None if before is None else ctypes.addressof(before), *pointers, y.data_ptr(),
                 torch.get_num_threads(),
@@ -384,13 +428,15 @@ def linear(
             (`can_share`); several of them with a residual.
     """
     one = layers[0]
-    one._check_input(x, x.shape[-1], one.k)
-    if gated and (residual is not None or not one.can_gate):
-        raise ValueError(f"{one.n} outputs cannot be gated in blocks of {BLOCK}, or beside a residual")
-    if len(layers) > 1 and (residual is not None or not can_share(layers)):
-        raise ValueError("layers that share an input need equal sizes and bits, and no divisors or residual")
-    if norm is not None and norm.groups:
-        raise ValueError("a linear layer's norm has no groups")
+    if torch.compiler.is_compiling():
+        compiled: list[Tensor] = torch.ops.dgq.engine_linear(
+            x, *([getattr(layer, name) for layer in layers] for name in _PARTS), one.inv_divisor, one.bits, residual,
+            gated, *_norm_arguments(norm),
+        )  # fmt: skip
+        return compiled
+    one._check_input(x.shape[-1], one.k, x, residual)
+    if gated and not one.can_gate:
+        raise ValueError(f"{one.n} outputs cannot be gated in blocks of {BLOCK}")
     dtype = _DTYPES.get(x.dtype)
     if dtype is None:
         full = linear(layers, x.float(), None if residual is None else residual.float(), gated, norm)
@@ -404,8 +450,9 @@ def linear(
         kept = None if residual is None else residual.to(x.dtype).expand(outputs[0].shape).contiguous()
         before = None if norm is None else norm._struct(one.k)
         pointers = _Pointer * len(layers)
-        _check(
-            one._linear(
+        engine = _engine()
+        engine.check(
+            engine.library.dgq_linear(
                 pointers(*(layer._address for layer in layers)), len(layers), rows.data_ptr(), rows.stride(0),
                 rows.shape[0], dtype, None if before is None else ctypes.addressof(before),
                 None if kept is None else kept.data_ptr(), gated, pointers(*(y.data_ptr() for y in outputs)),
@@ -432,7 +479,16 @@ def attention(
 
     Returns:
         (B, H, T, d), a view of (B, T, H, d).
+
+    Raises:
+        ValueError: shapes or numbers outside the above; the tensors differ in dtype, or are not on the CPU.
     """
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
+        raise ValueError(f"q (B, H, T, d) and k, v (B, H, S, d) expected, got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or any(x.device.type != "cpu" for x in (q, k, v)):
+        kinds = [f"{x.dtype} on {x.device}" for x in (q, k, v)]
+        raise ValueError(f"q, k and v of one dtype on the CPU expected, got {kinds}")
     dtype = _DTYPES.get(q.dtype)
     if dtype is None:
         args = (logit_scale, bits, fraction_bits, start_token, qk_bits, v_bits)
@@ -446,5 +502,65 @@ def attention(
         logit_scale, bits, fraction_bits, start_token, qk_bits, v_bits, dtype,
     )  # fmt: skip
     if out.numel():
-        _check(_engine().library.dgq_attention(ctypes.addressof(job), torch.get_num_threads()))
+        engine = _engine()
+        engine.check(engine.library.dgq_attention(ctypes.addressof(job), torch.get_num_threads()))
     return out.transpose(1, 2)
+
+
+# The same calls as operators, which torch.compile and torch.export can trace: the packed weight and all else that a
+# layer reads are arguments. Outside of traces Python calls the library itself, which takes less time.
+_PARTS = ("packed", "weight_scale", "column_sum", "bias")
+_NORM = "Tensor? gain, Tensor? shift, float eps, int groups, bool silu"
+torch.library.define(
+    "dgq::engine_linear",
+    "(Tensor x, Tensor[] packed, Tensor[] weight_scale, Tensor[] column_sum, Tensor?[] bias, Tensor? inv_divisor, "
+    f"int bits, Tensor? residual, bool gated, {_NORM}) -> Tensor[]",
+)
+torch.library.define(
+    "dgq::engine_conv2d",
+    "(Tensor x, Tensor packed, Tensor weight_scale, Tensor column_sum, Tensor? bias, Tensor? inv_divisor, int bits, "
+    f"int kernel, int stride, int padding, Tensor? residual, Tensor? sample_bias, {_NORM}) -> Tensor",
+)
+
+
+def _norm_arguments(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float, int, bool]:
+    return (None, None, 0.0, 0, False) if norm is None else (norm.gain, norm.shift, norm.eps, norm.groups, norm.silu)
+
+
+def _norm_of(gain: Tensor | None, shift: Tensor | None, eps: float, groups: int, silu: bool) -> Norm | None:
+    return None if gain is None or shift is None else Norm(gain, shift, eps, groups, silu)
+
+
+def _empty_picture(x: Tensor, n: int, kernel: int, stride: int, padding: int) -> Tensor:
+    """Where the result of a convolution of x (B, C, H, W) goes: (B, n, Ho, Wo), channels-last."""
+    size = [(side + 2 * padding - kernel) // stride + 1 for side in x.shape[2:]]
+    return torch.empty((x.shape[0], n, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.impl("dgq::engine_linear", "CPU")
+def _(x, packed, weight_scale, column_sum, bias, inv_divisor, bits, residual, gated, *norm):
+    parts = zip(packed, weight_scale, column_sum, bias, strict=True)
+    layers = [Layer.of_blocks(*part, inv_divisor, x.shape[-1], bits) for part in parts]
+    return linear(layers, x, residual, gated, _norm_of(*norm))
+
+
+@torch.library.register_fake("dgq::engine_linear")
+def _(x, packed, weight_scale, column_sum, bias, inv_divisor, bits, residual, gated, *norm):
+    shrink = 2 if gated else 1
+    return [x.new_empty((*x.shape[:-1], scale.shape[0] // shrink)) for scale in weight_scale]
+
+
+@torch.library.impl("dgq::engine_conv2d", "CPU")
+def _(
+    x, packed, weight_scale, column_sum, bias, inv_divisor, bits, kernel, stride, padding, residual, sample_bias, *norm
+):  # fmt: skip
+    k = kernel**2 * x.shape[1]
+    layer = Layer.of_blocks(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding)
+    return layer.conv2d(x, residual, sample_bias, _norm_of(*norm))
+
+
+@torch.library.register_fake("dgq::engine_conv2d")
+def _(
+    x, packed, weight_scale, column_sum, bias, inv_divisor, bits, kernel, stride, padding, residual, sample_bias, *norm
+):  # fmt: skip
+    return _empty_picture(x, weight_scale.shape[0], kernel, stride, padding)

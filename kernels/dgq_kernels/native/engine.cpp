@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include <cmath>
+#include <initializer_list>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -74,7 +75,10 @@ static void read_stored(const Stored& stored, int64_t row, int8_t* scratch, int8
         for (int64_t i = 0; i < stored.channels; ++i) out[tap + stored.order[i]] = values[tap + i];
 }
 
-static float symmetric_scale(float largest, int top) {
+// NaN where the range is infinite.
+static float symmetric_scale(const Range& range, int top) {
+    const float largest = range.high > -range.low ? range.high : -range.low;
+    if (!is_finite(largest)) return NOT_A_NUMBER;
     return largest > 1e-30f ? largest / static_cast<float>(top) : 1.0f;
 }
 
@@ -325,7 +329,8 @@ static Affine group_norm(
             }
         }
         float *factors = affine.values.data() + b * 2 * channels, *offsets = factors + channels;
-        float low = INFINITY, high = -INFINITY;
+        float low = INFINITE, high = -INFINITE;
+        bool finite = true;
         for (int64_t start = 0; start < channels; start += size) {
             double total = 0.0, squares = 0.0;
             for (int64_t c = start; c < start + size; ++c) {
@@ -340,9 +345,13 @@ static Affine group_norm(
                 const float p = first.low[c] * factors[c] + offsets[c], q = first.high[c] * factors[c] + offsets[c];
                 low = std::fmin(low, std::fmin(p, q));
                 high = std::fmax(high, std::fmax(p, q));
+                finite &= is_finite(p) && is_finite(q);
             }
         }
-        affine.ranges[b] = norm.silu ? silu_range(low, high) : Range{std::fmin(low, 0.0f), std::fmax(high, 0.0f)};
+        if (!finite)
+            affine.ranges[b] = {-INFINITE, INFINITE};
+        else
+            affine.ranges[b] = norm.silu ? silu_range(low, high) : Range{std::fmin(low, 0.0f), std::fmax(high, 0.0f)};
     }
     return affine;
 }
@@ -508,38 +517,160 @@ static void attend(const Attention& a, int threads) {
         const float octave_step = key_step / static_cast<float>(1 << a.fraction_bits);
         for (int row = 0; row < rows; ++row)
             kernels->finish_query(
-                a, head, sums + row * out_stride, static_cast<float>(total[row]),
+                a, head, sums + row * out_stride, static_cast<float>(total[row]) + 0.0f * step[row],
                 static_cast<float>(largest[row]) * (q_scale[row] * octave_step), queries + row * width,
                 ((b * a.rows + start + row) * a.heads + h) * width);
     });
 }
 
-template <class Body> static int guarded(const Body& body) {
+// What a call may end in; dgq_error has the words.
+enum Error : int32_t {
+    NONE, NO_MEMORY, NO_ISA, THREADS, NO_POINTER, DTYPE, LAYER_SIZES, BITS, GROUP, ORDER, UNEQUAL, NOT_LINEAR, GATE,
+    NORM, WINDOW, INPUT_SIZES, ATTENTION_SIZES, ATTENTION_BITS, LOGIT_SCALE, ERROR_COUNT
+};
+static const char* const error_texts[ERROR_COUNT] = {
+    "done",
+    "out of memory",
+    "no instruction set that this CPU has was chosen",
+    "1 to 65536 threads expected",
+    "a tensor is missing",
+    "float32 or bfloat16 expected",
+    "sizes of a weight expected: n outputs, k = kernel^2 * channels inputs, below 2^24",
+    "codes of 2 to 8 bits expected",
+    "groups of an even number of values expected",
+    "the order of the channels is not a permutation",
+    "layers that share an input need equal sizes and bits, and no divisors or residual",
+    "a linear layer has a kernel of 1",
+    "only whole blocks of outputs can be gated, and without a residual",
+    "a norm needs a finite eps; in a linear layer no groups and no SiLU; in a convolution groups that divide the "
+    "channels, and no divisors behind it",
+    "a stride of at least 1, a padding of at least 0 and a picture of at least the kernel's size expected",
+    "an input is empty, or too large for memory",
+    "attention needs 1 to 66311 keys (the start key apart), 1 to 32768 channels, and tensors that memory can hold",
+    "codes of 2 to 8 bits expected, and 0 to 5 fractional bits of a probability's, no more than it has",
+    "a positive, finite scale of the logits expected",
+};
+
+struct Refused {
+    Error error;
+};
+static void expect(bool holds, Error otherwise) {
+    if (!holds) throw Refused{otherwise};
+}
+
+// Whether sizes are positive, and their product is far from overflowing.
+static bool fits(std::initializer_list<int64_t> sizes) {
+    int64_t product = 1;
+    for (const int64_t size : sizes) {
+        if (size < 1 || size > (int64_t{1} << 46) / product) return false;
+        product *= size;
+    }
+    return true;
+}
+
+constexpr int64_t MOST_K = (1 << 24) - 1;                   // a sum of int8 weights stays in int32
+constexpr int64_t MOST_KEYS = INT32_MAX / (255 * 127), MOST_WIDTH = 1 << 15;  // and so do attention's products
+
+static bool are_bits(int32_t bits) { return bits >= 2 && bits <= 8; }
+
+static void check_call(int32_t dtype, int32_t threads) {
+    expect(kernels, NO_ISA);
+    expect(threads >= 1 && threads <= 65536, THREADS);
+    expect(dtype == FLOAT32 || dtype == BFLOAT16, DTYPE);
+}
+
+static void check_layer(const Layer& layer) {
+    expect(layer.packed && layer.weight_scale && layer.column_sum, NO_POINTER);
+    const int64_t kernel = layer.kernel, k = layer.k, channels = layer.channels;
+    expect(fits({layer.n, k}) && k <= MOST_K, LAYER_SIZES);
+    const bool whole = kernel >= 1 && kernel <= k && channels >= 1 && k % channels == 0;
+    expect(whole && kernel * kernel == k / channels, LAYER_SIZES);
+    expect(are_bits(layer.bits), BITS);
+    expect(layer.stride >= 1 && layer.padding >= 0, WINDOW);
+}
+
+static void check_norm(const Norm& norm, bool fitting) {
+    expect(norm.gain && norm.shift, NO_POINTER);
+    expect(fitting && norm.eps >= 0.0f && norm.eps < INFINITE, NORM);
+}
+
+static void check_stored(const Stored& stored) {
+    const int64_t n = stored.n, k = stored.k, channels = stored.channels;
+    expect(stored.weight || (stored.packed && stored.subscales), NO_POINTER);
+    expect(fits({n, k}) && k <= MOST_K && channels >= 1 && k % channels == 0, LAYER_SIZES);
+    expect(stored.weight || (stored.group >= 2 && stored.group <= MOST_K && stored.group % 2 == 0), GROUP);
+    if (!stored.order) return;
+    std::vector<bool> seen(channels, false);
+    for (int64_t i = 0; i < channels; ++i) {
+        const int32_t at = stored.order[i];
+        expect(at >= 0 && at < channels && !seen[at], ORDER);
+        seen[at] = true;
+    }
+}
+
+static void check_attention(const Attention& a) {
+    expect(a.q && a.k && a.v && a.out, NO_POINTER);
+    const int64_t start = a.start_token;
+    expect((start == 0 || start == 1) && a.keys > start && a.keys <= MOST_KEYS + start, ATTENTION_SIZES);
+    expect(a.width >= 1 && a.width <= MOST_WIDTH, ATTENTION_SIZES);
+    expect(fits({a.batch, a.heads, a.rows, a.width, 8}), ATTENTION_SIZES);
+    expect(fits({a.batch, a.heads, a.keys + 64, a.width + 64, 8}), ATTENTION_SIZES);
+    const auto reaches = [&](int64_t batch, int64_t head, int64_t token, int64_t tokens) {
+        return batch >= 0 && head >= 0 && token >= 0 && fits({batch | 1, a.batch, 4}) && fits({head | 1, a.heads, 4}) &&
+               fits({token | 1, tokens, 4});
+    };
+    expect(reaches(a.q_batch, a.q_head, a.q_token, a.rows), ATTENTION_SIZES);
+    expect(reaches(a.k_batch, a.k_head, a.k_token, a.keys), ATTENTION_SIZES);
+    expect(reaches(a.v_batch, a.v_head, a.v_token, a.keys), ATTENTION_SIZES);
+    expect(are_bits(a.bits) && are_bits(a.qk_bits) && are_bits(a.v_bits), ATTENTION_BITS);
+    expect(a.fraction_bits >= 0 && a.fraction_bits <= 5 && a.fraction_bits <= a.bits, ATTENTION_BITS);
+    expect(a.logit_scale > 0.0f && a.logit_scale < INFINITE, LOGIT_SCALE);
+}
+
+template <class Body> static int32_t guarded(const Body& body) {
     try {
         body();
-        return 0;
+        return NONE;
+    } catch (const Refused& refused) {
+        return refused.error;
     } catch (const std::bad_alloc&) {
-        return 1;
+        return NO_MEMORY;
     }
 }
 
 }  // namespace dgq
 
+// A call returns 0 or an error (dgq_error) before it has touched any memory. Pointers and sizes that a caller gives are
+// taken to belong together: how much memory lies behind a pointer cannot be seen here.
 #pragma GCC visibility push(default)
 extern "C" {
 
 // Changes with every change of the structures or functions below.
-int32_t dgq_abi() { return 4; }
+int32_t dgq_abi() { return 5; }
+
+// The sizes of Layer, Stored, Norm and Attention, for callers that describe them once more.
+int64_t dgq_struct_bytes(int32_t which) {
+    const int64_t sizes[] = {sizeof(dgq::Layer), sizeof(dgq::Stored), sizeof(dgq::Norm), sizeof(dgq::Attention)};
+    return which >= 0 && which < 4 ? sizes[which] : 0;
+}
+
+const char* dgq_error(int32_t error) {
+    return error >= 0 && error < dgq::ERROR_COUNT ? dgq::error_texts[error] : "unknown";
+}
 
 int32_t dgq_supported(int32_t isa) { return isa >= 0 && isa < dgq::ISA_COUNT && dgq::supported(isa); }
 
-// Use an instruction set (one that dgq_supported confirms) and the host's parallel region (or null: one thread).
-void dgq_use(int32_t isa, void* region) {
+// Use an instruction set and the host's parallel region (or null: one thread).
+int32_t dgq_use(int32_t isa, void* region) {
+    if (!dgq_supported(isa)) return dgq::NO_ISA;
     dgq::kernels = &dgq::all_kernels[isa];
     dgq::parallel_region = reinterpret_cast<dgq::ParallelRegion>(region);
+    return dgq::NONE;
 }
 
+// Of a weight (n, k); 0 where there can be none of such sizes.
 int64_t dgq_packed_bytes(int64_t n, int64_t k) {
+    if (!dgq::fits({n, k}) || k > dgq::MOST_K) return 0;
     return dgq::round_up(n, dgq::TILE_COLS) / dgq::BLOCK_COLS * dgq::block_bytes(k);
 }
 
@@ -548,6 +679,9 @@ int32_t dgq_pack(
     const dgq::Stored* stored, int8_t* packed, int32_t* column_sum, int64_t* size_sum, int32_t threads) {
     using namespace dgq;
     return guarded([&] {
+        check_call(FLOAT32, threads);
+        expect(stored && packed && column_sum && size_sum, NO_POINTER);
+        check_stored(*stored);
         const int64_t n = stored->n, k = stored->k;
         parallel(threads, round_up(n, TILE_COLS) / BLOCK_COLS, [&](int64_t block) {
             const int64_t first = block * BLOCK_COLS, rows = n - first < BLOCK_COLS ? n - first : BLOCK_COLS;
@@ -569,27 +703,63 @@ int32_t dgq_pack(
     });
 }
 
+// Whether a layer is one that the functions below take.
+int32_t dgq_check_layer(const dgq::Layer* layer) {
+    return dgq::guarded([&] { dgq::check_layer(*layer); });
+}
+
 // Several layers of the same sizes and bits may share an input: pointers to `count` layers and outputs.
 int32_t dgq_linear(
     const dgq::Layer* const* layers, int64_t count, const void* x, int64_t ldx, int64_t m, int32_t dtype,
     const dgq::Norm* norm, const void* residual, int32_t gated, void* const* y, int32_t threads) {
-    return dgq::guarded([&] {
-        std::vector<dgq::Finish> finishes(count);
+    using namespace dgq;
+    return guarded([&] {
+        check_call(dtype, threads);
+        expect(layers && x && y && count >= 1, NO_POINTER);
+        for (int64_t i = 0; i < count; ++i) {
+            expect(layers[i] && y[i], NO_POINTER);
+            check_layer(*layers[i]);
+            const Layer &one = *layers[0], &other = *layers[i];
+            const bool same = other.n == one.n && other.k == one.k && other.bits == one.bits;
+            expect(count == 1 || (same && !other.inv_divisor && !residual), UNEQUAL);
+            expect(other.channels == other.k, NOT_LINEAR);
+        }
+        const int64_t n = layers[0]->n, k = layers[0]->k;
+        expect(!gated || (n % TILE_COLS == 0 && !residual), GATE);
+        expect(ldx >= 0 && fits({m, ldx | 1, 4}) && fits({m, n, 4}) && fits({m, k}), INPUT_SIZES);
+        if (norm) check_norm(*norm, !norm->groups && !norm->silu);
+        std::vector<Finish> finishes(count);
         for (int64_t i = 0; i < count; ++i) finishes[i] = {nullptr, residual, gated, y[i]};
-        dgq::linear(layers, count, x, ldx, m, dtype, norm, finishes.data(), threads);
+        linear(layers, count, x, ldx, m, dtype, norm, finishes.data(), threads);
     });
 }
 
 int32_t dgq_conv2d(
     const dgq::Layer* layer, const void* x, int64_t batch, int64_t height, int64_t width, int32_t dtype,
     const dgq::Norm* norm, const float* sample_bias, const void* residual, void* y, int32_t threads) {
-    return dgq::guarded([&] {
-        dgq::convolve(*layer, x, batch, height, width, dtype, norm, {sample_bias, residual, 0, y}, threads);
+    using namespace dgq;
+    return guarded([&] {
+        check_call(dtype, threads);
+        expect(layer && x && y, NO_POINTER);
+        check_layer(*layer);
+        const int64_t pad = layer->padding, channels = layer->channels;
+        expect(fits({batch, height, width}), INPUT_SIZES);
+        const int64_t tall = height + 2 * pad, wide = width + 2 * pad;
+        expect(tall >= layer->kernel && wide >= layer->kernel, WINDOW);
+        expect(fits({batch, tall, wide, channels, 4}) && fits({batch, tall, wide, layer->n, 4}), INPUT_SIZES);
+        if (norm) check_norm(*norm, norm->groups >= 1 && channels % norm->groups == 0 && !layer->inv_divisor);
+        convolve(*layer, x, batch, height, width, dtype, norm, {sample_bias, residual, 0, y}, threads);
     });
 }
 
 int32_t dgq_attention(const dgq::Attention* attention, int32_t threads) {
-    return dgq::guarded([&] { dgq::attend(*attention, threads); });
+    using namespace dgq;
+    return guarded([&] {
+        expect(attention, NO_POINTER);
+        check_call(attention->dtype, threads);
+        check_attention(*attention);
+        attend(*attention, threads);
+    });
 }
 }  // extern "C"
 #pragma GCC visibility pop

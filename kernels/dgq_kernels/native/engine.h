@@ -26,7 +26,7 @@ inline int64_t row_stride(int64_t k) { return (ceil_div(k, K_BLOCK) | 1) * K_BLO
 
 // Codes of one row or sample: x ~ scale * (code - zero).
 struct Range {
-    float low = 0.0f, high = 0.0f;  // always holds 0
+    float low = 0.0f, high = 0.0f;  // always holds 0; infinite where a value is not finite
 };
 struct Codes {
     float scale, inverse;
@@ -76,7 +76,7 @@ struct Attention {
 
 // What one head's products are made of.
 struct Head {
-    float k_scale;
+    float k_scale;     // NaN where a key or value is not finite
     float* start_k;    // (width,), minus the mean of the other keys
     float* start_v;    // (width,)
     float* v_scale;    // (width,)
@@ -94,7 +94,7 @@ struct Probabilities {
 
 // What differs between instruction sets. Every implementation gives the same bits.
 struct Kernels {
-    // Widen `range` by n values times inv_divisor (or 1 where null).
+    // Widen `range` by n values times inv_divisor (or 1 where null); to infinity where one is not finite.
     void (*range)(const void* x, int dtype, int64_t n, const float* inv_divisor, Range& range);
     // n codes of values times inv_divisor.
     void (*quantize)(const void* x, int dtype, int64_t n, const float* inv_divisor, const Codes& codes, uint8_t* out);
@@ -123,7 +123,8 @@ struct Kernels {
         const int32_t* logits, ptrdiff_t stride, int rows, int64_t n, const int32_t* largest, const float* step,
         const Probabilities& table, uint8_t* out, ptrdiff_t out_stride, int64_t* total);
     void (*prepare_head)(const Attention& attention, int64_t batch, int64_t number, Head& head);
-    // The query at an offset: its values, and its codes + 128 with zeros up to row_stride(width); returns the scale.
+    // The query at an offset: its values, and its codes + 128 with zeros up to row_stride(width); returns the scale, NaN
+    // where a value is not finite.
     float (*prepare_query)(const Attention& attention, int64_t offset, float* values, uint8_t* codes);
     // An output row at an offset from its products with the values; the start key joins in float. largest is in
     // octaves. `values` is scratch afterwards.
@@ -198,11 +199,16 @@ template <class Task> void parallel(int threads, int64_t count, const Task& task
     if (shared.failed) throw std::bad_alloc();
 }
 
-// Scale and zero point of a range (docs/method.md, "integer recipe", item 1).
+constexpr float INFINITE = __builtin_inff(), NOT_A_NUMBER = __builtin_nanf("");
+inline bool is_finite(float x) { return x - x == 0.0f; }
+
+// Scale and zero point of a range (docs/method.md, "integer recipe", item 1). Where the range is infinite, or wider than
+// a float can tell, the scale is NaN, and with it all that becomes of the row or sample.
 inline Codes codes_of(const Range& range, int bits) {
     Codes codes;
     codes.top = (1 << bits) - 1;
     codes.scale = (range.high - range.low) / static_cast<float>(codes.top);
+    if (!is_finite(codes.scale)) return {NOT_A_NUMBER, NOT_A_NUMBER, 0, codes.top};
     if (!(codes.scale > 1e-30f)) codes.scale = 1.0f;
     codes.inverse = 1.0f / codes.scale;
     codes.zero = static_cast<int32_t>(__builtin_rintf(-range.low * codes.inverse));
