@@ -116,19 +116,27 @@ def test_a_unet_on_triton_equals_the_cpu(run, checkpoint):
 
 @torch.no_grad()
 def test_every_block_equals_the_cpus(run, checkpoint):
-    """On the same input, so that no difference hides behind another block's."""
+    """On the same input, so that no difference hides behind another block's. What the last digits of a float do to a
+    block's codes on the CPU alone, they may do here: how much depends on the machine that calibrated the model."""
     unet, _ = unet_and_call(checkpoint)
 
-    def move(x):
+    def move(x, noise):
         if isinstance(x, torch.Tensor):
-            return x.cpu()
-        return type(x)(map(move, x)) if isinstance(x, tuple | list) else x
+            return x.cpu() * (1 + noise * torch.randn(x.shape)) if x.is_floating_point() else x.cpu()
+        return type(x)(move(part, noise) for part in x) if isinstance(x, tuple | list) else x
+
+    def on_cpu(name, arguments, keywords, noise=0.0):
+        keywords = {key: move(x, noise) for key, x in keywords.items()}
+        y = unet.get_submodule(name)(*move(arguments, noise), **keywords)
+        return y[0] if isinstance(y, tuple) else y
 
     assert len(run.blocks) == 6
     for name, (arguments, keywords, got) in run.blocks.items():
-        expected = unet.get_submodule(name)(*move(arguments), **{key: move(x) for key, x in keywords.items()})
-        got, expected = (x[0] if isinstance(x, tuple) else x for x in (got, expected))
-        assert error(got, expected) < 1e-2, name
+        expected = on_cpu(name, arguments, keywords)
+        torch.manual_seed(0)
+        digits = max(error(on_cpu(name, arguments, keywords, 2**-22), expected) for _ in range(20))
+        got = got[0] if isinstance(got, tuple) else got
+        assert error(got, expected) < max(1e-2, 2 * digits), name
 
 
 def test_nothing_runs_before_a_quantized_layer(run):
