@@ -323,7 +323,6 @@ def _check_together(folder: Path, parts: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _one_line(place: Path, reason: str = "cannot be loaded") -> Iterator[None]:
     """What other libraries raise for damaged files (their errors have no common base) becomes a DgqError."""
-    before = torch.get_default_dtype()
     try:
         yield
     except DgqError:
@@ -332,8 +331,6 @@ def _one_line(place: Path, reason: str = "cannot be loaded") -> Iterator[None]:
         lines = str(error).strip().splitlines()
         detail = ": ".join([type(error).__name__, *lines[:1]])
         raise DgqError(f"{place}: {reason} ({detail})", "the file may be damaged: copy it again") from error
-    finally:
-        torch.set_default_dtype(before)  # diffusers leaves another one where a network cannot be built
 
 
 @contextlib.contextmanager

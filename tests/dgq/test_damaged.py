@@ -365,6 +365,20 @@ def test_configurations(copy_of, file, change):
     assert torch.get_default_dtype() == dtype
 
 
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("vae/config.json", {"block_out_channels": [10**5, 10**5]}),
+        ("text_encoder/config.json", {"hidden_size": 2 * 10**6}),
+    ],
+)
+def test_sizes_are_compared_before_anything_is_made(copy_of, file, change):
+    """The libraries would ask for terabytes, or leave another default dtype behind."""
+    folder = copy_of("w4")
+    edit_json(folder / file, lambda config: config.update(change))
+    refused(dgq.load, folder, file, "has shape [")
+
+
 def flip(data, rng):
     i = rng.randrange(len(data))
     return data[:i] + bytes([data[i] ^ 1 << rng.randrange(8)]) + data[i + 1 :]
