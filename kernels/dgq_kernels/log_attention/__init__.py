@@ -23,7 +23,8 @@ def log_attention(
     top code meaning zero, and p = rint(255 * 2^(-code / 2^f)), a byte (a small table and a shift give it).
     q is quantized per row, k per head after subtracting the mean over its keys (softmax does not see it), v per head
     and channel, all symmetric. With a start token (cross-attention's column 0) the start key, value, logit and
-    probability stay float, and mean, ranges and m are taken over the other keys.
+    probability stay float, and mean, ranges and m are taken over the other keys. NaN or infinity in a row of q makes
+    that row NaN, in k or v all rows of that head.
 
     Args:
         q: float16, bfloat16 or float32 (B, H, T, d).

@@ -1,7 +1,9 @@
 """Run-time activation quantization: floats to asymmetric codes in bytes, per row or per sample.
 
 Each op also comes fused with what precedes it in a transformer or residual block, so that the normalised or activated
-floats never reach memory.
+floats never reach memory. What is not finite stays visible: where a row (or sample), as it is quantized, holds NaN or
+infinity or has a range beyond float32, its scale is NaN, and so is what a layer makes of it; its codes and zero point
+mean nothing.
 """
 
 from __future__ import annotations
