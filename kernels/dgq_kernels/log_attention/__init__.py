@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..backend import select
+from ..backend import operator, select
 from . import cpu, reference
 
 
-@torch.library.custom_op("dgq::log_attention", mutates_args=())
+@operator("dgq::log_attention")
 def log_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
     qk_bits: int = 8, v_bits: int = 8,
@@ -84,7 +84,7 @@ def _(q, k, v, scale, bits, fraction_bits, start_token, qk_bits=8, v_bits=8):
     return _empty_rows_first(q)
 
 
-@torch.library.custom_op("dgq::log_attention_running", mutates_args=())
+@operator("dgq::log_attention_running")
 def log_attention_running(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, block: int = 64
 ) -> Tensor:
@@ -116,7 +116,7 @@ def log_attention_running(
     return _rows_first(reference.log_attention_running(q, k, v, scale, bits, fraction_bits, block))
 
 
-@torch.library.custom_op("dgq::log_attention_base2", mutates_args=())
+@operator("dgq::log_attention_base2")
 def log_attention_base2(q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, start_token: bool) -> Tensor:
     """Attention with probabilities as the DGQ paper publishes them: base 2, one maximum per sample.
 

@@ -141,7 +141,8 @@ def key_codes_kernel(
     gathered = statistics_ptr + (head * chunks + other[:, None]) * WIDTH + channel[None, :]
     plane = chunks * tl.num_programs(1) * WIDTH
     known = (other < chunks)[:, None]
-    mean = tl.div_rn(tl.sum(tl.load(gathered, mask=known, other=0.0), axis=0), keys.to(tl.float32))
+    # no method of keys, which is a constant where it is 1
+    mean = tl.div_rn(tl.sum(tl.load(gathered, mask=known, other=0.0), axis=0), 1.0 * keys)
     low = tl.min(tl.load(gathered + plane, mask=known, other=float("inf")), axis=0)
     high = tl.max(tl.load(gathered + 2 * plane, mask=known, other=float("-inf")), axis=0)
     # a rounded difference grows with what is subtracted from: the largest |k - mean| is one of these

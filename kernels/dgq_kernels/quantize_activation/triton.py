@@ -182,7 +182,7 @@ def group_statistics_kernel(
     group, sample = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, BLOCK_CHANNELS)
     base = sample.to(tl.int64) * blocks * channels + group * GROUP
-    size = (pixels * GROUP).to(tl.float32)
+    size = 1.0 * pixels * GROUP  # no method of pixels, which is a constant where it is 1
     shift = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     if SHIFT:
         at = shift_ptr + sample * channels + group * GROUP + lane
