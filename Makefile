@@ -5,8 +5,6 @@ BIN := $(VENV)/bin
 WORK ?= $(HOME)/.cache/dgq/embedded
 MINUTES ?= 180
 DEMO := build/demo
-GPU_VENV := build/gpu
-GPU_BIN := $(GPU_VENV)/bin
 
 .PHONY: demo test test-all lint types gpu aot sanitize sanitize-native bench fidelity embedded-data embedded-train clean
 
@@ -29,13 +27,10 @@ types: $(VENV)/ready
 	$(BIN)/mypy
 
 # On a machine with a CUDA device, under 10 minutes: every kernel against its reference, the model on cuda against cpu,
-# bench rows. PYTHON is the machine's own, whose torch and Triton are used as they are; only what it lacks is fetched.
-gpu: $(GPU_VENV)/ready
-	$(GPU_BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else \
-		f'{torch.__version__} of PYTHON=$(PYTHON) sees no CUDA device')"
-	$(GPU_BIN)/python -m dgq_cli doctor
-	$(GPU_BIN)/python -m pytest tests/kernels tests/dgq/test_cuda.py -m "not slow" --numprocesses 4
-	$(GPU_BIN)/python -m dgq_cli bench --csv benchmarks/results.csv
+# bench rows. PYTHON is the machine's own, whose torch and Triton are used as they are; only what it lacks is fetched,
+# into build/gpu. Without an index: make gpu PIP_NO_INDEX=1 PIP_FIND_LINKS=folder-with-the-wheels
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 # Compile tables of the newest Triton and of 3.6, the oldest that is supported; no GPU needed.
 aot: $(VENV)/ready
@@ -80,20 +75,6 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,plots]"
-	touch $@
-
-# An environment that sees PYTHON's packages, also where PYTHON is of an environment itself, and this repository.
-$(GPU_VENV)/ready: pyproject.toml
-	$(PYTHON) -m venv $(GPU_VENV)
-	$(PYTHON) -c "import site; print('$(CURDIR)', '$(CURDIR)/kernels', *site.getsitepackages(), \
-		site.getusersitepackages(), sep='\n')" \
-		> $$($(GPU_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/machine.pth
-	$(GPU_BIN)/python -c "from importlib.metadata import version; \
-		print(*(f'{name}=={version(name)}' for name in ('torch', 'triton')), sep='\n')" > $(GPU_VENV)/machine.txt
-	$(GPU_BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-		print(*project['dependencies'], *project['optional-dependencies']['dev'], sep='\n')" > $(GPU_VENV)/needs.txt
-	$(GPU_BIN)/python -m pip install --quiet --constraint $(GPU_VENV)/machine.txt --requirement $(GPU_VENV)/needs.txt
-	-$(GPU_BIN)/python kernels/dgq_kernels/native/build.py
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,17 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # What is compared with the CPU must not be rounded to ten bits on the way.
 torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say why Triton's tests fail where they cannot run."""
+    numpy = tuple(map(int, metadata.version("numpy").split(".")[:2]))
+    try:
+        old = metadata.version("triton").startswith("3.6.")
+    except metadata.PackageNotFoundError:
+        return
+    if old and numpy >= (2, 4) and os.environ.get("TRITON_INTERPRET") == "1" and terminalreporter.stats.get("failed"):
+        terminalreporter.write_line("Triton 3.6's interpreter does not run with NumPy 2.4 or newer: install numpy<2.4")
 
 
 def build_tiny_pipeline(folder: Path) -> Path:

@@ -187,7 +187,8 @@ def _quantize_cases() -> Iterator[Case]:
     pointers = {
         "x_ptr": "*fp16", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32", "inv_divisor_ptr": "*fp32",
         "position_ptr": "*i32", "codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
-        **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "shift", "centre", "gain", "low", "high")},
+        **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "shift", "centre", "gain")},
+        "below_ptr": "*i32", "above_ptr": "*i32",
     }  # fmt: skip
     flags = {"DIVIDE": True, "PLACE": True, "OFFSET": True, "GAIN": True, "SMALLEST": 1e-30, "TOP": 255}
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import native
 
@@ -18,17 +21,53 @@ BACKENDS = ("reference", "cpu", "triton")
 
 
 def select(device: torch.device) -> str:
-    """The backend for tensors on `device`: "triton" on CUDA, "cpu" on the CPU, "reference" anywhere else.
+    """The backend for tensors on `device`: "triton" on CUDA, "cpu" on the CPU, "reference" for mere shapes (meta).
 
     Raises:
-        ValueError: DGQ_BACKEND names no backend.
+        ValueError: DGQ_BACKEND names no backend, or "triton" where its kernels cannot run; or there are no kernels for
+            the device and DGQ_BACKEND does not ask for the reference.
     """
     forced = os.environ.get("DGQ_BACKEND")
+    if forced and forced not in BACKENDS:
+        raise ValueError(f"DGQ_BACKEND={forced} is not one of {', '.join(BACKENDS)}")
+    if forced == "triton" and not launches(device):
+        raise ValueError(
+            f"DGQ_BACKEND=triton cannot run on {device.type}: its kernels need a CUDA device, or TRITON_INTERPRET=1"
+        )
     if forced:
-        if forced not in BACKENDS:
-            raise ValueError(f"DGQ_BACKEND={forced} is not one of {', '.join(BACKENDS)}")
         return forced
-    return {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
+    kind = "ROCm" if device.type == "cuda" and torch.version.hip else device.type
+    known = {"cuda": "triton", "cpu": "cpu", "meta": "reference"}
+    if kind not in known:
+        raise ValueError(f"there are no kernels for {kind} devices, only for cuda and cpu: use the device cpu")
+    return known[kind]
+
+
+def launches(device: torch.device) -> bool:
+    """Whether Triton kernels can run on the tensors of a device: on CUDA, and anywhere in Triton's interpreter."""
+    if device.type == "cuda":
+        return torch.version.hip is None
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    """Register a function of tensors as the operator `name`, to run with the CUDA device of its first argument as the
+    current one: Triton launches there, wherever the tensors are."""
+
+    def register(function: Callable[..., Any]) -> torch.library.CustomOpDef:
+        @functools.wraps(function)
+        def on_its_device(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not first.is_cuda:
+                return function(first, *args, **kwargs)
+            with torch.cuda.device(first.device):
+                return function(first, *args, **kwargs)
+
+        schema = torch.library.infer_schema(function, mutates_args=())
+        return torch.library.custom_op(name, on_its_device, mutates_args=(), schema=schema)
+
+    return register
 
 
 @functools.cache
@@ -77,6 +116,8 @@ def _exact(top: int, m: int, k: int, n: int) -> bool:
 def describe(device: torch.device) -> tuple[str, str]:
     """(backend, reason in one sentence) for `dgq doctor`."""
     backend = select(device)
+    if backend == "triton" and device.type != "cuda":
+        return backend, "forced by DGQ_BACKEND: Triton's interpreter, slow"
     if backend == "triton":
         major, minor = torch.cuda.get_device_capability(device)
         return backend, f"CUDA device of compute capability {major}.{minor}: Triton kernels"

@@ -215,7 +215,7 @@ def test_refuses_what_may_overflow():
 def test_split_reductions_are_exact(ends):
     """By K without shift classes, by input channels with them."""
     data = inputs(2, 70, 5, 6, 10, 3, 1)
-    check_int8(data, 1, ends, config=Config(32, 32, 16, 4, 1), splits=3, residual=True)
+    check_int8(data, 1, ends, config=Config(32, 32, 32, 4, 1), splits=3, residual=True)
 
 
 def test_split_int4_reductions_are_exact():

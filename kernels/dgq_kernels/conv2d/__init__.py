@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import select
+from ..backend import operator, select
 from ..linear import add_residual
 from . import cpu, reference
 
 
-@torch.library.custom_op("dgq::conv2d", mutates_args=())
+@operator("dgq::conv2d")
 def conv2d(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
     bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
@@ -42,7 +42,7 @@ def conv2d(
     return reference.conv2d(*arguments, out_dtype, class_ends, residual)
 
 
-@torch.library.custom_op("dgq::conv2d_int4", mutates_args=())
+@operator("dgq::conv2d_int4")
 def conv2d_int4(
     codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
     column_sum: Tensor, bias: Tensor | None, kernel_size: int, stride: int, out_dtype: torch.dtype, group: int,
@@ -73,7 +73,7 @@ def conv2d_int4(
     return reference.conv2d(*arguments, out_dtype, [codes.shape[1]], residual)
 
 
-@torch.library.custom_op("dgq::conv2d_prepacked", mutates_args=())
+@operator("dgq::conv2d_prepacked")
 def conv2d_prepacked(
     codes: Tensor, scale: Tensor, zero_point: Tensor, packed: list[Tensor], class_ends: list[int], split: bool,
     weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None, kernel_size: int, stride: int,

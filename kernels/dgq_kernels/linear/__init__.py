@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import select
+from ..backend import operator, select
 from ..packing import expand_two_level
 from . import cpu, reference
 
 
-@torch.library.custom_op("dgq::linear_int8", mutates_args=())
+@operator("dgq::linear_int8")
 def linear_int8(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
     bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
@@ -79,7 +79,7 @@ def add_residual(
     return run(*arguments, torch.float32, *more).add_(residual).to(out_dtype)
 
 
-@torch.library.custom_op("dgq::linear_int4", mutates_args=())
+@operator("dgq::linear_int4")
 def linear_int4(
     codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
     column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int, residual: Tensor | None = None,
@@ -114,7 +114,7 @@ def linear_int4(
     return reference.linear_int8(*arguments, out_dtype, [k], residual, gated)
 
 
-@torch.library.custom_op("dgq::linear_float_groups", mutates_args=())
+@operator("dgq::linear_float_groups")
 def linear_float_groups(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
     bias: Tensor | None, out_dtype: torch.dtype, group_ends: list[int],
@@ -149,7 +149,7 @@ def linear_float_groups(
     return reference.linear_float_groups(*arguments)
 
 
-@torch.library.custom_op("dgq::linear_prepacked", mutates_args=())
+@operator("dgq::linear_prepacked")
 def linear_prepacked(
     codes: Tensor, scale: Tensor, zero_point: Tensor, packed: list[Tensor], class_ends: list[int], split: bool,
     weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..backend import select
+from ..backend import operator, select
 from . import cpu, reference
 
 
@@ -27,7 +27,7 @@ def _in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-@torch.library.custom_op("dgq::log_attention", mutates_args=())
+@operator("dgq::log_attention")
 def log_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
     qk_bits: int = 8, v_bits: int = 8,
@@ -38,7 +38,8 @@ def log_attention(
     top code meaning zero, and p = rint(255 * 2^(-code / 2^f)), a byte (a small table and a shift give it).
     q is quantized per row, k per head after subtracting the mean over its keys (softmax does not see it), v per head
     and channel, all symmetric. With a start token (cross-attention's column 0) the start key, value, logit and
-    probability stay float, and mean, ranges and m are taken over the other keys.
+    probability stay float, and mean, ranges and m are taken over the other keys. NaN or infinity in a row of q makes
+    that row NaN, in k or v all rows of that head.
 
     Args:
         q: float16, bfloat16 or float32 (B, H, T, d).
@@ -101,7 +102,7 @@ def _(q, k, v, scale, bits, fraction_bits, start_token, qk_bits=8, v_bits=8):
     return _empty_rows_first(q)
 
 
-@torch.library.custom_op("dgq::log_attention_running", mutates_args=())
+@operator("dgq::log_attention_running")
 def log_attention_running(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, block: int = 64
 ) -> Tensor:
@@ -136,7 +137,7 @@ def log_attention_running(
     return _rows_first(run(*_in_one_dtype(q, k, v), scale, bits, fraction_bits, block).to(q.dtype))
 
 
-@torch.library.custom_op("dgq::log_attention_base2", mutates_args=())
+@operator("dgq::log_attention_base2")
 def log_attention_base2(q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, start_token: bool) -> Tensor:
     """Attention with probabilities as the DGQ paper publishes them: base 2, one maximum per sample.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import native
 from ..backend import select
-from .reference import combine_start, probability_bytes, quantize_operands
+from .reference import combine_start, finite_step, probability_bytes, quantize_operands
 
 LOG2_E = math.log2(math.e)
 # Logits held at once. With their int64 table indices 12 bytes each: 12 MiB, near the caches.
@@ -51,7 +51,8 @@ def carried_by_floats(
     keys = operands.k.shape[2]
     row_codes = operands.q.flatten(0, 1)
     key_codes = operands.k.flatten(0, 1).mT
-    step = (operands.q_scale * operands.key_step).flatten(0, 1)
+    row_step, poison = finite_step(operands)
+    step = row_step.flatten(0, 1)
     values = operands.v.flatten(0, 1)
     values = torch.cat((values, values.new_ones(*values.shape[:2], 1)), dim=2)  # the last channel sums p
     table = torch.tensor(probability_bytes(bits, fraction_bits), dtype=torch.float32, device=q.device)
@@ -78,10 +79,10 @@ def carried_by_floats(
             largest[at] = highest
 
     numerator = sums[..., :-1].unflatten(0, (batch, heads)) * operands.v_scale
-    normaliser = sums[..., -1:].unflatten(0, (batch, heads))
+    normaliser = sums[..., -1:].unflatten(0, (batch, heads)) + poison
     if operands.start_k is None or operands.start_v is None:
         return (numerator / normaliser).to(q.dtype)
-    octave = operands.q_scale * operands.key_step * 2.0**-fraction_bits
+    octave = row_step * 2.0**-fraction_bits
     start_logit = (q.float() @ operands.start_k.mT) * (scale * LOG2_E)
     highest = largest.unflatten(0, (batch, heads)) * octave
     return combine_start(numerator, normaliser, highest, start_logit, operands.start_v).to(q.dtype)

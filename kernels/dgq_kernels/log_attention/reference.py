@@ -21,7 +21,8 @@ class Operands(NamedTuple):
         q: float32 (B, H, T, d), integer codes (or plain values where qk_bits is 0).
         q_scale: float32 (B, H, T, 1).
         k: float32 (B, H, S', d), codes of the keys minus their mean.
-        key_step: float32 (B, H, 1, 1); q_scale * key_step turns q . k into codes (2^-f octaves).
+        key_step: float32 (B, H, 1, 1); q_scale * key_step turns q . k into codes (2^-f octaves); NaN where k or v,
+            the start token's included, is not finite.
         v: float32 (B, H, S', d), codes.
         v_scale: float32 (B, H, 1, d).
         start_k: float32 (B, H, 1, d), the start key minus the mean of the others; None without a start token.
@@ -71,22 +72,25 @@ def probability_bytes(bits: int, fraction_bits: int) -> tuple[int, ...]:
 
 
 def symmetric_scale(x: Tensor, dims: tuple[int, ...], bits: int) -> Tensor:
-    """Scale of symmetric codes: float32, largest |x| over `dims` (kept) / (2^(bits-1) - 1); 1 where x is all zero.
+    """Scale of symmetric codes: float32, largest |x| over `dims` (kept) / (2^(bits-1) - 1); 1 where x is all zero, NaN
+    where x somewhere is not finite.
 
     Magnitudes below 1e-30 count as zero, so that the reciprocal of a scale is always finite.
     """
     largest = x.abs().amax(dims, keepdim=True)
-    return torch.where(largest > 1e-30, largest / (2 ** (bits - 1) - 1), torch.ones_like(largest))
+    scale = torch.where(largest > 1e-30, largest / (2 ** (bits - 1) - 1), torch.ones_like(largest))
+    return scale.masked_fill_(~(largest < torch.inf), torch.nan)
 
 
 def _symmetric_codes(x: Tensor, dims: tuple[int, ...], bits: int) -> tuple[Tensor, Tensor]:
-    """(codes as float32, scale); bits = 0 leaves x as it is, with scale 1."""
+    """(codes as float32, scale); bits = 0 leaves x as it is, with scale 1. A scale is NaN where x is not finite, which
+    becomes 0 in the codes."""
     if not bits:
-        shape = [1 if axis - x.dim() in dims else size for axis, size in enumerate(x.shape)]
-        return x, x.new_ones(shape)
+        finite = x.isfinite()
+        return x.where(finite, 0), torch.where(finite.all(dims, keepdim=True), 1.0, torch.nan)
     scale = symmetric_scale(x, dims, bits)
     top = 2 ** (bits - 1) - 1
-    return (x * (1 / scale)).round_().clamp_(-top, top), scale
+    return (x * (1 / scale)).round_().clamp_(-top, top).nan_to_num_(0), scale
 
 
 def quantize_operands(
@@ -99,10 +103,19 @@ def quantize_operands(
     q_codes, q_scale = _symmetric_codes(q.float(), (-1,), qk_bits)
     k_codes, k_scale = _symmetric_codes(centred[:, :, first:], (-2, -1), qk_bits)
     v_codes, v_scale = _symmetric_codes(values[:, :, first:], (-2,), v_bits)
-    key_step = k_scale * (scale * math.log2(math.e) * 2**fraction_bits)
+    key_step = k_scale * (scale * math.log2(math.e) * 2**fraction_bits) + (0 * v_scale).sum(-1, keepdim=True)
     if not start_token:
         return Operands(q_codes, q_scale, k_codes, key_step, v_codes, v_scale, None, None)
-    return Operands(q_codes, q_scale, k_codes, key_step, v_codes, v_scale, centred[:, :, :1], values[:, :, :1])
+    start_k, start_v = centred[:, :, :1], values[:, :, :1]
+    key_step = key_step + (0 * (start_k + start_v)).sum(-1, keepdim=True)
+    return Operands(q_codes, q_scale, k_codes, key_step, v_codes, v_scale, start_k, start_v)
+
+
+def finite_step(operands: Operands) -> tuple[Tensor, Tensor]:
+    """(step, poison) float32 (B, H, T, 1): q_scale * key_step, which turns q . k into codes, and 0 to add to a row's
+    normaliser; where an operand of a row is not finite, 0 and NaN, so that the row becomes NaN and no code does."""
+    step = operands.q_scale * operands.key_step
+    return step.where(step < torch.inf, 0), step * 0
 
 
 def combine_start(
@@ -130,7 +143,7 @@ def log_codes(operands: Operands, bits: int) -> tuple[Tensor, Tensor]:
     """
     products = (operands.q.double() @ operands.k.double().mT).float()
     largest = products.amax(-1, keepdim=True)
-    step = operands.q_scale * operands.key_step
+    step, _ = finite_step(operands)
     codes = ((largest - products) * step).clamp_(max=2**bits - 1).round_()
     return codes.to(torch.int64), largest
 
@@ -144,10 +157,11 @@ def log_attention(
     codes, largest = log_codes(operands, bits)
     p = torch.tensor(probability_bytes(bits, fraction_bits), dtype=torch.float64, device=q.device)[codes]
     numerator = (p @ operands.v.double()).float() * operands.v_scale
-    normaliser = p.sum(-1, keepdim=True).float()
+    step, poison = finite_step(operands)
+    normaliser = p.sum(-1, keepdim=True).float() + poison
     if operands.start_k is None or operands.start_v is None:
         return (numerator / normaliser).to(q.dtype)
-    octave = operands.q_scale * operands.key_step * 2.0**-fraction_bits
+    octave = step * 2.0**-fraction_bits
     start_logit = (q.float() @ operands.start_k.mT) * (scale * math.log2(math.e))
     return combine_start(numerator, normaliser, largest * octave, start_logit, operands.start_v).to(q.dtype)
 
@@ -171,7 +185,7 @@ def log_attention_running(
     """See `dgq_kernels.log_attention_running`."""
     operands = quantize_operands(q, k, v, scale, fraction_bits, False, 8, 8)
     table = torch.tensor(probability_bytes(bits, fraction_bits), dtype=torch.int64, device=q.device)
-    step = operands.q_scale * operands.key_step
+    step, poison = finite_step(operands)
     octave: Tensor | None = None
     numerator = normaliser = torch.zeros((), dtype=torch.int64, device=q.device)
     for start in range(0, operands.k.shape[2], block):
@@ -188,7 +202,7 @@ def log_attention_running(
         values = operands.v[:, :, start : start + block].double()
         numerator = numerator + (p.double() @ values).to(torch.int64)
         normaliser = normaliser + p.sum(-1, keepdim=True)
-    y = numerator.float() * operands.v_scale * (1 / normaliser.float())
+    y = numerator.float() * operands.v_scale * (1 / (normaliser.float() + poison))
     return y.to(q.dtype)
 
 

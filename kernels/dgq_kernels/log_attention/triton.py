@@ -56,13 +56,34 @@ def probability(code, FRACTION_BITS: tl.constexpr, TOP: tl.constexpr):
 
 
 @triton.jit
-def row_codes(q_values, QK_TOP: tl.constexpr):
-    """(int8 codes, scale) of each row, symmetric, as `reference.quantize_operands`."""
-    magnitude = tl.max(tl.abs(q_values), axis=1)
-    q_scale = tl.where(magnitude > _SMALLEST, tl.div_rn(magnitude, float(QK_TOP)), 1.0)
-    scaled = q_values * tl.div_rn(1.0, q_scale)[:, None]
-    scaled = tl.minimum(tl.maximum(scaled, -float(QK_TOP)), float(QK_TOP))
-    return ((scaled + _ROUND_TRICK) - _ROUND_TRICK).to(tl.int8), q_scale
+def magnitude_bits(x, AXIS: tl.constexpr):
+    """The largest |x| along an axis, as the bits (int32) of a float: in order as integers, infinity and then NaN last,
+    so that what is not finite stays, where a floating maximum drops NaN."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=AXIS)
+
+
+@triton.jit
+def _symmetric(largest_bits, TOP: tl.constexpr):
+    """(scale, 1 / scale) as `reference.symmetric_scale`, of `magnitude_bits`; (NaN, 0) of what is not finite."""
+    largest = largest_bits.to(tl.float32, bitcast=True)
+    finite = largest < float("inf")
+    scale = tl.where(largest > _SMALLEST, tl.div_rn(largest, float(TOP)), 1.0)
+    return tl.where(finite, scale, float("nan")), tl.where(finite, tl.div_rn(1.0, scale), 0.0)
+
+
+@triton.jit
+def _symmetric_codes(x, inverse, TOP: tl.constexpr):
+    scaled = tl.minimum(tl.maximum(x * inverse, -float(TOP)), float(TOP))
+    return ((scaled + _ROUND_TRICK) - _ROUND_TRICK).to(tl.int8)
+
+
+@triton.jit
+def row_codes(q_values, key_step, QK_TOP: tl.constexpr):
+    """(int8 codes, step, poison) of each row: codes symmetric, as `reference.quantize_operands`; step and poison as
+    `reference.finite_step`."""
+    q_scale, q_inverse = _symmetric(magnitude_bits(q_values, 1), QK_TOP)
+    step = q_scale * key_step
+    return _symmetric_codes(q_values, q_inverse[:, None], QK_TOP), tl.where(step < float("inf"), step, 0.0), step * 0.0
 
 
 @triton.jit
@@ -83,7 +104,7 @@ def key_statistics_kernel(
     total = tl.zeros((WIDTH,), tl.float32)
     low = tl.full((WIDTH,), float("inf"), tl.float32)
     high = tl.full((WIDTH,), float("-inf"), tl.float32)
-    magnitude = tl.zeros((WIDTH,), tl.float32)
+    magnitude = tl.zeros((WIDTH,), tl.int32)
     for first in range(part * chunk, tl.minimum((part + 1) * chunk, keys), BLOCK_KEYS):
         key = first + tl.arange(0, BLOCK_KEYS)
         inside = (key < keys)[:, None] & in_head[None, :]
@@ -93,26 +114,13 @@ def key_statistics_kernel(
         low = tl.minimum(low, tl.min(tl.where(inside, k, float("inf")), axis=0))
         high = tl.maximum(high, tl.max(tl.where(inside, k, float("-inf")), axis=0))
         v = tl.load(v_tile + row * v_row, mask=inside, other=0.0).to(tl.float32)
-        magnitude = tl.maximum(magnitude, tl.max(tl.abs(v), axis=0))
+        magnitude = tl.maximum(magnitude, magnitude_bits(v, 0))
     plane = tl.num_programs(0) * tl.num_programs(1) * WIDTH
     out = statistics_ptr + (head * tl.num_programs(0) + part) * WIDTH + channel
     tl.store(out, total)
     tl.store(out + plane, tl.where(in_head, low, 0.0))
     tl.store(out + 2 * plane, tl.where(in_head, high, 0.0))
-    tl.store(out + 3 * plane, magnitude)
-
-
-@triton.jit
-def _symmetric(largest, TOP: tl.constexpr):
-    """(scale, 1 / scale) as `reference.symmetric_scale`."""
-    scale = tl.where(largest > _SMALLEST, tl.div_rn(largest, float(TOP)), 1.0)
-    return scale, tl.div_rn(1.0, scale)
-
-
-@triton.jit
-def _symmetric_codes(x, inverse, TOP: tl.constexpr):
-    scaled = tl.minimum(tl.maximum(x * inverse, -float(TOP)), float(TOP))
-    return ((scaled + _ROUND_TRICK) - _ROUND_TRICK).to(tl.int8)
+    tl.store(out + 3 * plane, magnitude.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -133,23 +141,27 @@ def key_codes_kernel(
     gathered = statistics_ptr + (head * chunks + other[:, None]) * WIDTH + channel[None, :]
     plane = chunks * tl.num_programs(1) * WIDTH
     known = (other < chunks)[:, None]
-    mean = tl.div_rn(tl.sum(tl.load(gathered, mask=known, other=0.0), axis=0), keys.to(tl.float32))
+    # no method of keys, which is a constant where it is 1
+    mean = tl.div_rn(tl.sum(tl.load(gathered, mask=known, other=0.0), axis=0), 1.0 * keys)
     low = tl.min(tl.load(gathered + plane, mask=known, other=float("inf")), axis=0)
     high = tl.max(tl.load(gathered + 2 * plane, mask=known, other=float("-inf")), axis=0)
     # a rounded difference grows with what is subtracted from: the largest |k - mean| is one of these
-    k_scale, k_inverse = _symmetric(tl.max(tl.maximum(high - mean, mean - low), axis=0), QK_TOP)
-    v_scale, v_inverse = _symmetric(tl.max(tl.load(gathered + 3 * plane, mask=known, other=0.0), axis=0), V_TOP)
+    k_scale, k_inverse = _symmetric(magnitude_bits(tl.maximum(high - mean, mean - low), 0), QK_TOP)
+    v_scale, v_inverse = _symmetric(magnitude_bits(tl.load(gathered + 3 * plane, mask=known, other=0.0), 0), V_TOP)
 
     k_start = k_ptr + (head // heads).to(tl.int64) * k_batch + (head % heads).to(tl.int64) * k_head + channel
     v_start = v_ptr + (head // heads).to(tl.int64) * v_batch + (head % heads).to(tl.int64) * v_head + channel
     if part == 0:
-        tl.store(key_step_ptr + head, k_scale * step_scale)
+        # 0, or NaN where k or v is not finite: a mean is not either then
+        poison = (mean + v_scale) * 0.0
         tl.store(v_scale_ptr + head * WIDTH + channel, v_scale)
         if START:
             start_k = tl.load(k_start, mask=in_head, other=0.0).to(tl.float32) - mean
             tl.store(start_k_ptr + head * WIDTH + channel, tl.where(in_head, start_k, 0.0))
             start_v = tl.load(v_start, mask=in_head, other=0.0).to(tl.float32)
             tl.store(start_v_ptr + head * WIDTH + channel, start_v)
+            poison += (start_k + start_v) * 0.0
+        tl.store(key_step_ptr + head, k_scale * step_scale + tl.sum(poison, axis=0))
     total = tl.zeros((WIDTH,), tl.int32)
     out = head.to(tl.int64) * padded_keys * WIDTH
     for first in range(part * chunk, tl.minimum((part + 1) * chunk, padded_keys), BLOCK_KEYS):
@@ -190,8 +202,7 @@ def log_attention_kernel(
     if START:
         start_k = tl.load(start_k_ptr + head * WIDTH + channel)
         start_logit = tl.sum(q_values * start_k[None, :], axis=1) * logit_scale
-    q_codes, q_scale = row_codes(q_values, QK_TOP)
-    step = q_scale * tl.load(key_step_ptr + head)
+    q_codes, step, poison = row_codes(q_values, tl.load(key_step_ptr + head), QK_TOP)
     largest = tl.full((BLOCK_ROWS,), _LOWEST, tl.int32)
 
     key = tl.arange(0, BLOCK_KEYS)
@@ -223,7 +234,7 @@ def log_attention_kernel(
     v_sums = v_sum_ptr + (head * chunks + part[:, None]) * WIDTH + channel[None, :]
     accumulator += 128 * tl.sum(tl.load(v_sums, mask=(part < chunks)[:, None], other=0), axis=0)[None, :]
     numerator = accumulator.to(tl.float32) * tl.load(v_scale_ptr + head * WIDTH + channel)[None, :]
-    total = normaliser.to(tl.float32)
+    total = normaliser.to(tl.float32) + poison
     if START:
         start_v = tl.load(start_v_ptr + head * WIDTH + channel)
         gap = start_logit - largest.to(tl.float32) * step * (1.0 / (1 << FRACTION_BITS))
@@ -252,8 +263,8 @@ def running_kernel(
     inside = (row < rows)[:, None] & (channel < HEAD_DIM)[None, :]
     base = (head // heads).to(tl.int64) * q_batch + (head % heads).to(tl.int64) * q_head
     q_offsets = base + row[:, None].to(tl.int64) * q_row + channel[None, :]
-    q_codes, q_scale = row_codes(tl.load(q_ptr + q_offsets, mask=inside, other=0.0).to(tl.float32), QK_TOP)
-    step = q_scale * tl.load(key_step_ptr + head)
+    q_values = tl.load(q_ptr + q_offsets, mask=inside, other=0.0).to(tl.float32)
+    q_codes, step, poison = row_codes(q_values, tl.load(key_step_ptr + head), QK_TOP)
     per_octave: tl.constexpr = float(1 << FRACTION_BITS)
 
     key = tl.arange(0, BLOCK_KEYS)
@@ -288,7 +299,7 @@ def running_kernel(
     numerator = accumulator.to(tl.float32) * tl.load(v_scale_ptr + head * WIDTH + channel)[None, :]
     out_base = (head // heads).to(tl.int64) * out_batch + (head % heads).to(tl.int64) * out_head
     out_offsets = out_base + row[:, None].to(tl.int64) * out_row + channel[None, :]
-    numerator *= (1.0 / normaliser.to(tl.float32))[:, None]
+    numerator *= (1.0 / (normaliser.to(tl.float32) + poison))[:, None]
     tl.store(out_ptr + out_offsets, numerator.to(out_ptr.dtype.element_ty), mask=inside)
 
 

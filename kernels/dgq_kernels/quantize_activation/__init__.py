@@ -1,7 +1,9 @@
 """Run-time activation quantization: floats to asymmetric codes in bytes, per row or per sample.
 
 Each op also comes fused with what precedes it in a transformer or residual block, so that the normalised or activated
-floats never reach memory.
+floats never reach memory. What is not finite stays visible: where a row (or sample), as it is quantized, holds NaN or
+infinity or has a range beyond float32, its scale is NaN, and so is what a layer makes of it; its codes and zero point
+mean nothing.
 """
 
 from __future__ import annotations
@@ -9,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import select
+from ..backend import operator, select
 from . import reference
 
 
-@torch.library.custom_op("dgq::quantize_rows", mutates_args=())
+@operator("dgq::quantize_rows")
 def quantize_rows(
     x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +40,7 @@ def quantize_rows(
     return reference.quantize_rows(x, bits, inv_divisor, position)
 
 
-@torch.library.custom_op("dgq::layer_norm_quantize_rows", mutates_args=())
+@operator("dgq::layer_norm_quantize_rows")
 def layer_norm_quantize_rows(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int, inv_divisor: Tensor | None,
     position: Tensor | None,
@@ -60,7 +62,7 @@ def layer_norm_quantize_rows(
     return reference.layer_norm_quantize_rows(x, weight, bias, eps, bits, inv_divisor, position)
 
 
-@torch.library.custom_op("dgq::geglu_quantize_rows", mutates_args=())
+@operator("dgq::geglu_quantize_rows")
 def geglu_quantize_rows(
     x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +81,7 @@ def geglu_quantize_rows(
     return reference.geglu_quantize_rows(x, bits, inv_divisor, position)
 
 
-@torch.library.custom_op("dgq::silu_quantize_rows", mutates_args=())
+@operator("dgq::silu_quantize_rows")
 def silu_quantize_rows(
     x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +100,7 @@ def silu_quantize_rows(
     return reference.silu_quantize_rows(x, bits, inv_divisor, position)
 
 
-@torch.library.custom_op("dgq::group_norm_quantize_rows", mutates_args=())
+@operator("dgq::group_norm_quantize_rows")
 def group_norm_quantize_rows(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int,
     inv_divisor: Tensor | None, position: Tensor | None,
@@ -162,7 +164,7 @@ def _(x, groups, weight, bias, eps, bits, inv_divisor, position):
     return _empty_rows(x, x.shape[0] * x.shape[2] * x.shape[3], x.shape[1])
 
 
-@torch.library.custom_op("dgq::quantize_samples", mutates_args=())
+@operator("dgq::quantize_samples")
 def quantize_samples(
     x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,7 +190,7 @@ def quantize_samples(
     return reference.quantize_samples(x, bits, inv_divisor, padding, position)
 
 
-@torch.library.custom_op("dgq::group_norm_quantize_samples", mutates_args=())
+@operator("dgq::group_norm_quantize_samples")
 def group_norm_quantize_samples(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, bits: int,
     inv_divisor: Tensor | None, padding: int, position: Tensor | None, offset: Tensor | None = None,

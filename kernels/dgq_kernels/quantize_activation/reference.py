@@ -11,15 +11,17 @@ SMALLEST_SCALE = 1e-30
 
 
 def _codes(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric codes of x with a range that holds 0; `low` and `high` keep x's rank so that they broadcast."""
+    """Asymmetric codes of x with a range that holds 0; `low` and `high` keep x's rank so that they broadcast, and are
+    NaN where x somewhere is. The scale is NaN where the range is not finite."""
     top = 2**bits - 1
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low) / top
+    finite = scale < torch.inf
     scale = torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale))
     inverse = 1 / scale
-    zero_point = (-low * inverse).round_()
-    codes = (x * inverse).round_().add_(zero_point).clamp_(0, top).to(torch.uint8)
-    return codes, scale, zero_point
+    zero_point = (-low * inverse).round_().masked_fill_(~finite, 0)
+    codes = (x * inverse).round_().add_(zero_point).clamp_(0, top).nan_to_num_(0).to(torch.uint8)
+    return codes, scale.masked_fill_(~finite, torch.nan), zero_point
 
 
 def _placed(codes: Tensor, position: Tensor | None, dim: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .reference import SMALLEST_SCALE
 
 _ROUND_TRICK = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a small float to an integer, half to even
+_SIGN = tl.constexpr(-(1 << 31))
 # What a row is before its quantization: itself, normalized, gated, activated, or normalized over a group of pixels.
 _PLAIN, _LAYER_NORM, _GEGLU, _SILU, _GROUP_NORM = (tl.constexpr(i) for i in range(5))
 LONGEST_ROW = 8192  # channels that a program's registers hold
@@ -31,17 +32,32 @@ class Config(NamedTuple):
 
 
 @triton.jit
-def quantizer(low, high, SMALLEST: tl.constexpr, TOP: tl.constexpr):
-    """(scale, 1 / scale, zero point as a float) of ranges that hold 0, as `reference._codes`."""
-    scale = tl.div_rn(high - low, float(TOP))
+def reach(x, AXIS: tl.constexpr):
+    """(below, above) along an axis: how far x reaches to either side of 0, as the bits (int32) of a float >= 0.
+
+    The bits of such floats are in order as integers, infinity and then NaN last: what is not finite stays, where a
+    floating maximum drops NaN. Of a negative float they are a negative integer, and flipping their sign negates it.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.maximum(tl.max(bits ^ _SIGN, axis=AXIS), 0), tl.maximum(tl.max(bits, axis=AXIS), 0)
+
+
+@triton.jit
+def quantizer(below, above, SMALLEST: tl.constexpr, TOP: tl.constexpr):
+    """(scale, 1 / scale, zero point as a float) of ranges from `reach`, as `reference._codes`; (NaN, 0, 0) where a
+    range is not finite."""
+    below = below.to(tl.float32, bitcast=True)
+    scale = tl.div_rn(above.to(tl.float32, bitcast=True) + below, float(TOP))
+    finite = scale < float("inf")
     scale = tl.where(scale > SMALLEST, scale, 1.0)
-    inverse = tl.div_rn(1.0, scale)
-    return scale, inverse, (-low * inverse + _ROUND_TRICK) - _ROUND_TRICK
+    inverse = tl.where(finite, tl.div_rn(1.0, scale), 0.0)
+    zero_point = tl.where(finite, (below * inverse + _ROUND_TRICK) - _ROUND_TRICK, 0.0)
+    return tl.where(finite, scale, float("nan")), inverse, zero_point
 
 
 @triton.jit
 def code(x, inverse, zero_point, TOP: tl.constexpr):
-    """The byte of x."""
+    """The byte of x; NaN becomes 0, for which the maximum takes the other."""
     rounded = ((x * inverse + _ROUND_TRICK) - _ROUND_TRICK) + zero_point
     return tl.minimum(tl.maximum(rounded, 0.0), float(TOP)).to(tl.uint8)
 
@@ -86,9 +102,8 @@ def quantize_rows_kernel(
         x *= tl.load(inv_divisor_ptr + channel, mask=in_channels, other=0.0)[None, :]
 
     # masked places hold 0, which every row's range holds anyway
-    low = tl.minimum(tl.min(x, axis=1), 0.0)
-    high = tl.maximum(tl.max(x, axis=1), 0.0)
-    scale, inverse, zero_point = quantizer(low, high, SMALLEST, TOP)
+    below, above = reach(x, 1)
+    scale, inverse, zero_point = quantizer(below, above, SMALLEST, TOP)
     tl.store(scale_ptr + row, scale, mask=row < rows)
     tl.store(zero_point_ptr + row, zero_point.to(tl.int32), mask=row < rows)
     place = channel
@@ -107,16 +122,17 @@ def quantize_long_rows_kernel(
     """As `quantize_rows_kernel` on plain rows of any length, one row per program, read twice."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_CHANNELS)
-    low = 0.0
-    high = 0.0
+    below = 0
+    above = 0
     for first in range(0, channels, BLOCK_CHANNELS):
         channel = first + lane
         x = tl.load(x_ptr + row * x_row + channel, mask=channel < channels, other=0.0).to(tl.float32)
         if DIVIDE:
             x *= tl.load(inv_divisor_ptr + channel, mask=channel < channels, other=0.0)
-        low = tl.minimum(low, tl.min(x, axis=0))
-        high = tl.maximum(high, tl.max(x, axis=0))
-    scale, inverse, zero_point = quantizer(low, high, SMALLEST, TOP)
+        block_below, block_above = reach(x, 0)
+        below = tl.maximum(below, block_below)
+        above = tl.maximum(above, block_above)
+    scale, inverse, zero_point = quantizer(below, above, SMALLEST, TOP)
     tl.store(scale_ptr + row, scale)
     tl.store(zero_point_ptr + row, zero_point.to(tl.int32))
     for first in range(0, channels, BLOCK_CHANNELS):
@@ -166,7 +182,7 @@ def group_statistics_kernel(
     group, sample = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, BLOCK_CHANNELS)
     base = sample.to(tl.int64) * blocks * channels + group * GROUP
-    size = (pixels * GROUP).to(tl.float32)
+    size = 1.0 * pixels * GROUP  # no method of pixels, which is a constant where it is 1
     shift = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     if SHIFT:
         at = shift_ptr + sample * channels + group * GROUP + lane
@@ -226,16 +242,16 @@ def _load_sample(
 
 @triton.jit
 def sample_range_kernel(
-    x_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, low_ptr, high_ptr, pixels, channels,
+    x_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, below_ptr, above_ptr, pixels, channels,
     NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The range, 0 included, of each block of pixels over all channels: low and high (B, blocks)."""
+    """The range of each block of pixels over all channels: below and above (B, blocks) int32, as `reach` has them."""
     block, sample = tl.program_id(0), tl.program_id(1)
     pixel = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     base = x_ptr + sample.to(tl.int64) * pixels * channels
-    low = 0.0
-    high = 0.0
+    below = 0
+    above = 0
     for first in range(0, channels, BLOCK_CHANNELS):
         channel = first + tl.arange(0, BLOCK_CHANNELS)
         inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
@@ -243,30 +259,31 @@ def sample_range_kernel(
             base + pixel[:, None] * channels + channel[None, :], centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr,
             sample, channel, channels, inside, NORM, OFFSET, SILU, DIVIDE,
         )  # fmt: skip
-        low = tl.minimum(low, tl.min(x))
-        high = tl.maximum(high, tl.max(x))
-    tl.store(low_ptr + sample * tl.num_programs(0) + block, low)
-    tl.store(high_ptr + sample * tl.num_programs(0) + block, high)
+        tile_below, tile_above = reach(x, None)
+        below = tl.maximum(below, tile_below)
+        above = tl.maximum(above, tile_above)
+    tl.store(below_ptr + sample * tl.num_programs(0) + block, below)
+    tl.store(above_ptr + sample * tl.num_programs(0) + block, above)
 
 
 @triton.jit
 def quantize_samples_kernel(
-    x_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, position_ptr, low_ptr, high_ptr, codes_ptr, scale_ptr,
-    zero_point_ptr, height, width, channels, padding, blocks,
+    x_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, position_ptr, below_ptr, above_ptr, codes_ptr,
+    scale_ptr, zero_point_ptr, height, width, channels, padding, blocks,
     NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, PLACE: tl.constexpr,
     SMALLEST: tl.constexpr, TOP: tl.constexpr, BLOCK_RANGES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Codes (B, height + 2 padding, width + 2 padding, channels) from x (B, height, width, channels): the zero point
-    on the border; low and high (B, blocks) from `sample_range_kernel`."""
+    on the border; below and above (B, blocks) from `sample_range_kernel`."""
     sample = tl.program_id(2)
-    low = 0.0
-    high = 0.0
+    below = 0
+    above = 0
     for first in range(0, blocks, BLOCK_RANGES):
         at = first + tl.arange(0, BLOCK_RANGES)
-        low = tl.minimum(low, tl.min(tl.load(low_ptr + sample * blocks + at, mask=at < blocks, other=0.0)))
-        high = tl.maximum(high, tl.max(tl.load(high_ptr + sample * blocks + at, mask=at < blocks, other=0.0)))
-    scale, inverse, zero_point = quantizer(low, high, SMALLEST, TOP)
+        below = tl.maximum(below, tl.max(tl.load(below_ptr + sample * blocks + at, mask=at < blocks, other=0)))
+        above = tl.maximum(above, tl.max(tl.load(above_ptr + sample * blocks + at, mask=at < blocks, other=0)))
+    scale, inverse, zero_point = quantizer(below, above, SMALLEST, TOP)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(scale_ptr + sample, scale)
         tl.store(zero_point_ptr + sample, zero_point.to(tl.int32))
@@ -484,18 +501,18 @@ def _samples(
         return codes, scale, zero_point
     config = sample_config_for(batch, height * width, channels)
     blocks = triton.cdiv(height * width, config.rows)
-    low, high = x.new_empty((2, batch, blocks), dtype=torch.float32)
+    below, above = x.new_empty((2, batch, blocks), dtype=torch.int32)
     flags: dict[str, Any] = {
         "NORM": centre is not None, "OFFSET": bias is not None, "SILU": silu, "DIVIDE": inv_divisor is not None,
         "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "num_warps": config.warps,
         "enable_fp_fusion": False,
     }  # fmt: skip
     sample_range_kernel[(blocks, batch)](
-        x, centre, gain, bias, inv_divisor, low, high, height * width, channels, **flags
+        x, centre, gain, bias, inv_divisor, below, above, height * width, channels, **flags
     )
     grid = (triton.cdiv(size[2] * size[3], config.rows), triton.cdiv(channels, config.channels), batch)
     quantize_samples_kernel[grid](
-        x, centre, gain, bias, inv_divisor, position, low, high, codes, scale, zero_point,
+        x, centre, gain, bias, inv_divisor, position, below, above, codes, scale, zero_point,
         height, width, channels, padding, blocks,
         PLACE=position is not None, SMALLEST=SMALLEST_SCALE, TOP=2**bits - 1, BLOCK_RANGES=256, **flags,
     )  # fmt: skip

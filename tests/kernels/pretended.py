@@ -1,0 +1,249 @@
+"""Every operator on a pretended CUDA device of compute capability 9.0: Triton specialises and compiles each launch as a
+GPU's first call would have it (arguments that are 1, aligned or absent, the pointers' types), and nothing runs.
+
+    python tests/kernels/pretended.py operators embedded [sd-v1.4 sdxl-turbo]
+
+A process of its own, as Triton must not have been imported for its interpreter. Prints a JSON object a line: a kernel
+with its registers, spilled bytes and shared memory, or an error; the last line counts the launches. "sd-v1.4" takes
+minutes.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+os.environ.pop("TRITON_INTERPRET", None)
+import triton
+from triton.backends.compiler import GPUTarget
+
+import dgq_kernels
+from dgq_kernels import backend, packing
+from dgq_kernels.linear import tiles
+from dgq_kernels.log_attention import triton as log_attention
+
+CURRENT = [0]  # the device that is current
+SHARED = 232448  # bytes of shared memory that a block of 9.0 can have
+LAUNCHES: list[tuple[str, int]] = []
+
+
+def say(**facts):
+    print(json.dumps(facts), flush=True)
+
+
+class Driver:
+    """What Triton asks of a device, but for running: loading a kernel tells what it needs, launching it is noted."""
+
+    def __init__(self):
+        self.utils = self
+        self.get_current_device = lambda: CURRENT[0]
+        self.get_current_stream = lambda device: 0
+        self.get_current_target = lambda: GPUTarget("cuda", 90, 32)
+        self.get_device_properties = lambda device: {"max_shared_mem": SHARED}
+
+    def load_binary(self, name, binary, shared, device):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary)
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            used = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups())
+        # a frame of 16 bytes or less holds arguments of calls, no spilled registers
+        say(kernel=name, registers=registers, spilled=stack if stack > 16 else 0, shared=shared)
+        return object(), name, registers, 0, 1024
+
+    def launcher_cls(self, source, metadata):
+        return lambda x, y, z, stream, name, *rest: LAUNCHES.append((name, CURRENT[0]))
+
+    def unload_module(self, module):
+        pass
+
+
+@contextlib.contextmanager
+def current(device):
+    """`torch.cuda.device` of pretended devices."""
+    before, CURRENT[0] = CURRENT[0], device.index
+    try:
+        yield
+    finally:
+        CURRENT[0] = before
+
+
+class OnDevice1(torch.Tensor):
+    """A tensor that says it lies on the second CUDA device."""
+
+    is_cuda = True
+    device = torch.device("cuda", 1)
+
+
+def pretend():
+    """From here on torch and Triton see the device, and operators launch there whatever device their tensors are on."""
+    triton.runtime.driver.set_active(Driver())
+    os.environ["DGQ_BACKEND"] = "triton"
+    backend.launches = lambda device: True
+    tiles._machine = lambda device: tiles.Machine((9, 0), 132, 50 * 2**20, 12.8)
+    log_attention._major = lambda device: 9
+    torch.cuda.device = current
+    for name in ("empty", "tensor"):
+        really = getattr(torch, name)
+        setattr(torch, name, lambda *args, device=None, really=really, **kwargs: really(*args, **kwargs))
+
+
+def calls():
+    """(operator, arguments): edges that no step of a model has, and a few products and norms of SD v1.4."""
+    g = torch.Generator().manual_seed(0)
+    half, single = torch.float16, torch.float32
+
+    def floats(*size, dtype=half):
+        return torch.randn(*size, generator=g).to(dtype)
+
+    def unaligned(x):
+        """x where no address is a multiple of 16 bytes."""
+        return torch.cat((x.new_empty(1), x.flatten()))[1:].view(x.shape)
+
+    def order(channels):
+        return torch.randperm(channels, generator=g).to(torch.int32)
+
+    for rows, channels, dtype in ((1, 1, half), (5, 42, torch.bfloat16), (5, 64, single)):
+        x, gain = floats(rows, channels, dtype=dtype), floats(channels, dtype=dtype)
+        every = gain.float(), order(channels)
+        yield "quantize_rows", (x, 8, None)
+        yield "quantize_rows", (x, 8, *every)
+        yield "silu_quantize_rows", (x, 8, None, None)
+        yield "geglu_quantize_rows", (floats(rows, 2 * channels, dtype=dtype), 8, *every)
+        yield "layer_norm_quantize_rows", (x, None, None, 1e-5, 8, None, None)
+        yield "layer_norm_quantize_rows", (x, gain, gain, 1e-5, 8, *every)
+    yield "quantize_rows", (unaligned(floats(5, 64)), 8, None)
+    yield "quantize_rows", (floats(1, 9000), 8, None)
+    # one pixel, one group, one channel, groups of one channel
+    for size, groups, dtype in (
+        ((1, 1, 1, 1), 1, half), ((1, 32, 1, 1), 1, torch.bfloat16), ((2, 32, 4, 3), 32, single),
+    ):  # fmt: skip
+        x, gain, shift = floats(*size, dtype=dtype), floats(size[1], dtype=dtype), floats(*size[:2], dtype=dtype)
+        every = gain.float(), order(size[1])
+        yield "quantize_samples", (x, 8, None, 1, None)
+        yield "quantize_samples", (x, 8, every[0], 0, every[1])
+        yield "group_norm_quantize_rows", (x, groups, None, None, 1e-5, 8, None, None)
+        yield "group_norm_quantize_rows", (x, groups, gain, gain, 1e-5, 8, *every)
+        yield "group_norm_quantize_samples", (x, groups, None, None, 1e-5, False, 8, None, 1, None, None)
+        yield "group_norm_quantize_samples", (x, groups, gain, gain, 1e-5, True, 8, every[0], 0, every[1], shift)
+    yield "group_norm_quantize_samples", (floats(2, 320, 64, 64), 32, *[floats(320)] * 2, 1e-5, True, 8, None, 1, None)
+
+    def epilogue(rows, weight):
+        n = len(weight)
+        return (
+            (torch.ones(rows), torch.zeros(rows, dtype=torch.int32)),
+            (torch.ones(n), weight.sum(1, dtype=torch.int32)),
+        )
+
+    def int4(weight, group):
+        packed = packing.pack_int4(weight, group)
+        groups = packed.shape[1] * 2 // group
+        return packed, packing.pack_subscales(torch.ones(len(weight), groups, dtype=torch.uint8))
+
+    # one row, one channel in, one channel out; SD v1.4's time embedding and a feed-forward layer
+    for m, k, n in ((1, 1, 2), (5, 1, 1), (1, 320, 1280), (8192, 320, 2560)):
+        codes, weight = torch.zeros(m, k, dtype=torch.uint8), torch.zeros(n, k, dtype=torch.int8)
+        rows, channels = epilogue(m, weight)
+        for dtype, bias, residual, gated, ends in (
+            (half, None, None, n > 1, [k]),
+            *([(single, floats(n), floats(m, n, dtype=single), False, [k // 2, k])] if m < 8192 else []),
+        ):
+            group, more = 64 if gated else 32, (residual, gated)
+            yield "linear_int8", (codes, *rows, weight, *channels, bias, dtype, ends, *more)
+            yield "linear_int4", (codes, *rows, *int4(weight, group), *channels, bias, dtype, group, *more)
+    codes, weight = torch.zeros(1, 40, dtype=torch.uint8), torch.zeros(6, 40, dtype=torch.int8)
+    for ends in ([40], [10, 40]):
+        rows, channels = epilogue(len(ends), weight)
+        sums = channels[1].expand(len(ends), 6).contiguous()
+        yield "linear_float_groups", (codes, *rows, weight, channels[0], sums, None, half, ends)
+
+    # one pixel, one channel; strides; SD v1.4's middle block
+    for b, c, n, size, kernel, stride in (
+        (1, 1, 1, 1, 1, 1), (1, 32, 6, 1, 3, 1), (2, 40, 6, 4, 3, 2), (2, 1280, 1280, 8, 3, 1),
+    ):  # fmt: skip
+        edge = size + 2 * (kernel // 2)
+        codes = torch.zeros(b, c, edge, edge, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        weight = torch.zeros(n, kernel**2 * c, dtype=torch.int8)
+        rows, channels = epilogue(b, weight)
+        image = weight.view(n, kernel, kernel, c).permute(0, 3, 1, 2)
+        out = (edge - kernel) // stride + 1
+        for residual in (None, floats(b, n, out, out)):
+            ends = [c] if residual is None or c == 1 else [c // 2, c]
+            bias = None if residual is None else floats(n)
+            yield "conv2d", (codes, *rows, image, *channels, bias, stride, half, ends, residual)
+            yield "conv2d_int4", (
+                codes, *rows, *int4(weight, 32), *channels, bias, kernel, stride, half, 32, residual,
+            )  # fmt: skip
+
+    for rows, keys, width, dtype in ((1, 1, 64, half), (1, 2, 32, torch.bfloat16), (5, 7, 16, single)):
+        q, k, v = (floats(1, 2, n, width, dtype=dtype) for n in (rows, keys, keys))
+        for start in (False, True)[:keys]:
+            yield "log_attention", (q, k, v, 0.25, 8, 4, start)
+            yield "log_attention_base2", (q, k, v, 0.25, 8, start)
+        yield "log_attention_running", (q, k, v, 0.25, 8, 4)
+    x = floats(1, 8, 4096, 40)
+    yield "log_attention", (x, x, x, 0.25, 8, 4, False)
+
+
+def operators():
+    for name, arguments in calls():
+        attempt(name, getattr(dgq_kernels, name), *arguments)
+
+
+def attempt(name, run, *arguments):
+    try:
+        run(*arguments)
+    except Exception as error:
+        sizes = [list(x.shape) if isinstance(x, torch.Tensor) else x for x in arguments]
+        say(error=f"{type(error).__name__}: {str(error).strip()[-300:]}", call=f"{name} {sizes}")
+
+
+def second_device():
+    """Every operator launches where its tensors are, and leaves the device that was current."""
+    for name, arguments in dict(calls()).items():
+        begin = len(LAUNCHES)
+        placed = [x.as_subclass(OnDevice1) if isinstance(x, torch.Tensor) else x for x in arguments]
+        attempt(name, getattr(dgq_kernels, name), *placed)
+        say(operator=name, devices=sorted({device for _, device in LAUNCHES[begin:]}), left=CURRENT[0])
+
+
+def step(name, dtypes=(torch.float16,)):
+    """A step of a whole quantized UNet, its float operators on the CPU, on rubbish."""
+    import dgq.embedded
+    from dgq import architectures, attention, calibration, checkpoint, layers, recipe
+    from dgq.bench import worker
+
+    which = architectures.ARCHITECTURES.get(name)
+    if which is None:
+        which = architectures.architecture(str(dgq.embedded.FOLDER / "unet" / "config.json"))
+    for wbits, dtype in ((wbits, dtype) for wbits in (8, 4) for dtype in dtypes):
+        unet, plan = architectures.skeleton(which.config), attention.AttentionPlan.for_activations(8)
+        found, _ = calibration.plan_layers(unet, recipe.Recipe(wbits=wbits, rounding="nearest", channels="none"))
+        plans = {one.name: one.plan for one in found}
+        checkpoint.apply_header(unet, checkpoint.Header(recipe.Recipe(), plans, plan, dgq_version="0"))
+        layers.prepare_all(unet.to_empty(device="cpu").requires_grad_(False).to(dtype), torch.device("cpu"))
+        call = architectures.call(unet, which.batch, torch.device("cpu"), tokens=which.tokens)
+        call = {key: worker.cast(value, dtype, torch.device("cpu")) for key, value in call.items()}
+        attempt(f"{name} W{wbits}A8", functools.partial(unet, **call))
+
+
+def main(parts):
+    pretend()
+    with torch.no_grad():
+        for part in parts:
+            if part in ("operators", "second_device"):
+                globals()[part]()
+            else:
+                step(part, (torch.float16, torch.float32) if part == "embedded" else (torch.float16,))
+    say(launches=len(LAUNCHES))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

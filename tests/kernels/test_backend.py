@@ -1,0 +1,50 @@
+"""Which backend a device gets, and what is said where there is none."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dgq_kernels import backend
+
+
+def device(kind):
+    return torch.device(kind)
+
+
+def test_own_backend(monkeypatch):
+    monkeypatch.delenv("DGQ_BACKEND", raising=False)
+    assert [backend.select(device(kind)) for kind in ("cpu", "cuda:1", "meta")] == ["cpu", "triton", "reference"]
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu", "cuda"])
+def test_devices_without_kernels(kind, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # what torch for ROCm says; it calls its devices cuda
+    name = "ROCm" if kind == "cuda" else kind
+    monkeypatch.delenv("DGQ_BACKEND", raising=False)
+    with pytest.raises(ValueError, match=f"no kernels for {name} devices"):
+        backend.select(device(kind))
+    monkeypatch.setenv("DGQ_BACKEND", "reference")
+    assert backend.select(device(kind)) == "reference"
+    monkeypatch.setenv("DGQ_BACKEND", "triton")
+    monkeypatch.setattr(backend, "launches", lambda device: False)
+    with pytest.raises(ValueError, match="cannot run"):
+        backend.select(device(kind))
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["generate", "a cat", "--device", "cpu", "--out", "unused.png"]])
+def test_triton_without_a_gpu_is_one_clear_line(command, tmp_path):
+    """The command line without the interpreter, where no Triton kernel can run."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"DGQ_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "300"}
+    run = subprocess.run(
+        [sys.executable, "-m", "dgq_cli", *command], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert "DGQ_BACKEND=triton cannot run on cpu" in run.stdout + run.stderr
+    assert "unexpected" not in run.stdout + run.stderr
+    assert "Traceback" not in run.stderr
+    if command[0] == "generate":
+        assert run.stderr.startswith("error: DGQ_BACKEND=triton")

@@ -1,0 +1,37 @@
+"""`make gpu` where there is no GPU: it installs what lacks, then says that there is no device."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+def load():
+    specification = importlib.util.spec_from_file_location("gpu", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_only_what_lacks_is_missing():
+    wanted = ["torch>=2", "no-such-distribution>=1", "numpy>=999", "neither; sys_platform == 'nowhere'"]
+    assert load().missing(wanted) == ["no-such-distribution>=1", "numpy>=999"]
+    assert any(one.startswith("hypothesis") for one in load().required())
+
+
+def test_no_device_is_one_line_and_no_index_is_asked(tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PIP_NO_INDEX": "1"}
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--into", str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert "sees no CUDA device" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert "== doctor" not in run.stdout
+
+
+def test_a_stage_ends_at_its_limit():
+    assert not load().run("sleeper", 1, [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ))

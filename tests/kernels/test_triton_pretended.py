@@ -1,0 +1,50 @@
+"""Every operator compiles as a GPU would ask for it, on a pretended device (`pretended.py`, a process of its own)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dgq_kernels
+
+pytest.importorskip("triton")
+
+
+def pretend(*parts):
+    """What the pretended device says, and its last line."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("pretended.py")), *parts]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
+    assert result.returncode == 0, result.stderr[-3000:]
+    *rows, end = map(json.loads, result.stdout.splitlines())
+    assert end["launches"] >= len(rows) // 2
+    return rows
+
+
+def check(rows, spills=False):
+    assert not [row for row in rows if "error" in row]
+    kernels = [row for row in rows if "kernel" in row]
+    assert kernels
+    assert not [row for row in kernels if row["registers"] > 255 or row["shared"] > 232448]
+    if not spills:
+        assert not [row for row in kernels if row["spilled"]]
+
+
+def test_edges_compile_and_launch_where_their_tensors_are():
+    """Arguments of 1, unaligned and absent ones, and the types of every operator; float32 may spill. Each operator then
+    launches on its tensors' device while another one is current."""
+    rows = pretend("operators", "second_device")
+    check(rows, spills=True)
+    placed = {row["operator"]: row for row in rows if "operator" in row}
+    others = {"linear_prepacked", "conv2d_prepacked", "log_attention_eager", "log_attention_pays"}  # launch nothing
+    assert set(placed) == set(dgq_kernels.__all__) - others
+    assert all(row["devices"] == [1] and row["left"] == 0 for row in placed.values()), placed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["embedded", "sd-v1.4", "sdxl-turbo"])
+def test_a_step(name):
+    check(pretend(name))
