@@ -35,8 +35,8 @@ gpu:
 # Compile tables of the newest Triton and of 3.6, the oldest that is supported; no GPU needed.
 aot: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton-3.6 "triton==3.6.*"
-	$(BIN)/python -m dgq_kernels.aot --csv kernels/aot.csv --jobs 2
-	PYTHONPATH=build/triton-3.6 $(BIN)/python -m dgq_kernels.aot --csv kernels/aot.csv --jobs 2
+	$(BIN)/python -m dgq_kernels.aot --csv kernels/dgq_kernels/aot.csv --jobs 2
+	PYTHONPATH=build/triton-3.6 $(BIN)/python -m dgq_kernels.aot --csv kernels/dgq_kernels/aot.csv --jobs 2
 
 # Triton-Sanitizer over the kernels that it understands, in the interpreter; triton-viz 3.0 does not fit newer Tritons.
 sanitize: $(VENV)/ready

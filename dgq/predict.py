@@ -1,6 +1,6 @@
 """Lower bounds of a step on GPUs that are not at hand: bytes, tensor-core work, issue slots, waves, launches.
 
-Everything here is predicted from published figures and the compile table (kernels/aot.csv), never measured.
+Everything here is predicted from published figures and the compile table (aot.csv of dgq_kernels), never measured.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+import dgq_kernels
 from dgq_kernels.linear.tiles import Config, Machine, Tiling, choose
 
 from .architectures import call, drawn, network
@@ -25,7 +26,7 @@ from .errors import DgqError
 SYSTEMS = ("fp16", "W8A8 fp16-attention", "W8A8", "W4A8")
 # CUDA graphs aside, a launch costs 3 to 6 microseconds of the host; in a graph about 1.
 LAUNCH_US = 1.0
-TABLE = Path(__file__).resolve().parent.parent / "kernels" / "aot.csv"
+TABLE = Path(dgq_kernels.__file__).with_name("aot.csv")
 
 
 @dataclass(frozen=True)
@@ -275,23 +276,29 @@ _MMA_SIZE = re.compile(r"IGMMA\.(\d+)x(\d+)x(\d+)")
 @functools.cache
 def tiles(path: Path = TABLE) -> dict[tuple[str, str], tuple[Tile, ...]]:
     """(target, kernel) -> configurations of its int8 products without shift classes, or of groups of 32 weights, under
-    the newest release in the compile table."""
+    the newest release in the compile table.
+
+    Raises:
+        DgqError: the table is not there.
+    """
     found: dict[tuple[str, str], dict[str, list[Tile]]] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                config, _, note = row["config"].partition(" ")
-                sizes = config.split("x")
-                if note not in ("classes=1", "group=32") or not all(size.isdigit() for size in sizes):
-                    continue
-                size = _MMA_SIZE.match(row["mma"])
-                slots = 0.0
-                if int(row["loop_mma"]) and row["mma"].startswith("IMMA.16832"):
-                    slots = int(row["loop"]) / int(row["loop_mma"]) / (16 * 8 * 32)
-                elif int(row["loop_mma"]) and size:  # one instruction of four warps
-                    slots = 4 * int(row["loop"]) / int(row["loop_mma"]) / math.prod(map(int, size.groups()))
-                releases = found.setdefault((row["target"], row["kernel"]), {})
-                releases.setdefault(row["triton"], []).append(Tile(int(sizes[0]), int(sizes[1]), slots))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DgqError(f"{path}: the compile table cannot be read ({error.strerror})", "install dgq again") from None
+    for row in csv.DictReader(text.splitlines()):
+        config, _, note = row["config"].partition(" ")
+        sizes = config.split("x")
+        if note not in ("classes=1", "group=32") or not all(size.isdigit() for size in sizes):
+            continue
+        size = _MMA_SIZE.match(row["mma"])
+        slots = 0.0
+        if int(row["loop_mma"]) and row["mma"].startswith("IMMA.16832"):
+            slots = int(row["loop"]) / int(row["loop_mma"]) / (16 * 8 * 32)
+        elif int(row["loop_mma"]) and size:  # one instruction of four warps
+            slots = 4 * int(row["loop"]) / int(row["loop_mma"]) / math.prod(map(int, size.groups()))
+        releases = found.setdefault((row["target"], row["kernel"]), {})
+        releases.setdefault(row["triton"], []).append(Tile(int(sizes[0]), int(sizes[1]), slots))
     newest = {key: max(releases, key=lambda text: [int(x) for x in text.split(".")]) for key, releases in found.items()}
     return {key: tuple(releases[newest[key]]) for key, releases in found.items()}
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import dgq_kernels
+
 pytest.importorskip("triton")
 
 FLOAT_KERNELS = {
@@ -59,8 +61,8 @@ def test_plain_int8_operands_stay_packed(table):
 @pytest.mark.parametrize("target", ["80", "86", "89"])
 @pytest.mark.parametrize("kernel", ["linear", "conv2d"])
 def test_the_table_keeps_the_main_loops_short(kernel, target):
-    """kernels/aot.csv, by every release: int4 at most 35% above int8 in its tile, shift classes at most 2%."""
-    with (Path(__file__).parents[2] / "kernels" / "aot.csv").open(newline="") as file:
+    """aot.csv of the package, by every release: int4 at most 35% above int8 in its tile, shift classes at most 2%."""
+    with Path(dgq_kernels.__file__).with_name("aot.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["target"] == target and row["kernel"].startswith(kernel)]
     for release in {row["triton"] for row in rows}:
         mine = [row for row in rows if row["triton"] == release and int(row["loop_mma"])]  # 0: the loop was not found

@@ -52,7 +52,7 @@ class Machine(NamedTuple):
 
 
 # Kind of product -> major compute capability -> tiles, the largest first. Chosen by the compile table
-# (kernels/aot.csv): fewest instructions per product, no spill under any release; 8.6, 8.9 and 12.0 have 99 KiB of
+# (../aot.csv): fewest instructions per product, no spill under any release; 8.6, 8.9 and 12.0 have 99 KiB of
 # shared memory. "shifted" has shift classes; "int4" serves both sizes of groups.
 TILES: dict[str, dict[int, tuple[Config, ...]]] = {
     "int8": {
