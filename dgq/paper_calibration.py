@@ -9,6 +9,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from dgq.calibration import to_device
 from dgq.errors import DgqError
 from dgq.paper_layers import (
     ATTENTION_PARTS,
@@ -205,17 +206,10 @@ def _record_ranges(
     device = next(unet.parameters()).device
     try:
         for done, kwargs in enumerate(calls, start=1):
-            unet(**_to_device(kwargs, device))
+            unet(**to_device(kwargs, device))
             if progress is not None:
                 progress("calibrate", done, len(calls))
     finally:
         for handle in handles:
             handle.remove()
     return ranges
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    """value with its tensors moved; they may be nested in dicts (added_cond_kwargs)."""
-    if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
