@@ -71,9 +71,13 @@ def operators(ran, device):
     return {op.__name__.split(".")[0] for op, place in ran if op.namespace == "dgq" and place == device}
 
 
-def latents(folder, device, **options):
+def draw(pipe):
+    return generate(pipe, ["a cat"], Settings(steps=2, guidance=1.0, seed=3))[0].latents
+
+
+def latents(folder, device):
     pipe = dgq.load(folder, device=device, dtype=torch.float32)
-    return pipe, generate(pipe, ["a cat"], Settings(steps=2, guidance=1.0, seed=3, **options))[0].latents
+    return pipe, draw(pipe)
 
 
 def error(got, expected):
@@ -91,9 +95,10 @@ def test_calibrate_compares_on_the_device(made):
 def test_a_loaded_model_runs_on_its_device(made, monkeypatch):
     place = torch.device("cuda:0")
     with Pretended() as mode:
-        pipe, got = latents(made.folder, "cuda")
+        pipe = dgq.load(made.folder, device="cuda", dtype=torch.float32)
         layers = [module for module in pipe.unet.modules() if isinstance(module, IntegerLayer)]
         packed = [layer._prepared for layer in layers]
+        got = draw(pipe)
         # no layer was packed again in the call, and the joined ones stay so
         assert all(layer.prepare(place) is one for layer, one in zip(layers, packed, strict=True))
         assert all(tensor.device == place for tensor in pipe.unet.state_dict().values())
@@ -114,7 +119,7 @@ def test_moving_between_devices(made):
         for place in ("cuda:0", "cpu", "cuda:1"):
             pipe.to(place)
             prepare_all(pipe.unet, torch.device(place))
-            again = generate(pipe, ["a cat"], Settings(steps=2, guidance=1.0, seed=3))[0].latents
+            again = draw(pipe)
             assert again.device == torch.device(place)
             assert error(again.cpu(), first.cpu()) < 0.06
     assert {device for _, device in mode.ran} == {SECOND, torch.device("cuda:0")}
