@@ -217,6 +217,13 @@ def spread(recorded: list[list[dict[str, Any]]], limit: int) -> list[dict[str, A
     return [calls[index] for index in sorted(picked)]
 
 
+def to_device(value: Any, device: torch.device) -> Any:
+    """value with its tensors moved; they may be nested in dicts (added_cond_kwargs)."""
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 class Statistics:
     """Streamed statistics of one layer's input.
 
@@ -283,7 +290,8 @@ class Statistics:
 def gather(
     unet: nn.Module, layers: Iterable[Layer], calls: Sequence[dict[str, Any]], progress: Progress = silent
 ) -> dict[str, Statistics]:
-    """Replay recorded calls through the float UNet and gather the statistics of some layers."""
+    """Replay recorded calls, on any device, through the float UNet and gather the statistics of some layers."""
+    device = next(unet.parameters()).device
     gathered = {layer.name: Statistics(layer.plan, len(calls)) for layer in layers}
     handles = []
     try:
@@ -295,7 +303,7 @@ def gather(
             handles.append(layer.module.register_forward_pre_hook(hook))
         with torch.no_grad():
             for i, call in enumerate(calls):
-                unet(**call)
+                unet(**to_device(call, device))
                 progress("statistics", i + 1, len(calls), f"call {i + 1}")
     finally:
         for handle in handles:

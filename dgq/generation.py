@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from . import embedded
 from .checkpoint import read_header
@@ -159,8 +162,8 @@ def generate(
 ) -> list[Picture]:
     """Make one picture a prompt.
 
-    Picture i comes from a fresh CPU generator seeded with seed + i, so it does not depend on the batch it is made in
-    (to rounding) nor on the device's random numbers.
+    Picture i comes from a fresh CPU generator seeded with seed + i, which draws in float32, so it does not depend (but
+    for rounding) on the batch it is made in, on the device or on the pipeline's dtype.
 
     Args:
         pipe: a Stable Diffusion pipeline.
@@ -196,6 +199,48 @@ def generate(
     return pictures
 
 
+class _Float32Noise(TorchFunctionMode):
+    """Draws in float32 and rounds what is asked for in half precision: there torch makes other numbers of a generator,
+    and other ones in each of its versions."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        dtype = kwargs.get("dtype")
+        if func is torch.randn and dtype in (torch.float16, torch.bfloat16):
+            return func(*args, **{**kwargs, "dtype": torch.float32}).to(dtype)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _noise_in_float32(scheduler: Any) -> Iterator[None]:
+    """Let a scheduler draw the noise of its steps (an ancestral one, DDPM, LCM) by `_Float32Noise`."""
+    plain = scheduler.step
+
+    @functools.wraps(plain)  # pipelines look at its signature
+    def step(*args: Any, **kwargs: Any) -> Any:
+        with _Float32Noise():
+            return plain(*args, **kwargs)
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def start_noise(pipe: Any, generators: Sequence[torch.Generator], width: int, height: int) -> Tensor:
+    """What sampling starts from, (B, C, h, w) in the UNet's dtype on the CPU: sample i drawn from generator i.
+
+    In float32 these are the numbers that diffusers' own pipelines draw from the generators.
+    """
+    factor = pipe.vae_scale_factor
+    shape = (1, pipe.unet.config.in_channels, height // factor, width // factor)
+    samples = [torch.randn(shape, generator=one, dtype=torch.float32, device="cpu") for one in generators]
+    return torch.cat(samples).to(pipe.unet.dtype)
+
+
 @torch.no_grad()
 def _sample(
     pipe: Any, prompts: list[str], seeds: list[int], settings: Settings, width: int, height: int,
@@ -207,17 +252,20 @@ def _sample(
         on_step(step + 1)
         return tensors
 
-    latents = pipe(
-        prompt=prompts,
-        negative_prompt=[settings.negative] * len(prompts),
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        width=width,
-        height=height,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-        callback_on_step_end=after,
-    ).images
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with _noise_in_float32(pipe.scheduler):
+        latents = pipe(
+            prompt=prompts,
+            negative_prompt=[settings.negative] * len(prompts),
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            width=width,
+            height=height,
+            generator=generators,
+            latents=start_noise(pipe, generators, width, height),
+            output_type="latent",
+            callback_on_step_end=after,
+        ).images
     if not bool(torch.isfinite(latents).all()):
         raise DgqError("the picture is not finite", "calibrate again, or use the float model")
     return latents

@@ -212,15 +212,16 @@ class IntegerLayer(nn.Module):
         prepared.fuses = backend.select(device) == "triton"
         if kernel_unpacks:
             return prepared
-        weight = from_matrix(matrix, plan).contiguous()
+        weight = from_matrix(matrix, plan)
         if backend.select(device) == "cpu" and backend.cpu_path() != "reference":
             prepared.split = linear_cpu.needs_split(plan.abits, matrix)
             if plan.kind == "conv2d":
-                prepared.onednn = conv2d_cpu.prepack(weight, plan.stride, plan.class_ends)
+                prepared.onednn = conv2d_cpu.prepack(weight.contiguous(), plan.stride, plan.class_ends)
             else:
                 prepared.onednn = linear_cpu.prepack(weight, plan.class_ends)
         elif plan.kind == "conv2d":
-            prepared.weight = weight.contiguous(memory_format=torch.channels_last)  # as the kernel reads it
+            # As the kernel reads it, and as the matrix lies in memory: no copy of a matrix stored in this order.
+            prepared.weight = weight.contiguous(memory_format=torch.channels_last)
         else:
             prepared.weight = weight
         return prepared
@@ -258,11 +259,14 @@ class IntegerLayer(nn.Module):
 
     @property
     def prepared_bytes(self) -> int:
-        """Bytes a backend keeps beside the buffers. (A tensor in oneDNN's layout does not tell its size.)"""
+        """Bytes of the weight's form that a backend keeps beside the buffers, and not in their memory."""
         ready = self._prepared
-        if ready is None or not ready.tensors:
+        if ready is None:
             return 0
-        return self.plan.reduction * self.plan.out_features if ready.engine is None else ready.engine.packed.nbytes
+        if ready.onednn is not None:  # tensors in oneDNN's layout do not tell their size
+            return self.plan.reduction * self.plan.out_features
+        stored = {buffer.untyped_storage().data_ptr() for buffer in self.buffers()}
+        return sum(tensor.nbytes for tensor in ready.tensors if tensor.untyped_storage().data_ptr() not in stored)
 
     def fuses(self, device: torch.device) -> bool:
         """Whether the ops on this device quantize together with what comes before (`forward`'s norm and the rest)."""
@@ -560,6 +564,7 @@ def _multiply_joined(joined: _Joined, one: IntegerLayer, x: Tensor, norm: nn.Mod
 def prepare_all(model: nn.Module, device: torch.device) -> None:
     """Pack every integer layer for a device now, and join what reads the same input. Between a first call's
     activations, packing would leave the allocator's memory in pieces, and torch.compile cannot trace it."""
+    device = torch.empty(0, device=device).device  # "cuda" by its index, as the tensors of a call name it
     for module in model.modules():
         if isinstance(module, IntegerLayer):
             module.prepare(device)
@@ -592,8 +597,11 @@ class SplitLayer(nn.ModuleList):
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the dotted path `name` below `root`."""
+    """Put `module` at the dotted path `name` below `root`, on the device of the module it replaces."""
     parent, _, child = name.rpartition(".")
+    device = next(root.get_submodule(name).parameters()).device
+    if any(buffer.device != device for buffer in module.buffers()):  # a move to where it is would unpack it
+        module.to(device)
     setattr(root.get_submodule(parent), child, module)
 
 

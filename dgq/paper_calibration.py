@@ -10,6 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from dgq.calibration import to_device
 from dgq.errors import DgqError
 from dgq.paper_layers import (
     ATTENTION_PARTS,
@@ -259,7 +260,7 @@ def _record_ranges(
     device = next(unet.parameters()).device
     try:
         for done, kwargs in enumerate(calls, start=1):
-            unet(**_to_device(kwargs, device))
+            unet(**to_device(kwargs, device))
             if progress is not None:
                 progress("calibrate", done, len(calls))
     finally:
@@ -268,10 +269,3 @@ def _record_ranges(
         for name, attn in attentions.items():
             attn.set_processor(processors[name])
     return ranges
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    """value with its tensors moved; they may be nested in dicts (added_cond_kwargs)."""
-    if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value

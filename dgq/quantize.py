@@ -36,7 +36,7 @@ from .checkpoint import Header, check_folder, read_header, read_json, weight_fil
 from .errors import DgqError
 from .fidelity import compare
 from .generation import Picture, Settings, check_text_to_image, generate
-from .layers import IntegerLayer, buffer_specs
+from .layers import IntegerLayer, buffer_specs, prepare_all
 from .pipelines import load, resolve
 from .prompts import calibration_prompts, evaluation_prompts
 from .recipe import LayerPlan, Recipe
@@ -337,6 +337,7 @@ def calibrate(
             header.attention = AttentionPlan.for_activations(recipe.abits)
             use_log_attention(pipe.unet, header.attention)
     if reference:
+        prepare_all(pipe.unet, pipe.unet.device)
         pictures = _evaluate(pipe, folder, settings, options, prompts, recipe.label, progress, len(reference))
         header.calibration["fidelity"] = compare(reference, pictures)
     progress("save", 0, 1, str(out))

@@ -72,9 +72,10 @@ def test_a_step_is_captured_in_a_cuda_graph(embedded_checkpoint: Path):
     )
     time = torch.tensor(500, device="cuda")
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # kernels are compiled before the capture
         expected = unet(sample, time, text).sample
-    torch.cuda.synchronize()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = unet(sample, time, text).sample

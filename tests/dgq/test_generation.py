@@ -3,10 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 import dgq
 from dgq.errors import DgqError
@@ -29,6 +31,42 @@ def test_same_seed_same_picture_whatever_the_batch(pipe):
     for a, b in zip(alone, together, strict=True):
         assert torch.allclose(a.latents, b.latents, atol=1e-2)
     assert psnr(alone[0].image, alone[2].image) < 40
+
+
+class Drawn(TorchFunctionMode):
+    """The dtypes of all that is drawn from a generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.randn:
+            self.dtypes.append(kwargs["dtype"])
+        return func(*args, **(kwargs or {}))
+
+
+# the last three draw noise in their steps too
+@pytest.mark.parametrize("name", ["DDIM", "EulerAncestralDiscrete", "DDPM", "LCM"])
+def test_a_seed_is_one_picture_in_every_dtype(name, tiny_pipeline):
+    """Torch draws other numbers in half precision, in some versions entirely, in others in sizes that are no multiple
+    of 16."""
+    found = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        pipe = dgq.load(tiny_pipeline, device="cpu", dtype=dtype)
+        pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config)
+        with Drawn() as drawn:
+            found.append(generate(pipe, ["a cat"], dataclasses.replace(FAST, guidance=1.0))[0].latents)
+        assert (len(drawn.dtypes) > 1) == (name != "DDIM")
+        assert set(drawn.dtypes) == {torch.float32}
+        assert "step" not in vars(pipe.scheduler)
+        if dtype is torch.float32:  # as diffusers draws
+            run = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
+            own = pipe("a cat", generator=torch.Generator().manual_seed(FAST.seed), **run).images[0]
+            assert torch.equal(own, found[0])
+    assert found[1].dtype == torch.float16
+    for latents in found[1:]:
+        assert float((latents.float() - found[0]).norm() / found[0].norm()) < 0.05
 
 
 def test_metadata_is_written_or_not(pipe, tmp_path):

@@ -219,3 +219,22 @@ def test_picture_alone_equals_picture_in_a_batch():
     x = torch.randn(4, 16, 8, 8) * torch.tensor([1.0, 5, 0.2, 9]).view(4, 1, 1, 1)
     layer = quantized(module, x).layer
     assert torch.equal(layer(x)[2:3], layer(x[2:3]))
+
+
+@pytest.mark.parametrize("build, data", CASES)
+@pytest.mark.parametrize("wbits", [4, 8])
+@torch.no_grad()
+def test_kernels_read_what_is_stored(build, data, wbits, monkeypatch):
+    """The weight is in memory once: no second form of it, but of a reordered int8 one, and that is counted once."""
+    torch.manual_seed(0)
+    monkeypatch.setenv("DGQ_BACKEND", "triton")
+    module, x = build(), data()
+    for channels in ("none", "shift"):
+        layer = quantized(module, x, wbits=wbits, channels=channels).layer
+        layer.restore()
+        assert layer.prepared_bytes == 0
+        ready = layer.prepare(x.device)
+        copied = wbits == 8 and layer.plan.reordered and ready.position is None
+        assert layer.prepared_bytes == (layer.weight.nbytes if copied else 0)
+        if ready.weight is not None and not copied:
+            assert ready.weight.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()

@@ -3,6 +3,7 @@ on its kernels, and returns what its fake form says on the reference too."""
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import dgq_kernels
 from dgq_kernels import packing
@@ -71,3 +72,30 @@ def test_registration(name, backend, monkeypatch):
     if backend == "triton":
         utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(dgq_kernels, name), CASES[name], test_utils=utilities)
+
+
+def test_rows_laid_out_by_column():
+    """A picture's pixels, where it is alone in its batch: the codes are rows all the same."""
+    rows = torch.randn(32, 5, generator=torch.Generator().manual_seed(0)).t()
+    torch.library.opcheck(dgq_kernels.quantize_rows, (rows, 8, None, None), test_utils=("test_faketensor",))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fake_operands_are_on_one_device(name):
+    """Results are where the operands are, on a second CUDA device too; an operand left on another is refused."""
+    fake, second = FakeTensorMode(), torch.device("cuda:1")
+
+    def form(x, device):
+        return FakeTensor(fake, x, device) if isinstance(x, torch.Tensor) else x
+
+    arguments = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in CASES[name]]
+    operator = getattr(dgq_kernels, name)
+    with fake:
+        result = operator(*(form(x, second) for x in arguments))
+        for one in result if isinstance(result, tuple) else (result,):
+            assert one.device == second
+        for left in (i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)):
+            for other in ("cpu", "cuda:0"):
+                mixed = [form(x, torch.device(other) if i == left else second) for i, x in enumerate(arguments)]
+                with pytest.raises(ValueError, match=f"{name}.*: tensors on {other} and cuda:1"):
+                    operator(*mixed)

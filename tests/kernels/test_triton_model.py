@@ -34,7 +34,7 @@ class Recorded(TorchDispatchMode):
 def unet_and_call(folder):
     import dgq
 
-    unet = dgq.load(folder).unet
+    unet = dgq.load(folder, device="cpu", dtype=torch.float32).unet
     g = torch.Generator().manual_seed(0)
     sample = torch.randn(2, 4, 8, 8, generator=g)
     context = torch.randn(2, 24, 32, generator=g)

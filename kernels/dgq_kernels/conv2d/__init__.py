@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import operator, select
+from ..fakes import register_fake
 from ..linear import add_residual
 from . import cpu, reference
 
@@ -91,12 +92,12 @@ def _empty_output(codes: Tensor, n: int, kernel: tuple[int, int], stride: int, o
     return torch.empty(size, dtype=out_dtype, device=codes.device, memory_format=torch.channels_last)
 
 
-@conv2d.register_fake
+@register_fake(conv2d)
 def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, class_ends, residual=None):
     return _empty_output(codes, weight.shape[0], weight.shape[2:], stride, out_dtype)
 
 
-@conv2d_int4.register_fake
+@register_fake(conv2d_int4)
 def _(
     codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, kernel_size, stride, out_dtype, group,
     residual=None,
@@ -104,7 +105,7 @@ def _(
     return _empty_output(codes, column_sum.shape[0], (kernel_size, kernel_size), stride, out_dtype)
 
 
-@conv2d_prepacked.register_fake
+@register_fake(conv2d_prepacked)
 def _(
     codes, scale, zero_point, packed, class_ends, split, weight_scale, column_sum, bias, kernel_size, stride,
     out_dtype,

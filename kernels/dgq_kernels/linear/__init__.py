@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backend import operator, select
+from ..fakes import register_fake
 from ..packing import expand_two_level
 from . import cpu, reference
 
@@ -165,14 +166,14 @@ def linear_prepacked(
     )
 
 
-@linear_int8.register_fake
+@register_fake(linear_int8)
 def _(
     codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends, residual=None, gated=False
 ):  # fmt: skip
     return codes.new_empty((codes.shape[0], column_sum.shape[0] // (1 + gated)), dtype=out_dtype)
 
 
-@linear_int4.register_fake
+@register_fake(linear_int4)
 def _(
     codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group, residual=None,
     gated=False,
@@ -180,11 +181,11 @@ def _(
     return codes.new_empty((codes.shape[0], column_sum.shape[0] // (1 + gated)), dtype=out_dtype)
 
 
-@linear_float_groups.register_fake
+@register_fake(linear_float_groups)
 def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, group_ends):
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
-@linear_prepacked.register_fake
+@register_fake(linear_prepacked)
 def _(codes, scale, zero_point, packed, class_ends, split, weight_scale, column_sum, bias, out_dtype):
     return codes.new_empty((codes.shape[0], column_sum.shape[0]), dtype=out_dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import native
 from ..backend import operator, select
+from ..fakes import register_fake
 from . import cpu, reference
 
 
@@ -97,7 +98,7 @@ def log_attention_pays(device: torch.device) -> bool:
     return torch.compiler.is_compiling() or select(device) != "cpu" or native.attention_pays()
 
 
-@log_attention.register_fake
+@register_fake(log_attention)
 def _(q, k, v, scale, bits, fraction_bits, start_token, qk_bits=8, v_bits=8):
     return _empty_rows_first(q)
 
@@ -168,11 +169,11 @@ def log_attention_base2(q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int
     return _rows_first(run(*_in_one_dtype(q, k, v), scale, bits, start_token).to(q.dtype))
 
 
-@log_attention_running.register_fake
+@register_fake(log_attention_running)
 def _(q, k, v, scale, bits, fraction_bits, block=64):
     return _empty_rows_first(q)
 
 
-@log_attention_base2.register_fake
+@register_fake(log_attention_base2)
 def _(q, k, v, scale, bits, start_token):
     return _empty_rows_first(q)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backend import operator, select
+from ..fakes import register_fake
 from . import reference
 
 
@@ -139,27 +140,27 @@ def _empty_rows(x: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor, Te
     )
 
 
-@quantize_rows.register_fake
+@register_fake(quantize_rows)
 def _(x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None):
     return _empty_rows(x, *x.shape)
 
 
-@layer_norm_quantize_rows.register_fake
+@register_fake(layer_norm_quantize_rows)
 def _(x, weight, bias, eps, bits, inv_divisor, position):
     return _empty_rows(x, *x.shape)
 
 
-@geglu_quantize_rows.register_fake
+@register_fake(geglu_quantize_rows)
 def _(x, bits, inv_divisor, position):
     return _empty_rows(x, x.shape[0], x.shape[1] // 2)
 
 
-@silu_quantize_rows.register_fake
+@register_fake(silu_quantize_rows)
 def _(x, bits, inv_divisor, position):
     return _empty_rows(x, *x.shape)
 
 
-@group_norm_quantize_rows.register_fake
+@register_fake(group_norm_quantize_rows)
 def _(x, groups, weight, bias, eps, bits, inv_divisor, position):
     return _empty_rows(x, x.shape[0] * x.shape[2] * x.shape[3], x.shape[1])
 
@@ -233,11 +234,11 @@ def _empty_samples(x: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes, x.new_empty(batch, dtype=torch.float32), x.new_empty(batch, dtype=torch.int32)
 
 
-@quantize_samples.register_fake
+@register_fake(quantize_samples)
 def _(x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None):
     return _empty_samples(x, padding)
 
 
-@group_norm_quantize_samples.register_fake
+@register_fake(group_norm_quantize_samples)
 def _(x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position, offset=None):
     return _empty_samples(x, padding)

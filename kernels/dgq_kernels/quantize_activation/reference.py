@@ -40,7 +40,7 @@ def quantize_rows(
         x = x * inv_divisor
     low, high = torch.aminmax(x, dim=1, keepdim=True)
     codes, scale, zero_point = _codes(x, low, high, bits)
-    return _placed(codes, position, 1), scale.flatten(), zero_point.flatten().to(torch.int32)
+    return _placed(codes, position, 1).contiguous(), scale.flatten(), zero_point.flatten().to(torch.int32)
 
 
 def layer_norm_quantize_rows(
