@@ -17,12 +17,13 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,6 +41,9 @@ QUANT_METHOD = "dgq"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # What a component's folder may carry into a checkpoint: data, never code or pickles.
 COPIED_SUFFIXES = {".json", ".txt", ".safetensors", ".model"}
+# The names diffusers and transformers give weights: of either library, of a variant, in shards (the variant before
+# the shard's number as it is written today, or after it).
+_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors")
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -189,6 +193,29 @@ def tensor_table(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         raise DgqError(reason, "it may be truncated: copy it again") from None
 
 
+def weight_files(component_folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights of one component (unet, vae, text_encoder, ...), sorted by name.
+
+    The plain files where there are any, `diffusion_pytorch_model.safetensors` or `model.safetensors`, else those of
+    the variant "fp16" (`model.fp16.safetensors`); one whole file rather than shards (such as
+    `model-00001-of-00002.safetensors` or `model.fp16-00001-of-00002.safetensors`). Files of other names (adapters,
+    other variants such as "non_ema") are none of the component's. Only names are looked at; empty where there is no
+    such file or no such folder.
+    """
+    names = os.listdir(component_folder) if component_folder.is_dir() else []
+    found = [match for match in map(_WEIGHTS.fullmatch, sorted(names)) if match]
+    found = [match for match in found if match[1]] or found
+    found = [match for match in found if not (match[2] or match[4])] or found
+    found = [match for match in found if not match[3]] or found
+    return [component_folder / match[0] for match in found]
+
+
+def weight_variant(component_folder: Path) -> Literal["fp16"] | None:
+    """The `variant` to ask `from_pretrained` for so that it reads `weight_files` of this folder."""
+    files = weight_files(component_folder)
+    return "fp16" if files and ".fp16" in files[0].name else None
+
+
 def verify_tensors(files: Sequence[Path], unet: nn.Module) -> None:
     """Compare the stored tensors with the empty model: names, shapes, and the dtypes of integers.
 
@@ -328,7 +355,7 @@ def write_checkpoint(base: Path, unet: nn.Module, header: Header, target: Path, 
 
 def unet_bytes(folder: Path) -> int:
     """Size of the UNet's weight files."""
-    return sum(file.stat().st_size for file in (folder / "unet").glob("*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(folder / "unet"))
 
 
 def float16_bytes(folder: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,27 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_device(device: str | torch.device | None) -> torch.device:
+    """The device that was asked for: "cpu", "cuda" or "cuda:N", or the default one for None.
+
+    Raises:
+        DgqError: it is another kind of device, or this machine does not have it.
+    """
+    if device is None:
+        return default_device()
+    found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", str(device))
+    if found is None:
+        raise DgqError(f"device {str(device)!r} is not cpu, cuda or cuda:N")
+    if found[0] == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if not count:
+        raise DgqError(f"no CUDA device: torch {torch.__version__} sees none", "run on the CPU: device cpu")
+    if found[1] and int(found[1]) >= count:
+        raise DgqError(f"no device {found[0]!r}: torch sees {count}, cuda:0 to cuda:{count - 1}")
+    return torch.device(found[0])
+
+
 def load(
     model: str | os.PathLike[str] | None = None,
     *,
@@ -103,10 +125,11 @@ def load(
         A diffusers pipeline in eval mode. Integer weights and their scales keep their types whatever `dtype` is.
 
     Raises:
-        DgqError: the model does not exist or is damaged; the message names the file or tensor.
+        DgqError: there is no such device; or the model does not exist or is damaged: the message names the file or
+            tensor.
     """
+    place = check_device(device)
     folder = resolve(model)
-    place = default_device() if device is None else torch.device(device)
     if dtype is None:
         dtype = torch.float16 if place.type == "cuda" else torch.float32
     try:

@@ -17,6 +17,8 @@ from dgq.checkpoint import (
     float16_bytes,
     read_header,
     unet_bytes,
+    weight_files,
+    weight_variant,
 )
 from dgq.errors import DgqError
 from dgq.recipe import LayerPlan, Recipe
@@ -183,6 +185,38 @@ def test_sizes(tiny_checkpoint, tiny_pipeline):
     packed, full = unet_bytes(tiny_checkpoint), float16_bytes(tiny_checkpoint)
     assert full == pytest.approx(unet_bytes(tiny_pipeline) / 2, rel=0.1)
     assert packed < 0.4 * full  # tiny layers: headers, scales and biases weigh more than in a real model
+
+
+@pytest.mark.parametrize(
+    "names, chosen, variant",
+    [
+        ("model.safetensors model.fp16.safetensors", "model.safetensors", None),
+        ("model.fp16.safetensors model.bin", "model.fp16.safetensors", "fp16"),
+        (
+            "diffusion_pytorch_model.non_ema.safetensors lora.safetensors diffusion_pytorch_model.fp16.safetensors",
+            "diffusion_pytorch_model.fp16.safetensors",
+            "fp16",
+        ),
+        (
+            "model-00002-of-00002.safetensors model-00001-of-00002.safetensors model.fp16.safetensors",
+            "model-00001-of-00002.safetensors model-00002-of-00002.safetensors",
+            None,
+        ),
+        (
+            "model.fp16-00001-of-00002.safetensors model.fp16-00002-of-00002.safetensors",
+            "model.fp16-00001-of-00002.safetensors model.fp16-00002-of-00002.safetensors",
+            "fp16",
+        ),
+        ("model-00001-of-00001.fp16.safetensors", "model-00001-of-00001.fp16.safetensors", "fp16"),
+        ("model-00001-of-00001.safetensors model.safetensors", "model.safetensors", None),
+        ("vocab.json scorer.safetensors", "", None),
+    ],
+)
+def test_weight_files(tmp_path, names, chosen, variant):
+    for name in names.split():
+        (tmp_path / name).touch()
+    assert [file.name for file in weight_files(tmp_path)] == chosen.split()
+    assert weight_variant(tmp_path) == variant
 
 
 def test_model_card_says_what_it_is(tiny_checkpoint):
