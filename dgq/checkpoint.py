@@ -13,24 +13,20 @@ float layer's and a value that no calibration writes (`verification`). No pickle
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import json
 import math
 import os
 import re
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from dgq_kernels.log_attention.reference import MAX_FRACTION_BITS
@@ -41,6 +37,7 @@ from .errors import DgqError
 from .fusion import fuse
 from .layers import IntegerLayer, build_skeleton
 from .recipe import LayerPlan, Recipe, shortened, strict
+from .writing import atomic_folder, save_tensors
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "dgq"
@@ -62,6 +59,8 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 SAFETENSORS_DTYPES = {
     torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip
+# What its own folder may, beside model_index.json.
+COPIED_NAMES = ("LICENSE", "NOTICE", "concepts.json")
 
 
 @dataclass
@@ -463,39 +462,38 @@ def _check_sizes(file: Path, config: dict[str, Any], tensors: int) -> None:
         raise DgqError(f"{file}: {layers} layers, but the weights are {tensors} tensors", "another model's file?")
 
 
-@contextlib.contextmanager
-def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` when the block ends well.
+def check_target(target: Path, base: Path, overwrite: bool = False) -> None:
+    """Refuse, before any work, a place where no checkpoint of the model in `base` may go.
+
+    Only a checkpoint is ever replaced, and only one that holds nothing but what dgq wrote.
 
     Raises:
-        DgqError: target exists and may not be replaced, the place cannot be written, or the disk is full.
+        DgqError: target is, holds or lies in `base`; is a link or a file; exists and may not be replaced.
     """
-    if target.exists() and not overwrite:
+    if os.path.islink(target):
+        raise DgqError(f"{target}: is a link", "name the folder itself, or choose another --out")
+    place, source = Path(os.path.realpath(target)), Path(os.path.realpath(base))
+    if place.is_relative_to(source) or source.is_relative_to(place):
+        raise DgqError(f"{target}: is, holds or lies in the folder of the model ({base})", "choose another --out")
+    if not os.path.exists(target):
+        return
+    if not os.path.isdir(target):
+        raise DgqError(f"{target}: is not a folder", "choose another --out")
+    names = set(os.listdir(target))
+    if not names:
+        return
+    try:
+        quantization = read_json(target / "unet" / "config.json").get("quantization_config")
+        components = read_json(target / "model_index.json")
+    except DgqError:
+        quantization = None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise DgqError(f"{target}: already exists and is no dgq checkpoint", "choose another --out")
+    if not overwrite:
         raise DgqError(f"{target}: already exists", "choose another --out, or pass --overwrite")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise DgqError(f"{target.parent}: cannot be written ({error.strerror})") from None
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            old = temporary.with_suffix(".old")
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = f"{target.parent}: no space left for the checkpoint"
-            raise DgqError(reason, "free some space or change --out") from None
-        raise DgqError(f"{target}: cannot be written ({error.strerror or error})") from None
-    except SafetensorError as error:
-        raise DgqError(f"{target}: cannot be written ({error})", "is the disk full?") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if others := sorted(names - {*components, *COPIED_NAMES, "model_index.json", "README.md"}):
+        reason = f"{target}: holds {others[0]!r}, which is no part of the checkpoint"
+        raise DgqError(reason, "move it away, or choose another --out")
 
 
 def component_files(source: Path) -> dict[str, Path]:
@@ -523,15 +521,32 @@ def index_shards(component: Path) -> None:
     (component / name).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def copy_component(source: Path, target: Path) -> None:
-    """Copy a component's `component_files`, following links."""
-    target.mkdir()
-    for name, file in component_files(source).items():
-        shutil.copyfile(file, target / name)
-    index_shards(target)
+def copied_files(base: Path) -> dict[str, Path]:
+    """What a checkpoint takes over from its float model: {path in the checkpoint: file}, texts and the
+    `component_files` of other components.
+
+    Raises:
+        DgqError: a link leads out of the model's folder: to copy what it points to may give away what it should not.
+    """
+    index = read_json(base / "model_index.json")
+    found = {name: base / name for name in ("model_index.json", *COPIED_NAMES) if (base / name).is_file()}
+    for name, entry in index.items():
+        if name != "unet" and isinstance(entry, list) and entry and entry[0] is not None:
+            found |= {f"{name}/{part}": file for part, file in component_files(base / name).items()}
+    root = Path(os.path.realpath(base))
+    allowed = [root]
+    if root.parent.name == "snapshots":  # the Hugging Face cache: models--OWNER--NAME/snapshots/REVISION and .../blobs
+        allowed.append(root.parents[1] / "blobs")
+    for file in (*found.values(), base / "unet" / "config.json"):
+        place = Path(os.path.realpath(file))
+        if not any(place.is_relative_to(folder) for folder in allowed):
+            raise DgqError(f"{file}: leads out of the model's folder, to {place}", "put a copy in the link's place")
+    return found
 
 
-def write_checkpoint(base: Path, unet: nn.Module, header: Header, target: Path, overwrite: bool = False) -> None:
+def write_checkpoint(
+    base: Path, unet: nn.Module, header: Header, target: Path, overwrite: bool = False, work: Path | None = None
+) -> None:
     """Write a checkpoint: the base folder's other components, the packed UNet, the header and a model card.
 
     Args:
@@ -539,20 +554,21 @@ def write_checkpoint(base: Path, unet: nn.Module, header: Header, target: Path, 
         unet: quantized UNet.
         header: its description.
         target: where the checkpoint goes.
-        overwrite: replace an existing target.
+        overwrite: replace a checkpoint that is there.
+        work: the target's `writing.workplace` where the caller holds it.
 
     Raises:
-        DgqError: the target cannot be written; nothing is left behind then.
+        DgqError: the target cannot be written; what was there is there still, and nothing else is left behind.
     """
-    index = read_json(base / "model_index.json")
-    with atomic_folder(target, overwrite) as folder:
-        for name in ("LICENSE", "NOTICE", "concepts.json"):
-            if (base / name).is_file():
-                shutil.copyfile(base / name, folder / name)
-        shutil.copyfile(base / "model_index.json", folder / "model_index.json")
-        for name, entry in index.items():
-            if name != "unet" and isinstance(entry, list) and entry and entry[0] is not None:
-                copy_component(base / name, folder / name)
+    check_target(target, base, overwrite)
+    files = copied_files(base)
+    with atomic_folder(target, overwrite, work) as folder:
+        for name, file in files.items():
+            place = folder / name
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place)
+        for component in [place for place in folder.iterdir() if place.is_dir()]:
+            index_shards(component)
         (folder / "unet").mkdir()
         config = read_json(base / "unet" / "config.json")
         config.pop("_name_or_path", None)
@@ -565,7 +581,7 @@ def write_checkpoint(base: Path, unet: nn.Module, header: Header, target: Path, 
         state = {name: value.half() if name in parameters else value for name, value in unet.state_dict().items()}
         state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
         file = folder / "unet" / WEIGHTS_NAME
-        save_file(state, str(file), metadata={"format": "pt"})
+        save_tensors(state, file, {"format": "pt"})
         card = model_card(header, target.name, file.stat().st_size)
         (folder / "README.md").write_text(card, encoding="utf-8")
         with open(file, "rb") as handle:

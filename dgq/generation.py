@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from . import embedded
 from .checkpoint import read_header
 from .errors import DgqError
 from .pipelines import DEFAULT_GENERATION
+from .writing import atomic_file, claim
 
 MAX_SEED = 2**63 - 1
 
@@ -64,6 +66,7 @@ class Settings:
         for name, (value, low, high) in checks.items():
             if not low <= value <= high:
                 raise DgqError(f"{name} {value} is out of range ({low} to {high})")
+        check_text("the negative prompt", self.negative)
         return Settings(steps, guidance, self.negative, self.width, self.height, self.seed, self.batch)
 
 
@@ -77,8 +80,16 @@ class Picture:
     parameters: str
     latents: Tensor = field(repr=False)
 
-    def save(self, path: Path, metadata: bool = True) -> None:
+    def save(self, path: Path, metadata: bool = True, keep: bool = False) -> Path:
         """Write a PNG; `metadata` adds the `parameters` text that web UIs read.
+
+        Args:
+            path: where, as `write_png` takes it.
+            metadata: whether the settings go into the file.
+            keep: as of `write_png`.
+
+        Returns:
+            The file that was written.
 
         Raises:
             DgqError: the file cannot be written.
@@ -86,23 +97,43 @@ class Picture:
         info = PngInfo()
         if metadata:
             info.add_text("parameters", self.parameters)
-        write_png(self.image, path, info)
+        return write_png(self.image, path, info, keep)
 
 
-def write_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
-    """Write a PNG through a temporary file, so that a full disk leaves no half picture.
+def write_png(image: Image.Image, path: Path, info: PngInfo | None = None, keep: bool = False) -> Path:
+    """Write a PNG, whole or not at all.
+
+    Args:
+        image: the picture.
+        path: where.
+        info: texts for the file.
+        keep: leave a file that is there, and number the new one: x.png, x-2.png, x-3.png.
+
+    Returns:
+        The file that was written.
 
     Raises:
         DgqError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    place = claim(path) if keep else path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DgqError(f"{path}: cannot be written ({error.strerror or error})") from None
+        with atomic_file(place) as file:
+            image.save(file, format="PNG", pnginfo=info)
+    except BaseException:
+        if keep:
+            place.unlink(missing_ok=True)
+        raise
+    return place
+
+
+def check_text(what: str, text: str) -> None:
+    """Refuse what is no text: a NUL, or bytes that are not UTF-8.
+
+    Raises:
+        DgqError: naming the first such character.
+    """
+    if found := re.search("[\0\ud800-\udfff]", text):
+        raise DgqError(f"{what} holds {found[0]!r} at character {found.start() + 1}", "it has to be text in UTF-8")
 
 
 def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
@@ -115,6 +146,7 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
     for prompt in prompts:
         if not prompt.strip():
             raise DgqError("the prompt is empty", "say what to draw")
+        check_text("the prompt", prompt)
         count = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
         if count > limit:
             raise DgqError(
@@ -144,7 +176,8 @@ def check_size(pipe: Any, settings: Settings) -> tuple[int, int]:
     factor = pipe.vae_scale_factor
     size = pipe.unet.config.sample_size
     rows, columns = (size, size) if isinstance(size, int) else size
-    width, height = settings.width or columns * factor, settings.height or rows * factor
+    width = columns * factor if settings.width is None else settings.width
+    height = rows * factor if settings.height is None else settings.height
     for name, value in (("width", width), ("height", height)):
         if value % factor or not factor <= value <= 4096:
             raise DgqError(f"{name} {value} must be a multiple of {factor}, from {factor} to 4096")

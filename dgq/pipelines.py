@@ -50,7 +50,7 @@ def resolve(model: str | os.PathLike[str] | None) -> Path:
         folder = embedded.FOLDER
         if not folder.is_dir():
             raise DgqError("the embedded model is not installed", "reinstall dgq, or name a --model")
-    elif str(model) and Path(model).is_dir():
+    elif os.path.isdir(model):  # False too for what can be no path
         folder = Path(model)
     else:
         folder = _download(str(model))

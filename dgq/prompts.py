@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -25,16 +26,38 @@ _STYLES = (
 )  # fmt: skip
 
 
+# COCO's captions, the largest such file that people have, are 91 MB.
+LARGEST_FILE = 2**28
+
+
+def read_text(file: Path) -> str:
+    """The UTF-8 text of a user's file, or of a pipe that is open already (`<(command)`).
+
+    Raises:
+        DgqError: it cannot be read, is too large, holds NULs, or is a device or a named pipe, which may never end.
+    """
+    try:
+        if os.path.exists(os.path.realpath(file)) and not file.is_file():
+            raise DgqError(f"{file}: cannot be read (not a regular file)")
+        with open(file, "rb") as handle:
+            data = handle.read(LARGEST_FILE + 1)
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DgqError(f"{file}: cannot be read ({error})") from None
+    if len(data) > LARGEST_FILE:
+        raise DgqError(f"{file}: is larger than {LARGEST_FILE // 2**20} MiB")
+    if "\0" in text:
+        raise DgqError(f"{file}: holds NUL characters, so it is no text file")
+    return text
+
+
 def read_prompts(file: Path) -> list[str]:
     """One prompt a line; blank lines and lines that start with # are left out.
 
     Raises:
         DgqError: the file cannot be read or holds no prompt.
     """
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DgqError(f"{file}: cannot be read ({error})") from None
+    lines = [line.strip() for line in read_text(file).splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise DgqError(f"{file}: holds no prompt")

@@ -6,15 +6,14 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import architectures, embedded
@@ -32,15 +31,25 @@ from .calibration import (
     silent,
     spread,
 )
-from .checkpoint import Header, check_folder, read_header, read_json, weight_files, write_checkpoint
+from .checkpoint import (
+    Header,
+    check_folder,
+    check_target,
+    copied_files,
+    read_header,
+    read_json,
+    weight_files,
+    write_checkpoint,
+)
 from .errors import DgqError
 from .fidelity import compare
-from .generation import Picture, Settings, check_text_to_image, generate
+from .generation import Picture, Settings, check_prompts, check_text_to_image, generate
 from .layers import IntegerLayer, buffer_specs, prepare_all
 from .pipelines import load, resolve
 from .prompts import calibration_prompts, evaluation_prompts
 from .recipe import LayerPlan, Recipe
 from .version import __version__
+from .writing import atomic_file, save_tensors, workplace
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Options:
         calls: UNet calls replayed for the statistics, spread over prompts and steps.
         evaluate: prompts, apart from calibration, on which the result is compared with the float model.
         budget: bytes for statistics held at one time.
-        overwrite: replace an existing checkpoint.
+        overwrite: replace a checkpoint that is there, never anything else.
         resume: go on from an interrupted calibration of the same settings.
     """
 
@@ -188,42 +197,65 @@ def _macs_per_second() -> float:
 
 
 class Partial:
-    """Finished layers and recorded calls of an interrupted calibration, in a folder `.NAME.partial` beside `out`."""
+    """Finished layers and recorded calls of a calibration, for another run to go on from.
 
-    def __init__(self, out: Path, fingerprint: str, resume: bool) -> None:
-        self.folder = out.parent / f".{out.name}.partial"
-        mark = self.folder / "fingerprint"
-        if resume and mark.is_file() and mark.read_text() != fingerprint:
-            raise DgqError(
-                f"{self.folder}: belongs to a calibration with other settings", "repeat them, or leave out --resume"
-            )
+    Args:
+        folder: the `writing.workplace` of the checkpoint, which outlives an interrupted run.
+        fingerprint: of everything that the calls and layers depend on.
+        resume: go on from what is there; else it is removed.
+        progress: told of "resume", where something there is damaged.
+
+    Raises:
+        DgqError: what is there belongs to a calibration of other settings.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, resume: bool, progress: Progress = silent) -> None:
+        self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
+        mark = folder / "fingerprint"
         if not resume:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            mark.write_text(fingerprint)
-        except OSError as error:
-            raise DgqError(f"{out.parent}: cannot be written ({error.strerror})") from None
+            self.remove()
+        elif mark.is_file() and mark.read_text(errors="replace") != fingerprint:
+            raise DgqError(
+                f"{folder}: belongs to a calibration of another model or with other settings",
+                "repeat them, or leave out --resume",
+            )
 
     def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        temporary = self.folder / f"{name}.tmp"
-        save_file({key: value.contiguous() for key, value in tensors.items()}, str(temporary), metadata=metadata)
-        temporary.replace(self.folder / f"{name}.safetensors")
+        mark = self.folder / "fingerprint"
+        if not mark.exists():
+            with atomic_file(mark) as handle:
+                handle.write(self.fingerprint.encode())
+        with atomic_file(self.folder / f"{name}.safetensors") as handle:
+            save_tensors({key: value.contiguous() for key, value in tensors.items()}, Path(handle.name), metadata)
+
+    def _drop(self, file: Path, error: Exception) -> None:
+        """Remove a file that cannot be used, and say so."""
+        file.unlink()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self.progress("resume", 1, 1, f"{file.name} cannot be used and is made again: {reason}")
 
     def store(self, name: str, result: QuantizedLayer) -> None:
         """Keep one finished layer."""
         plan = json.dumps({"name": name, "plan": result.layer.plan.to_dict(), "sqnr_db": result.sqnr_db})
         self._write(f"layer-{name}", dict(result.layer.state_dict()), {"layer": plan})
 
-    def layers(self) -> dict[str, QuantizedLayer]:
-        """The finished layers."""
+    def layers(self, plans: Mapping[str, LayerPlan]) -> dict[str, QuantizedLayer]:
+        """The finished ones of the layers to quantize, whose plans before calibration are given by name; files that
+        are damaged or of other layers are dropped."""
         done = {}
         for file in sorted(self.folder.glob("layer-*.safetensors")):
-            with safe_open(str(file), framework="pt") as handle:
-                entry = json.loads(handle.metadata()["layer"])
-            layer = IntegerLayer(LayerPlan.from_dict(entry["plan"]))
-            layer.load_state_dict(load_file(str(file)))
-            done[entry["name"]] = QuantizedLayer(layer, entry["sqnr_db"])
+            try:
+                with safe_open(str(file), framework="pt") as handle:
+                    entry = json.loads(handle.metadata()["layer"])
+                name, plan = entry["name"], LayerPlan.from_dict(entry["plan"])
+                chosen = {key: getattr(plan, key) for key in ("channels", "class_ends", "reordered")}
+                if file.stem != f"layer-{name}" or dataclasses.replace(plans[name], **chosen) != plan:
+                    raise DgqError("its layer is another one")
+                layer = IntegerLayer(plan)
+                layer.load_state_dict(load_file(str(file)))
+                done[name] = QuantizedLayer(layer, float(entry["sqnr_db"]))
+            except _DAMAGED as error:
+                self._drop(file, error)
         return done
 
     def store_calls(self, recorded: list[list[dict[str, Any]]]) -> None:
@@ -239,29 +271,45 @@ class Partial:
         self._write("calls", tensors, {})
 
     def calls(self) -> list[list[dict[str, Any]]] | None:
-        """The recorded calls, or None."""
+        """The recorded calls, or None; a damaged file is dropped."""
         file = self.folder / "calls.safetensors"
         if not file.is_file():
             return None
         table: dict[int, dict[int, dict[str, Any]]] = {}
-        for path, tensor in load_file(str(file)).items():
-            i, j, key, part = path.split("/")
-            call = table.setdefault(int(i), {}).setdefault(int(j), {})
-            if part:
-                call.setdefault(key, {})[part] = tensor
-            else:
-                call[key] = tensor
+        try:
+            for path, tensor in load_file(str(file)).items():
+                i, j, key, part = path.split("/")
+                call = table.setdefault(int(i), {}).setdefault(int(j), {})
+                if part:
+                    call.setdefault(key, {})[part] = tensor
+                else:
+                    call[key] = tensor
+        except _DAMAGED as error:
+            self._drop(file, error)
+            return None
         return [[calls[j] for j in sorted(calls)] for _, calls in sorted(table.items())]
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Forget everything."""
+        for file in (*self.folder.glob("layer-*"), *self.folder.glob("calls*"), self.folder / "fingerprint"):
+            file.unlink(missing_ok=True)
+        for file in self.folder.glob(".dgq-*.tmp"):
+            file.unlink()
+
+
+# What reading a file of `Partial` that was cut, or is another's, may raise.
+_DAMAGED = (SafetensorError, OSError, DgqError, KeyError, TypeError, ValueError, RuntimeError)
 
 
 def _fingerprint(folder: Path, recipe: Recipe, prompts: Sequence[str], settings: Settings, calls: int) -> str:
+    """Of everything that recorded calls and quantized layers depend on, the content of the model's files included."""
     weights = weight_files(folder / "unet")
+    contents = {}
+    for file in (*copied_files(folder).values(), folder / "unet" / "config.json", *weights):
+        with open(file, "rb") as handle:
+            contents[str(file.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
     parts = [
-        __version__, str(folder.resolve()), [(file.name, file.stat().st_size) for file in weights], recipe.to_dict(),
-        list(prompts), dataclasses.asdict(settings), calls,
+        __version__, contents, recipe.to_dict(), list(prompts), dataclasses.asdict(settings), calls,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -280,19 +328,21 @@ def calibrate(
         out: folder of the checkpoint.
         recipe: what to quantize and how.
         options: prompts, seeds, limits.
-        progress: told of the stages "record", "statistics", "quantize" (or "calibrate"), "compare" and "save".
+        progress: told of the stages "record", "statistics", "quantize" (or "calibrate"), "compare" and "save"; and of
+            "resume" for each file of an interrupted run that cannot be used.
 
     Returns:
         The header of the written checkpoint.
 
     Raises:
-        DgqError: bad input, or the checkpoint cannot be written. An interrupted run leaves a hidden `.partial` folder
-            beside `out` that `resume` continues from, never a folder that looks like a checkpoint.
+        DgqError: bad input, a place that no checkpoint of this model may go to, one that another process is writing,
+            or the checkpoint cannot be written. An interrupted run leaves a hidden `.partial` folder beside `out` that
+            `resume` continues from, never a folder that looks like a checkpoint; a checkpoint that was to be replaced
+            is still there.
     """
     options = options or Options()
     folder = _float_folder(model)
-    if out.exists() and not options.overwrite:
-        raise DgqError(f"{out}: already exists", "choose another --out, or pass --overwrite")
+    check_target(out, folder, options.overwrite)
     settings = Settings(options.steps, options.guidance, seed=options.seed).resolved(folder)
     if isinstance(options.prompts, int):
         prompts = calibration_prompts(folder, options.prompts, options.seed)
@@ -300,9 +350,26 @@ def calibrate(
         prompts = list(options.prompts)
     if not prompts:
         raise DgqError("no calibration prompts", "give at least one")
-    partial = Partial(out, _fingerprint(folder, recipe, prompts, settings, options.calls), options.resume)
-    done = partial.layers()
+    with workplace(out) as work:
+        check_target(out, folder, options.overwrite)  # a replacement that was killed may just have been undone
+        fingerprint = _fingerprint(folder, recipe, prompts, settings, options.calls)
+        partial = Partial(work, fingerprint, options.resume, progress)
+        header = _calibrated(model, folder, out, recipe, options, prompts, settings, partial, progress)
+        partial.remove()
+    progress("save", 1, 1, str(out))
+    return header
+
+
+def _calibrated(
+    model: str | os.PathLike[str] | None, folder: Path, out: Path, recipe: Recipe, options: Options,
+    prompts: Sequence[str], settings: Settings, partial: Partial, progress: Progress,
+) -> Header:  # fmt: skip
+    """`calibrate`, in the place that it works in."""
     pipe = load(folder, dtype=torch.float32)
+    check_prompts(pipe, prompts)
+    # an override that matches no layer is told before the work
+    plans = {} if recipe.name == "paper" else {layer.name: layer.plan for layer in plan_layers(pipe.unet, recipe)[0]}
+    done = partial.layers(plans)
     reference = _evaluate(pipe, folder, settings, options, prompts, "float", progress, 0)
     recorded = partial.calls()
     if recorded is None:
@@ -341,10 +408,8 @@ def calibrate(
         pictures = _evaluate(pipe, folder, settings, options, prompts, recipe.label, progress, len(reference))
         header.calibration["fidelity"] = compare(reference, pictures)
     progress("save", 0, 1, str(out))
-    write_checkpoint(folder, pipe.unet, header, out, options.overwrite)
+    write_checkpoint(folder, pipe.unet, header, out, options.overwrite, partial.folder)
     check_folder(out)
-    partial.remove()
-    progress("save", 1, 1, str(out))
     return header
 
 

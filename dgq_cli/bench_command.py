@@ -70,23 +70,28 @@ def command(
     _check("--what", what, ("kernels", "step", "all"))
     _check("--shapes", shapes, ("model", "large"))
     from dgq.bench import bench, chosen_peers
+    from dgq.bench.rows import check_csv
     from dgq.errors import DgqError
 
     try:
         chosen_peers(peers)
     except DgqError as error:
         raise typer.BadParameter(f"--with {peers}: {error.message}") from None
+    if csv is not None:
+        check_csv(csv)
     with StageProgress(STAGES) as progress:
         report = bench(
             model, arch=arch, what=what, bits=bits, repeats=repeats, large=shapes == "large", peers=peers,
             compiled=compiled, work=work, threads=threads, device=device, progress=progress,
         )  # fmt: skip
-    if csv is not None:
-        report.append_csv(csv)
-    if json:
-        print_json(report.to_dict())
-    else:
-        _print(report)
+    try:
+        if csv is not None:
+            report.append_csv(csv)
+    finally:  # a disk that is full takes no measurement away
+        if json:
+            print_json(report.to_dict())
+        else:
+            _print(report)
 
 
 def _check(option: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -107,7 +112,7 @@ def _print(report: Report) -> None:
         if rows:
             _print_table(rows, extra)
     for note in report.notes:
-        err.print(f"note: {note}", markup=False, soft_wrap=True)
+        err.print(f"note: {note}", soft_wrap=True)
 
 
 def _print_table(rows: list[Row], extra: tuple[str, ...]) -> None:

@@ -8,17 +8,17 @@ from typing import Annotated
 
 import typer
 
-from .common import JsonOption, StageProgress, duration, err, mib, print_json
+from .common import JsonOption, StageProgress, duration, err, finite, mib, print_json, prompt_count
 
 STAGES = {
-    "record": "record", "statistics": "statistics", "quantize": "quantize", "calibrate": "calibrate",
-    "compare": "compare", "save": "save",
+    "resume": "resume", "record": "record", "statistics": "statistics", "quantize": "quantize",
+    "calibrate": "calibrate", "compare": "compare", "save": "save",
 }  # fmt: skip
 
 
 def _override(text: str) -> tuple[str, int]:
     pattern, _, bits = text.rpartition("=")
-    if not pattern or not (bits.isdigit() or bits == "float"):
+    if not pattern or bits not in ("4", "8", "float"):
         raise typer.BadParameter(f"{text!r} is not PATTERN=BITS, such as '*.ff.net.2=8' or 'mid_block.*=float'")
     return pattern, 0 if bits == "float" else int(bits)
 
@@ -43,14 +43,19 @@ def command(
         str, typer.Option(metavar="N|FILE", help="How many built-in calibration prompts, or a file with one a line.")
     ] = "32",
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampler steps while calibrating.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale while calibrating.")] = None,
-    calls: Annotated[int, typer.Option(min=1, help="UNet calls replayed for the statistics.")] = 160,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration pictures.")] = 0,
-    evaluate: Annotated[int, typer.Option(min=0, help="Prompts for the comparison with the float model.")] = 4,
-    memory: Annotated[float, typer.Option(min=0.1, help="GiB for statistics at one time; less means more passes.")] = 4,
+    guidance: Annotated[float | None, typer.Option(callback=finite, help="Guidance scale while calibrating.")] = None,
+    calls: Annotated[int, typer.Option(min=1, max=1_000_000, help="UNet calls replayed for the statistics.")] = 160,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the calibration pictures.")] = 0,
+    evaluate: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Prompts for the comparison with the float model.")
+    ] = 4,
+    memory: Annotated[
+        float,
+        typer.Option(min=0.1, max=2**20, callback=finite, help="GiB for statistics at a time; less means more passes."),
+    ] = 4,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, memory and time.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is at --out.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Quantize a text-to-image model and write a diffusers checkpoint with packed weights."""
@@ -67,9 +72,7 @@ def command(
         raise typer.BadParameter(str(error)) from None
     from dgq.prompts import read_prompts
 
-    if prompts.isdigit() and int(prompts) == 0:
-        raise typer.BadParameter("--prompts needs at least one prompt")
-    chosen = int(prompts) if prompts.isdigit() else read_prompts(Path(prompts))
+    chosen = prompt_count(prompts) or read_prompts(Path(prompts))
     from dgq.quantize import Options, calibrate, estimate
 
     options = Options(
@@ -95,7 +98,8 @@ def command(
             "layers": len(header.layers), "calibration": header.calibration,
         })  # fmt: skip
         return
-    err.print(f"[bold]{out}[/]  {wanted.label}, UNet {mib(after)} ({after / before:.0%} of float16)")
+    err.print(out, end="", style="bold", soft_wrap=True)
+    err.print(f"  {wanted.label}, UNet {mib(after)} ({after / before:.0%} of float16)")
     if fidelity:
         err.print(f"against float: PSNR {fidelity['psnr_db']:.1f} dB, latent SQNR {fidelity['latent_sqnr_db']:.1f} dB")
 

@@ -6,6 +6,8 @@ Data goes to stdout, everything else to stderr.
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 import time
 from types import TracebackType
@@ -15,7 +17,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-err = Console(stderr=True, highlight=False)
+# Nothing is markup: prompts, paths and names may hold square brackets and colons.
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 ModelOption = Annotated[
     str | None,
@@ -33,6 +36,22 @@ DeviceOption = Annotated[
 def print_json(data: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
+
+
+def finite(value: float | None) -> float | None:
+    """A number option's value: ranges let NaN through, and where they are open infinity too."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def prompt_count(text: str, most: int = 1_000_000) -> int | None:
+    """The number that --prompts says, or None where it names something else."""
+    if not re.fullmatch(r"-?[0-9]+", text):
+        return None
+    if len(text) > 9 or not 1 <= int(text) <= most:
+        raise typer.BadParameter(f"--prompts {text} is not a number from 1 to {most}, nor a file")
+    return int(text)
 
 
 def mib(size: float) -> str:
@@ -58,8 +77,9 @@ class StageProgress:
     def __init__(self, titles: dict[str, str]) -> None:
         self._titles = titles
         self._bars = Progress(
-            TextColumn("{task.description:<11}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("ETA"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[detail]}"), console=err,
+            TextColumn("{task.description:<11}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False), console=err,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
         self._started: dict[str, float] = {}

@@ -21,7 +21,8 @@ def command(json: JsonOption = False) -> None:
             typer.echo(f"{name:<28}{value}")
     if not data["ok"]:
         failed = [f"{check['name']} on {check['device']}" for check in data["self_test"] if not check["ok"]]
-        err.print(f"[bold red]self-test failed:[/] {', '.join(failed)}; DGQ_BACKEND=reference avoids the kernels")
+        err.print("self-test failed: ", end="", style="bold red")
+        err.print(f"{', '.join(failed)}; DGQ_BACKEND=reference avoids the kernels", soft_wrap=True)
         raise typer.Exit(1)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import DeviceOption, JsonOption, StageProgress, err, print_json
+from .common import DeviceOption, JsonOption, StageProgress, err, finite, print_json, prompt_count
 
 
 def command(
@@ -28,11 +28,12 @@ def command(
     ] = "200",
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Pictures a prompt.")] = 1,
     floor: Annotated[
-        int, typer.Option(min=0, help="Pictures also made by the float model in half precision; 0 for none.")
+        int,
+        typer.Option(min=0, max=1_000_000, help="Pictures also made by the float model in half precision; 0 for none."),
     ] = 16,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampler steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture.")] = 40_000,
+    guidance: Annotated[float | None, typer.Option(callback=finite, help="Classifier-free guidance scale.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first picture.")] = 40_000,
     batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures a UNet call.")] = 8,
     reference: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Real pictures for the Frechet distance.")
@@ -41,8 +42,12 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="Inception weights (torch-fidelity's) for FID and IS.")
     ] = None,
     clip: Annotated[Path | None, typer.Option(metavar="DIR", help="A CLIP model for the CLIP score.")] = None,
-    grid: Annotated[Path | None, typer.Option(metavar="PNG", help="Write the first pictures, float above.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="JSON", help="Also write the report here.")] = None,
+    grid: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Write the first pictures, float above; replaces the file.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="JSON", help="Also write the report here; replaces the file.")
+    ] = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -55,8 +60,14 @@ def command(
             raise typer.BadParameter(f"{name} {path}: no such {'folder' if folder else 'file'}")
     if grid is not None and grid.suffix.lower() != ".png":
         raise typer.BadParameter(f"--grid {grid} is not a .png file")
+    prompt_count(prompts)
     from dgq.evaluation.evaluate import Options, evaluate, write_report
     from dgq.generation import Settings
+    from dgq.writing import check_output
+
+    for file in (grid, out):
+        if file is not None:
+            check_output(file)
 
     options = Options(
         prompts, seeds, floor, Settings(steps, guidance, seed=seed, batch=batch), device, reference, inception, clip,
@@ -66,14 +77,16 @@ def command(
         report = evaluate(checkpoint, against, options, progress)
     if report is None:  # another process tells
         return
-    if out is not None:
-        write_report(out, report)
-    if json:
-        print_json(report)
-        return
-    _print(report)
-    if grid is not None:
-        err.print(f"wrote {grid}", markup=False, soft_wrap=True)
+    try:
+        if out is not None:
+            write_report(out, report)
+    finally:  # a disk that is full takes no measurement away
+        if json:
+            print_json(report)
+        else:
+            _print(report)
+            if grid is not None:
+                err.print(f"wrote {grid}", soft_wrap=True)
 
 
 def _interval(value: dict[str, float] | None, form: str) -> str:
@@ -125,7 +138,7 @@ def _print(report: dict[str, Any]) -> None:
         _rows(table)
         typer.echo(f"distances of {report['pictures']} pictures: comparable at this number only")
     for note in report["notes"]:
-        err.print(f"note: {note}", markup=False, soft_wrap=True)
+        err.print(f"note: {note}", soft_wrap=True)
 
 
 def _alignment_table(found: dict[str, Any]) -> list[list[str]]:

@@ -9,15 +9,15 @@ from typing import Annotated
 
 import typer
 
-from .common import DeviceOption, JsonOption, ModelOption, SeedOption, StageProgress, err, print_json
+from .common import DeviceOption, JsonOption, ModelOption, SeedOption, StageProgress, err, finite, print_json
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:
     if text is None:
         return None, None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    match = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?", text)
     if not match:
-        raise typer.BadParameter(f"--size {text!r} is neither N nor WIDTHxHEIGHT")
+        raise typer.BadParameter(f"--size {text!r} is neither N nor WIDTHxHEIGHT in pixels")
     return int(match[1]), int(match[2] or match[1])
 
 
@@ -29,10 +29,15 @@ def _file_name(prompt: str, seed: int) -> str:
 def command(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
     model: ModelOption = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures, or a .png file.")] = Path("."),
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="Folder for the pictures (a name that is taken gets a number), or a new .png file."
+        ),
+    ] = Path("."),
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=10000, help="Pictures a prompt.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampler steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    guidance: Annotated[float | None, typer.Option(callback=finite, help="Classifier-free guidance scale.")] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     size: Annotated[str | None, typer.Option(metavar="N|WxH", help="Size in pixels.")] = None,
     seed: SeedOption = None,
@@ -40,6 +45,7 @@ def command(
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one sheet, grid.png.")] = False,
     device: DeviceOption = None,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="Write settings into the PNG.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures of the same name.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Make pictures. Each picture's seed is the first one plus its number."""
@@ -55,8 +61,14 @@ def command(
     from dgq.checkpoint import read_header
     from dgq.generation import Settings, generate, write_png
     from dgq.generation import grid as sheet
-    from dgq.pipelines import load, resolve
+    from dgq.pipelines import check_device, load, resolve
+    from dgq.writing import check_output, check_place
 
+    if single:
+        check_output(out, overwrite)
+    else:
+        check_place(out / "picture.png")
+    check_device(device)
     folder = resolve(model)
     chosen = secrets.randbelow(2**32) if seed is None else seed
     settings = Settings(steps, guidance, negative, width, height, chosen, batch).resolved(folder)
@@ -72,17 +84,13 @@ def command(
             progress=lambda done, total: progress("generate", done, total, f"seed {chosen}"),
         )  # fmt: skip
     files = []
-    if single and grid:
-        write_png(sheet([picture.image for picture in pictures]), out)
-        files.append(out)
-    else:
+    if not (single and grid):
         for picture in pictures:
             file = out if single else out / _file_name(picture.prompt, picture.seed)
-            picture.save(file, metadata)
-            files.append(file)
-        if grid:
-            write_png(sheet([picture.image for picture in pictures]), out / "grid.png")
-            files.append(out / "grid.png")
+            files.append(picture.save(file, metadata, keep=not overwrite))
+    if grid:
+        file = out if single else out / "grid.png"
+        files.append(write_png(sheet([picture.image for picture in pictures]), file, keep=not overwrite))
     if json:
         print_json({
             "seed": chosen, "steps": settings.steps, "guidance": settings.guidance, "files": list(map(str, files)),
@@ -91,7 +99,7 @@ def command(
         return
     err.print(f"seed {chosen}, {settings.steps} steps, guidance {settings.guidance:g}")
     for file in files:
-        print(file)
+        typer.echo(file)
 
 
 def _hint(prompts: list[str], folder: Path) -> None:
@@ -100,4 +108,4 @@ def _hint(prompts: list[str], folder: Path) -> None:
 
     for prompt in prompts:
         if words := unknown_words(prompt, folder):
-            err.print(f"note: this emoji-domain model never saw: {', '.join(words)}", markup=False)
+            err.print(f"note: this emoji-domain model never saw: {', '.join(words)}")

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from . import heat_map
-from .common import DeviceOption, JsonOption, StageProgress, err, mib, print_json
+from .common import DeviceOption, JsonOption, StageProgress, err, finite, mib, print_json
 
 if TYPE_CHECKING:
     from dgq.inspection import Inspection, LayerReport, Suggestion
@@ -24,9 +24,12 @@ def command(
         str | None, typer.Argument(metavar="[CKPT]", help="Checkpoint folder or hub id; the embedded model if none.")
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="List every quantized layer.")] = False,
-    worst: Annotated[int, typer.Option(min=0, metavar="N", help="List the N worst layers.")] = 10,
+    worst: Annotated[int, typer.Option(min=0, max=1_000_000, metavar="N", help="List the N worst layers.")] = 10,
     budget: Annotated[
-        float, typer.Option(min=0, max=100, metavar="PERCENT", help="Growth of the UNet file the suggestion may cause.")
+        float,
+        typer.Option(
+            min=0, max=100, callback=finite, metavar="PERCENT", help="Growth of the UNet file the suggestion may cause."
+        ),
     ] = 2,
     measure: Annotated[
         bool, typer.Option("--measure", help="Run it beside the float model: error and outliers by layer and step.")
@@ -38,9 +41,11 @@ def command(
         int, typer.Option(min=1, max=1000, help="Measured prompts; calibration draws none of them.")
     ] = 4,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Measured sampler steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale while measuring.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first measured picture.")] = 50_000,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Measure, and draw it all as a .png file.")] = None,
+    guidance: Annotated[float | None, typer.Option(callback=finite, help="Guidance scale while measuring.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first measured picture.")] = 50_000,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure, and draw it all; replaces the file.")
+    ] = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -52,7 +57,9 @@ def command(
     if against != "float" and not measure and png is None:
         raise typer.BadParameter("--against needs --measure")
     from dgq.inspection import inspect
+    from dgq.pipelines import check_device
 
+    check_device(device)
     measurement = None
     if measure or png is not None:
         from dgq.measurement import MeasureOptions
@@ -60,8 +67,10 @@ def command(
 
         if png is not None:
             from dgq.inspection_plot import check_available
+            from dgq.writing import check_output
 
             check_available()
+            check_output(png)
         options = MeasureOptions(prompts, steps, guidance, seed, device, against)
         inspect(checkpoint, worst, budget / 100)  # what is wrong with the checkpoint comes before the work
         with StageProgress({"record": "float", "measure": "measure"}) as progress:
@@ -76,11 +85,11 @@ def command(
     elif not found.quantized:
         typer.echo(f"{found.path} is a float model: nothing in it is quantized")
         typer.echo(f"UNet {mib(found.unet_bytes)} on disk, {mib(found.float16_bytes)} in float16")
-        err.print(f"quantize it: dgq calibrate {found.path} --out DIR", markup=False, soft_wrap=True)
+        err.print(f"quantize it: dgq calibrate {found.path} --out DIR", soft_wrap=True)
     else:
         _print(found, layers, worst)
     if png is not None:
-        err.print(f"wrote {png}", markup=False, soft_wrap=True)
+        err.print(f"wrote {png}", soft_wrap=True)
 
 
 def _print(found: Inspection, layers: bool, worst: int) -> None:

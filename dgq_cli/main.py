@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import sys
 from typing import Annotated
@@ -41,34 +43,89 @@ def _options(
 
 
 def main() -> None:
-    """Run `dgq`. Exit codes: 0; 1 a known error, told in one line; 2 wrong usage; 130 interrupted."""
+    """Run `dgq`.
+
+    Exit codes: 0; 1 a known error, told in one line; 2 wrong usage; 130 interrupted; 141 nobody reads the output.
+    """
+    _open_streams()
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         err.print("interrupted")
-        sys.exit(130)
+        code = 130
+    except SystemExit as end:  # typer's own, where a pipe was closed
+        code = CLOSED_PIPE if isinstance(end.__context__, BrokenPipeError) else end.code
     except Exception as error:
-        sys.exit(_report(error))
+        code = _report(error)
+    try:
+        sys.stdout.flush()
+    except OSError:  # told already; Python would try and fail again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+CLOSED_PIPE = 128 + 13  # as the shell says it of a program that SIGPIPE ended
+
+
+def _open_streams() -> None:
+    """Standard streams that are closed fail when they are written to; and what cannot be encoded is printed escaped.
+
+    Left closed, their numbers would go to the next files that are opened.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115 (open to the end)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # bytes of a file's name that are no text come out as they came in
+        plain = sys.stdout.encoding.lower() == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if plain else "backslashreplace")
 
 
 def _report(error: Exception) -> int:
     """Print an error in one line and return the exit code; DGQ_DEBUG=1 shows the traceback."""
     show = getattr(error, "show", None)
     if show is not None and hasattr(error, "exit_code"):  # typer's own usage errors
+        if len(getattr(error, "message", "")) > LONGEST_MESSAGE:
+            error.message = _shortened(error.message)  # type: ignore[attr-defined]
         show()
         return int(error.exit_code)
     if type(error).__name__ == "Abort":
         err.print("interrupted")
         return 130
+    if isinstance(error, BrokenPipeError):
+        return CLOSED_PIPE
     if os.environ.get("DGQ_DEBUG"):
         raise error
     message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    known = type(error).__name__ == "DgqError"
-    prefix = "error" if known else f"error: unexpected {type(error).__name__}"
-    err.print(f"[bold red]{prefix}:[/] ", end="")
-    err.print(message, markup=False, soft_wrap=True)
-    hint = getattr(error, "hint", None) if known else "run with DGQ_DEBUG=1 for the traceback"
+    prefix, hint = "error", getattr(error, "hint", None)
+    if _full_output(error):
+        message, hint = f"standard output: cannot be written ({error.strerror})", None  # type: ignore[attr-defined]
+    elif type(error).__name__ != "DgqError":
+        prefix, hint = f"error: unexpected {type(error).__name__}", "run with DGQ_DEBUG=1 for the traceback"
+    err.print(f"{prefix}: ", end="", style="bold red")
+    err.print(_shortened(message), soft_wrap=True)
     if hint:
-        err.print(f"  {hint}", markup=False, soft_wrap=True)
+        err.print(f"  {hint}", soft_wrap=True)
     return 1
+
+
+LONGEST_MESSAGE = 2000
+
+
+def _shortened(message: str) -> str:
+    """A message without the middle of what someone wrote at length."""
+    half = LONGEST_MESSAGE // 2
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+
+
+def _full_output(error: Exception) -> bool:
+    """Whether an error comes from writing standard output: nothing else here writes without a file's name."""
+    return isinstance(error, OSError) and error.filename is None and error.errno in (
+        errno.ENOSPC, errno.EBADF, errno.EIO, errno.EDQUOT, errno.EFBIG,
+    )  # fmt: skip

@@ -17,7 +17,7 @@ from ..calibration import Progress, silent
 from ..checkpoint import read_header
 from ..doctor import machine
 from ..errors import DgqError
-from ..pipelines import default_device, resolve
+from ..pipelines import check_device, resolve
 from .layers import Case, bench_kernels, int8_peak, large_cases, model_cases
 from .rows import Report, Row, interleaved, kernel_verdicts, make_rows, verdicts
 from .systems import PEERS, Size, System, chosen_peers, measure
@@ -68,11 +68,11 @@ def bench(
     chosen = chosen_peers(peers)
     if what == "kernels" and (chosen or compiled):
         raise DgqError("other systems are set beside steps, not layers", "leave out --with and --compile")
+    place = check_device(device)
     folder = resolve(model) if arch is None else None
     header = None if folder is None else read_header(folder)
     if header is not None and bits is not None and what != "kernels":
         raise DgqError(f"{folder}: is {header.recipe.label} already", "--bits is for float models; leave it out")
-    place = default_device() if device is None else torch.device(device)
     if place.type != "cpu" and "openvino" in chosen:
         raise DgqError("openvino is measured on the CPU", "pass --device cpu")
     options = Options(repeats, place, chosen, arch is not None if compiled is None else compiled, work)

@@ -18,16 +18,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import dgq_kernels
+
 from .. import architectures
 from ..attention import AttentionPlan
 from ..calibration import plan_layers
-from ..checkpoint import WEIGHTS_NAME, Header, apply_header, atomic_folder, read_json, weight_variant
+from ..checkpoint import WEIGHTS_NAME, Header, apply_header, read_json, weight_variant
 from ..errors import DgqError
 from ..layers import IntegerLayer
 from ..quantizers.channels import no_groups, to_matrix
 from ..quantizers.weights import SUBSCALE_MAX, IntegerWeight, nearest, quantize_weight
 from ..recipe import LayerPlan, Recipe
 from ..version import __version__
+from ..writing import atomic_folder
 
 Call = dict[str, Any]
 
@@ -39,9 +42,14 @@ _DTYPES = {
 KNOWN_FAILURE = 3
 
 
+# Its arguments follow. -P keeps what lies in the working folder, a torch.py say, from being imported.
+CHILD = (sys.executable, "-P", "-m", "dgq.bench")
+
+
 def child_environment() -> dict[str, str]:
-    """The environment of a process that is to import what this one imports."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    """The environment of a process that is to import what this one imports, but nothing from the working folder."""
+    roots = [str(Path(str(package.__file__)).parents[1]) for package in (architectures, dgq_kernels)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([*filter(None, sys.path), *roots]))}
 
 
 def write(task: str, **arguments: Any) -> None:
@@ -50,7 +58,7 @@ def write(task: str, **arguments: Any) -> None:
     Raises:
         DgqError: it failed; the message holds its last line.
     """
-    command = [sys.executable, "-m", "dgq.bench", "write", task, json.dumps(arguments, default=str)]
+    command = [*CHILD, "write", task, json.dumps(arguments, default=str)]
     child = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
     if child.returncode:
         lines = child.stderr.strip().splitlines() or [f"it ended with {child.returncode}"]

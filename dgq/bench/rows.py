@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import torch
 from dgq_kernels import backend
 
 from ..errors import DgqError
+from ..writing import check_output, refusal
 
 WARM_UP = 2
 FACTS = ("date", "model", "dgq", "torch", "cpu", "cores", "threads", "isa", "device", "backend")
@@ -73,27 +76,50 @@ class Report:
     def append_csv(self, path: Path) -> None:
         """Append the rows, each with the machine's facts, to a CSV file; a new file starts with a header.
 
+        What two processes append at once is all kept, and a disk that fills up leaves the file as it was.
+
         Raises:
             DgqError: the file cannot be written, or has other columns.
         """
-        columns = [*FACTS, *(item.name for item in dataclasses.fields(Row))]
+        check_csv(path)
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        for row in self.rows:
+            writer.writerow([*(self.machine[name] for name in FACTS), *dataclasses.astuple(row)])
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and path.stat().st_size:
-                with open(path, newline="", encoding="utf-8") as file:
-                    if next(csv.reader(file)) != columns:
-                        raise DgqError(f"{path}: has other columns", "name another --csv file")
-                new = False
-            else:
-                new = True
-            with open(path, "a", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                if new:
-                    writer.writerow(columns)
-                for row in self.rows:
-                    writer.writerow([*(self.machine[name] for name in FACTS), *dataclasses.astuple(row)])
-        except (OSError, UnicodeDecodeError) as error:
-            raise DgqError(f"{path}: cannot be written ({error})") from None
+            regular = not path.exists() or path.is_file()
+            with open(path, "ab" if regular else "wb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                data = (("" if size else ",".join(COLUMNS) + "\r\n") + text.getvalue()).encode()
+                try:
+                    while data:
+                        data = data[file.write(data) :]
+                except OSError:
+                    if regular:
+                        file.truncate(size)
+                    raise
+        except OSError as error:
+            raise refusal(path, error) from None
+
+
+COLUMNS = (*FACTS, *(item.name for item in dataclasses.fields(Row)))
+
+
+def check_csv(path: Path) -> None:
+    """Refuse, before anything is measured, a file to which `Report.append_csv` could not append.
+
+    Raises:
+        DgqError: it cannot be written, or has other columns.
+    """
+    check_output(path)
+    try:
+        if path.is_file() and path.stat().st_size:
+            with open(path, newline="", encoding="utf-8") as file:
+                if next(csv.reader(file)) != list(COLUMNS):
+                    raise DgqError(f"{path}: has other columns", "name another --csv file")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DgqError(f"{path}: cannot be read as CSV ({error})") from None
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:

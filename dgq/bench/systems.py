@@ -13,7 +13,6 @@ import json
 import math
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from ..calibration import Progress, silent
 from ..checkpoint import unet_bytes
 from ..doctor import relative_error
 from ..errors import DgqError
-from .files import child_environment
+from .files import CHILD, child_environment
 from .rows import Row, interleaved, make_rows
 from .worker import Spec, as_json
 
@@ -144,8 +143,8 @@ class Worker:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "output.npy"
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "dgq.bench", "work", as_json(spec), str(output)], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=self._log, text=True, env=child_environment(),
+                [*CHILD, "work", as_json(spec), str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=self._log, text=True, env=child_environment(),
             )  # fmt: skip
             try:
                 facts = self._answer()["load"]

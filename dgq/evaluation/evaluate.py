@@ -24,8 +24,9 @@ from ..calibration import Progress, silent
 from ..checkpoint import read_header
 from ..errors import DgqError
 from ..fidelity import psnr
-from ..generation import Picture, Settings, generate, grid, write_png
-from ..pipelines import default_device, float_base, load, resolve
+from ..generation import Picture, Settings, check_prompts, generate, grid, write_png
+from ..pipelines import check_device, float_base, load, resolve
+from ..writing import atomic_file
 from . import features
 from .items import Item, items
 from .measures import bootstrap, frechet_distance, ssim
@@ -121,6 +122,7 @@ def evaluate(
     Raises:
         DgqError: a model, file or prompt that cannot be used.
     """
+    device = check_device(options.device)
     folder = resolve(checkpoint)
     header = read_header(folder)
     base = float_base(folder, against)
@@ -141,7 +143,6 @@ def evaluate(
 
     floats: list[_Made] = []
     lower: list[_Made] = []
-    device = torch.device(options.device) if options.device else default_device()
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
     if base is not None:
         floats = run(base, torch.float32, "against", len(jobs))
@@ -182,6 +183,7 @@ def _make(
     progress: Callable[[int, int], None],
 ) -> list[_Made]:  # fmt: skip
     """This process's pictures of the jobs, batch by batch."""
+    check_prompts(pipe, [job.prompt for job in jobs])
     made: list[_Made] = []
     starts = list(range(0, len(jobs), settings.batch))
     own = starts[share.rank :: share.world]
@@ -348,16 +350,10 @@ def _write_grid(file: Path, systems: Sequence[Sequence[_Made]], seeds: int) -> N
 
 
 def write_report(file: Path, report: dict[str, Any]) -> None:
-    """Write a report as JSON, through a temporary file.
+    """Write a report as JSON, whole or not at all.
 
     Raises:
         DgqError: it cannot be written.
     """
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
-        temporary.replace(file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DgqError(f"{file}: cannot be written ({error.strerror or error})") from None
+    with atomic_file(file) as handle:
+        handle.write((json.dumps(report, indent=1, default=str) + "\n").encode())

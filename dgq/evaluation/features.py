@@ -73,7 +73,7 @@ def read_pictures(folder: Path) -> list[Image.Image]:
     Raises:
         DgqError: fewer than two, or one that cannot be read.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _ENDINGS)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _ENDINGS and file.is_file())
     if len(files) < 2:
         raise DgqError(f"{folder}: holds fewer than two pictures")
     pictures = []
@@ -81,7 +81,7 @@ def read_pictures(folder: Path) -> list[Image.Image]:
         try:
             with Image.open(file) as image:
                 pictures.append(image.convert("RGB"))
-        except OSError as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DgqError(f"{file}: is not a readable picture ({error})") from None
     return pictures
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DgqError
-from ..prompts import calibration_pool, evaluation_prompts, read_prompts
+from ..prompts import calibration_pool, evaluation_prompts, read_prompts, read_text
 
 EVERYDAY = "everyday"
 
@@ -101,10 +102,10 @@ def read_file(file: Path) -> list[str]:
     kind = file.suffix.lower()
     if kind not in (".json", ".tsv"):
         return read_prompts(file)
+    text = read_text(file)
     try:
-        with open(file, encoding="utf-8", newline="") as handle:
-            found = _coco(json.load(handle)) if kind == ".json" else _parti(handle.readlines())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = _coco(json.loads(text)) if kind == ".json" else _parti(io.StringIO(text, newline="").readlines())
+    except (ValueError, RecursionError, csv.Error) as error:
         raise DgqError(f"{file}: cannot be read ({error})") from None
     except (KeyError, TypeError):
         wanted = 'a list of strings, or "annotations" with captions' if kind == ".json" else 'a column "Prompt"'

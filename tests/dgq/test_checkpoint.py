@@ -1,7 +1,9 @@
 """The file format: strict reading, atomic writing."""
 
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -12,17 +14,20 @@ import dgq
 from dgq.checkpoint import (
     FORMAT_VERSION,
     Header,
-    atomic_folder,
     check_folder,
-    copy_component,
+    component_files,
+    copied_files,
     float16_bytes,
+    index_shards,
     read_header,
     unet_bytes,
     weight_files,
     weight_variant,
 )
 from dgq.errors import DgqError
+from dgq.quantize import Options, calibrate
 from dgq.recipe import LayerPlan, Recipe
+from dgq.writing import atomic_folder
 
 WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
 
@@ -148,6 +153,57 @@ def test_not_a_model(tmp_path):
         dgq.load(tmp_path)
 
 
+def linked_model(tiny_pipeline, folder):
+    """The tiny pipeline as the Hugging Face cache holds it: a snapshot of links to blobs. Returns the snapshot."""
+    repository = folder / "models--owner--tiny"
+    snapshot = repository / "snapshots" / "0123abcd"
+    (repository / "blobs").mkdir(parents=True)
+    for i, file in enumerate(file for file in sorted(tiny_pipeline.rglob("*")) if file.is_file()):
+        place = snapshot / file.relative_to(tiny_pipeline)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, repository / "blobs" / str(i))
+        place.symlink_to(os.path.relpath(repository / "blobs" / str(i), place.parent))
+    return snapshot
+
+
+def test_the_hugging_face_caches_links_are_followed(tiny_pipeline, tmp_path):
+    snapshot = linked_model(tiny_pipeline, tmp_path)
+    copied = set(copied_files(snapshot))
+    assert copied == set(copied_files(tiny_pipeline))
+    assert {"model_index.json", "concepts.json", "scheduler/scheduler_config.json"} <= copied
+
+
+@pytest.mark.parametrize(
+    "name, cached",
+    [
+        ("LICENSE", False),
+        ("LICENSE", True),
+        ("tokenizer/secret.txt", False),
+        ("unet/config.json", True),
+        ("vae", False),
+    ],
+)
+def test_links_out_of_the_model_are_not_followed(tiny_pipeline, tmp_path, name, cached):
+    source = linked_model(tiny_pipeline, tmp_path) if cached else shutil.copytree(tiny_pipeline, tmp_path / "model")
+    secret = tmp_path / "secret"
+    if name == "vae":
+        shutil.move(source / name, secret)
+    else:
+        secret.write_text('{"secret": "of this machine"}')
+        (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(secret)
+    with pytest.raises(DgqError, match=f"{name}.*leads out of the model's folder"):
+        calibrate(source, tmp_path / "out", Recipe(), Options(prompts=["a cat"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoints_files_have_the_modes_that_open_gives(tiny_checkpoint):
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in (tiny_checkpoint, *tiny_checkpoint.rglob("*")):
+        assert stat.S_IMODE(file.stat().st_mode) == (0o777 if file.is_dir() else 0o666) & ~umask, file
+
+
 def test_interrupted_write_leaves_nothing(tmp_path):
     target = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt), atomic_folder(target) as folder:  # noqa: PT012
@@ -157,7 +213,7 @@ def test_interrupted_write_leaves_nothing(tmp_path):
 
 
 def test_full_disk_is_one_clear_error(tmp_path):
-    with pytest.raises(DgqError, match="no space"), atomic_folder(tmp_path / "out"):
+    with pytest.raises(DgqError, match="No space left"), atomic_folder(tmp_path / "out"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
@@ -242,11 +298,17 @@ def test_a_component_is_copied_with_one_set_of_weights_under_plain_names(tmp_pat
         save_file({"w": torch.full((1,), float(i))}, whole / f"model{variant}.safetensors")
     save_file({"w": torch.zeros(1)}, whole / "adapter.safetensors")
 
-    copy_component(whole, tmp_path / "a")
+    def copy(source, target):
+        target.mkdir()
+        for name, file in component_files(source).items():
+            shutil.copyfile(file, target / name)
+        index_shards(target)
+
+    copy(whole, tmp_path / "a")
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["config.json", "model.safetensors"]
     assert load_file(tmp_path / "a" / "model.safetensors")["w"] == 0
 
-    copy_component(split, tmp_path / "b")
+    copy(split, tmp_path / "b")
     names = {f"tensor{i}": f"model-{i + 1:05}-of-00003.safetensors" for i in range(3)}
     index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == names

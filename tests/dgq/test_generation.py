@@ -137,6 +137,24 @@ def test_write_png_leaves_nothing_half_written(tmp_path, monkeypatch):
         write_png(Image.new("RGB", (4, 4)), Path("/proc/nowhere/x.png"))
 
 
+def test_pictures_that_are_there_are_kept_on_request(tmp_path):
+    image = Image.new("RGB", (4, 4))
+    names = [write_png(image, tmp_path / "x.png", keep=True).name for _ in range(3)]
+    assert names == ["x.png", "x-2.png", "x-3.png"]
+    assert write_png(image, tmp_path / "x.png") == tmp_path / "x.png"
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_name_taken(tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(DgqError, match="No space"):
+        write_png(Image.new("RGB", (4, 4)), tmp_path / "x.png", keep=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_grid_places_every_picture():
     images = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
     sheet = grid(images, columns=2, scale=2, gap=1)

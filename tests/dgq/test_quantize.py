@@ -1,16 +1,25 @@
 """The whole way from a float folder to a checkpoint, interruptions included."""
 
+import json
+import os
+import shutil
+from pathlib import Path
+
 import pytest
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import dgq
+from dgq import quantize
 from dgq.checkpoint import WEIGHTS_NAME, read_header, unet_bytes
 from dgq.errors import DgqError
 from dgq.inspection import inspect
 from dgq.prompts import calibration_prompts, evaluation_prompts, read_prompts
 from dgq.quantize import Options, calibrate, estimate
 from dgq.recipe import Recipe
+from dgq.writing import workplace
 
+QUICK = Recipe(rounding="nearest", channels="none")
 FAST = {"prompts": ["a cat", "a dog"], "steps": 2, "evaluate": 0}
 
 
@@ -46,6 +55,129 @@ def test_interrupted_and_resumed_gives_the_same_file(tiny_pipeline, tmp_path):
     a, b = weights(tmp_path / "whole"), weights(out)
     assert all(bool((a[name] == b[name]).all()) for name in a)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.fixture
+def interrupted(tiny_pipeline, tmp_path):
+    """(a float model that a test may change, --out of a calibration of it that was interrupted half-way)."""
+    source, out = Path(shutil.copytree(tiny_pipeline, tmp_path / "model")), tmp_path / "out"
+
+    def interrupt(stage, done, total, detail):
+        if stage == "quantize" and done == total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, out, QUICK, Options(**FAST), interrupt)
+    return source, out
+
+
+def change_a_byte(file):
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"unet/{WEIGHTS_NAME}", "text_encoder/model.safetensors", "tokenizer/*.json", "scheduler/scheduler_config.json"],
+)
+def test_another_model_of_equal_size_is_not_resumed(interrupted, name):
+    source, out = interrupted
+    (file, *_) = sorted(source.glob(name))
+    size = file.stat().st_size
+    if file.suffix == ".json":
+        file.write_text(file.read_text().replace("\n", " ", 1))
+    else:
+        change_a_byte(file)
+    assert file.stat().st_size == size
+    with pytest.raises(DgqError, match="another model or with other settings"):
+        calibrate(source, out, QUICK, Options(**FAST, resume=True))
+    assert list((out.parent / ".out.partial").glob("layer-*"))
+
+
+def test_damaged_files_are_made_again(interrupted, tmp_path):
+    source, out = interrupted
+    partial = tmp_path / ".out.partial"
+    first, second, third, *_ = sorted(partial.glob("layer-*"))
+    first.write_bytes(first.read_bytes()[:-20])
+    second.write_bytes(b"")
+    plan = json.dumps({"name": third.stem.removeprefix("layer-"), "plan": {}, "sqnr_db": 1})
+    save_file(load_file(third), third, metadata={"layer": plan})
+    (partial / "calls.safetensors").write_bytes((partial / "calls.safetensors").read_bytes()[:1000])
+    told = []
+    calibrate(source, out, QUICK, Options(**FAST, resume=True), lambda stage, *rest: told.append((stage, rest[-1])))
+    resumed = [detail for stage, detail in told if stage == "resume"]
+    assert [detail.split()[0] for detail in resumed] == [first.name, second.name, third.name, "calls.safetensors"]
+    assert "record" in [stage for stage, _ in told]
+    calibrate(source, tmp_path / "whole", QUICK, Options(**FAST))
+    a, b = weights(tmp_path / "whole"), weights(out)
+    assert all(bool((a[name] == b[name]).all()) for name in a)
+    assert not partial.exists()
+
+
+def test_a_layer_of_another_calibration_is_made_again(interrupted, tmp_path):
+    source, out = interrupted
+    (file, *_) = sorted((tmp_path / ".out.partial").glob("layer-*"))
+    with safe_open(file, framework="pt") as handle:
+        entry = json.loads(handle.metadata()["layer"])
+    entry["plan"]["abits"] = 6
+    save_file(load_file(file), file, metadata={"layer": json.dumps(entry)})
+    told = []
+    header = calibrate(
+        source, out, QUICK, Options(**FAST, resume=True), lambda stage, *rest: told.append((stage, rest))
+    )
+    assert [rest[-1].split()[0] for stage, rest in told if stage == "resume"] == [file.name]
+    assert {plan.abits for plan in header.layers.values()} == {8}
+
+
+def test_two_calibrations_to_one_place(tiny_pipeline, tmp_path):
+    out = tmp_path / "out"
+    with workplace(out), pytest.raises(DgqError, match=r"another process.*\.out\.partial"):
+        calibrate(tiny_pipeline, out, QUICK, Options(**FAST), lambda *_: pytest.fail("it began to work"))
+    calibrate(tiny_pipeline, out, QUICK, Options(**FAST))
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_overrides_and_prompts_are_told_before_the_work(tiny_pipeline, tmp_path):
+    def work(*_):
+        pytest.fail("it began to work")
+
+    with pytest.raises(DgqError, match="matches no layer"):
+        calibrate(tiny_pipeline, tmp_path / "out", Recipe(overrides=(("nosuch", 8),)), Options(**FAST), work)
+    with pytest.raises(DgqError, match="tokens"):
+        calibrate(tiny_pipeline, tmp_path / "out", QUICK, Options(["a cat", "cat " * 40], steps=2), work)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_checkpoint_is_replaced_and_never_lost(tiny_pipeline, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()  # an empty folder is as good as none
+    calibrate(tiny_pipeline, out, QUICK, Options(**FAST))
+    before = weights(out)
+    (out / "thesis.txt").touch()
+    with pytest.raises(DgqError, match=r"thesis\.txt"):
+        calibrate(tiny_pipeline, out, QUICK, Options(**FAST, overwrite=True))
+    (out / "thesis.txt").unlink()
+    recipe = Recipe(wbits=8, rounding="nearest", channels="none")
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize, "write_checkpoint", lambda *_: (_ for _ in ()).throw(DgqError("no space")))
+        with pytest.raises(DgqError, match="no space"):
+            calibrate(tiny_pipeline, out, recipe, Options(**FAST, overwrite=True))
+    assert weights(out).keys() == before.keys()
+    header = calibrate(tiny_pipeline, out, recipe, Options(**FAST, overwrite=True, resume=True))
+    assert read_header(out) == header
+    assert header.recipe.wbits == 8
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_source_is_never_written_over(tiny_pipeline, tmp_path):
+    source = Path(shutil.copytree(tiny_pipeline, tmp_path / "model"))
+    (tmp_path / "link").symlink_to(source)
+    for out in (source, source / "out", tmp_path, tmp_path / "link", tmp_path / "link" / "out"):
+        for given in (source, tmp_path / "link"):
+            with pytest.raises(DgqError, match=r"is, holds or lies in|is a link"):
+                calibrate(given, out, QUICK, Options(**FAST, overwrite=True))
+    assert sorted(file.name for file in source.iterdir()) == sorted(file.name for file in tiny_pipeline.iterdir())
 
 
 @pytest.mark.parametrize("wbits, ratio", [(4, 0.40), (8, 0.62)])
@@ -111,3 +243,20 @@ def test_prompt_files(tmp_path):
         read_prompts(file)
     with pytest.raises(DgqError, match="cannot be read"):
         read_prompts(tmp_path / "nosuch.txt")
+    file.write_bytes(b"\xef\xbb\xbfa cat\r\n")  # as Windows' editors write it
+    assert read_prompts(file) == ["a cat"]
+
+
+def test_prompts_from_a_pipe():
+    source, sink = os.pipe()
+    os.write(sink, b"a cat\n")
+    os.close(sink)
+    assert read_prompts(Path(f"/dev/fd/{source}")) == ["a cat"]  # as bash's <(command) names it
+    os.close(source)
+
+
+def test_a_huge_prompts_file_is_not_read_into_memory(tmp_path):
+    with open(tmp_path / "huge.txt", "wb") as file:
+        file.truncate(2**40)  # without a byte on the disk
+    with pytest.raises(DgqError, match="larger than 256 MiB"):
+        read_prompts(tmp_path / "huge.txt")

@@ -1,6 +1,7 @@
 """What is written for the systems: streams of tensors, float and quantized UNets, calls."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from dgq.attention import LogAttnProcessor
 from dgq.bench import files
+from dgq.bench.systems import Worker
+from dgq.bench.worker import Spec
 from dgq.checkpoint import WEIGHTS_NAME, read_header
 from dgq.errors import DgqError
 from dgq.layers import IntegerLayer
@@ -154,3 +157,16 @@ def test_a_stream_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
 
     files.stream_safetensors(file, dict.fromkeys("abc", ((2**20,), torch.float32)), tensors())
     assert sizes[2] - sizes[1] == 2**22
+
+
+def test_nothing_is_imported_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "random", "dgq", "diffusers"):
+        (tmp_path / f"{name}.py").write_text(f"open('{name}-was-here', 'w')\nraise SystemExit('poisoned')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # as in an interactive Python
+    with pytest.raises(DgqError, match=r"^writing the dgq files failed: .*nosuch"):
+        files.write("dgq", source=tmp_path / "nosuch", target=tmp_path / "out", wbits=8, search=False)
+    spec = Spec("torch", str(tmp_path / "nosuch"), "float32", str(tmp_path / "nosuch"))
+    with pytest.raises(DgqError, match="nosuch"):
+        Worker(spec)
+    assert not list(tmp_path.glob("*-was-here"))

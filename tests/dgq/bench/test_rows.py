@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from dgq.bench import Report, Row, interleaved, kernel_verdicts, make_rows, verdicts
-from dgq.bench.rows import FACTS, WARM_UP
+from dgq.bench.rows import FACTS, WARM_UP, check_csv
 from dgq.errors import DgqError
 
 CPU = torch.device("cpu")
@@ -105,3 +106,29 @@ def test_a_csv_of_other_columns_is_not_appended_to(tmp_path: Path) -> None:
     with pytest.raises(DgqError, match="other columns"):
         Report({}, [], []).append_csv(file)
     assert file.read_text() == "a,b\n1,2\n"
+
+
+def test_a_csv_that_cannot_be_appended_to_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for file in (tmp_path / "other.csv", tmp_path, tmp_path / "other.csv" / "x.csv", Path("/proc/nowhere/x.csv")):
+        with pytest.raises(DgqError):
+            check_csv(file)
+    check_csv(tmp_path / "new" / "results.csv")
+    assert [file.name for file in tmp_path.iterdir()] == ["other.csv"]
+
+
+def test_a_csv_is_as_it_was_where_the_disk_is_full(tmp_path: Path) -> None:
+    report = Report({name: f"the {name}" for name in FACTS}, [step("float32", 10)] * 100, [])
+    file = tmp_path / "results.csv"
+    report.append_csv(file)
+    before = file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))  # the next rows do not fit
+    try:
+        with pytest.raises(DgqError, match="cannot be written"):
+            report.append_csv(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    with pytest.raises(DgqError, match="No space left"):
+        report.append_csv(Path("/dev/full"))

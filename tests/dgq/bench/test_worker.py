@@ -91,7 +91,7 @@ def test_what_libraries_print_is_no_answer(spec: Spec, tmp_path: Path) -> None:
 def test_a_step_that_fails_is_an_answer(spec: Spec, tmp_path: Path) -> None:
     wrong = dataclasses.replace(spec, kind="openvino", dtype="float64")
     child = subprocess.run(
-        [sys.executable, "-m", "dgq.bench", "work", worker.as_json(wrong), str(tmp_path / "output.npy")], input="",
+        [*files.CHILD, "work", worker.as_json(wrong), str(tmp_path / "output.npy")], input="",
         capture_output=True, text=True, check=False, env=files.child_environment(),
     )  # fmt: skip
     assert child.returncode == 1
