@@ -510,16 +510,20 @@ def attention(
 # The same calls as operators, which torch.compile and torch.export can trace: the packed weight and all else that a
 # layer reads are arguments. Outside of traces Python calls the library itself, which takes less time.
 _PARTS = ("packed", "weight_scale", "column_sum", "bias")
+# The compiler need not copy an input into the layout that it had in eager mode: pictures may stay channels-last.
+_ANY_LAYOUT = (torch.Tag.flexible_layout,)
 _NORM = "Tensor? gain, Tensor? shift, float eps, int groups, bool silu"
 torch.library.define(
     "dgq::engine_linear",
     "(Tensor x, Tensor[] packed, Tensor[] weight_scale, Tensor[] column_sum, Tensor?[] bias, Tensor? inv_divisor, "
     f"int bits, Tensor? residual, bool gated, {_NORM}) -> Tensor[]",
+    tags=_ANY_LAYOUT,
 )
 torch.library.define(
     "dgq::engine_conv2d",
     "(Tensor x, Tensor packed, Tensor weight_scale, Tensor column_sum, Tensor? bias, Tensor? inv_divisor, int bits, "
     f"int kernel, int stride, int padding, Tensor? residual, Tensor? sample_bias, {_NORM}) -> Tensor",
+    tags=_ANY_LAYOUT,
 )
 
 
