@@ -153,7 +153,9 @@ def _check_plan(name: str, plan: Plan, module: nn.Linear | nn.Conv2d | Attention
     geometry = layer_geometry(module, name)
     inputs: tuple[str, ...]
     if isinstance(module, Attention):
-        inputs, channels = ATTENTION_PARTS, module.to_q.out_features // module.heads
+        # probabilities have a range of their own at G = 1 only
+        own = ("probabilities",) if "probabilities" in plan else ()
+        inputs, channels = (*ATTENTION_PARTS, *own), module.to_q.out_features // module.heads
         bits = {"abits": range(4, 9)}
     else:
         inputs, channels = ("input",), module.in_features if isinstance(module, nn.Linear) else module.in_channels

@@ -126,14 +126,22 @@ def test_the_systems_of_a_bench_run_its_calls(kind: tuple[Path, Path], monkeypat
 
 
 def test_a_unet_that_takes_a_mask_is_refused_in_one_line(tmp_path: Path) -> None:
+    """By its pipeline; and where the index names a text-to-image one, by its channels."""
+    from diffusers import DiffusionPipeline
+
     folder = inpainting(tmp_path / "inpainting")
-    pipe = load(folder, dtype=torch.float32)
-    for attempt in (
-        lambda: estimate(folder, FAST, OPTIONS),
-        lambda: calibrate(folder, tmp_path / "out", FAST, OPTIONS),
-        lambda: generate(pipe, ["a cat"], Settings(steps=1, guidance=3.0)),
-        lambda: bench_step(folder, 8, BenchOptions(1, CPU, compiled=False)),
-    ):
-        with pytest.raises(DgqError, match="the UNet takes 9 channels, the latents have 4"):
-            attempt()
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    index, words = folder / "model_index.json", ("the pipeline is 'StableDiffusionInpaintPipeline'", "channels")
+    for said in words:
+        for attempt in (
+            lambda: estimate(folder, FAST, OPTIONS),
+            lambda: calibrate(folder, tmp_path / "out", FAST, OPTIONS),
+            lambda: load(folder, dtype=torch.float32),
+            lambda: bench_step(folder, 8, BenchOptions(1, CPU, compiled=False)),
+        ):
+            with pytest.raises(DgqError, match=said):
+                attempt()
+        index.write_text(index.read_text().replace("StableDiffusionInpaintPipeline", "StableDiffusionPipeline"))
+    with pytest.raises(DgqError, match="the UNet takes 9 channels, the latents have 4"):
+        generate(pipe, ["a cat"], Settings(steps=1, guidance=3.0))
     assert [path.name for path in tmp_path.iterdir()] == ["inpainting"]

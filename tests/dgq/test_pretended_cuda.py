@@ -1,4 +1,4 @@
-"""What the library does with a model on CUDA, on pretended devices (tests/pretended.py): no tensor of the CPU or of
+"""What the library does with a model on CUDA, on pretended devices (`pretended_devices`): no tensor of the CPU or of
 another device meets the model's, the products are those of the kernels, and the results are the CPU's.
 
 Only `dgq bench` is run in parts: its clock is CUDA's own.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretended import Pretended
+from pretended_devices import Pretended
 
 import dgq
 from dgq.bench import files, worker
@@ -43,9 +43,14 @@ class Made:
 
 def pretend(patch: pytest.MonkeyPatch, device: torch.device) -> Pretended:
     """Pretended devices, of which one is the default."""
-    for module in ("pipelines", "evaluation.evaluate"):
-        patch.setattr(f"dgq.{module}.default_device", lambda: device)
+    patch.setattr("dgq.pipelines.default_device", lambda: device)
     return Pretended()
+
+
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch):
+    """That torch counts before it is asked for one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
 @pytest.fixture(scope="module", params=RECIPES)

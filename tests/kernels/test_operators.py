@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import dgq_kernels
-from dgq_kernels import packing
+from dgq_kernels import native, packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Their weights are oneDNN's opaque tensors, which cannot be copied: test_linear and test_conv2d trace them instead.
@@ -58,9 +58,41 @@ def cases():
 CASES = dict(cases())
 
 
+def engine_cases():
+    """(operator, arguments) of the CPU engine's, which take what `native.Layer` has packed."""
+    g = torch.Generator().manual_seed(0)
+
+    def layer(n, k, *geometry):
+        weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=g)
+        return native.Layer(weight, torch.rand(n, generator=g) / 100, torch.randn(n, generator=g), None, 8, *geometry)
+
+    def parts(*layers):
+        return [[getattr(one, name) for one in layers] for name in ("packed", "weight_scale", "column_sum", "bias")]
+
+    first, second, conv = layer(64, 32), layer(64, 32), layer(6, 288, 3, 1, 1)
+    rows, image = torch.randn(5, 32, generator=g), torch.randn(2, 32, 4, 4, generator=g)
+    gain, shift = torch.randn(32, generator=g), torch.randn(32, generator=g)
+    yield "engine_linear", (rows, *parts(first, second), None, 8, None, False, gain, shift, 1e-5, 0, False)
+    yield "engine_linear", (rows, *parts(first), None, 8, torch.randn(5, 64), False, None, None, 0.0, 0, False)
+    yield "engine_linear", (rows, *parts(first), None, 8, None, True, None, None, 0.0, 0, False)
+    residual, bias = torch.randn(2, 6, 4, 4), torch.randn(2, 6)
+    own = (one[0] for one in parts(conv))
+    yield "engine_conv2d", (image, *own, None, 8, 3, 1, 1, residual, bias, gain, shift, 1e-5, 4, True)
+
+
+ENGINE = {"engine_linear", "engine_conv2d"}
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no CPU engine: {native.describe()}")
+def test_registration_of_the_engines_operators():
+    for name, arguments in engine_cases():
+        utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(getattr(torch.ops.dgq, name).default, arguments, test_utils=utilities)
+
+
 def test_none_is_left_out():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dgq::")}
-    assert registered == {*CASES, *OPAQUE}
+    assert registered == {*CASES, *OPAQUE, *ENGINE}
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
