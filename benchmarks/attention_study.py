@@ -22,10 +22,10 @@ from captures import publish, record
 from fidelity import FIRST_SEED, say
 from torch import Tensor, nn
 
-from dgq.fidelity import compare
-from dgq.generation import Settings, generate
-from dgq.pipelines import load, resolve
-from dgq.prompts import evaluation_prompts
+from dgq.pictures.fidelity import compare
+from dgq.pictures.generation import Settings, generate
+from dgq.pictures.pipelines import load, resolve
+from dgq.pictures.prompts import evaluation_prompts
 from dgq_kernels.log_attention import reference
 
 Core = Callable[[str, Tensor, Tensor, Tensor, float, bool], Tensor]

@@ -14,12 +14,14 @@ import torch
 from fidelity import FIRST_SEED
 from torch import Tensor, nn
 
-from dgq.calibration import Layer, Statistics, plan_layers, record_inputs, spread
-from dgq.generation import Settings, generate
-from dgq.paper_layers import image_to_pixels_last
-from dgq.pipelines import load, resolve
-from dgq.prompts import calibration_prompts, evaluation_prompts
-from dgq.quantizers.paper import AxisRanges
+from dgq.calibration.replay import record_inputs, spread
+from dgq.integer.plan import Layer, plan_layers
+from dgq.integer.statistics import Statistics
+from dgq.paper.layers import image_to_pixels_last
+from dgq.paper.quantizers import AxisRanges
+from dgq.pictures.generation import Settings, generate
+from dgq.pictures.pipelines import load, resolve
+from dgq.pictures.prompts import calibration_prompts, evaluation_prompts
 from dgq.recipe import Recipe
 
 KINDS = ("linear", "conv2d")

@@ -24,14 +24,14 @@ import torch
 from PIL import Image, ImageDraw
 
 import dgq
-from dgq import embedded
-from dgq.checkpoint import float16_bytes, read_header, read_json, unet_bytes
+from dgq.calibration.run import Options, calibrate
+from dgq.checkpoint.reading import float16_bytes, read_header, read_json, unet_bytes
 from dgq.errors import DgqError
-from dgq.fidelity import compare
-from dgq.generation import Picture, Settings, generate, grid, write_png
-from dgq.pipelines import load, resolve
-from dgq.prompts import calibration_prompts, evaluation_prompts
-from dgq.quantize import Options, calibrate
+from dgq.pictures import embedded
+from dgq.pictures.fidelity import compare
+from dgq.pictures.generation import Picture, Settings, generate, grid, write_png
+from dgq.pictures.pipelines import load, resolve
+from dgq.pictures.prompts import calibration_prompts, evaluation_prompts
 from dgq.recipe import Recipe
 
 BITS = ((8, 8), (4, 8), (4, 6))
@@ -84,7 +84,7 @@ def checkpoint(model: Path, recipe: Recipe, work: Path, options: Options, name: 
         if (
             header is not None
             and (header.recipe, header.base_model, header.dgq_version) == (recipe, name, dgq.__version__)
-            and header.calibration.get("prompts") == len(calibration_prompts(model, _count(options), options.seed))
+            and header.calibration.get("prompts") == len(calibration_prompts(model, count_of(options), options.seed))
             and header.generation == {"steps": options.steps, "guidance": options.guidance}
             and weights[0] < weights[1]
         ):
@@ -95,7 +95,7 @@ def checkpoint(model: Path, recipe: Recipe, work: Path, options: Options, name: 
     return folder
 
 
-def _count(options: Options) -> int:
+def count_of(options: Options) -> int:
     assert isinstance(options.prompts, int)
     return options.prompts
 

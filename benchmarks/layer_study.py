@@ -20,9 +20,7 @@ from captures import KINDS, Captured, capture, publish, record, table
 from fidelity import say
 from torch import Tensor
 
-from dgq.calibration import round_layer
-from dgq.paper_layers import image_to_pixels_last, pixels_last_to_image
-from dgq.quantizers.channels import (
+from dgq.integer.channels import (
     WORTH,
     ChannelGroups,
     apply_layer,
@@ -31,7 +29,11 @@ from dgq.quantizers.channels import (
     no_groups,
     to_matrix,
 )
-from dgq.quantizers.paper import (
+from dgq.integer.rounding import round_layer
+from dgq.integer.weights import IntegerWeight, TwoLevelGrid, gptq, nearest
+from dgq.integer.weights import quantize_weight as quantize_integer
+from dgq.paper.layers import image_to_pixels_last, pixels_last_to_image
+from dgq.paper.quantizers import (
     AXIS_DIMS,
     AxisRanges,
     dequantize_weight,
@@ -39,9 +41,7 @@ from dgq.quantizers.paper import (
     group_activation,
     quantize_weight,
 )
-from dgq.quantizers.range_search import affine_parameters, search_symmetric
-from dgq.quantizers.weights import IntegerWeight, TwoLevelGrid, gptq, nearest
-from dgq.quantizers.weights import quantize_weight as quantize_integer
+from dgq.range_search import affine_parameters, search_symmetric
 from dgq.recipe import Recipe
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)

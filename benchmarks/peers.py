@@ -22,14 +22,14 @@ import torch
 from fidelity import checkpoint, pictures, say
 from torch import nn
 
-from dgq import embedded
+from dgq.calibration.run import Options
 from dgq.evaluation.items import Item, items
 from dgq.evaluation.scorer import Scorer
-from dgq.fidelity import compare
-from dgq.generation import Picture, Settings, generate
-from dgq.pipelines import load, resolve
-from dgq.prompts import calibration_prompts
-from dgq.quantize import Options
+from dgq.pictures import embedded
+from dgq.pictures.fidelity import compare
+from dgq.pictures.generation import Picture, Settings, generate
+from dgq.pictures.pipelines import load, resolve
+from dgq.pictures.prompts import calibration_prompts
 from dgq.recipe import Recipe
 
 FIRST_SEED = 40_000

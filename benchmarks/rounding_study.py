@@ -20,10 +20,10 @@ from fidelity import say
 from layer_study import as_applied, sqnr_db
 from torch import Tensor
 
-from dgq.quantizers.channels import apply_layer, fake_quantize_input, from_matrix, to_matrix
-from dgq.quantizers.paper import dequantize_weight, quantize_weight
-from dgq.quantizers.range_search import search_symmetric
-from dgq.quantizers.weights import Grid, IntegerWeight, TwoLevelGrid, gptq, nearest
+from dgq.integer.channels import apply_layer, fake_quantize_input, from_matrix, to_matrix
+from dgq.integer.weights import Grid, IntegerWeight, TwoLevelGrid, gptq, nearest
+from dgq.paper.quantizers import dequantize_weight, quantize_weight
+from dgq.range_search import search_symmetric
 from dgq.recipe import Recipe
 
 # Longer sums would take AdaRound on second moments (N K^2 an iteration) minutes a layer on a CPU.

@@ -14,9 +14,9 @@ import logging
 # transformers announces at import that torchvision is missing; no picture here goes through its image processors
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 
+from .checkpoint.diffusers import register  # noqa: E402
 from .errors import DgqError  # noqa: E402
-from .integration import register  # noqa: E402
-from .pipelines import load  # noqa: E402
+from .pictures.pipelines import load  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register()

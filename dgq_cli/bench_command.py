@@ -55,8 +55,8 @@ def command(
 ) -> None:
     """Time quantized layers and UNet steps beside float ones, in turns; says so where quantized is slower."""
     if predict is not None:
-        from dgq.predict import predict as bounds
-        from dgq.predict import text, to_dict
+        from dgq.bench.predict import predict as bounds
+        from dgq.bench.predict import text, to_dict
 
         predictions = bounds(predict, pixels=pixels)
         if json:

@@ -70,10 +70,11 @@ def command(
         )  # fmt: skip
     except DgqError as error:
         raise typer.BadParameter(str(error)) from None
-    from dgq.prompts import read_prompts
+    from dgq.pictures.prompts import read_prompts
 
     chosen = prompt_count(prompts) or read_prompts(Path(prompts))
-    from dgq.quantize import Options, calibrate, estimate
+    from dgq.calibration.estimate import estimate
+    from dgq.calibration.run import Options, calibrate
 
     options = Options(
         prompts=chosen, steps=steps, guidance=guidance, seed=seed, calls=calls, evaluate=evaluate,
@@ -88,7 +89,7 @@ def command(
     except KeyboardInterrupt:
         err.print("interrupted; the same command with --resume goes on from here")
         raise
-    from dgq.checkpoint import float16_bytes, unet_bytes
+    from dgq.checkpoint.reading import float16_bytes, unet_bytes
 
     fidelity = header.calibration.get("fidelity", {})
     before, after = float16_bytes(out), unet_bytes(out)

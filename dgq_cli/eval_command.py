@@ -62,8 +62,8 @@ def command(
         raise typer.BadParameter(f"--grid {grid} is not a .png file")
     prompt_count(prompts)
     from dgq.evaluation.evaluate import Options, evaluate, write_report
-    from dgq.generation import Settings
-    from dgq.writing import check_output
+    from dgq.outputs import check_output
+    from dgq.pictures.generation import Settings
 
     for file in (grid, out):
         if file is not None:

@@ -57,12 +57,13 @@ def command(
     if single and len(prompts) * count > 1 and not grid:
         total = len(prompts) * count
         raise typer.BadParameter(f"--out {out} names one file for {total} pictures: give a folder or --grid")
-    from dgq import embedded
-    from dgq.checkpoint import read_header
-    from dgq.generation import Settings, generate, write_png
-    from dgq.generation import grid as sheet
-    from dgq.pipelines import check_device, load, resolve
-    from dgq.writing import check_output, check_place
+    from dgq.checkpoint.reading import read_header
+    from dgq.devices import check_device
+    from dgq.outputs import check_output, check_place
+    from dgq.pictures import embedded
+    from dgq.pictures.generation import Settings, generate, write_png
+    from dgq.pictures.generation import grid as sheet
+    from dgq.pictures.pipelines import load, resolve
 
     if single:
         check_output(out, overwrite)
@@ -104,7 +105,7 @@ def command(
 
 def _hint(prompts: list[str], folder: Path) -> None:
     """Say which words a small model never saw."""
-    from dgq.embedded import unknown_words
+    from dgq.pictures.embedded import unknown_words
 
     for prompt in prompts:
         if words := unknown_words(prompt, folder):

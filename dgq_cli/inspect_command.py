@@ -13,8 +13,9 @@ from . import heat_map
 from .common import DeviceOption, JsonOption, StageProgress, err, finite, mib, print_json
 
 if TYPE_CHECKING:
-    from dgq.inspection import Inspection, LayerReport, Suggestion
-    from dgq.measurement import LayerMeasurement, Measurement
+    from dgq.inspection.inspect import Inspection, LayerReport
+    from dgq.inspection.measurement import LayerMeasurement, Measurement
+    from dgq.inspection.overrides import Suggestion
 
 LABEL_WIDTH = 20
 
@@ -56,18 +57,18 @@ def command(
         raise typer.BadParameter(f"--png {png} is not a .png file")
     if against != "float" and not measure and png is None:
         raise typer.BadParameter("--against needs --measure")
-    from dgq.inspection import inspect
-    from dgq.pipelines import check_device
+    from dgq.devices import check_device
+    from dgq.inspection.inspect import inspect
 
     check_device(device)
     measurement = None
     if measure or png is not None:
-        from dgq.measurement import MeasureOptions
-        from dgq.measurement import measure as run
+        from dgq.inspection.measure import MeasureOptions
+        from dgq.inspection.measure import measure as run
 
         if png is not None:
-            from dgq.inspection_plot import check_available
-            from dgq.writing import check_output
+            from dgq.inspection.plot import check_available
+            from dgq.outputs import check_output
 
             check_available()
             check_output(png)
@@ -77,7 +78,7 @@ def command(
             measurement = run(checkpoint, options, progress)
     found = inspect(checkpoint, worst, budget / 100, measurement)
     if png is not None:
-        from dgq.inspection_plot import draw
+        from dgq.inspection.plot import draw
 
         draw(found, png)
     if json:
@@ -123,14 +124,14 @@ def _print_suggestion(suggestion: Suggestion, unet_bytes: int, measurement: Meas
 
 
 def _added(measurement: Measurement) -> float:
-    from dgq.measurement import decibels
+    from dgq.inspection.measurement import decibels
 
     return decibels(1, measurement.noise)
 
 
 def _print_measurement(measurement: Measurement, every_layer: bool) -> None:
     """The heat map, a line a block or a layer, and the attention layers."""
-    from dgq.inspection import split_name
+    from dgq.inspection.inspect import split_name
 
     console = Console(highlight=False)
     shown = heat_map.columns(len(measurement.timesteps), console.width - LABEL_WIDTH)
@@ -206,7 +207,7 @@ def _print_worst(measurement: Measurement, reports: list[LayerReport]) -> None:
 
 def _print_named(lines: list[tuple[str, str]]) -> None:
     """Lines that end with a layer's name, shortened in all of them where one would not fit the terminal."""
-    from dgq.inspection import split_name
+    from dgq.inspection.inspect import split_name
 
     whole = all(len(line) + len(name) <= Console().width for line, name in lines)
     for line, name in lines:

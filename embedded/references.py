@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dgq import embedded as model
 from dgq.evaluation.items import Item, labelled
+from dgq.pictures import embedded as model
 from embedded import images
 from embedded.captions import Concept, read_concepts
 from embedded.common import add_work_option

@@ -27,9 +27,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from dgq.checkpoint import read_header
+from dgq.checkpoint.reading import read_header
 from dgq.errors import DgqError
-from dgq.pipelines import resolve
+from dgq.pictures.pipelines import resolve
 from embedded.common import write_json
 
 LABEL = "stress variant"

@@ -97,7 +97,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A W4A8 integer checkpoint of the tiny pipeline."""
-    from dgq.quantize import Options, calibrate
+    from dgq.calibration.run import Options, calibrate
     from dgq.recipe import Recipe
 
     out = tmp_path_factory.mktemp("checkpoints") / "tiny-w4a8"

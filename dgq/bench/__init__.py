@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from .. import embedded
-from ..calibration import Progress, silent
-from ..checkpoint import read_header
-from ..doctor import machine
+from ..checkpoint.reading import read_header
+from ..devices import check_device
 from ..errors import DgqError
-from ..pipelines import check_device, resolve
+from ..machine import machine
+from ..pictures import embedded
+from ..pictures.pipelines import resolve
+from ..progress import Progress, silent
 from .layers import Case, bench_kernels, int8_peak, large_cases, model_cases
 from .rows import Report, Row, interleaved, kernel_verdicts, make_rows, verdicts
 from .systems import PEERS, Size, System, chosen_peers, measure

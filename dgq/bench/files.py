@@ -20,17 +20,20 @@ from torch import Tensor, nn
 
 import dgq_kernels
 
-from .. import architectures
-from ..attention import AttentionPlan
-from ..calibration import plan_layers
-from ..checkpoint import WEIGHTS_NAME, Header, apply_header, read_json, weight_variant
+from ..checkpoint.apply import apply_header
+from ..checkpoint.header import Header
+from ..checkpoint.reading import read_json, weight_variant
+from ..checkpoint.writing import WEIGHTS_NAME
 from ..errors import DgqError
-from ..layers import IntegerLayer
-from ..quantizers.channels import no_groups, to_matrix
-from ..quantizers.weights import SUBSCALE_MAX, IntegerWeight, nearest, quantize_weight
+from ..integer.attention import AttentionPlan
+from ..integer.channels import no_groups, to_matrix
+from ..integer.layer import IntegerLayer
+from ..integer.plan import plan_layers
+from ..integer.weights import SUBSCALE_MAX, IntegerWeight, nearest, quantize_weight
+from ..outputs import atomic_folder
 from ..recipe import LayerPlan, Recipe
 from ..version import __version__
-from ..writing import atomic_folder
+from . import architectures
 
 Call = dict[str, Any]
 

@@ -18,7 +18,7 @@ import torch
 from dgq_kernels import backend
 
 from ..errors import DgqError
-from ..writing import check_output, refusal
+from ..outputs import check_output, refusal
 
 WARM_UP = 2
 FACTS = ("date", "model", "dgq", "torch", "cpu", "cores", "threads", "isa", "device", "backend")

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..calibration import Progress, silent
-from ..checkpoint import unet_bytes
-from ..doctor import relative_error
+from ..checkpoint.reading import unet_bytes
 from ..errors import DgqError
+from ..progress import Progress, silent
+from ..self_test import relative_error
 from .files import CHILD, child_environment
 from .rows import Row, interleaved, make_rows
 from .worker import Spec, as_json

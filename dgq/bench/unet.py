@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 
-from .. import architectures, doctor
-from ..calibration import Progress, record_inputs, silent
-from ..checkpoint import read_header, read_json
-from ..doctor import isa_flags
+from .. import doctor
+from ..calibration.replay import record_inputs
+from ..checkpoint.reading import read_header, read_json
 from ..errors import DgqError
-from ..generation import Settings, generate
-from ..pipelines import load, resolve
-from ..prompts import evaluation_prompts
+from ..machine import isa_flags
+from ..pictures.generation import Settings, generate
+from ..pictures.pipelines import load, resolve
+from ..pictures.prompts import evaluation_prompts
+from ..progress import Progress, silent
 from ..version import __version__
+from . import architectures
 from .files import Call, save_calls, write
 from .rows import Row, dtype_name, half_dtype, verdicts
 from .systems import PEERS, Size, System, measure

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DgqError
-from ..layers import IntegerLayer, prepare_all
+from ..integer.layer import IntegerLayer
+from ..integer.shared_input import prepare_all
 from .files import Call, flatten, load_calls, load_unet
 from .rows import WARM_UP, timed
 

@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .. import embedded
-from ..calibration import Progress, silent
-from ..checkpoint import read_header
+from ..checkpoint.reading import read_header
+from ..devices import check_device
 from ..errors import DgqError
-from ..fidelity import psnr
-from ..generation import Picture, Settings, check_prompts, generate, grid, write_png
-from ..pipelines import check_device, float_base, load, resolve
-from ..writing import atomic_file
+from ..outputs import atomic_file
+from ..pictures import embedded
+from ..pictures.fidelity import psnr
+from ..pictures.generation import Picture, Settings, check_prompts, generate, grid, write_png
+from ..pictures.pipelines import float_base, load, resolve
+from ..progress import Progress, silent
 from . import features
 from .items import Item, items
 from .measures import bootstrap, frechet_distance, ssim

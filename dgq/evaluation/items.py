@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DgqError
-from ..prompts import calibration_pool, evaluation_prompts, read_prompts, read_text
+from ..pictures.prompts import calibration_pool, evaluation_prompts, read_prompts, read_text
 
 EVERYDAY = "everyday"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dgq
-from dgq.generation import Settings, generate
-from dgq.layers import prepare_all
+from dgq.integer.shared_input import prepare_all
+from dgq.pictures.generation import Settings, generate
 
 CUDA = torch.cuda.is_available()
 needs_cuda = pytest.mark.skipif(not CUDA, reason="no CUDA device")
@@ -27,7 +27,7 @@ def error(got, expected):
 @pytest.fixture(scope="module", params=[8, 4])
 def embedded_checkpoint(request, tmp_path_factory):
     """The embedded model, quantized quickly: only agreement is asked for."""
-    from dgq.quantize import Options, calibrate
+    from dgq.calibration.run import Options, calibrate
     from dgq.recipe import Recipe
 
     out = tmp_path_factory.mktemp("checkpoints") / f"w{request.param}a8"

@@ -12,12 +12,14 @@ from tiny_pipelines import BUILDERS, inpainting
 from dgq.bench import Options as BenchOptions
 from dgq.bench import bench_step, files, unet, worker
 from dgq.bench.systems import System
-from dgq.checkpoint import Header, read_header, unet_bytes, weight_files
+from dgq.calibration.estimate import estimate
+from dgq.calibration.run import Options, calibrate
+from dgq.checkpoint.header import Header
+from dgq.checkpoint.reading import read_header, unet_bytes, weight_files
 from dgq.errors import DgqError
-from dgq.generation import Settings, generate
-from dgq.inspection import inspect
-from dgq.pipelines import load
-from dgq.quantize import Options, calibrate, estimate
+from dgq.inspection.inspect import inspect
+from dgq.pictures.generation import Settings, generate
+from dgq.pictures.pipelines import load
 from dgq.recipe import Recipe
 
 CPU = torch.device("cpu")

@@ -15,12 +15,13 @@ from pretended_devices import Pretended
 import dgq
 from dgq.bench import files, worker
 from dgq.bench.worker import Spec
-from dgq.checkpoint import Header
+from dgq.calibration.run import Options, calibrate
+from dgq.checkpoint.header import Header
 from dgq.evaluation import evaluate
-from dgq.generation import Settings, generate
-from dgq.layers import IntegerLayer, prepare_all
-from dgq.measurement import MeasureOptions, measure
-from dgq.quantize import Options, calibrate
+from dgq.inspection.measure import MeasureOptions, measure
+from dgq.integer.layer import IntegerLayer
+from dgq.integer.shared_input import prepare_all
+from dgq.pictures.generation import Settings, generate
 from dgq.recipe import Recipe
 
 # Not the device that "cuda" stands for.
@@ -43,7 +44,7 @@ class Made:
 
 def pretend(patch: pytest.MonkeyPatch, device: torch.device) -> Pretended:
     """Pretended devices, of which one is the default."""
-    patch.setattr("dgq.pipelines.default_device", lambda: device)
+    patch.setattr("dgq.devices.default_device", lambda: device)
     return Pretended()
 
 

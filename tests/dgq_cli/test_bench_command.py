@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tiny_pipelines import BUILDERS
 
-from dgq.checkpoint import WEIGHTS_NAME
+from dgq.checkpoint.writing import WEIGHTS_NAME
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

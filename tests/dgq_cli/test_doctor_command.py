@@ -10,6 +10,7 @@ import torch
 import typer
 
 from dgq import doctor
+from dgq.self_test import relative_error
 from dgq_cli import doctor_command
 from dgq_kernels import native
 
@@ -70,7 +71,7 @@ def test_the_embedded_models_hashes_are_checked(tiny_pipeline: Path, tmp_path: P
 
 
 def test_nan_is_an_infinite_error() -> None:
-    assert doctor.relative_error(torch.tensor([float("nan")]), torch.tensor([1.0])) == float("inf")
+    assert relative_error(torch.tensor([float("nan")]), torch.tensor([1.0])) == float("inf")
 
 
 def test_an_instruction_set_this_cpu_lacks_is_told(dgq_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:

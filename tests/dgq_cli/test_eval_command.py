@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dgq import embedded
+from dgq.calibration.run import Options as Calibration
+from dgq.calibration.run import calibrate
 from dgq.evaluation.evaluate import Options, evaluate
-from dgq.generation import Settings
-from dgq.quantize import Options as Calibration
-from dgq.quantize import calibrate
+from dgq.pictures import embedded
+from dgq.pictures.generation import Settings
 from dgq.recipe import Recipe
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

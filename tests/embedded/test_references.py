@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dgq import embedded as model
 from dgq.evaluation.items import labelled
+from dgq.pictures import embedded as model
 from embedded import images, references
 from embedded.captions import BACKGROUNDS, STYLES, read_concepts
 

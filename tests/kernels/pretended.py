@@ -24,6 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import dgq_kernels
+from dgq.checkpoint.apply import apply_header
+from dgq.checkpoint.header import Header
+from dgq.integer.plan import plan_layers
+from dgq.integer.shared_input import prepare_all
 from dgq_kernels import backend, packing
 from dgq_kernels.linear import tiles
 from dgq_kernels.log_attention import triton as log_attention
@@ -217,18 +221,19 @@ def second_device():
 def step(name, dtypes=(torch.float16,)):
     """A step of a whole quantized UNet, its float operators on the CPU, on rubbish."""
     import dgq.embedded
-    from dgq import architectures, attention, calibration, checkpoint, layers, recipe
-    from dgq.bench import worker
+    from dgq import recipe
+    from dgq.bench import architectures, worker
+    from dgq.integer import attention
 
     which = architectures.ARCHITECTURES.get(name)
     if which is None:
         which = architectures.architecture(str(dgq.embedded.FOLDER / "unet" / "config.json"))
     for wbits, dtype in ((wbits, dtype) for wbits in (8, 4) for dtype in dtypes):
         unet, plan = architectures.skeleton(which.config), attention.AttentionPlan.for_activations(8)
-        found, _ = calibration.plan_layers(unet, recipe.Recipe(wbits=wbits, rounding="nearest", channels="none"))
+        found, _ = plan_layers(unet, recipe.Recipe(wbits=wbits, rounding="nearest", channels="none"))
         plans = {one.name: one.plan for one in found}
-        checkpoint.apply_header(unet, checkpoint.Header(recipe.Recipe(), plans, plan, dgq_version="0"))
-        layers.prepare_all(unet.to_empty(device="cpu").requires_grad_(False).to(dtype), torch.device("cpu"))
+        apply_header(unet, Header(recipe.Recipe(), plans, plan, dgq_version="0"))
+        prepare_all(unet.to_empty(device="cpu").requires_grad_(False).to(dtype), torch.device("cpu"))
         call = architectures.call(unet, which.batch, torch.device("cpu"), tokens=which.tokens)
         call = {key: worker.cast(value, dtype, torch.device("cpu")) for key, value in call.items()}
         attempt(f"{name} W{wbits}A8", functools.partial(unet, **call))

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dgq.attention import LogAttnProcessor
-from dgq.layers import IntegerLayer, prepare_all, project
+from dgq.integer.attention import LogAttnProcessor
+from dgq.integer.layer import IntegerLayer
+from dgq.integer.shared_input import prepare_all, project
 from dgq_kernels import native
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +55,7 @@ def error(got, expected):
 @pytest.fixture(scope="module")
 def tiny_w8_checkpoint(tiny_pipeline, tmp_path_factory):
     """W8A8 without channel handling: queries, keys and values share their codes."""
-    from dgq.quantize import Options, calibrate
+    from dgq.calibration.run import Options, calibrate
     from dgq.recipe import Recipe
 
     out = tmp_path_factory.mktemp("checkpoints") / "tiny-w8a8"

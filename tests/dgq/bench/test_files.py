@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dgq.attention import LogAttnProcessor
 from dgq.bench import files
 from dgq.bench.systems import Worker
 from dgq.bench.worker import Spec
-from dgq.checkpoint import WEIGHTS_NAME, read_header
+from dgq.checkpoint.reading import read_header
+from dgq.checkpoint.writing import WEIGHTS_NAME
 from dgq.errors import DgqError
-from dgq.layers import IntegerLayer
-from dgq.quantizers.channels import no_groups
+from dgq.integer.attention import LogAttnProcessor
+from dgq.integer.channels import no_groups
+from dgq.integer.layer import IntegerLayer
 from dgq.recipe import LayerPlan
 
 TENSORS = {

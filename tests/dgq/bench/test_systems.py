@@ -12,7 +12,7 @@ import torch
 from dgq.bench import systems
 from dgq.bench.systems import OVERHEAD, Size, System, Worker, chosen_peers, measure
 from dgq.bench.worker import Spec
-from dgq.checkpoint import WEIGHTS_NAME
+from dgq.checkpoint.writing import WEIGHTS_NAME
 from dgq.errors import DgqError
 
 GIB = 2**30
@@ -176,8 +176,7 @@ def test_a_process_that_crashes_between_steps_becomes_a_note(
     """Real processes, one of which is ended from outside."""
     import json
 
-    from dgq import architectures
-    from dgq.bench import files
+    from dgq.bench import architectures, files
 
     class Fragile(Worker):
         def __init__(self, spec: Spec) -> None:

@@ -11,7 +11,7 @@ import torch
 from dgq import doctor
 from dgq.bench import Options, bench, bench_architecture, bench_step, unet
 from dgq.bench.systems import Size, System
-from dgq.checkpoint import read_header
+from dgq.checkpoint.reading import read_header
 from dgq.errors import DgqError
 
 CPU = torch.device("cpu")

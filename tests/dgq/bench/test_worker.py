@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgq import architectures
-from dgq.bench import files, worker
+from dgq.bench import architectures, files, worker
 from dgq.bench.systems import Worker
 from dgq.bench.worker import Spec
 from dgq.errors import DgqError
-from dgq.layers import IntegerLayer
+from dgq.integer.layer import IntegerLayer
 from dgq.recipe import LayerPlan
 
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dgq import embedded
 from dgq.errors import DgqError
 from dgq.evaluation.items import items, labelled, read_file
-from dgq.prompts import calibration_pool
+from dgq.pictures import embedded
+from dgq.pictures.prompts import calibration_pool
 from embedded.captions import STYLES, background_held_out, read_concepts, style_held_out
 
 

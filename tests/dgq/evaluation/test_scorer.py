@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dgq import embedded
 from dgq.errors import DgqError
 from dgq.evaluation.scorer import FOLDER, Network, Scorer, to_pixels
-from dgq.generation import Settings, generate
-from dgq.pipelines import load
+from dgq.pictures import embedded
+from dgq.pictures.generation import Settings, generate
+from dgq.pictures.pipelines import load
 from embedded.captions import BACKGROUNDS, STYLES, read_concepts
 
 

@@ -1,0 +1,504 @@
+"""Lower bounds of a step on GPUs that are not at hand: bytes, tensor-core work, issue slots, waves, launches.
+
+Everything here is predicted from published figures and the compile table (aot.csv of dgq_kernels), never measured.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dgq_kernels
+from dgq_kernels.linear.tiles import Config, Machine, Tiling, choose
+
+from ..errors import DgqError
+from .architectures import call, drawn, network
+
+SYSTEMS = ("fp16", "W8A8 fp16-attention", "W8A8", "W4A8")
+
+
+# CUDA graphs aside, a launch costs 3 to 6 microseconds of the host; in a graph about 1.
+LAUNCH_US = 1.0
+
+
+TABLE = Path(dgq_kernels.__file__).with_name("aot.csv")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Published figures of a GPU, dense (without sparsity).
+
+    Attributes:
+        fp16: tensor TFLOP/s with float32 accumulation; int8: tensor TOP/s.
+        bandwidth: GB/s of its memory; cache: MB of its second-level cache.
+        multiprocessors, clock: count and boost clock in GHz.
+        target: of the compile table.
+    """
+
+    fp16: float
+    int8: float
+    bandwidth: float
+    multiprocessors: int
+    clock: float
+    target: str
+    cache: float = 0.0
+
+    @property
+    def machine(self) -> Machine:
+        """What the kernels choose their tiles by."""
+        memory = self.bandwidth / (self.multiprocessors * self.clock)
+        capability = int(self.target[:-1]), int(self.target[-1])
+        return Machine(capability, self.multiprocessors, int(self.cache * 1e6), memory)
+
+
+DEVICES = {
+    "a100": Device(312, 624, 2039, 108, 1.41, "80", 40),  # NVIDIA A100 datasheet, SXM 80 GB
+    "rtx3090": Device(71, 284, 936, 82, 1.695, "86", 6),  # GA102 whitepaper, appendix
+    "a6000": Device(154.8, 309.7, 768, 84, 1.80, "86", 6),  # RTX A6000 datasheet, GA102 whitepaper
+    "rtx4090": Device(165.2, 660.6, 1008, 128, 2.52, "89", 72),  # Ada whitepaper, appendix A
+    "l40s": Device(362, 733, 864, 142, 2.52, "89", 96),  # L40S datasheet
+    "h100": Device(989, 1979, 3350, 132, 1.83, "90", 50),  # H100 SXM datasheet
+    "b200": Device(2250, 4500, 8000, 148, 1.85, "100", 126),  # HGX B200 datasheet, per GPU
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One product, or one pass over memory, of a step.
+
+    Attributes:
+        kind: "linear", "conv2d", "self-attention" or "cross-attention"; for passes "group norm", "layer norm",
+            "activation", "geglu", "add".
+        rows, reduction, channels: of the product; for attention queries, 2 x head width and keys.
+        inputs, weights, outputs: numbers of values moved.
+        count: heads times samples for attention, else 1.
+        parts: products of this size on the same input, which the quantized system joins into one.
+        quantize: launches of a quantization of the input alone, where nothing that precedes it can do it on the way.
+        rereads: of a norm, how often the quantizing op reads its input once more.
+        gated: a product whose epilogue, in the quantized system, makes one value of two; or the pass after it.
+        quantized: False for what stays float in every system.
+    """
+
+    kind: str
+    rows: int
+    reduction: int
+    channels: int
+    inputs: int
+    weights: int
+    outputs: int
+    count: int = 1
+    parts: int = 1
+    quantize: int = 0
+    rereads: int = 0
+    gated: bool = False
+    quantized: bool = True
+
+    @property
+    def macs(self) -> int:
+        return self.rows * self.reduction * self.channels * self.count * self.parts
+
+    @property
+    def label(self) -> str:
+        if not self.rows:
+            return f"{self.kind} of {self.outputs} values"
+        times = self.count * self.parts
+        return f"{self.kind} {self.rows}x{self.reduction}x{self.channels}" + (f" x{times}" if times > 1 else "")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a work takes on one device in one system.
+
+    Attributes:
+        bytes: to and from memory, every operand once; for "add" 0, since any stack can do it in an epilogue.
+        more_bytes: what the kernels as they are move beyond that: quantization of an input alone, residuals, and inputs
+            read again that the cache does not hold.
+        operations: tensor-core operations, two for each multiply and add.
+        issue_slots: instructions of the main loops, per warp; 0 where the compile table does not tell.
+        waves: tiles per multiprocessor, rounded up; fill: the part of the last wave's and all others' places in use.
+        launches: kernels.
+    """
+
+    bytes: float = 0.0
+    more_bytes: float = 0.0
+    operations: float = 0.0
+    issue_slots: float = 0.0
+    waves: int = 0
+    fill: float = 1.0
+    launches: int = 0
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A prediction in milliseconds.
+
+    Attributes:
+        memory, tensor, issue: from bytes, tensor-core operations and instructions of the main loop.
+        waves: tensor time with idle multiprocessors in the last wave of tiles.
+        traffic: memory time with the bytes that the kernels move beyond the least.
+        launches: one each.
+        cost: what these come from.
+        ideal: max(memory, tensor), the roofline.
+        total: the largest of traffic, tensor, issue and waves, plus the launches.
+    """
+
+    memory: float
+    tensor: float
+    issue: float
+    waves: float
+    launches: float
+    traffic: float = 0.0
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def ideal(self) -> float:
+        return max(self.memory, self.tensor)
+
+    @property
+    def total(self) -> float:
+        return max(self.memory, self.traffic, self.tensor, self.issue, self.waves) + self.launches
+
+
+# Layers whose input comes straight from a norm or an activation, which the quantizing op takes in.
+_AFTER_NORM = re.compile(
+    r"(resnets\.\d+\.(conv[12]|time_emb_proj)|attn1\.to_[qkv]|attn2\.to_q|ff\.net\.(0\.proj|2)|proj_in|linear_2)$"
+)
+
+
+_PIXART_ALONE = re.compile(r"attn2\.to_q$")  # PixArt has no norm there
+
+
+_FLOAT = re.compile(r"^(conv_in|conv_out|pos_embed\.proj|proj_out)$")  # the first and the last layer
+
+
+def works(name: str, pixels: int | None = None) -> list[Work]:
+    """The products and passes of one call of a network, from its modules' shapes on the meta device (nothing is
+    computed).
+
+    Args:
+        name: of an architecture (`architectures.drawn`).
+        pixels: height and width of the picture; the architecture's own where None.
+
+    Raises:
+        DgqError: no such architecture, or a size that it cannot have.
+    """
+    known = drawn(name, pixels)
+    net: Any = network(known)
+    transformer = known.network != "UNet2DConditionModel"
+    found: list[Work] = []
+    gated = {f"{path}.proj" for path, module in net.named_modules() if type(module).__name__ == "GEGLU"}
+
+    def weighted(path: str) -> Any:
+        joined = {"attn1.to_q": 3, "attn2.to_k": 2}
+        parts = next((count for end, count in joined.items() if path.endswith(end)), 1)
+        left_out = path.endswith(("attn1.to_k", "attn1.to_v", "attn2.to_v"))
+
+        def hook(module: Any, arguments: tuple[Any, ...], y: torch.Tensor) -> None:
+            if left_out:
+                return
+            x, n, k = arguments[0], module.weight.shape[0], module.weight[0].numel()
+            kind = "linear" if isinstance(module, torch.nn.Linear) else "conv2d"
+            per_sample = kind == "conv2d" and module.kernel_size != (1, 1)
+            after = _AFTER_NORM.search(path) and not (transformer and _PIXART_ALONE.search(path))
+            quantize = 0 if after else 2 if per_sample else 1
+            found.append(
+                Work(kind, y.numel() // n, k, n, x.numel(), n * k, y.numel(), parts=parts, quantize=quantize,
+                     gated=path in gated, quantized=not _FLOAT.search(path))
+            )  # fmt: skip
+
+        return hook
+
+    def attention(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], y: torch.Tensor) -> None:
+        x, context = arguments[0], keywords.get("encoder_hidden_states")
+        batch, queries, _ = x.shape
+        keys = queries if context is None else context.shape[1]
+        width = module.to_q.out_features // module.heads
+        values = batch * module.heads * width
+        kind = "self-attention" if context is None else "cross-attention"
+        found.append(
+            Work(kind, queries, 2 * width, keys, values * (queries + 2 * keys), 0, values * queries,
+                 batch * module.heads)
+        )  # fmt: skip
+
+    def passes(kind: str, read: int, rereads: int = 0, quantized: bool = True) -> Any:
+        """A hook for a pass that reads `read` values and writes one for each of its outputs."""
+
+        def hook(_module: Any, _arguments: Any, y: Any) -> None:
+            size = (y if isinstance(y, torch.Tensor) else y[0]).numel()
+            found.append(
+                Work(kind, 0, 0, 0, read * size, 0, size, rereads=rereads, gated=kind == "geglu", quantized=quantized)
+            )
+
+        return hook
+
+    for path, module in net.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.register_forward_hook(weighted(path))
+        elif isinstance(module, torch.nn.GroupNorm):
+            # statistics, range and codes of a sample read it three times, statistics and codes of rows twice
+            rereads = 2 if ".resnets." in path else 1
+            module.register_forward_hook(passes("group norm", 1, rereads, path != "conv_norm_out"))
+        elif isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(passes("layer norm", 1, quantized=path != "norm_out"))
+        elif kind == "GEGLU":
+            module.register_forward_hook(passes("geglu", 2))
+        elif kind == "GELU" and hasattr(module, "proj"):
+            module.register_forward_hook(passes("activation", 1))
+        elif kind in ("ResnetBlock2D", "Transformer2DModel"):
+            module.register_forward_hook(passes("add", 2))
+        elif kind == "BasicTransformerBlock":
+            for _ in range(3):
+                module.register_forward_hook(passes("add", 2))
+        elif hasattr(module, "to_q"):
+            module.register_forward_hook(attention, with_kwargs=True)
+    with torch.no_grad():
+        net(**call(net, known.batch, torch.device("meta"), tokens=known.tokens))
+    return found
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A configuration of a product kernel: rows and channels of a tile, and instructions of its main loop, of all
+    warps, for each multiply and add (0 where the table does not tell)."""
+
+    rows: int
+    channels: int
+    slots: float = 0.0
+
+
+# Of float products.
+_FLOAT_TILES = (Tile(128, 128), Tile(64, 64))
+
+
+_MMA_SIZE = re.compile(r"IGMMA\.(\d+)x(\d+)x(\d+)")
+
+
+@functools.cache
+def tiles(path: Path = TABLE) -> dict[tuple[str, str], tuple[Tile, ...]]:
+    """(target, kernel) -> configurations of its int8 products without shift classes, or of groups of 32 weights, under
+    the newest release in the compile table.
+
+    Raises:
+        DgqError: the table is not there.
+    """
+    found: dict[tuple[str, str], dict[str, list[Tile]]] = {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DgqError(f"{path}: the compile table cannot be read ({error.strerror})", "install dgq again") from None
+    for row in csv.DictReader(text.splitlines()):
+        config, _, note = row["config"].partition(" ")
+        sizes = config.split("x")
+        if note not in ("classes=1", "group=32") or not all(size.isdigit() for size in sizes):
+            continue
+        size = _MMA_SIZE.match(row["mma"])
+        slots = 0.0
+        if int(row["loop_mma"]) and row["mma"].startswith("IMMA.16832"):
+            slots = int(row["loop"]) / int(row["loop_mma"]) / (16 * 8 * 32)
+        elif int(row["loop_mma"]) and size:  # one instruction of four warps
+            slots = 4 * int(row["loop"]) / int(row["loop_mma"]) / math.prod(map(int, size.groups()))
+        releases = found.setdefault((row["target"], row["kernel"]), {})
+        releases.setdefault(row["triton"], []).append(Tile(int(sizes[0]), int(sizes[1]), slots))
+    newest = {key: max(releases, key=lambda text: [int(x) for x in text.split(".")]) for key, releases in found.items()}
+    return {key: tuple(releases[newest[key]]) for key, releases in found.items()}
+
+
+Tiles = dict[tuple[str, str], tuple[Tile, ...]]
+
+
+def _pass(work: Work, system: str, device: Device) -> Cost:
+    """What a pass that only moves values costs."""
+    quantized = system != "fp16" and work.quantized
+    if work.kind == "add":  # in the epilogue of a quantized layer, which reads the residual; torch's fp16 makes a pass
+        more, launches = (2 * work.outputs, 0) if quantized else (2 * (work.inputs + work.outputs), 1)
+        return Cost(more_bytes=more, launches=launches)
+    read = 2 * (work.outputs if quantized and work.gated else work.inputs)
+    again = read if read > device.cache * 1e6 else 0
+    if quantized:
+        launches = work.rereads + 2 if work.rereads else 1
+        return Cost(read + work.outputs, work.rereads * again, launches=launches)
+    # torch: a norm's statistics apart, SiLU after those of residual blocks and GEGLU's product as passes of their own
+    launches = {"group norm": 1 + work.rereads, "geglu": 2}.get(work.kind, 1)
+    more = (again if work.rereads else 0) + (4 * work.outputs if launches == 3 else 0)
+    more += 4 * work.outputs if work.kind == "geglu" else 0
+    return Cost(read + 2 * work.outputs, more, launches=launches)
+
+
+def cost(work: Work, system: str, device: Device, table: Tiles) -> tuple[Cost, bool]:
+    """What the work takes, and whether its products are int8; system as in SYSTEMS."""
+    if not work.rows:
+        return _pass(work, system, device), False
+    attention = work.kind.endswith("attention")
+    integer = system != "fp16" and work.quantized and not (attention and system == "W8A8 fp16-attention")
+    weight_bytes = {"fp16": 2.0, "W4A8": 0.5 + 4 / 8 / 32}.get(system if integer else "fp16", 1.0)  # 4 bits per 32
+    inputs = work.inputs * (1 if integer else 2 * work.parts)
+    operations = 2.0 * work.macs
+    outputs = work.outputs // 2 if integer and work.gated else work.outputs
+    moved = inputs + work.parts * (work.weights * weight_bytes + 2 * outputs)
+    joined = work.parts if integer else 1  # products in one launch
+    channels = work.channels * joined
+    processors = device.multiprocessors
+    more, launches, slots = 0.0, work.parts // joined, 0.0
+    if attention:
+        tiles_in_all = math.ceil(work.rows / 128) * work.count
+        if integer:
+            more, launches = 3 * (work.inputs - work.outputs), 3
+    elif integer:
+        tiling = _tiling(work, channels, system, device)
+        tiles_in_all = tiling.splits * _tiles(work.rows, channels, tiling.config)
+        known = table.get((device.target, f"{work.kind}_int{4 if system == 'W4A8' else 8}_kernel"), ())
+        mine = (tile.slots for tile in known if (tile.rows, tile.channels) == tiling.config[:2])
+        slots = work.macs * next(mine, 0.0)
+        if work.quantize:
+            more += 3 * work.inputs
+            launches += work.quantize
+        if tiling.splits > 1:  # int32 sums, written and read by the kernel that adds them
+            sums = 4 * tiling.splits * work.rows * channels
+            more += 0 if device.machine.holds(sums) else 2 * sums
+            launches += 1
+    else:
+        tiles_in_all = max(_float_tilings(work, channels), key=lambda many: many / math.ceil(many / processors))
+    waves_in_all = math.ceil(tiles_in_all / processors)
+    fill = tiles_in_all / (waves_in_all * processors)
+    return Cost(moved, more, operations, slots, waves_in_all, fill, launches), integer
+
+
+def _tiling(work: Work, channels: int, system: str, device: Device) -> Tiling:
+    """What the kernels would run for a product without shift classes on the device."""
+    kind = "int4" if system == "W4A8" else "int8"
+    return choose(kind, work.rows, channels, work.reduction, work.reduction, device.machine)
+
+
+def _float_tilings(work: Work, channels: int) -> Iterator[int]:
+    """Programs of a float product in each way to cut it; splitting a reduction is free here, to its favour."""
+    for tile in _FLOAT_TILES:
+        for splits in (1, 2, 4, 8, 16):
+            if splits == 1 or work.reduction >= 256 * splits:
+                yield splits * _tiles(work.rows, channels, tile)
+
+
+def _tiles(rows: int, channels: int, tile: Tile | Config) -> int:
+    return math.ceil(rows / tile.rows) * math.ceil(channels / tile.channels)
+
+
+def bound(work: Work, system: str, device: Device, table: Tiles) -> Bound:
+    """The prediction for one work; system as in SYSTEMS."""
+    what, integer = cost(work, system, device, table)
+    bandwidth = device.bandwidth * 1e9
+    tensor = what.operations / ((device.int8 if integer else device.fp16) * 1e12)
+    issue = what.issue_slots / (device.multiprocessors * 4 * device.clock * 1e9)
+    return Bound(
+        memory=1e3 * what.bytes / bandwidth, tensor=1e3 * tensor, issue=1e3 * issue, waves=1e3 * tensor / what.fill,
+        launches=1e-3 * what.launches * LAUNCH_US, traffic=1e3 * (what.bytes + what.more_bytes) / bandwidth, cost=what,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bounds of a step: per distinct work (label, how often, system -> Bound) and in all (system -> ms; system ->
+    Cost, its waves summed over the works)."""
+
+    architecture: str
+    device: str
+    products: list[tuple[str, int, dict[str, Bound]]]
+    ideal: dict[str, float]
+    total: dict[str, float]
+    step: dict[str, Cost]
+
+
+def predict(architecture: str, devices: Iterable[str] = DEVICES, pixels: int | None = None) -> list[Prediction]:
+    """The predictions for one architecture, at a picture's height and width (its own where None).
+
+    Raises:
+        DgqError: no such architecture or device, or a size that it cannot have.
+    """
+    counted = Counter(works(architecture, pixels))
+    name_at = architecture if pixels is None else f"{architecture} {pixels}px"
+    table = tiles()
+    result = []
+    for name in devices:
+        if name not in DEVICES:
+            raise DgqError(f"device {name!r} is not one of {', '.join(DEVICES)}")
+        products = [
+            (work.label, times, {system: bound(work, system, DEVICES[name], table) for system in SYSTEMS})
+            for work, times in counted.items()
+        ]
+        sums = {
+            kind: {s: sum(times * getattr(bounds[s], kind) for _, times, bounds in products) for s in SYSTEMS}
+            for kind in ("ideal", "total")
+        }
+        step = {s: _sum((times, bounds[s].cost) for _, times, bounds in products) for s in SYSTEMS}
+        result.append(Prediction(name_at, name, products, sums["ideal"], sums["total"], step))
+    return result
+
+
+def _sum(costs: Iterable[tuple[int, Cost]]) -> Cost:
+    total = Cost()
+    for times, one in costs:
+        added = {
+            name: getattr(total, name) + times * getattr(one, name)
+            for name in ("bytes", "more_bytes", "operations", "issue_slots", "waves", "launches")
+        }
+        total = replace(total, **added)
+    return total
+
+
+def _figures(one: Cost) -> str:
+    return (
+        f"{(one.bytes + one.more_bytes) / 1e6:8.1f} MB {one.operations / 1e9:8.1f} Gop "
+        f"{one.issue_slots / 1e6:8.1f} Mslots {one.waves:5} waves {one.launches:5} launches"
+    )
+
+
+def text(predictions: list[Prediction], *, products: bool = False) -> str:
+    """A table in which every line says that it is predicted."""
+    lines = ["PREDICTED lower bounds in ms from published figures, not measured on any device"]
+    for item in predictions:
+        for kind in ("ideal", "total"):
+            values = getattr(item, kind)
+            cells = "  ".join(f"{s} {values[s]:6.2f} ({values[s] / values['fp16']:.2f}x)" for s in SYSTEMS)
+            lines.append(f"predicted {item.architecture} {item.device:<8} {kind:<6} {cells}")
+        lines += [f"predicted {item.architecture} {item.device:<8} {s:<19} {_figures(item.step[s])}" for s in SYSTEMS]
+        if products:
+            ordered = sorted(item.products, key=lambda entry: -entry[1] * entry[2]["fp16"].total)
+            for label, times, bounds in ordered:
+                cells = "  ".join(f"{s} {times * bounds[s].total:7.3f}" for s in SYSTEMS)
+                each = f"each in W8A8: {_figures(bounds['W8A8'].cost)}"
+                lines.append(f"predicted   {times:3} x {label:<40} {cells}  {each}")
+    return "\n".join(lines)
+
+
+def to_dict(predictions: list[Prediction]) -> dict[str, Any]:
+    """For JSON: milliseconds and what they come from, each under a key that says predicted."""
+
+    def figures(one: Cost) -> dict[str, float]:
+        return {
+            "bytes": one.bytes + one.more_bytes, "tensor_operations": one.operations, "issue_slots": one.issue_slots,
+            "waves": one.waves, "launches": one.launches,
+        }  # fmt: skip
+
+    def kernels(item: Prediction) -> list[dict[str, Any]]:
+        return [
+            {"kernel": label, "times": times,
+             "predicted_each": {s: {"total_ms": b.total, **figures(b.cost)} for s, b in bounds.items()}}
+            for label, times, bounds in item.products
+        ]  # fmt: skip
+
+    return {
+        "predicted": [
+            {"architecture": item.architecture, "device": item.device, "predicted_ideal_ms": item.ideal,
+             "predicted_total_ms": item.total, "predicted_step": {s: figures(one) for s, one in item.step.items()},
+             "predicted_kernels": kernels(item)}
+            for item in predictions
+        ],
+    }  # fmt: skip

@@ -1,0 +1,143 @@
+"""An interrupted calibration's finished parts, kept beside the checkpoint to be."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..checkpoint.reading import weight_files
+from ..checkpoint.writing import copied_files
+from ..errors import DgqError
+from ..integer.layer import IntegerLayer
+from ..integer.rounding import QuantizedLayer
+from ..outputs import atomic_file, save_tensors
+from ..pictures.generation import Settings
+from ..progress import Progress, silent
+from ..recipe import LayerPlan, Recipe
+from ..version import __version__
+
+
+class Partial:
+    """Finished layers and recorded calls of a calibration, for another run to go on from.
+
+    Args:
+        folder: the `writing.workplace` of the checkpoint, which outlives an interrupted run.
+        fingerprint: of everything that the calls and layers depend on.
+        resume: go on from what is there; else it is removed.
+        progress: told of "resume", where something there is damaged.
+
+    Raises:
+        DgqError: what is there belongs to a calibration of other settings.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, resume: bool, progress: Progress = silent) -> None:
+        self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
+        mark = folder / "fingerprint"
+        if not resume:
+            self.remove()
+        elif mark.is_file() and mark.read_text(errors="replace") != fingerprint:
+            raise DgqError(
+                f"{folder}: belongs to a calibration of another model or with other settings",
+                "repeat them, or leave out --resume",
+            )
+
+    def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        mark = self.folder / "fingerprint"
+        if not mark.exists():
+            with atomic_file(mark) as handle:
+                handle.write(self.fingerprint.encode())
+        with atomic_file(self.folder / f"{name}.safetensors") as handle:
+            save_tensors({key: value.contiguous() for key, value in tensors.items()}, Path(handle.name), metadata)
+
+    def _drop(self, file: Path, error: Exception) -> None:
+        """Remove a file that cannot be used, and say so."""
+        file.unlink()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self.progress("resume", 1, 1, f"{file.name} cannot be used and is made again: {reason}")
+
+    def store(self, name: str, result: QuantizedLayer) -> None:
+        """Keep one finished layer."""
+        plan = json.dumps({"name": name, "plan": result.layer.plan.to_dict(), "sqnr_db": result.sqnr_db})
+        self._write(f"layer-{name}", dict(result.layer.state_dict()), {"layer": plan})
+
+    def layers(self, plans: Mapping[str, LayerPlan]) -> dict[str, QuantizedLayer]:
+        """The finished ones of the layers to quantize, whose plans before calibration are given by name; files that
+        are damaged or of other layers are dropped."""
+        done = {}
+        for file in sorted(self.folder.glob("layer-*.safetensors")):
+            try:
+                with safe_open(str(file), framework="pt") as handle:
+                    entry = json.loads(handle.metadata()["layer"])
+                name, plan = entry["name"], LayerPlan.from_dict(entry["plan"])
+                chosen = {key: getattr(plan, key) for key in ("channels", "class_ends", "reordered")}
+                if file.stem != f"layer-{name}" or dataclasses.replace(plans[name], **chosen) != plan:
+                    raise DgqError("its layer is another one")
+                layer = IntegerLayer(plan)
+                layer.load_state_dict(load_file(str(file)))
+                done[name] = QuantizedLayer(layer, float(entry["sqnr_db"]))
+            except _DAMAGED as error:
+                self._drop(file, error)
+        return done
+
+    def store_calls(self, recorded: list[list[dict[str, Any]]]) -> None:
+        """Keep the recorded UNet calls (their tensors; the rest is the pipeline's constants)."""
+        tensors: dict[str, Tensor] = {}
+        for i, calls in enumerate(recorded):
+            for j, call in enumerate(calls):
+                for key, value in call.items():
+                    inner = value if isinstance(value, dict) else {"": value}
+                    for part, tensor in inner.items():
+                        if isinstance(tensor, Tensor):
+                            tensors[f"{i}/{j}/{key}/{part}"] = tensor.clone()
+        self._write("calls", tensors, {})
+
+    def calls(self) -> list[list[dict[str, Any]]] | None:
+        """The recorded calls, or None; a damaged file is dropped."""
+        file = self.folder / "calls.safetensors"
+        if not file.is_file():
+            return None
+        table: dict[int, dict[int, dict[str, Any]]] = {}
+        try:
+            for path, tensor in load_file(str(file)).items():
+                i, j, key, part = path.split("/")
+                call = table.setdefault(int(i), {}).setdefault(int(j), {})
+                if part:
+                    call.setdefault(key, {})[part] = tensor
+                else:
+                    call[key] = tensor
+        except _DAMAGED as error:
+            self._drop(file, error)
+            return None
+        return [[calls[j] for j in sorted(calls)] for _, calls in sorted(table.items())]
+
+    def remove(self) -> None:
+        """Forget everything."""
+        for file in (*self.folder.glob("layer-*"), *self.folder.glob("calls*"), self.folder / "fingerprint"):
+            file.unlink(missing_ok=True)
+        for file in self.folder.glob(".dgq-*.tmp"):
+            file.unlink()
+
+
+# What reading a file of `Partial` that was cut, or is another's, may raise.
+_DAMAGED = (SafetensorError, OSError, DgqError, KeyError, TypeError, ValueError, RuntimeError)
+
+
+def fingerprint_of(folder: Path, recipe: Recipe, prompts: Sequence[str], settings: Settings, calls: int) -> str:
+    """Of everything that recorded calls and quantized layers depend on, the content of the model's files included."""
+    weights = weight_files(folder / "unet")
+    contents = {}
+    for file in (*copied_files(folder).values(), folder / "unet" / "config.json", *weights):
+        with open(file, "rb") as handle:
+            contents[str(file.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
+    parts = [
+        __version__, contents, recipe.to_dict(), list(prompts), dataclasses.asdict(settings), calls,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,186 @@
+"""From a float pipeline to a dgq checkpoint: the work behind `dgq calibrate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.header import Header
+from ..checkpoint.reading import check_folder, read_header, read_json
+from ..checkpoint.writing import check_target, write_checkpoint
+from ..errors import DgqError
+from ..integer.attention import AttentionPlan, use_log_attention
+from ..integer.plan import plan_layers
+from ..integer.rounding import DEFAULT_BUDGET_BYTES, quantize_unet
+from ..integer.shared_input import prepare_all
+from ..outputs import workplace
+from ..pictures import embedded
+from ..pictures.fidelity import compare
+from ..pictures.generation import Picture, Settings, check_prompts, check_text_to_image, generate
+from ..pictures.pipelines import load, resolve
+from ..pictures.prompts import calibration_prompts, evaluation_prompts
+from ..progress import Progress, silent
+from ..recipe import Recipe
+from ..version import __version__
+from .replay import record_inputs, spread
+from .resume import Partial, fingerprint_of
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a calibration.
+
+    Attributes:
+        prompts: calibration prompts, or how many to take from the built-in ones.
+        steps, guidance: of the float pipeline; None takes the model's defaults.
+        seed: seed of the first calibration picture and of the choice of prompts.
+        calls: UNet calls replayed for the statistics, spread over prompts and steps.
+        evaluate: prompts, apart from calibration, on which the result is compared with the float model.
+        budget: bytes for statistics held at one time.
+        overwrite: replace a checkpoint that is there, never anything else.
+        resume: go on from an interrupted calibration of the same settings.
+    """
+
+    prompts: Sequence[str] | int = 32
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    calls: int = 160
+    evaluate: int = 4
+    budget: int = DEFAULT_BUDGET_BYTES
+    overwrite: bool = False
+    resume: bool = False
+
+
+def float_folder(model: str | os.PathLike[str] | None) -> Path:
+    folder = resolve(model)
+    if read_header(folder) is not None:
+        raise DgqError(f"{folder}: is quantized already", "calibrate the float model it was made from")
+    if not (folder / "unet").is_dir():
+        raise DgqError(f"{folder}: has no unet", "dgq quantizes Stable Diffusion pipelines")
+    unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    check_text_to_image(unet.get("in_channels", 4), vae.get("latent_channels", 4))
+    return folder
+
+
+def _model_name(model: str | os.PathLike[str] | None, folder: Path) -> str:
+    return embedded.NAME if folder == embedded.FOLDER else str(model)
+
+
+def calibrate(
+    model: str | os.PathLike[str] | None,
+    out: Path,
+    recipe: Recipe,
+    options: Options | None = None,
+    progress: Progress = silent,
+) -> Header:
+    """Quantize a float pipeline and write the checkpoint.
+
+    Args:
+        model: a local diffusers folder, a hub id, or None for the embedded model.
+        out: folder of the checkpoint.
+        recipe: what to quantize and how.
+        options: prompts, seeds, limits.
+        progress: told of the stages "record", "statistics", "quantize" (or "calibrate"), "compare" and "save"; and of
+            "resume" for each file of an interrupted run that cannot be used.
+
+    Returns:
+        The header of the written checkpoint.
+
+    Raises:
+        DgqError: bad input, a place that no checkpoint of this model may go to, one that another process is writing,
+            or the checkpoint cannot be written. An interrupted run leaves a hidden `.partial` folder beside `out` that
+            `resume` continues from, never a folder that looks like a checkpoint; a checkpoint that was to be replaced
+            is still there.
+    """
+    options = options or Options()
+    folder = float_folder(model)
+    check_target(out, folder, options.overwrite)
+    settings = Settings(options.steps, options.guidance, seed=options.seed).resolved(folder)
+    if isinstance(options.prompts, int):
+        prompts = calibration_prompts(folder, options.prompts, options.seed)
+    else:
+        prompts = list(options.prompts)
+    if not prompts:
+        raise DgqError("no calibration prompts", "give at least one")
+    with workplace(out) as work:
+        check_target(out, folder, options.overwrite)  # a replacement that was killed may just have been undone
+        fingerprint = fingerprint_of(folder, recipe, prompts, settings, options.calls)
+        partial = Partial(work, fingerprint, options.resume, progress)
+        header = _calibrated(model, folder, out, recipe, options, prompts, settings, partial, progress)
+        partial.remove()
+    progress("save", 1, 1, str(out))
+    return header
+
+
+def _calibrated(
+    model: str | os.PathLike[str] | None, folder: Path, out: Path, recipe: Recipe, options: Options,
+    prompts: Sequence[str], settings: Settings, partial: Partial, progress: Progress,
+) -> Header:  # fmt: skip
+    """`calibrate`, in the place that it works in."""
+    pipe = load(folder, dtype=torch.float32)
+    check_prompts(pipe, prompts)
+    # an override that matches no layer is told before the work
+    plans = {} if recipe.name == "paper" else {layer.name: layer.plan for layer in plan_layers(pipe.unet, recipe)[0]}
+    done = partial.layers(plans)
+    reference = _evaluate(pipe, folder, settings, options, prompts, "float", progress, 0)
+    recorded = partial.calls()
+    if recorded is None:
+        recorded = record_inputs(
+            lambda prompt, i: generate(pipe, [prompt], dataclasses.replace(settings, seed=settings.seed + i)),
+            pipe.unet, prompts, progress,
+        )  # fmt: skip
+        partial.store_calls(recorded)
+    header = Header(
+        recipe,
+        base_model=_model_name(model, folder),
+        generation={"steps": settings.steps, "guidance": settings.guidance},
+        calibration={"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed},
+        dgq_version=__version__,
+    )
+    if recipe.name == "paper":
+        from ..paper.calibration import calibrate_paper
+
+        header.paper = calibrate_paper(
+            pipe.unet, recorded, wbits=recipe.wbits, abits=recipe.abits, groups=recipe.groups,
+            progress=lambda stage, i, total: progress(stage, i, total, ""),
+        )  # fmt: skip
+    else:
+        calls = spread(recorded, options.calls)
+        header.calibration["calls"] = len(calls)
+        header.layers, sqnr = quantize_unet(
+            pipe.unet, calls, recipe, progress=progress, store=partial.store, done=done,
+            budget=options.budget,
+        )  # fmt: skip
+        header.calibration["sqnr_db"] = {name: round(value, 2) for name, value in sqnr.items()}
+        if recipe.attention == "log":
+            header.attention = AttentionPlan.for_activations(recipe.abits)
+            use_log_attention(pipe.unet, header.attention)
+    if reference:
+        prepare_all(pipe.unet, pipe.unet.device)
+        pictures = _evaluate(pipe, folder, settings, options, prompts, recipe.label, progress, len(reference))
+        header.calibration["fidelity"] = compare(reference, pictures)
+    progress("save", 0, 1, str(out))
+    write_checkpoint(folder, pipe.unet, header, out, options.overwrite, partial.folder)
+    check_folder(out)
+    return header
+
+
+def _evaluate(
+    pipe: Any, folder: Path, settings: Settings, options: Options, prompts: Sequence[str], label: str,
+    progress: Progress, before: int,
+) -> list[Picture]:  # fmt: skip
+    """Pictures of the evaluation prompts (none of them a calibration prompt)."""
+    pool = evaluation_prompts(folder, options.evaluate + len(prompts))
+    chosen = [prompt for prompt in pool if prompt not in prompts][: options.evaluate]
+    pictures = []
+    for i, prompt in enumerate(chosen):
+        pictures += generate(pipe, [prompt], dataclasses.replace(settings, seed=10_000 + i))
+        progress("compare", before + i + 1, 2 * len(chosen), f"{label}: {prompt}")
+    return pictures

@@ -1,0 +1,185 @@
+"""Writing a checkpoint: a temporary folder, renamed when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..errors import DgqError
+from ..outputs import atomic_folder, save_tensors
+from .header import QUANT_METHOD
+from .reading import COPIED_SUFFIXES, read_json, tensor_table, weight_files
+
+if TYPE_CHECKING:
+    from .header import Header
+
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+# What its own folder may, beside model_index.json.
+COPIED_NAMES = ("LICENSE", "NOTICE", "concepts.json")
+
+
+def check_target(target: Path, base: Path, overwrite: bool = False) -> None:
+    """Refuse, before any work, a place where no checkpoint of the model in `base` may go.
+
+    Only a checkpoint is ever replaced, and only one that holds nothing but what dgq wrote.
+
+    Raises:
+        DgqError: target is, holds or lies in `base`; is a link or a file; exists and may not be replaced.
+    """
+    if os.path.islink(target):
+        raise DgqError(f"{target}: is a link", "name the folder itself, or choose another --out")
+    place, source = Path(os.path.realpath(target)), Path(os.path.realpath(base))
+    if place.is_relative_to(source) or source.is_relative_to(place):
+        raise DgqError(f"{target}: is, holds or lies in the folder of the model ({base})", "choose another --out")
+    if not os.path.exists(target):
+        return
+    if not os.path.isdir(target):
+        raise DgqError(f"{target}: is not a folder", "choose another --out")
+    names = set(os.listdir(target))
+    if not names:
+        return
+    try:
+        quantization = read_json(target / "unet" / "config.json").get("quantization_config")
+        components = read_json(target / "model_index.json")
+    except DgqError:
+        quantization = None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise DgqError(f"{target}: already exists and is no dgq checkpoint", "choose another --out")
+    if not overwrite:
+        raise DgqError(f"{target}: already exists", "choose another --out, or pass --overwrite")
+    if others := sorted(names - {*components, *COPIED_NAMES, "model_index.json", "README.md"}):
+        reason = f"{target}: holds {others[0]!r}, which is no part of the checkpoint"
+        raise DgqError(reason, "move it away, or choose another --out")
+
+
+def component_files(source: Path) -> dict[str, Path]:
+    """What a checkpoint takes over from a component's folder: {name in the checkpoint: file}.
+
+    Data files: configs, vocabularies, and the component's weights (`weight_files`), under the plain names whatever
+    their variant. Indexes of shards are left out: `index_shards` writes one for the files that are there.
+    """
+    found = {file.name.replace(".fp16", ""): file for file in weight_files(source)}
+    for file in sorted(source.iterdir()):
+        data = file.suffix in COPIED_SUFFIXES - {".safetensors"} and ".safetensors.index." not in file.name
+        if data and file.is_file():
+            found[file.name] = file
+    return found
+
+
+def index_shards(component: Path) -> None:
+    """Write the index that loading weights in several files needs; nothing where they are one file."""
+    shards = weight_files(component)
+    if not shards or "-of-" not in shards[0].name:
+        return
+    weights = {name: shard.name for shard in shards for name in tensor_table(shard)}
+    index = {"metadata": {"total_size": sum(shard.stat().st_size for shard in shards)}, "weight_map": weights}
+    name = shards[0].name.split("-")[0] + ".safetensors.index.json"
+    (component / name).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def copied_files(base: Path) -> dict[str, Path]:
+    """What a checkpoint takes over from its float model: {path in the checkpoint: file}, texts and the
+    `component_files` of other components.
+
+    Raises:
+        DgqError: a link leads out of the model's folder: to copy what it points to may give away what it should not.
+    """
+    index = read_json(base / "model_index.json")
+    found = {name: base / name for name in ("model_index.json", *COPIED_NAMES) if (base / name).is_file()}
+    for name, entry in index.items():
+        if name != "unet" and isinstance(entry, list) and entry and entry[0] is not None:
+            found |= {f"{name}/{part}": file for part, file in component_files(base / name).items()}
+    root = Path(os.path.realpath(base))
+    allowed = [root]
+    if root.parent.name == "snapshots":  # the Hugging Face cache: models--OWNER--NAME/snapshots/REVISION and .../blobs
+        allowed.append(root.parents[1] / "blobs")
+    for file in (*found.values(), base / "unet" / "config.json"):
+        place = Path(os.path.realpath(file))
+        if not any(place.is_relative_to(folder) for folder in allowed):
+            raise DgqError(f"{file}: leads out of the model's folder, to {place}", "put a copy in the link's place")
+    return found
+
+
+def write_checkpoint(
+    base: Path, unet: nn.Module, header: Header, target: Path, overwrite: bool = False, work: Path | None = None
+) -> None:
+    """Write a checkpoint: the base folder's other components, the packed UNet, the header and a model card.
+
+    Args:
+        base: local folder of the float pipeline.
+        unet: quantized UNet.
+        header: its description.
+        target: where the checkpoint goes.
+        overwrite: replace a checkpoint that is there.
+        work: the target's `writing.workplace` where the caller holds it.
+
+    Raises:
+        DgqError: the target cannot be written; what was there is there still, and nothing else is left behind.
+    """
+    check_target(target, base, overwrite)
+    files = copied_files(base)
+    with atomic_folder(target, overwrite, work) as folder:
+        for name, file in files.items():
+            place = folder / name
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place)
+        for component in [place for place in folder.iterdir() if place.is_dir()]:
+            index_shards(component)
+        (folder / "unet").mkdir()
+        config = read_json(base / "unet" / "config.json")
+        config.pop("_name_or_path", None)
+        config["quantization_config"] = header.to_dict()
+        text = json.dumps(config, indent=1, sort_keys=True)
+        (folder / "unet" / "config.json").write_text(text + "\n", encoding="utf-8")
+        # What stays float is stored in half precision, as published float checkpoints are. Those are the model's
+        # parameters; quantized layers hold buffers, and their scales keep float32.
+        parameters = {name for name, value in unet.named_parameters() if value.dtype == torch.float32}
+        state = {name: value.half() if name in parameters else value for name, value in unet.state_dict().items()}
+        state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+        file = folder / "unet" / WEIGHTS_NAME
+        save_tensors(state, file, {"format": "pt"})
+        card = model_card(header, target.name, file.stat().st_size)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def model_card(header: Header, name: str, size: int) -> str:
+    """The README of a checkpoint folder `name` with a UNet file of `size` bytes: what it is, measured, and its use."""
+    recipe, calibration = header.recipe, header.calibration
+    lines = [
+        "---", "library_name: diffusers", "tags: [text-to-image, quantized, dgq]", "---", "",
+        f"# {header.base_model}, {recipe.label}", "",
+        f"Made by `dgq calibrate` (dgq {header.dgq_version}) from `{header.base_model}`. "
+        "The licence is the base model's.", "",
+        "| | |", "|---|---|",
+        f"| recipe | {recipe.label} |",
+        f"| weight rounding | {recipe.rounding} |",
+        f"| quantized layers | {len(header.layers) or len((header.paper or {}).get('layers', {}))} |",
+        f"| UNet file | {size / 2**20:.1f} MiB |",
+        f"| calibration | {calibration.get('prompts', '?')} prompts, {calibration.get('steps', '?')} steps, "
+        f"seed {calibration.get('seed', '?')} |",
+    ]  # fmt: skip
+    names = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+    call = "".join(f", {names[key]}={value}" for key, value in header.generation.items() if key in names)
+    fidelity = calibration.get("fidelity")
+    if fidelity:
+        lines += [
+            "", f"Against the float model at equal seeds, {fidelity['prompts']} prompts not used for calibration:", "",
+            "| PSNR (dB) | latent MSE |", "|---|---|",
+            f"| {fidelity['psnr_db']:.2f} | {fidelity['latent_mse']:.2e} |",
+        ]  # fmt: skip
+    lines += [
+        "", "```python", "import dgq", "", f'pipe = dgq.load("{name}")',
+        f'pipe("a cat"{call}).images[0].save("cat.png")', "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What is in a checkpoint, and what it does to each layer."""

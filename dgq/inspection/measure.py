@@ -1,0 +1,210 @@
+"""What quantization does to each layer, sampler step by step, measured beside the float model.
+
+The float model makes pictures of a few prompts, its UNet calls are replayed, and every quantized layer runs on the
+float layer's own input. Nothing but sums is kept from one call to the next.
+
+**Output noise.** A layer's SQNR says how well it does by itself, not how much the picture suffers. That is told by the
+noise it causes in the UNet's (guided) output: with d the layer's error and J the derivative of the output y by the
+layer's output, |J d|^2 / |y|^2. It needs neither J nor a run per layer: for v drawn from N(0, 1) like y,
+E[(v . J d)^2] = |J d|^2, and one backward pass of v . y gives v J for every layer at once. To first order, and as far
+as their errors are unrelated, the layers' noise adds up to the UNet's, which is measured too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.replay import record_inputs
+from ..checkpoint.header import Header
+from ..checkpoint.reading import read_header
+from ..errors import DgqError
+from ..pictures import embedded
+from ..pictures.generation import Settings, generate
+from ..pictures.pipelines import float_base, load, resolve
+from ..pictures.prompts import evaluation_prompts
+from ..progress import Progress, silent
+from .measurement import Measurement
+from .probes import AttentionProbe, Energies, LayerProbe, Run, combine
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What is measured.
+
+    Attributes:
+        prompts: how many; they are taken from those that calibration never draws.
+        steps, guidance: of the sampler; None takes the checkpoint's defaults.
+        seed: of the first picture.
+        device: where; None for CUDA where there is one.
+        against: the float model; None for the one the checkpoint was made of.
+    """
+
+    prompts: int = 4
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 50_000
+    device: str | None = None
+    against: str | None = None
+
+
+def measure(
+    checkpoint: str | os.PathLike[str] | None, options: MeasureOptions | None = None, progress: Progress = silent
+) -> Measurement:
+    """Measure a checkpoint layer by layer and step by step beside its float model, both in float32.
+
+    A call costs about six of the float model: itself, its backward pass, and every layer twice more. In memory are both
+    models, and of one call the float model's activations and two errors of every layer's output.
+
+    Args:
+        checkpoint: folder or hub id.
+        options: how.
+        progress: told of "record" (prompts) and "measure" (UNet calls).
+
+    Raises:
+        DgqError: a float model, a float model that lacks a layer or is not at hand, or an option out of range.
+    """
+    options = options or MeasureOptions()
+    folder = resolve(checkpoint)
+    header = read_header(folder)
+    if header is None:
+        raise DgqError(f"{folder}: is a float model, nothing in it is quantized", "name a checkpoint")
+    if options.prompts < 1:
+        raise DgqError(f"{options.prompts} prompts: at least one is needed")
+    base = float_base(folder, options.against)
+    assert base is not None
+    if read_header(base) is not None:
+        raise DgqError(f"{base}: is quantized", "compare with a float model")
+    settings = Settings(options.steps, options.guidance, seed=options.seed).resolved(folder)
+    prompts = evaluation_prompts(base, options.prompts)
+    pipe = load(base, device=options.device, dtype=torch.float32)
+    quantized: Any = load(folder, device=options.device, dtype=torch.float32).unet
+    recorded = record_inputs(
+        lambda prompt, i: generate(pipe, [prompt], dataclasses.replace(settings, seed=settings.seed + i)),
+        pipe.unet, prompts, progress,
+    )  # fmt: skip
+    return _replay(
+        pipe.unet, quantized, header, recorded, float(settings.guidance or 0), progress,
+        {"against": embedded.NAME if base == embedded.FOLDER else str(base), "prompts": prompts,
+         "settings": {"steps": settings.steps, "guidance": settings.guidance, "seed": settings.seed}},
+    )  # fmt: skip
+
+
+def _replay(
+    unet: nn.Module, quantized: nn.Module, header: Header, recorded: Sequence[Sequence[dict[str, Any]]],
+    guidance: float, progress: Progress, about: dict[str, Any],
+) -> Measurement:  # fmt: skip
+    """Replay the calls with every probe in place."""
+    steps = len(recorded[0])
+    layers, attention = _probes(unet, quantized, header, steps)
+    run = Run()
+    output = Energies(steps)
+    generator = torch.Generator().manual_seed(0)
+    calls = [(step, call) for group in recorded for step, call in enumerate(group)]
+    wanted = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
+    handles = _hooks(unet, run, layers, attention)
+    try:
+        unet.requires_grad_(False)
+        for done, (step, call) in enumerate(calls):
+            run.step = step
+            with torch.no_grad():  # this also tells the paper recipe's layers their step
+                rounded = quantized(**call)[0]
+            y = unet(**call)[0]
+            probe = torch.randn(y.shape[1:], generator=generator).to(y.device)
+            weights = _guidance_weights(len(y), guidance).to(y.device)
+            guided = combine(weights, y.detach())
+            output.add(step, guided, combine(weights, rounded) - guided)
+            y.backward(weights[:, None, None, None] * probe)
+            progress("measure", done + 1, len(calls), f"step {step + 1}")
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+    for name in (probe.name for probe in layers):
+        if name not in run.order:
+            raise DgqError(f"{name}: the float model never ran this layer", "check --against")
+    place = list(run.order).index
+    energy = [max(one, 1e-300) for one in output.signal]
+    measured = [probe.found(energy) for probe in sorted(layers, key=lambda probe: place(probe.name))]
+    attended = [probe.found(energy) for probe in attention if probe.name in run.order]
+    attended.sort(key=lambda one: place(one.name))
+    return Measurement(
+        timesteps=[float(torch.as_tensor(call["timestep"]).flatten()[0]) for call in recorded[0]],
+        output_sqnr_db=output.db, output_sqnr_db_by_step=output.db_by_step, layers=measured, attention=attended,
+        **about,
+    )  # fmt: skip
+
+
+def _guidance_weights(batch: int, guidance: float) -> Tensor:
+    """How the samples of a call, the unconditional one first, make up the guided output."""
+    return torch.tensor([1 - guidance, guidance]) if batch == 2 else torch.ones(1)
+
+
+def _probes(
+    unet: nn.Module, quantized: nn.Module, header: Header, steps: int
+) -> tuple[list[LayerProbe], list[AttentionProbe]]:
+    """A probe for every quantized layer, and for every attention layer."""
+    names = {name: plan.owner(name) for name, plan in header.layers.items()}
+    if header.paper is not None:
+        names = {name: name for name, plan in header.paper["layers"].items() if plan["kind"] != "attention"}
+    layers = []
+    for name, owner in names.items():
+        layer: Any = quantized.get_submodule(name)
+        try:
+            module: Any = unet.get_submodule(owner)
+            outputs, inputs = module.weight.shape[:2]
+        except (AttributeError, ValueError):
+            outputs, inputs = 0, 0
+        plan = header.layers.get(name)
+        own = layer.weight_shape[:2] if plan is None else (plan.out_features, plan.in_features)
+        if outputs != own[0] or (inputs < plan.columns[1] if plan and plan.columns else inputs != own[1]):
+            raise DgqError(f"{owner}: the float model has no such layer of {tuple(own)}", "check --against")
+        layers.append(LayerProbe(name, module, layer, steps))
+    attention = []
+    for name, module in unet.named_modules():
+        if hasattr(module, "processor") and hasattr(module, "to_out"):
+            twin: Any = quantized.get_submodule(name)
+            attention.append(AttentionProbe(name, twin.processor, steps))
+    return layers, attention
+
+
+def _hooks(unet: nn.Module, run: Run, layers: Sequence[LayerProbe], attention: Sequence[AttentionProbe]) -> list[Any]:
+    """Put the probes in place."""
+    by_owner: dict[nn.Module, list[LayerProbe]] = {}
+    for probe in layers:
+        by_owner.setdefault(probe.owner, []).append(probe)
+
+    def on_layer(own: list[LayerProbe]) -> Callable[..., Tensor | None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if run.busy:
+                return None
+            run.order.update(dict.fromkeys(probe.name for probe in own))
+            with run.own_work():
+                errors = [error for probe in own for error in probe.measure(run.step, args[0], output)]
+            return run.follow(output, errors)
+
+        return hook
+
+    def on_attention(probe: AttentionProbe) -> Callable[..., Tensor | None]:
+        def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            if run.busy:
+                return None
+            run.order[probe.name] = None
+            x = args[0] if args else kwargs["hidden_states"]
+            with run.own_work():
+                errors = probe.measure(run.step, module, x, kwargs.get("encoder_hidden_states"), output)
+            return run.follow(output, errors)
+
+        return hook
+
+    handles: list[Any] = [module.register_forward_hook(on_layer(own)) for module, own in by_owner.items()]
+    for one in attention:
+        handles.append(unet.get_submodule(one.name).register_forward_hook(on_attention(one), with_kwargs=True))
+    return handles

@@ -1,0 +1,1 @@
+"""The integer recipe: every layer one int8 product."""

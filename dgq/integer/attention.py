@@ -1,0 +1,114 @@
+"""Attention of the integer recipe: fractional log2 probabilities, the start token apart (docs/method.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+import dgq_kernels
+
+from ..errors import DgqError
+from .layer import IntegerLayer
+from .shared_input import project
+
+FRACTION_BITS = {8: 4, 6: 3}
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Log attention of a model.
+
+    Attributes:
+        bits: bits of a probability's code, 8 or 6.
+        fraction_bits: f, steps per octave are 2^f.
+    """
+
+    bits: int
+    fraction_bits: int
+
+    @classmethod
+    def for_activations(cls, abits: int) -> AttentionPlan:
+        """8-bit codes (16 octaves of 16 steps) for 7 and 8-bit activations, 6-bit ones (8 of 8) below."""
+        bits = 8 if abits >= 7 else 6
+        return cls(bits, FRACTION_BITS[bits])
+
+
+class LogAttnProcessor:
+    """A diffusers attention processor that runs `dgq_kernels.log_attention_eager`, or float attention on CPUs where
+    that is the faster of the two.
+
+    Cross-attention keeps column 0, the start token, apart in float: it takes most of the probability and would
+    otherwise set the scale for all others. A `residual` shaped like the result is added by the last layer;
+    a `norm` is applied to the hidden states first, by the layers that take them.
+    """
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        self.plan = plan
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        residual: Tensor | None = None,
+        norm: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if attention_mask is not None:
+            raise DgqError("log attention does not take an attention mask", "calibrate with --attention float")
+        module: Any = attn
+        own = hidden_states
+        if module.spatial_norm is not None:
+            hidden_states = module.spatial_norm(hidden_states, temb)
+        shape = hidden_states.shape
+        if hidden_states.dim() == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if module.group_norm is not None:
+            hidden_states = module.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        cross = encoder_hidden_states is not None
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if cross and module.norm_cross:
+            context = module.norm_encoder_hidden_states(context)
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (module.heads, -1)).transpose(1, 2)
+
+        if cross:
+            (query,) = project([module.to_q], hidden_states, norm)
+            key, value = project([module.to_k, module.to_v], context)
+        else:
+            query, key, value = project([module.to_q, module.to_k, module.to_v], hidden_states, norm)
+        q, k, v = heads(query), heads(key), heads(value)
+        if module.norm_q is not None:
+            q = module.norm_q(q)
+        if module.norm_k is not None:
+            k = module.norm_k(k)
+        if dgq_kernels.log_attention_pays(q.device):
+            out = dgq_kernels.log_attention_eager(q, k, v, module.scale, self.plan.bits, self.plan.fraction_bits, cross)
+        else:
+            k, v = k.to(q.dtype), v.to(q.dtype)
+            out = nn.functional.scaled_dot_product_attention(q, k, v, scale=module.scale)
+        out = out.transpose(1, 2).flatten(2)
+        plain = len(shape) == 3 and not module.residual_connection and module.rescale_output_factor == 1
+        if residual is not None and plain and isinstance(module.to_out[0], IntegerLayer):
+            fused: Tensor = module.to_out[0](out, residual)
+            return fused
+        hidden_states = module.to_out[1](module.to_out[0](out))
+        if len(shape) == 4:
+            hidden_states = hidden_states.transpose(1, 2).reshape(shape)
+        if module.residual_connection:
+            hidden_states = hidden_states + own
+        # a division by 1 would still be a pass over memory
+        if module.rescale_output_factor != 1:
+            hidden_states = hidden_states / module.rescale_output_factor
+        return hidden_states if residual is None else hidden_states + residual
+
+
+def use_log_attention(unet: Any, plan: AttentionPlan) -> None:
+    """Set the log attention processor on every attention layer of a diffusers UNet."""
+    unet.set_attn_processor(LogAttnProcessor(plan))

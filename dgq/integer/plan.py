@@ -1,0 +1,155 @@
+"""Which layers of a float model are quantized, and how: before anything is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import DgqError
+from ..recipe import LayerPlan, Recipe
+
+# A layer's samples for choosing its channel handling: rows of a linear layer, pictures of a convolution.
+SAMPLE_ROWS = 512
+
+
+SAMPLE_PICTURES = 8
+
+
+# Second moments of longer sums would not fit (K^2 floats) and barely help: such layers round to nearest.
+GPTQ_MAX_REDUCTION = 12288
+
+
+@dataclass
+class Layer:
+    """A layer of the float model that will be quantized, or the part of one that reads one of two joined inputs."""
+
+    name: str
+    module: nn.Linear | nn.Conv2d
+    plan: LayerPlan
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 (N, C), or (N, C, kh, kw) for a convolution with taps."""
+        weight = self.own(self.module.weight.detach().float())
+        return weight if self.plan.kind == "conv2d" else weight.flatten(1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The module's; of several parts only the first has it."""
+        return self.module.bias if self.plan.bias else None
+
+    def own(self, x: Tensor) -> Tensor:
+        """The part of an input, or of the weight, that is this layer's: x (B, C, ...), along dimension 1."""
+        return x[:, slice(*self.plan.columns)] if self.plan.columns else x
+
+    @property
+    def moment_bytes(self) -> int:
+        """Memory of its statistics."""
+        k = self.plan.reduction
+        return 4 * ((k * k if k <= GPTQ_MAX_REDUCTION else k) + SAMPLE_ROWS * self.plan.in_features)
+
+
+def quantizable(unet: nn.Module) -> tuple[dict[str, nn.Linear | nn.Conv2d], dict[str, str]]:
+    """Layers the method quantizes, and those it cannot with the reason: ({name: module}, {name: reason}).
+
+    Every Linear and Conv2d except conv_in and conv_out (DGQ paper, section 5.1).
+    """
+    layers: dict[str, nn.Linear | nn.Conv2d] = {}
+    skipped: dict[str, str] = {}
+    for name, module in unet.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            continue
+        if name in ("conv_in", "conv_out"):
+            skipped[name] = "first and last convolution stay float"
+        elif isinstance(module, nn.Conv2d) and (reason := _unsupported(module)):
+            skipped[name] = reason
+        else:
+            layers[name] = module
+    return layers, skipped
+
+
+def _unsupported(conv: nn.Conv2d) -> str | None:
+    if conv.groups != 1:
+        return f"groups={conv.groups}"
+    square = all(len({*pair}) == 1 for pair in (conv.kernel_size, conv.stride, conv.dilation))
+    if not square or conv.dilation[0] != 1 or conv.padding_mode != "zeros":
+        return "kernel, stride, dilation or padding mode without an integer kernel"
+    if isinstance(conv.padding, str) or len({*conv.padding}) != 1:
+        return f"padding {conv.padding!r}"
+    return None
+
+
+def joined_inputs(unet: nn.Module) -> dict[str, int]:
+    """The 1x1 shortcuts of a UNet's up path, which read hidden state and skip joined along the channels.
+
+    Returns:
+        {name: channels of the hidden state}, the skip's follow.
+    """
+    found: dict[str, int] = {}
+    blocks: Any = getattr(unet, "up_blocks", ())
+    before: Any = getattr(unet, "mid_block", None) or (unet.down_blocks[-1] if blocks else None)  # type: ignore[index]
+    if before is None or not hasattr(before, "resnets"):
+        return found
+    hidden = before.resnets[-1].out_channels
+    for i, block in enumerate(blocks):
+        for j, resnet in enumerate(getattr(block, "resnets", ())):
+            shortcut = getattr(resnet, "conv_shortcut", None)
+            if isinstance(shortcut, nn.Conv2d) and shortcut.kernel_size == (1, 1) and hidden < shortcut.in_channels:
+                found[f"up_blocks.{i}.resnets.{j}.conv_shortcut"] = hidden
+            hidden = resnet.out_channels
+    return found
+
+
+def plan_layers(unet: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
+    """The plan of every layer before its channel handling is chosen, and the layers that stay float.
+
+    Raises:
+        DgqError: an override's pattern matches no layer, or nothing is left to quantize.
+    """
+    modules, skipped = quantizable(unet)
+    if lost := recipe.unmatched_overrides(list(modules)):
+        raise DgqError(
+            f"override pattern {lost[0]!r} matches no layer", f"layers look like {next(iter(modules), 'none')!r}"
+        )
+    layers = []
+    joined = joined_inputs(unet)
+    for name, module in modules.items():
+        bits = recipe.weight_bits(name)
+        if bits == 0:
+            skipped[name] = "kept float by an override"
+            continue
+        plan = plan_layer(module, bits, recipe)
+        first = joined.get(name)
+        if first is None:
+            layers.append(Layer(name, module, plan))
+            continue
+        for i, (start, end) in enumerate(((0, first), (first, plan.in_features))):
+            part = dataclasses.replace(
+                plan, in_features=end - start, class_ends=[end - start], columns=[start, end], bias=plan.bias and i == 0
+            )
+            layers.append(Layer(f"{name}.{i}", module, part))
+    if not layers:
+        raise DgqError("the model has no layer that could be quantized")
+    return layers, skipped
+
+
+def plan_layer(module: nn.Linear | nn.Conv2d, wbits: int, recipe: Recipe) -> LayerPlan:
+    sizes = geometry(module)
+    return LayerPlan(
+        **sizes, wbits=wbits, abits=recipe.abits, weight_group=recipe.weight_group, class_ends=[sizes["in_features"]]
+    )
+
+
+def geometry(module: nn.Linear | nn.Conv2d) -> dict[str, Any]:
+    """The fields of a layer's plan that the float layer fixes: kind, sizes, and whether it has a bias."""
+    fields = {
+        "kind": "linear", "in_features": module.weight.shape[1], "out_features": module.weight.shape[0],
+        "kernel_size": 1, "stride": 1, "padding": 0, "bias": module.bias is not None,
+    }  # fmt: skip
+    if isinstance(module, nn.Linear):
+        return fields
+    taps = {"kernel_size": module.kernel_size[0], "stride": module.stride[0], "padding": int(module.padding[0])}
+    return {**fields, **taps, "kind": "pointwise" if taps.items() <= fields.items() else "conv2d"}

@@ -1,0 +1,69 @@
+"""Integer layers in the place of a float model's."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..errors import DgqError
+from ..recipe import LayerPlan
+from .layer import IntegerLayer
+
+
+class SplitLayer(nn.ModuleList):
+    """A 1x1 convolution over joined tensors, one integer layer for each: y is the sum of their results.
+
+    A shortcut in the up path reads the hidden state and the skip side by side. Their sizes differ by an order of
+    magnitude, and with one scale a row the smaller one would be rounded away (docs/method.md, item 4).
+    """
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W) -> (B, N, H, W)."""
+        y = residual
+        for part in self.parts:
+            y = part(x[:, slice(*part.plan.columns)], y)
+        assert y is not None
+        return y
+
+    @property
+    def parts(self) -> list[IntegerLayer]:
+        """In the order of their channels."""
+        return list(self)  # type: ignore[arg-type]
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted path `name` below `root`, on the device of the module it replaces."""
+    parent, _, child = name.rpartition(".")
+    device = next(root.get_submodule(name).parameters()).device
+    if any(buffer.device != device for buffer in module.buffers()):  # a move to where it is would unpack it
+        module.to(device)
+    setattr(root.get_submodule(parent), child, module)
+
+
+def place(unet: nn.Module, layers: dict[str, IntegerLayer]) -> None:
+    """Swap layers of a float model for integer layers, in place; the parts of one layer come in their order.
+
+    Raises:
+        DgqError: the parts of a layer are not its input channels.
+    """
+    joined: dict[str, list[IntegerLayer]] = {}
+    for name, layer in layers.items():
+        if layer.plan.columns:
+            joined.setdefault(layer.plan.owner(name), []).append(layer)
+        else:
+            replace_module(unet, name, layer)
+    for owner, parts in joined.items():
+        ends = [0, *(part.plan.columns[1] for part in parts)]
+        starts = [part.plan.columns[0] for part in parts]
+        channels = getattr(unet.get_submodule(owner), "in_channels", 0)
+        if starts != ends[:-1] or ends[-1] != channels or any(part.plan.kind != "pointwise" for part in parts):
+            raise DgqError(f"{owner}: parts that end at {ends[1:]} are not its {channels} input channels")
+        replace_module(unet, owner, SplitLayer(parts))
+
+
+def build_skeleton(unet: nn.Module, plans: dict[str, LayerPlan]) -> None:
+    """Swap the planned layers of a float model for empty integer layers, in place.
+
+    Raises:
+        DgqError: as `place`.
+    """
+    place(unet, {name: IntegerLayer(plan) for name, plan in plans.items()})

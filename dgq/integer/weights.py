@@ -1,0 +1,271 @@
+"""Integer weights: per-channel int8 and two-level int4, rounded to nearest or by GPTQ (docs/method.md).
+
+A weight is always a matrix (N, K) here: a convolution's is flattened in the order (kh, kw, C), so that a run of K is a
+run of input channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import DgqError
+from ..range_search import search_symmetric
+
+SUBSCALE_MAX = 15
+
+
+# Elements of the temporary that tries all sub-scales at once.
+SEARCH_ELEMENTS = 2**23
+
+
+@dataclass
+class IntegerWeight:
+    """An integer weight W ~ scale[n] * W'[n, k].
+
+    Attributes:
+        codes: int8 (N, K): W' for int8 weights, w4 in -8..7 for int4.
+        scale: float32 (N,).
+        subscales: uint8 (N, ceil(K / group)) in 1..15 for int4 (W' = w4 * m), None for int8.
+        group: values of K per sub-scale.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    subscales: Tensor | None = None
+    group: int = 32
+
+    def integer(self) -> Tensor:
+        """W' as int8 (N, K)."""
+        if self.subscales is None:
+            return self.codes
+        m = self.subscales.to(torch.int8).repeat_interleave(self.group, 1)[:, : self.codes.shape[1]]
+        return self.codes * m
+
+    def dequantize(self) -> Tensor:
+        """float32 (N, K)."""
+        return self.integer().float() * self.scale[:, None]
+
+
+class Rounding(Protocol):
+    """Rounds a weight onto the grid of `Grid`; the place where a learned rounding (AdaRound) would go."""
+
+    def __call__(self, weight: Tensor, grid: Grid) -> IntegerWeight: ...
+
+
+class Grid(Protocol):
+    """The values a weight may take, fixed group by group along K."""
+
+    group: int
+
+    def start_group(self, columns: Tensor, importance: Tensor) -> Tensor:
+        """Fix the grid of the next `group` columns (N, g) and return its step, float32 (N,)."""
+
+    def round(self, columns: Tensor, step: Tensor) -> Tensor:
+        """Codes (float) of columns (N, ...) on a grid of this step (broadcast over the rest)."""
+
+    def result(self, codes: Tensor) -> IntegerWeight:
+        """The finished weight from all codes (N, K)."""
+
+
+class Int8Grid:
+    """Symmetric int8, one step per output channel, found by the range search.
+
+    Args:
+        weight: float32 (N, K).
+        importance: float32 (K,), mean square of the inputs, or ones.
+    """
+
+    def __init__(self, weight: Tensor, importance: Tensor) -> None:
+        self.group = weight.shape[1]
+        self.scale = search_symmetric(weight, 127, -127, importance)
+
+    def start_group(self, columns: Tensor, importance: Tensor) -> Tensor:
+        return self.scale
+
+    def round(self, columns: Tensor, step: Tensor) -> Tensor:
+        step = step.view(-1, *[1] * (columns.dim() - 1))
+        return (columns / step).round().clamp(-127, 127)
+
+    def result(self, codes: Tensor) -> IntegerWeight:
+        return IntegerWeight(codes.to(torch.int8), self.scale)
+
+
+class TwoLevelGrid:
+    """Two-level int4: W' = w4 * m with w4 in -8..7 and m in 1..15 per group and output channel.
+
+    The float scale of a channel is set so that its widest group gets about the largest sub-scale; the sub-scale of a
+    group is found by trying all fifteen.
+
+    Args:
+        weight: float32 (N, K).
+        group: 32 or 64.
+        importance: float32 (K,), weights of the squared error.
+    """
+
+    def __init__(self, weight: Tensor, group: int, importance: Tensor) -> None:
+        self.group = group
+        n, k = weight.shape
+        padded = torch.nn.functional.pad(weight, (0, -k % group)).view(n, -1, group)
+        importance = torch.nn.functional.pad(importance, (0, -k % group)).view(-1, group)
+        widest = padded.abs().amax((1, 2)).clamp(min=1e-12)
+        best = torch.full_like(widest, float("inf"))
+        self.scale = widest / (8 * SUBSCALE_MAX)
+        for factor in (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.58):
+            scale = factor * widest / (7.5 * SUBSCALE_MAX)
+            error = self._search(padded, importance, scale)[1].sum(1)
+            better = error < best
+            best = torch.where(better, error, best)
+            self.scale = torch.where(better, scale, self.scale)
+        self._subscales: list[Tensor] = []
+
+    @staticmethod
+    def _search(groups: Tensor, importance: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The best sub-scales of groups (N, G, g) weighted by importance (G, g), and their squared errors (N, G)."""
+        candidates = torch.arange(1, SUBSCALE_MAX + 1, device=groups.device, dtype=torch.float32)
+        best, errors = [], []
+        rows = max(1, SEARCH_ELEMENTS // (groups[0].numel() * SUBSCALE_MAX))
+        for part, part_scale in zip(groups.split(rows), scale.split(rows), strict=True):
+            steps = (part_scale[:, None] * candidates)[:, None, :, None]
+            values = part[:, :, None, :]
+            error = (values / steps).round_().clamp_(-8, 7).mul_(steps).sub_(values).square_()
+            least, index = (error * importance[:, None, :]).sum(-1).min(-1)
+            best.append(candidates[index])
+            errors.append(least)
+        return torch.cat(best), torch.cat(errors)
+
+    def start_group(self, columns: Tensor, importance: Tensor) -> Tensor:
+        m = self._search(columns[:, None], importance[None], self.scale)[0][:, 0]
+        self._subscales.append(m.to(torch.uint8))
+        return self.scale * m
+
+    def round(self, columns: Tensor, step: Tensor) -> Tensor:
+        step = step.view(-1, *[1] * (columns.dim() - 1))
+        return (columns / step).round().clamp(-8, 7)
+
+    def result(self, codes: Tensor) -> IntegerWeight:
+        return IntegerWeight(codes.to(torch.int8), self.scale, torch.stack(self._subscales, 1), self.group)
+
+
+def nearest(importance: Tensor) -> Rounding:
+    """Round every weight to the nearest grid point; `importance` (K,) steers the choice of the grid."""
+
+    def run(weight: Tensor, grid: Grid) -> IntegerWeight:
+        codes = torch.empty_like(weight)
+        for start in range(0, weight.shape[1], grid.group):
+            part = slice(start, start + grid.group)
+            step = grid.start_group(weight[:, part], importance[part])
+            codes[:, part] = grid.round(weight[:, part], step)
+        return grid.result(codes)
+
+    return run
+
+
+def gptq(second_moment: Tensor, damping: float = 0.1, sweeps: int = 2) -> Rounding:
+    """GPTQ: round column by column and spread each column's error over those not yet rounded (arXiv 2210.17323).
+
+    Then coordinate descent on the codes: GPTQ looks only ahead, and each code is set to the best one given all others.
+
+    Args:
+        second_moment: float (K, K), mean of x x^T over the layer's inputs.
+        damping: share of the mean diagonal added to the diagonal. Calibration inputs are few and alike: ten times the
+            usual 0.01 does better in convolutions and on unseen prompts (docs/fidelity.md).
+        sweeps: passes of the descent over the columns.
+
+    Raises:
+        DgqError: the damped matrix cannot be factored (inputs that are not finite).
+    """
+    diagonal = second_moment.diagonal()
+    if not torch.isfinite(diagonal).all():
+        raise DgqError("the layer's calibration inputs are not finite", "check the model in float first")
+    damped = second_moment.double().clone()
+    damped.diagonal().add_(damping * float(diagonal.double().mean().clamp(min=1e-12)))
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if int(info):
+        raise DgqError("the layer's second moments are not positive definite", "use more calibration prompts")
+    inverse_upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    importance, moment = diagonal.float(), damped.float()
+
+    def run(weight: Tensor, grid: Grid) -> IntegerWeight:
+        target, weight = weight, weight.clone()
+        k = weight.shape[1]
+        codes, steps = torch.empty_like(weight), torch.empty_like(weight)
+        block = min(grid.group, 64)
+        step = torch.empty(0)
+        for start in range(0, k, block):
+            end = min(start + block, k)
+            if start % grid.group == 0:
+                part = slice(start, start + grid.group)
+                step = grid.start_group(weight[:, part], importance[part])
+            steps[:, start:end] = step[:, None]
+            local = inverse_upper[start:end, start:end]
+            errors = torch.empty(weight.shape[0], end - start, device=weight.device)
+            for i in range(end - start):
+                column = weight[:, start + i]
+                code = grid.round(column, step)
+                codes[:, start + i] = code
+                error = (column - code * step) / local[i, i]
+                weight[:, start + i + 1 : end] -= torch.outer(error, local[i, i + 1 :])
+                errors[:, i] = error
+            weight[:, end:] -= errors @ inverse_upper[start:end, end:]
+        for _ in range(sweeps):
+            _descend(target, codes, steps, moment, grid)
+        return grid.result(codes)
+
+    return run
+
+
+def _descend(weight: Tensor, codes: Tensor, steps: Tensor, moment: Tensor, grid: Grid) -> None:
+    """One pass of coordinate descent on tr(E H E^T), E the weight's error, in place; steps (N, K) stay as they are.
+
+    Args:
+        weight, codes, steps: float32 (N, K).
+        moment: H, float32 (K, K), positive definite.
+        grid: whose `round` clamps the codes.
+    """
+    k = weight.shape[1]
+    slope = (codes * steps - weight) @ moment
+    for start in range(0, k, 64):
+        end = min(start + 64, k)
+        changes = torch.empty(len(weight), end - start, device=weight.device)
+        for i in range(start, end):
+            before, step = codes[:, i] * steps[:, i], steps[:, i]
+            codes[:, i] = grid.round(before - slope[:, i] / moment[i, i], step)
+            change = codes[:, i] * step - before
+            changes[:, i - start] = change
+            slope[:, i + 1 : end] += torch.outer(change, moment[i, i + 1 : end])
+        slope[:, end:] += changes @ moment[start:end, end:]
+
+
+def quantize_weight(weight: Tensor, bits: int, group: int, importance: Tensor, rounding: Rounding) -> IntegerWeight:
+    """Quantize a weight matrix.
+
+    Args:
+        weight: float (N, K).
+        bits: 8 (per-channel int8) or 4 (two-level int4).
+        group: values per int4 sub-scale, 32 or 64.
+        importance: float32 (K,), mean square of the inputs, or ones.
+        rounding: from `nearest` or `gptq`.
+    """
+    weight = weight.float()
+    importance = importance.float()
+    grid: Grid = Int8Grid(weight, importance) if bits == 8 else TwoLevelGrid(weight, group, importance)
+    return rounding(weight, grid)
+
+
+def column_sum(integer: Tensor, class_of: Tensor | None = None) -> Tensor:
+    """C[n] = sum_k 2^class(k) W'[n, k], int32 (N,), from int8 (N, K) and the shift class int64 (K,) of each column.
+
+    Raises:
+        DgqError: some output's int32 accumulator could overflow (255 * sum_k 2^class |W'| >= 2^31).
+    """
+    wide = integer.to(torch.int16)
+    size = wide.abs()
+    if class_of is not None:
+        wide, size = wide.to(torch.int64) << class_of, size.to(torch.int64) << class_of
+    if integer.numel() and int(size.sum(1, dtype=torch.int64).max()) * 255 >= 2**31:
+        raise DgqError(f"a sum over {integer.shape[1]} products could overflow int32", "quantize this layer to 4 bits")
+    return wide.sum(1, dtype=torch.int64).to(torch.int32)

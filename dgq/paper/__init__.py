@@ -1,0 +1,1 @@
+"""DGQ as published, simulated in float: the yardstick."""

@@ -1,0 +1,1 @@
+"""Models loaded and pictures made with them."""

@@ -1,0 +1,213 @@
+"""The components of a pipeline, loaded strictly, one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.apply import apply_header
+from ..checkpoint.reading import (
+    components,
+    read_header,
+    read_json,
+    tensor_table,
+    verify_tensors,
+    weight_files,
+    weight_variant,
+    weights_place,
+)
+from ..checkpoint.values import verify_values
+from ..errors import DgqError
+
+# What old text encoders' files hold and their classes no longer do, or that of another head: none is of any use here.
+_HARMLESS = re.compile(r"(^|\.)position_ids$|^text_projection\.weight$|^logit_scale$")
+
+
+def assemble(folder: Path, dtype: torch.dtype) -> Any:
+    """The pipeline of a folder that `check_folder` has seen, on the CPU; every component is loaded strictly."""
+    import diffusers
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    index = folder / "model_index.json"
+    pipeline: Any = getattr(diffusers, read_json(index)["_class_name"])
+    taken = inspect.signature(pipeline.__init__).parameters
+    parts = {
+        name: _component(folder, name, library, kind, dtype)
+        for name, (library, kind) in components(folder).items()
+        if name in taken
+    }
+    _check_together(folder, parts)
+    # what the libraries would say of parts given to them is that they cannot tell the safety checker's class
+    with one_line(index), _quiet("diffusers.pipelines.pipeline_loading_utils"):
+        return pipeline.from_pretrained(folder, local_files_only=True, **parts)
+
+
+def _component(folder: Path, name: str, library: str, kind: str, dtype: torch.dtype) -> Any:
+    """One component: a network with all its tensors and no others, all finite; or a tokenizer, scheduler or the like.
+
+    Raises:
+        DgqError: it is damaged, or there is no such class.
+    """
+    from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
+    from diffusers.schedulers import SchedulerMixin
+
+    place = folder / name
+    with one_line(folder / "model_index.json", f"{name}: {library} has no class {kind}"):
+        found: Any = simple_get_class_obj(library, kind)
+        load_from: Any = found.from_pretrained
+    settings = place / getattr(found, "config_name", "config.json")
+    if library == "diffusers" and "_class_name" not in read_json(settings):
+        raise DgqError(f"{settings}: is no configuration of {kind} (no _class_name)")
+    if not issubclass(found, nn.Module):
+        if wanted := _vocabulary(place, found):
+            raise DgqError(f"{place}: holds neither {wanted}")
+        with one_line(settings if library == "diffusers" else place):
+            part = load_from(str(place), local_files_only=True)
+            if isinstance(part, SchedulerMixin):
+                _try(part)
+        return part
+    files = weight_files(place)
+    if not files:
+        raise DgqError(f"{place}: holds no safetensors weights")
+    _check_shapes(place, found, files)
+    with one_line(settings), _quiet("transformers"):
+        part, info = load_from(
+            str(place), dtype=dtype, use_safetensors=True, local_files_only=True, variant=weight_variant(place),
+            output_loading_info=True,
+        )  # fmt: skip
+    weights = weights_place(files)
+    for what in ("missing", "unexpected"):
+        if wrong := sorted(key for key in info[f"{what}_keys"] if what == "missing" or not _HARMLESS.search(key)):
+            raise DgqError(f"{weights}: tensor {wrong[0]!r} is {what}", f"the {name} is another one, or damaged")
+    if getattr(part, "hf_quantizer", None) is None:
+        verify_values(weights, part)
+    return part
+
+
+def _vocabulary(place: Path, kind: Any) -> str:
+    """The files a tokenizer of this class is made of, where the folder does not hold them; it would be an empty one."""
+    names = dict(getattr(kind, "vocab_files_names", {}))
+    whole = names.pop("tokenizer_file", None)
+    if not names or (whole and (place / whole).is_file()) or all((place / name).is_file() for name in names.values()):
+        return ""
+    return " nor ".join([*([whole] if whole else []), ", ".join(names.values())])
+
+
+def _check_shapes(place: Path, kind: Any, files: list[Path]) -> None:
+    """Hold a network's configuration against its weights, before anything is as large as it says.
+
+    The libraries compare names, some of which they change: here a tensor of the network has to have its own shape in
+    the files, or that of some tensor of another name.
+
+    Raises:
+        DgqError: it cannot be built, or a tensor does not fit.
+    """
+    file, weights = place / "config.json", weights_place(files)
+    config = {name: value for name, value in read_json(file).items() if name != "quantization_config"}
+    header = read_header(place.parent) if place.name == "unet" else None
+    with one_line(file), _quiet("diffusers"), torch.device("meta"):
+        if hasattr(kind, "config_class"):
+            network = kind(kind.config_class.from_pretrained(str(place), local_files_only=True))
+        else:
+            network = kind.from_config(config)
+        if header is not None:
+            apply_header(network, header, file)
+    if header is not None:
+        verify_tensors(files, network)
+        return
+    stored = {name: entry for part in files for name, entry in tensor_table(part).items()}
+    shapes = {shape for shape, _ in stored.values()}
+    prefix = f"{getattr(kind, 'base_model_prefix', '')}."
+    for name, tensor in network.state_dict().items():
+        shape = tuple(tensor.shape)
+        found = next((stored[key] for key in (name, prefix + name, name.removeprefix(prefix)) if key in stored), None)
+        if found is None and shape not in shapes:
+            raise DgqError(f"{weights}: tensor {name!r} is missing", f"{file} may belong to another one")
+        if found is not None and found[0] != shape:
+            raise DgqError(f"{weights}: tensor {name!r} has shape {list(found[0])}, {list(shape)} in {file}")
+        if found is not None and tensor.is_floating_point() and not found[1].startswith(("F", "BF")):
+            raise DgqError(f"{weights}: tensor {name!r} has dtype {found[1]}, expected a float")
+
+
+@torch.no_grad()
+def _try(scheduler: Any) -> None:
+    """Take a step of nothing: a damaged configuration shows only then."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(10)  # PNDM cannot do with fewer
+    sample = torch.zeros(1, 4, 8, 8)
+    step = scheduler.timesteps[0]
+    after = scheduler.step(scheduler.scale_model_input(sample, step), step, sample).prev_sample
+    if not bool(torch.isfinite(after).all()):
+        raise ValueError("a step is not finite")
+
+
+def _check_together(folder: Path, parts: dict[str, Any]) -> None:
+    """Refuse components that load one by one and fail only while they draw.
+
+    Raises:
+        DgqError: the VAE's latents, or the text's width, are not the UNet's; or a tokenizer has tokens, or as many of
+            them in a prompt, as the text encoder beside it does not know.
+    """
+    vae, unet = parts["vae"].config, parts["unet"].config
+    scale = vae.get("scaling_factor")
+    if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise DgqError(f"{folder / 'vae' / 'config.json'}: scaling_factor {scale!r} is not positive")
+    sizes = unet.sample_size if isinstance(unet.sample_size, list | tuple) else [unet.sample_size]
+    if not sizes or any(type(size) is not int or size < 1 for size in sizes):
+        raise DgqError(f"{folder / 'unet' / 'config.json'}: sample_size is {unet.sample_size!r}")
+    if vae.latent_channels != unet.in_channels:
+        raise DgqError(f"{folder}: latents of {vae.latent_channels} channels, but the unet takes {unet.in_channels}")
+    encoders = {suffix: parts.get(f"text_encoder{suffix}") for suffix in ("", "_2")}
+    width = sum(encoder.config.hidden_size for encoder in encoders.values() if encoder is not None)
+    if unet.encoder_hid_dim is None and isinstance(unet.cross_attention_dim, int) and unet.cross_attention_dim != width:
+        raise DgqError(f"{folder}: text of width {width}, but the unet takes {unet.cross_attention_dim}")
+    for suffix, encoder in encoders.items():
+        tokenizer, place = parts.get(f"tokenizer{suffix}"), folder / f"tokenizer{suffix}"
+        if tokenizer is None or encoder is None:
+            continue
+        known, tokens = encoder.get_input_embeddings().num_embeddings, tokenizer.get_vocab().values()
+        if max(tokens, default=0) >= known or len(tokens) < known / 2:
+            held = f"{len(tokens)} tokens up to number {max(tokens, default=0)}"
+            raise DgqError(f"{place}: holds {held}, but the text encoder knows {known}")
+        length, limit = tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", None)
+        if not isinstance(length, int) or length < 3 or (limit is not None and length > limit):
+            file = place / "tokenizer_config.json"
+            raise DgqError(f"{file}: model_max_length is {length}, the text encoder reads {limit} tokens")
+
+
+@contextlib.contextmanager
+def one_line(place: Path, reason: str = "cannot be loaded") -> Iterator[None]:
+    """What other libraries raise for damaged files (their errors have no common base) becomes a DgqError."""
+    try:
+        yield
+    except DgqError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        detail = ": ".join([type(error).__name__, *lines[:1]])
+        raise DgqError(f"{place}: {reason} ({detail})", "the file may be damaged: copy it again") from error
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Only errors from a library's logger: what it warns of is an error here."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,339 @@
+"""Making pictures: checked settings, one seed a picture, PNG metadata."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..checkpoint.reading import read_header
+from ..errors import DgqError
+from ..outputs import atomic_file, claim
+from . import embedded
+from .pipelines import DEFAULT_GENERATION
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are made; None leaves a choice to the model's defaults.
+
+    Attributes:
+        steps: sampler steps.
+        guidance: classifier-free guidance scale; 1 or less turns it off.
+        negative: negative prompt.
+        width, height: pixels.
+        seed: seed of the first picture; picture i of a call takes seed + i.
+        batch: pictures per UNet call.
+    """
+
+    steps: int | None = None
+    guidance: float | None = None
+    negative: str = ""
+    width: int | None = None
+    height: int | None = None
+    seed: int = 0
+    batch: int = 1
+
+    def resolved(self, folder: Path) -> Settings:
+        """With steps and guidance filled in from the model's own defaults.
+
+        Raises:
+            DgqError: a value out of range.
+        """
+        defaults = dict(DEFAULT_GENERATION)
+        if folder == embedded.FOLDER:
+            defaults |= embedded.GENERATION
+        elif header := read_header(folder):
+            defaults |= header.generation
+        steps = int(defaults["steps"]) if self.steps is None else self.steps
+        guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
+        checks = {
+            "steps": (steps, 1, 1000), "guidance": (guidance, 0, 100), "batch": (self.batch, 1, 256),
+            "seed": (self.seed, 0, MAX_SEED),
+        }  # fmt: skip
+        for name, (value, low, high) in checks.items():
+            if not low <= value <= high:
+                raise DgqError(f"{name} {value} is out of range ({low} to {high})")
+        check_text("the negative prompt", self.negative)
+        return Settings(steps, guidance, self.negative, self.width, self.height, self.seed, self.batch)
+
+
+@dataclass
+class Picture:
+    """One picture and how it was made."""
+
+    image: Image.Image
+    prompt: str
+    seed: int
+    parameters: str
+    latents: Tensor = field(repr=False)
+
+    def save(self, path: Path, metadata: bool = True, keep: bool = False) -> Path:
+        """Write a PNG; `metadata` adds the `parameters` text that web UIs read.
+
+        Args:
+            path: where, as `write_png` takes it.
+            metadata: whether the settings go into the file.
+            keep: as of `write_png`.
+
+        Returns:
+            The file that was written.
+
+        Raises:
+            DgqError: the file cannot be written.
+        """
+        info = PngInfo()
+        if metadata:
+            info.add_text("parameters", self.parameters)
+        return write_png(self.image, path, info, keep)
+
+
+def write_png(image: Image.Image, path: Path, info: PngInfo | None = None, keep: bool = False) -> Path:
+    """Write a PNG, whole or not at all.
+
+    Args:
+        image: the picture.
+        path: where.
+        info: texts for the file.
+        keep: leave a file that is there, and number the new one: x.png, x-2.png, x-3.png.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        DgqError: the file cannot be written.
+    """
+    place = claim(path) if keep else path
+    try:
+        with atomic_file(place) as file:
+            image.save(file, format="PNG", pnginfo=info)
+    except BaseException:
+        if keep:
+            place.unlink(missing_ok=True)
+        raise
+    return place
+
+
+def check_text(what: str, text: str) -> None:
+    """Refuse what is no text: a NUL, or bytes that are not UTF-8.
+
+    Raises:
+        DgqError: naming the first such character.
+    """
+    if found := re.search("[\0\ud800-\udfff]", text):
+        raise DgqError(f"{what} holds {found[0]!r} at character {found.start() + 1}", "it has to be text in UTF-8")
+
+
+def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
+    """Refuse prompts the text encoder cannot take.
+
+    Raises:
+        DgqError: an empty prompt, or one with more tokens than the model reads.
+    """
+    limit = pipe.tokenizer.model_max_length
+    for prompt in prompts:
+        if not prompt.strip():
+            raise DgqError("the prompt is empty", "say what to draw")
+        check_text("the prompt", prompt)
+        count = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        if count > limit:
+            raise DgqError(
+                f"the prompt has {count} tokens, the model reads {limit}: {prompt[:40]!r}...", "shorten the prompt"
+            )
+
+
+def check_text_to_image(channels: int, latent_channels: int) -> None:
+    """Refuse a UNet that takes more than the latents, such as the mask and the picture of inpainting.
+
+    Raises:
+        DgqError: it does.
+    """
+    if channels != latent_channels:
+        raise DgqError(
+            f"the UNet takes {channels} channels, the latents have {latent_channels}: it draws from a picture too",
+            "dgq calibrates and draws from prompts alone: name a text-to-image model",
+        )
+
+
+def check_size(pipe: Any, settings: Settings) -> tuple[int, int]:
+    """(width, height) in pixels.
+
+    Raises:
+        DgqError: a side is not divisible by the VAE's factor, or out of range.
+    """
+    factor = pipe.vae_scale_factor
+    size = pipe.unet.config.sample_size
+    rows, columns = (size, size) if isinstance(size, int) else size
+    width = columns * factor if settings.width is None else settings.width
+    height = rows * factor if settings.height is None else settings.height
+    for name, value in (("width", width), ("height", height)):
+        if value % factor or not factor <= value <= 4096:
+            raise DgqError(f"{name} {value} must be a multiple of {factor}, from {factor} to 4096")
+    return width, height
+
+
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    settings: Settings,
+    *,
+    label: str = "float",
+    name: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Picture]:
+    """Make one picture a prompt.
+
+    Picture i comes from a fresh CPU generator seeded with seed + i, which draws in float32, so it does not depend (but
+    for rounding) on the batch it is made in, on the device or on the pipeline's dtype.
+
+    Args:
+        pipe: a Stable Diffusion pipeline.
+        prompts: what to draw.
+        settings: resolved settings (`Settings.resolved`).
+        label: the recipe, for the metadata.
+        name: the model's name, for the metadata.
+        progress: called after every sampler step with (done, total) steps over all batches.
+
+    Raises:
+        DgqError: a bad prompt or size, a pipeline that draws from more than a prompt, or a picture with values that are
+            not finite.
+    """
+    check_text_to_image(pipe.unet.config.in_channels, pipe.vae.config.latent_channels)
+    check_prompts(pipe, prompts)
+    width, height = check_size(pipe, settings)
+    assert settings.steps is not None
+    assert settings.guidance is not None
+    batches = [range(i, min(i + settings.batch, len(prompts))) for i in range(0, len(prompts), settings.batch)]
+    total = settings.steps * len(batches)
+    pictures: list[Picture] = []
+    for number, batch in enumerate(batches):
+        seeds = [(settings.seed + i) % (MAX_SEED + 1) for i in batch]
+
+        def on_step(step: int, first: int = number * settings.steps) -> None:
+            if progress:
+                progress(first + step, total)
+
+        latents = _sample(pipe, [prompts[i] for i in batch], seeds, settings, width, height, on_step)
+        for i, seed, latent, image in zip(batch, seeds, latents, decode(pipe, latents), strict=True):
+            text = _parameters(pipe, prompts[i], settings, seed, width, height, label, name)
+            pictures.append(Picture(image, prompts[i], seed, text, latent))
+    return pictures
+
+
+class _Float32Noise(TorchFunctionMode):
+    """Draws in float32 and rounds what is asked for in half precision: there torch makes other numbers of a generator,
+    and other ones in each of its versions."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        dtype = kwargs.get("dtype")
+        if func is torch.randn and dtype in (torch.float16, torch.bfloat16):
+            return func(*args, **{**kwargs, "dtype": torch.float32}).to(dtype)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _noise_in_float32(scheduler: Any) -> Iterator[None]:
+    """Let a scheduler draw the noise of its steps (an ancestral one, DDPM, LCM) by `_Float32Noise`."""
+    plain = scheduler.step
+
+    @functools.wraps(plain)  # pipelines look at its signature
+    def step(*args: Any, **kwargs: Any) -> Any:
+        with _Float32Noise():
+            return plain(*args, **kwargs)
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def start_noise(pipe: Any, generators: Sequence[torch.Generator], width: int, height: int) -> Tensor:
+    """What sampling starts from, (B, C, h, w) in the UNet's dtype on the CPU: sample i drawn from generator i.
+
+    In float32 these are the numbers that diffusers' own pipelines draw from the generators.
+    """
+    factor = pipe.vae_scale_factor
+    shape = (1, pipe.unet.config.in_channels, height // factor, width // factor)
+    samples = [torch.randn(shape, generator=one, dtype=torch.float32, device="cpu") for one in generators]
+    return torch.cat(samples).to(pipe.unet.dtype)
+
+
+@torch.no_grad()
+def _sample(
+    pipe: Any, prompts: list[str], seeds: list[int], settings: Settings, width: int, height: int,
+    on_step: Callable[[int], None],
+) -> Tensor:  # fmt: skip
+    """Final latents (B, C, h, w) of one batch."""
+
+    def after(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        on_step(step + 1)
+        return tensors
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with _noise_in_float32(pipe.scheduler):
+        latents = pipe(
+            prompt=prompts,
+            negative_prompt=[settings.negative] * len(prompts),
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            width=width,
+            height=height,
+            generator=generators,
+            latents=start_noise(pipe, generators, width, height),
+            output_type="latent",
+            callback_on_step_end=after,
+        ).images
+    if not bool(torch.isfinite(latents).all()):
+        raise DgqError("the picture is not finite", "calibrate again, or use the float model")
+    return latents
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
+    """Pictures of latents (B, C, h, w)."""
+    pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+    if not bool(torch.isfinite(pixels).all()):
+        raise DgqError("the decoder's picture is not finite", "load the pipeline in float32")
+    return pipe.image_processor.postprocess(pixels, output_type="pil")
+
+
+def _parameters(
+    pipe: Any, prompt: str, settings: Settings, seed: int, width: int, height: int, label: str, name: str
+) -> str:
+    """The A1111 form of the `parameters` text, with the quantization at its end."""
+    sampler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
+    fields = {
+        "Steps": settings.steps, "Sampler": sampler, "CFG scale": settings.guidance, "Seed": seed,
+        "Size": f"{width}x{height}", "Model": name, "Quantization": label,
+    }  # fmt: skip
+    negative = f"Negative prompt: {settings.negative}\n" if settings.negative else ""
+    return f"{prompt}\n{negative}" + ", ".join(f"{key}: {value}" for key, value in fields.items() if value != "")
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None, scale: int = 1, gap: int = 4) -> Image.Image:
+    """Pictures of one size side by side on white, `columns` a row (default: about square)."""
+    columns = columns or max(1, round(len(images) ** 0.5 + 0.49))
+    width, height = images[0].width * scale, images[0].height * scale
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        place = (gap + column * (width + gap), gap + row * (height + gap))
+        sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), place)
+    return sheet

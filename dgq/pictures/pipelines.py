@@ -1,0 +1,119 @@
+"""Loading pipelines: the embedded model, a local folder or a hub id; float or quantized."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgq_kernels import backend, native
+
+from ..checkpoint.reading import check_folder, read_header
+from ..devices import check_device
+from ..errors import DgqError
+from ..integer.shared_input import prepare_all
+from . import embedded
+from .components import assemble
+
+DEFAULT_GENERATION = {"steps": 25, "guidance": 7.5}
+
+
+def resolve(model: str | os.PathLike[str] | None) -> Path:
+    """The local folder of a model: None for the embedded one, a folder, or a hub id (downloaded to its cache).
+
+    Raises:
+        DgqError: no such model, or the folder is not a usable pipeline.
+    """
+    if model is None or str(model) == embedded.NAME:
+        folder = embedded.FOLDER
+        if not folder.is_dir():
+            raise DgqError("the embedded model is not installed", "reinstall dgq, or name a --model")
+    elif os.path.isdir(model):  # False too for what can be no path
+        folder = Path(model)
+    else:
+        folder = _download(str(model))
+    check_folder(folder)
+    return folder
+
+
+def _download(name: str) -> Path:
+    """Fetch a hub id's safetensors pipeline into the Hugging Face cache and return its folder."""
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise DgqError(f"{name}: no such folder", "give a diffusers folder, a hub id like owner/name, or no --model")
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(name, use_safetensors=True))
+    except Exception as error:  # hub, network and file errors have no common base
+        reason = str(error).strip().splitlines()
+        detail = reason[0] if reason else type(error).__name__
+        raise DgqError(
+            f"{name}: neither a folder nor a model that can be fetched ({detail})",
+            "check the name and the connection, or download it first",
+        ) from None
+
+
+def float_base(folder: Path, against: str | None = None) -> Path | None:
+    """The model that a model folder is compared with.
+
+    Args:
+        folder: from `resolve`.
+        against: another model; None or "float" for the one a checkpoint was made of.
+
+    Returns:
+        Its folder, or None where `folder` is a float model and `against` is not given.
+
+    Raises:
+        DgqError: there is no such model, or "float" is asked of a float model.
+    """
+    if against not in (None, "float"):
+        return resolve(against)
+    header = read_header(folder)
+    if header is None:
+        if against:
+            raise DgqError(f"{folder}: is a float model already", "name a checkpoint, or --against another model")
+        return None
+    try:
+        return resolve(header.base_model or "")
+    except DgqError:
+        raise DgqError(
+            f"{folder}: the float model it was made of ({header.base_model}) is not at hand", "give it by --against"
+        ) from None
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Load a text-to-image pipeline, quantized or float, strictly.
+
+    Args:
+        model: checkpoint folder, hub id, or None for the embedded model.
+        device: default CUDA where there is one, else CPU.
+        dtype: dtype of everything that is not quantized; default float16 on CUDA, float32 on the CPU.
+
+    Returns:
+        A diffusers pipeline in eval mode. Integer weights and their scales keep their types whatever `dtype` is.
+
+    Raises:
+        DgqError: there is no such device; or the model does not exist or is damaged: the message names the file or
+            tensor.
+    """
+    place = check_device(device)
+    folder = resolve(model)
+    if dtype is None:
+        dtype = torch.float16 if place.type == "cuda" else torch.float32
+    try:
+        backend.select(place)
+        native.available()
+    except ValueError as error:
+        raise DgqError(str(error)) from None
+    pipe = assemble(folder, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    pipe = pipe.to(place)
+    prepare_all(pipe.unet, place)
+    return pipe

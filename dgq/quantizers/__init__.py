@@ -1,1 +1,0 @@
-"""Quantizers: weights, input channels, and the published activation groups."""

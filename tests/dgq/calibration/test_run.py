@@ -1,0 +1,264 @@
+"""The whole way from a float folder to a checkpoint, interruptions included."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import dgq
+from dgq.calibration import run as quantize
+from dgq.calibration.estimate import estimate
+from dgq.calibration.run import Options, calibrate
+from dgq.checkpoint.reading import read_header, unet_bytes
+from dgq.checkpoint.writing import WEIGHTS_NAME
+from dgq.errors import DgqError
+from dgq.inspection.inspect import inspect
+from dgq.outputs import workplace
+from dgq.pictures.prompts import calibration_prompts, evaluation_prompts, read_prompts
+from dgq.recipe import Recipe
+
+QUICK = Recipe(rounding="nearest", channels="none")
+FAST = {"prompts": ["a cat", "a dog"], "steps": 2, "evaluate": 0}
+
+
+def weights(folder):
+    return load_file(folder / "unet" / WEIGHTS_NAME)
+
+
+def test_same_seed_same_file(tiny_pipeline, tmp_path):
+    for name in ("a", "b"):
+        calibrate(tiny_pipeline, tmp_path / name, Recipe(), Options(**FAST))
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert all(bool((a[name] == b[name]).all()) for name in a)
+
+
+def test_interrupted_and_resumed_gives_the_same_file(tiny_pipeline, tmp_path):
+    calibrate(tiny_pipeline, tmp_path / "whole", Recipe(), Options(**FAST))
+
+    def interrupt(stage, done, total, detail):
+        if stage == "quantize" and done == total // 2:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_pipeline, out, Recipe(), Options(**FAST), interrupt)
+    assert not out.exists()
+    with pytest.raises(DgqError, match="other settings"):
+        calibrate(tiny_pipeline, out, Recipe(wbits=8), Options(**FAST, resume=True))
+    stages = []
+    calibrate(tiny_pipeline, out, Recipe(), Options(**FAST, resume=True), lambda stage, *_: stages.append(stage))
+    assert "record" not in stages
+    assert 0 < stages.count("quantize") < 60
+    a, b = weights(tmp_path / "whole"), weights(out)
+    assert all(bool((a[name] == b[name]).all()) for name in a)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.fixture
+def interrupted(tiny_pipeline, tmp_path):
+    """(a float model that a test may change, --out of a calibration of it that was interrupted half-way)."""
+    source, out = Path(shutil.copytree(tiny_pipeline, tmp_path / "model")), tmp_path / "out"
+
+    def interrupt(stage, done, total, detail):
+        if stage == "quantize" and done == total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, out, QUICK, Options(**FAST), interrupt)
+    return source, out
+
+
+def change_a_byte(file):
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"unet/{WEIGHTS_NAME}", "text_encoder/model.safetensors", "tokenizer/*.json", "scheduler/scheduler_config.json"],
+)
+def test_another_model_of_equal_size_is_not_resumed(interrupted, name):
+    source, out = interrupted
+    (file, *_) = sorted(source.glob(name))
+    size = file.stat().st_size
+    if file.suffix == ".json":
+        file.write_text(file.read_text().replace("\n", " ", 1))
+    else:
+        change_a_byte(file)
+    assert file.stat().st_size == size
+    with pytest.raises(DgqError, match="another model or with other settings"):
+        calibrate(source, out, QUICK, Options(**FAST, resume=True))
+    assert list((out.parent / ".out.partial").glob("layer-*"))
+
+
+def test_damaged_files_are_made_again(interrupted, tmp_path):
+    source, out = interrupted
+    partial = tmp_path / ".out.partial"
+    first, second, third, *_ = sorted(partial.glob("layer-*"))
+    first.write_bytes(first.read_bytes()[:-20])
+    second.write_bytes(b"")
+    plan = json.dumps({"name": third.stem.removeprefix("layer-"), "plan": {}, "sqnr_db": 1})
+    save_file(load_file(third), third, metadata={"layer": plan})
+    (partial / "calls.safetensors").write_bytes((partial / "calls.safetensors").read_bytes()[:1000])
+    told = []
+    calibrate(source, out, QUICK, Options(**FAST, resume=True), lambda stage, *rest: told.append((stage, rest[-1])))
+    resumed = [detail for stage, detail in told if stage == "resume"]
+    assert [detail.split()[0] for detail in resumed] == [first.name, second.name, third.name, "calls.safetensors"]
+    assert "record" in [stage for stage, _ in told]
+    calibrate(source, tmp_path / "whole", QUICK, Options(**FAST))
+    a, b = weights(tmp_path / "whole"), weights(out)
+    assert all(bool((a[name] == b[name]).all()) for name in a)
+    assert not partial.exists()
+
+
+def test_a_layer_of_another_calibration_is_made_again(interrupted, tmp_path):
+    source, out = interrupted
+    (file, *_) = sorted((tmp_path / ".out.partial").glob("layer-*"))
+    with safe_open(file, framework="pt") as handle:
+        entry = json.loads(handle.metadata()["layer"])
+    entry["plan"]["abits"] = 6
+    save_file(load_file(file), file, metadata={"layer": json.dumps(entry)})
+    told = []
+    header = calibrate(
+        source, out, QUICK, Options(**FAST, resume=True), lambda stage, *rest: told.append((stage, rest))
+    )
+    assert [rest[-1].split()[0] for stage, rest in told if stage == "resume"] == [file.name]
+    assert {plan.abits for plan in header.layers.values()} == {8}
+
+
+def test_two_calibrations_to_one_place(tiny_pipeline, tmp_path):
+    out = tmp_path / "out"
+    with workplace(out), pytest.raises(DgqError, match=r"another process.*\.out\.partial"):
+        calibrate(tiny_pipeline, out, QUICK, Options(**FAST), lambda *_: pytest.fail("it began to work"))
+    calibrate(tiny_pipeline, out, QUICK, Options(**FAST))
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_overrides_and_prompts_are_told_before_the_work(tiny_pipeline, tmp_path):
+    def work(*_):
+        pytest.fail("it began to work")
+
+    with pytest.raises(DgqError, match="matches no layer"):
+        calibrate(tiny_pipeline, tmp_path / "out", Recipe(overrides=(("nosuch", 8),)), Options(**FAST), work)
+    with pytest.raises(DgqError, match="tokens"):
+        calibrate(tiny_pipeline, tmp_path / "out", QUICK, Options(["a cat", "cat " * 40], steps=2), work)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_checkpoint_is_replaced_and_never_lost(tiny_pipeline, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()  # an empty folder is as good as none
+    calibrate(tiny_pipeline, out, QUICK, Options(**FAST))
+    before = weights(out)
+    (out / "thesis.txt").touch()
+    with pytest.raises(DgqError, match=r"thesis\.txt"):
+        calibrate(tiny_pipeline, out, QUICK, Options(**FAST, overwrite=True))
+    (out / "thesis.txt").unlink()
+    recipe = Recipe(wbits=8, rounding="nearest", channels="none")
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize, "write_checkpoint", lambda *_: (_ for _ in ()).throw(DgqError("no space")))
+        with pytest.raises(DgqError, match="no space"):
+            calibrate(tiny_pipeline, out, recipe, Options(**FAST, overwrite=True))
+    assert weights(out).keys() == before.keys()
+    header = calibrate(tiny_pipeline, out, recipe, Options(**FAST, overwrite=True, resume=True))
+    assert read_header(out) == header
+    assert header.recipe.wbits == 8
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_source_is_never_written_over(tiny_pipeline, tmp_path):
+    source = Path(shutil.copytree(tiny_pipeline, tmp_path / "model"))
+    (tmp_path / "link").symlink_to(source)
+    for out in (source, source / "out", tmp_path, tmp_path / "link", tmp_path / "link" / "out"):
+        for given in (source, tmp_path / "link"):
+            with pytest.raises(DgqError, match=r"is, holds or lies in|is a link"):
+                calibrate(given, out, QUICK, Options(**FAST, overwrite=True))
+    assert sorted(file.name for file in source.iterdir()) == sorted(file.name for file in tiny_pipeline.iterdir())
+
+
+@pytest.mark.parametrize("wbits, ratio", [(4, 0.40), (8, 0.62)])
+def test_estimate_agrees_with_the_file(tiny_pipeline, tmp_path, wbits, ratio):
+    recipe = Recipe(wbits=wbits, channels="none", rounding="nearest")
+    before = estimate(tiny_pipeline, recipe, Options(**FAST))
+    calibrate(tiny_pipeline, tmp_path / "out", recipe, Options(**FAST))
+    size = unet_bytes(tmp_path / "out")
+    assert before.packed_bytes <= size < before.packed_bytes + 100_000  # the difference is the file's own header
+    assert before.packed_bytes < ratio * before.float16_bytes
+    assert before.seconds > 0
+
+
+def test_overrides_and_float_attention_reach_the_file(tiny_pipeline, tmp_path):
+    recipe = Recipe(attention="float", overrides=(("mid_block.*", 8), ("*.to_q", 0)))
+    header = calibrate(tiny_pipeline, tmp_path / "out", recipe, Options(**FAST))
+    assert header == read_header(tmp_path / "out")
+    assert header.attention is None
+    assert not any(name.endswith("to_q") for name in header.layers)
+    assert {plan.wbits for name, plan in header.layers.items() if name.startswith("mid_block")} == {8}
+    dgq.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_paper_recipe_makes_a_checkpoint(tiny_pipeline, tmp_path, groups):
+    header = calibrate(tiny_pipeline, tmp_path / "out", Recipe(name="paper", groups=groups), Options(**FAST))
+    assert header.paper is not None
+    pipe = dgq.load(tmp_path / "out")
+    pipe("a cat", num_inference_steps=2)
+    shown = [layer.channels for layer in inspect(tmp_path / "out").layers if layer.kind == "attention"]
+    assert len(shown) == 8
+    assert all(channels.endswith(" p:tensorx1") == (groups == 1) for channels in shown)
+
+
+def test_bad_sources(tiny_checkpoint, tiny_pipeline, tmp_path):
+    with pytest.raises(DgqError, match="quantized already"):
+        calibrate(tiny_checkpoint, tmp_path / "out", Recipe())
+    with pytest.raises(DgqError, match="already exists"):
+        calibrate(tiny_pipeline, tiny_checkpoint, Recipe())
+    with pytest.raises(DgqError, match="no such folder"):
+        calibrate("no/such/folder", tmp_path / "out", Recipe())
+    with pytest.raises(DgqError, match="no calibration prompts"):
+        calibrate(tiny_pipeline, tmp_path / "out", Recipe(), Options(prompts=[]))
+
+
+def test_calibration_and_evaluation_prompts_never_meet(tiny_pipeline, tmp_path):
+    (tmp_path / "plain").mkdir()
+    for folder in (tmp_path / "plain", tiny_pipeline):
+        chosen, others = calibration_prompts(folder, 10_000), evaluation_prompts(folder, 10_000)
+        assert chosen
+        assert others
+        assert not set(chosen) & set(others)
+        assert calibration_prompts(folder, 2) == calibration_prompts(folder, 2)
+    assert len(calibration_prompts(tmp_path / "plain", 64)) == 64
+
+
+def test_prompt_files(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("# comment\n\na cat\n  a dog \n")
+    assert read_prompts(file) == ["a cat", "a dog"]
+    file.write_text("#\n")
+    with pytest.raises(DgqError, match="no prompt"):
+        read_prompts(file)
+    with pytest.raises(DgqError, match="cannot be read"):
+        read_prompts(tmp_path / "nosuch.txt")
+    file.write_bytes(b"\xef\xbb\xbfa cat\r\n")  # as Windows' editors write it
+    assert read_prompts(file) == ["a cat"]
+
+
+def test_prompts_from_a_pipe():
+    source, sink = os.pipe()
+    os.write(sink, b"a cat\n")
+    os.close(sink)
+    assert read_prompts(Path(f"/dev/fd/{source}")) == ["a cat"]  # as bash's <(command) names it
+    os.close(source)
+
+
+def test_a_huge_prompts_file_is_not_read_into_memory(tmp_path):
+    with open(tmp_path / "huge.txt", "wb") as file:
+        file.truncate(2**40)  # without a byte on the disk
+    with pytest.raises(DgqError, match="larger than 256 MiB"):
+        read_prompts(tmp_path / "huge.txt")

@@ -1,0 +1,67 @@
+"""Channel groups: their formation, and the choice by measured error."""
+
+import pytest
+import torch
+
+from dgq.integer.channels import candidates, fake_quantize_input, form_groups, from_matrix, to_matrix
+from dgq.recipe import LayerPlan
+
+
+def plan(kind="linear", c=64, n=32, wbits=8, abits=8, **more):
+    return LayerPlan(kind, c, n, wbits, abits, False, class_ends=[c], **more)
+
+
+def test_shift_exponents_are_rounded_octaves_in_0_to_2():
+    rms = torch.ones(16)
+    rms[3], rms[5], rms[7], rms[9] = 2.1, 3.9, 50.0, 0.01
+    groups = form_groups("shift", rms, 8)
+    assert groups.divisor[[3, 5, 7, 9]].tolist() == [2, 4, 4, 1]
+    assert groups.class_ends == [13, 14, 16]
+    exponents = groups.divisor.log2()[groups.order]
+    assert (exponents.diff() >= 0).all()
+    assert groups.class_of().tolist() == exponents.long().tolist()
+
+
+def test_shift_without_outliers_is_no_handling():
+    assert form_groups("shift", torch.ones(8), 8).mode == "none"
+
+
+def test_int4_shift_folds_into_the_weight():
+    rms = torch.ones(8)
+    rms[2] = 4
+    groups = form_groups("shift", rms, 4)
+    assert not groups.shifts_accumulator
+    assert groups.order is not None
+
+
+def test_smooth_divides_only_what_stands_out():
+    rms = torch.tensor([1.0, 1.0, 1.0, 16.0, 0.1])
+    assert form_groups("smooth", rms, 8).divisor.tolist() == [1, 1, 1, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "outliers", "modes"),
+    [
+        ("auto", True, ["none", "smooth", "shift"]), ("auto", False, ["none", "smooth"]), ("none", True, ["none"]),
+        ("shift", True, ["shift"]), ("shift", False, ["none"]),
+    ],
+)  # fmt: skip
+def test_candidates(mode, outliers, modes):
+    rms = torch.linspace(0.8, 1.2, 16)
+    rms[3] = 9 if outliers else 1
+    assert [groups.mode for groups in candidates(mode, rms, 4)] == modes
+
+
+def test_fake_quantization_of_the_input_is_bounded_by_the_step():
+    x = torch.randn(20, 16)
+    error = (fake_quantize_input(x, 8, torch.ones(16)) - x).abs()
+    step = (x.amax(1).clamp(min=0) - x.amin(1).clamp(max=0)) / 255
+    assert (error <= step[:, None] * 1.001).all()
+
+
+def test_matrix_form_runs_over_channels_within_a_tap():
+    weight = torch.arange(2 * 3 * 2 * 2).float().view(2, 3, 2, 2)
+    matrix = to_matrix(weight)
+    assert matrix[1, 3:6].tolist() == weight[1, :, 0, 1].tolist()
+    layer = LayerPlan("conv2d", 3, 2, 8, 8, False, kernel_size=2, class_ends=[3])
+    assert torch.equal(from_matrix(matrix, layer), weight)

@@ -1,0 +1,236 @@
+"""Statistics and the walk over the layers."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from dgq.bench import architectures
+from dgq.calibration.replay import spread
+from dgq.errors import DgqError
+from dgq.integer.channels import WORTH, candidates, to_matrix
+from dgq.integer.layer import IntegerLayer
+from dgq.integer.plan import Layer, joined_inputs, plan_layer, plan_layers
+from dgq.integer.rounding import choose_rounded, passes, quantize_unet, round_layer
+from dgq.integer.skeleton import build_skeleton
+from dgq.integer.statistics import Statistics, gather
+from dgq.recipe import Recipe
+
+
+class Net(nn.Module):
+    """A small net with every kind of layer, called as a UNet is."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, 16, 3, padding=1)
+        self.body = nn.Conv2d(16, 24, 3, padding=1)
+        self.point = nn.Conv2d(24, 16, 1)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.head = nn.ModuleList([nn.Linear(16, 32), nn.Linear(32, 8, bias=False)])
+        self.conv_out = nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, sample):
+        x = self.depthwise(self.point(torch.relu(self.body(self.conv_in(sample)))))
+        x = self.head[1](torch.relu(self.head[0](x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+        return self.conv_out(x)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def calls():
+    g = torch.Generator().manual_seed(1)
+    return [{"sample": torch.randn(2, 4, 6, 6, generator=g)} for _ in range(6)]
+
+
+def test_plan_covers_what_can_be_quantized_and_says_why_not(net):
+    layers, kept = plan_layers(net, Recipe(overrides=(("head.1", 0), ("body", 8))))
+    assert {layer.name: (layer.plan.kind, layer.plan.wbits) for layer in layers} == {
+        "body": ("conv2d", 8), "point": ("pointwise", 4), "head.0": ("linear", 4),
+    }  # fmt: skip
+    assert set(kept) == {"conv_in", "conv_out", "depthwise", "head.1"}
+    assert "groups=16" in kept["depthwise"]
+
+
+@pytest.mark.parametrize("arch", ["sd-v1.4", "sdxl-turbo"])
+def test_joined_inputs_are_where_the_up_blocks_join_them(arch, monkeypatch):
+    unet = architectures.skeleton(architectures.architecture(arch).config)
+    expected, joined = [], torch.cat
+
+    def cat(tensors, *args, **kwargs):
+        if len(tensors) == 2 and tensors[0].dim() == 4:
+            expected.append(tuple(tensor.shape[1] for tensor in tensors))
+        return joined(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "cat", cat)
+    with torch.no_grad():
+        unet(**architectures.call(unet, 1, torch.device("meta")))
+    found = joined_inputs(unet)
+    assert [(first, unet.get_submodule(name).in_channels - first) for name, first in found.items()] == expected
+    assert len(found) == sum(len(block.resnets) for block in unet.up_blocks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wbits", [4, 8])
+def test_a_joined_input_has_a_scale_for_each_part(wbits):
+    """A small skip beside a large hidden state is not rounded away, and only one part carries the bias."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
+        layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+    name, reference = "up_blocks.0.resnets.1.conv_shortcut", copy.deepcopy(unet)
+    shortcut = reference.get_submodule(name)
+    hidden = joined_inputs(unet)[name]
+    shortcut.weight[:, :hidden] = 0  # the output is the skip's alone
+    unet.load_state_dict(reference.state_dict())
+    g = torch.Generator().manual_seed(0)
+    calls = [
+        {"sample": torch.randn(2, 4, 8, 8, generator=g), "timestep": 10, "encoder_hidden_states": torch.randn(2, 5, 32)}
+        for _ in range(4)
+    ]
+    plans, _ = quantize_unet(unet, calls, Recipe(wbits=wbits))
+    parts = [plan for key, plan in plans.items() if plan.owner(key) == name]
+    assert [plan.columns for plan in parts] == [[0, hidden], [hidden, shortcut.in_channels]]
+    assert [plan.bias for plan in parts] == [True, False]
+    x = torch.randn(2, shortcut.in_channels, 4, 4, generator=g)
+    x[:, :hidden] *= 1000
+    residual = torch.randn(2, shortcut.out_channels, 4, 4, generator=g)
+    target = shortcut(x) + residual
+    error = (unet.get_submodule(name)(x, residual) - target).norm() / (target - residual).norm()
+    assert error < (0.02 if wbits == 8 else 0.15)
+    empty = copy.deepcopy(reference)
+    build_skeleton(empty, plans)
+    empty.load_state_dict(unet.state_dict())
+    assert torch.equal(empty.get_submodule(name)(x), unet.get_submodule(name)(x))
+    short = {key: plan for key, plan in plans.items() if key != f"{name}.1"}
+    with pytest.raises(DgqError, match="input channels"):
+        build_skeleton(copy.deepcopy(reference), short)
+
+
+def test_override_that_matches_nothing_is_an_error(net):
+    with pytest.raises(DgqError, match="nosuch"):
+        plan_layers(net, Recipe(overrides=(("nosuch*", 8),)))
+
+
+def test_second_moment_is_that_of_the_matrix_form():
+    """x x^T of im2col columns, in the order the weight matrix has."""
+    conv = nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False)
+    x = torch.randn(2, 3, 7, 7)
+    statistics = Statistics(plan_layer(conv, 8, Recipe()), 1)
+    statistics.add(x)
+    matrix = to_matrix(conv.weight.detach())
+    outputs = conv(x).permute(1, 0, 2, 3).flatten(1)
+    assert torch.allclose(matrix @ statistics.moment @ matrix.t(), outputs @ outputs.t(), rtol=1e-3, atol=1e-3)
+    assert statistics.count == outputs.shape[1]
+    assert torch.allclose(statistics.mean_square, x.square().mean((0, 2, 3)))
+
+
+def test_streaming_equals_one_batch():
+    linear = nn.Linear(6, 4)
+    x = torch.randn(40, 6)
+    whole, parts = (Statistics(plan_layer(linear, 8, Recipe()), n) for n in (1, 4))
+    whole.add(x)
+    for part in x.split(10):
+        parts.add(part)
+    assert torch.allclose(whole.moment, parts.moment, rtol=1e-5)
+    assert parts.samples.shape[1] == 6
+
+
+def test_spread_takes_every_prompt_and_different_steps():
+    recorded = [[{"prompt": i, "step": j} for j in range(10)] for i in range(8)]
+    chosen = spread(recorded, 16)
+    assert len(chosen) == 16
+    assert len({call["step"] for call in chosen}) >= 8
+    assert len({call["prompt"] for call in chosen}) >= 6
+    assert spread(recorded, 1000) == [call for calls in recorded for call in calls]
+
+
+def test_passes_keep_to_the_budget(net):
+    layers, _ = plan_layers(net, Recipe())
+    groups = passes(layers, 1)
+    assert [len(group) for group in groups] == [1] * len(layers)
+    assert len(passes(layers, 2**40)) == 1
+
+
+@pytest.mark.parametrize("wbits, abits, floor", [(8, 8, 33), (4, 8, 20), (4, 6, 18)])
+@torch.no_grad()
+def test_whole_net(net, calls, wbits, abits, floor):
+    expected = net(calls[0]["sample"])
+    plans, sqnr = quantize_unet(net, calls, Recipe(wbits=wbits, abits=abits))
+    assert set(plans) == set(sqnr) == {"body", "point", "head.0", "head.1"}
+    assert all(isinstance(net.get_submodule(name), IntegerLayer) for name in plans)
+    y = net(calls[0]["sample"])
+    assert float(20 * torch.log10(expected.norm() / (y - expected).norm())) > floor
+
+
+@torch.no_grad()
+def test_many_passes_give_the_same_model(net, calls):
+    import copy
+
+    one, many = copy.deepcopy(net), copy.deepcopy(net)
+    quantize_unet(one, calls, Recipe())
+    quantize_unet(many, calls, Recipe(), budget=1)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, many.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("wbits", [4, 8])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_outlier_channels_are_found_and_plain_layers_left_alone(kind, wbits):
+    g = torch.Generator().manual_seed(0)
+    module = nn.Linear(64, 32, bias=False) if kind == "linear" else nn.Conv2d(64, 32, 3, padding=1, bias=False)
+    x = torch.randn((512, 64) if kind == "linear" else (8, 64, 6, 6), generator=g)
+    recipe = Recipe(wbits=wbits)
+
+    def chosen():
+        layer = Layer("one", module, plan_layer(module, wbits, recipe))
+        seen = Statistics(layer.plan, 1)
+        seen.add(x)
+        return layer, seen, choose_rounded(layer, seen, recipe)
+
+    module.weight.data.normal_(generator=g)
+    assert chosen()[2].groups.mode == "none"
+    x[:, :3] *= 20
+    module.weight.data[:, :3] /= 20
+    layer, seen, best = chosen()
+    assert best.groups.mode != "none"
+    assert (best.groups.divisor[:3] > 1).all()
+    errors = {
+        groups.mode: round_layer(layer, seen, recipe, groups).error
+        for groups in candidates("auto", seen.mean_square.sqrt(), wbits)
+    }
+    assert best.error == errors[best.groups.mode] <= min(errors.values()) / (1 - WORTH)
+
+
+def test_finished_layers_are_not_done_again(net, calls):
+    import copy
+
+    stored = {}
+    first = copy.deepcopy(net)
+    quantize_unet(first, calls, Recipe(), store=stored.__setitem__)
+    again = []
+    done = {name: stored[name] for name in ("body", "head.0")}
+    quantize_unet(net, calls, Recipe(), store=lambda name, _: again.append(name), done=done)
+    assert again == ["point", "head.1"]
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, net.state_dict()[name])
+
+
+def test_layer_with_bad_weights_is_named(net, calls):
+    net.point.weight.data[0, 0] = float("nan")
+    with pytest.raises(DgqError, match=r"point|body|head"):
+        quantize_unet(net, calls, Recipe())
+
+
+def test_gather_removes_its_hooks(net, calls):
+    layers, _ = plan_layers(net, Recipe())
+    gather(net, layers, calls)
+    assert not any(layer.module._forward_pre_hooks for layer in layers)

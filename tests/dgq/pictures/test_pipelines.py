@@ -1,0 +1,110 @@
+"""Devices and pipelines that dgq can work with, and those it refuses before anything is loaded."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+
+import dgq
+from dgq.devices import check_device, default_device
+from dgq.errors import DgqError
+from dgq.pictures.pipelines import resolve
+
+
+@pytest.mark.parametrize("device", ["", "xyz", "mps", "meta", "CPU", " cpu", "cpu:3", "cuda:", "cuda:1e9", 0])
+def test_devices_that_are_none(device):
+    with pytest.raises(DgqError, match="is not cpu, cuda or cuda:N"):
+        check_device(device)
+
+
+def test_devices():
+    assert check_device(None) == default_device()
+    assert check_device("cpu") == check_device(torch.device("cpu")) == torch.device("cpu")
+    count = torch.cuda.device_count()
+    with pytest.raises(DgqError, match="no CUDA device: torch .* sees none" if not count else "torch sees"):
+        check_device(f"cuda:{count}")
+    if count:
+        assert check_device("cuda:0") == torch.device("cuda", 0)
+
+
+def test_a_device_is_checked_before_the_model(tmp_path):
+    with pytest.raises(DgqError, match="'xyz' is not cpu"):
+        dgq.load(tmp_path / "nosuch", device="xyz")
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        (
+            {"_class_name": "StableDiffusionControlNetPipeline"},
+            "'StableDiffusionControlNetPipeline'; dgq works with",
+        ),
+        ({"_class_name": "StableDiffusionUpscalePipeline"}, "'StableDiffusionUpscalePipeline'; dgq works with Stable"),
+        ({"_class_name": "FluxPipeline", "unet": None}, "'FluxPipeline'; dgq works with StableDiffusionPipeline"),
+        ({"unet": [None, None]}, "has no unet"),
+        ({"unet": ["diffusers", "UNet3DConditionModel"]}, "UNet3DConditionModel; dgq works with diffusers.UNet2DCond"),
+    ],
+)
+def test_pipelines_that_cannot_work_are_refused_first(tiny_pipeline, tmp_path, index, message):
+    """Nothing is there but the index."""
+    known = json.loads((tiny_pipeline / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**known, **index}))
+    with pytest.raises(DgqError, match=message) as caught:
+        resolve(tmp_path)
+    assert str(tmp_path / "model_index.json") in caught.value.message
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_half_precision_files_alone(tiny_pipeline, tmp_path, shards):
+    """A folder whose weights are only of the variant "fp16", whole or in shards, is the same model."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(tiny_pipeline, dtype=torch.float16)
+    size = {"max_shard_size": "200KB"} if shards else {}
+    pipe.save_pretrained(tmp_path / "half", variant="fp16", **size)
+    names = {file.name for file in (tmp_path / "half").rglob("*.safetensors")}
+    assert all(".fp16" in name for name in names)
+    assert any("-of-" in name for name in names) == shards
+    loaded = dgq.load(tmp_path / "half", device="cpu", dtype=torch.float16)
+    for part in ("unet", "vae", "text_encoder"):
+        expected = getattr(pipe, part).state_dict()
+        for name, tensor in getattr(loaded, part).state_dict().items():
+            assert torch.equal(tensor, expected[name])
+    extra = next((tmp_path / "half" / "unet").glob("*.safetensors"))
+    extra.unlink()
+    with pytest.raises(DgqError, match="half"):
+        dgq.load(tmp_path / "half", device="cpu")
+
+
+def test_a_safety_checker_loads_strictly_and_quietly(tiny_pipeline, tmp_path, caplog):
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "checked")
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 8}  # fmt: skip
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16))
+    checker.save_pretrained(folder / "safety_checker")
+    CLIPImageProcessor(size=16, crop_size=16).save_pretrained(folder / "feature_extractor")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    log = logging.getLogger("diffusers.pipelines.pipeline_loading_utils")
+    log.addHandler(caplog.handler)  # diffusers' loggers do not propagate
+    try:
+        assert type(dgq.load(folder, device="cpu").safety_checker) is StableDiffusionSafetyChecker
+    finally:
+        log.removeHandler(caplog.handler)
+    assert caplog.text == ""
+    file = folder / "safety_checker" / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("concept_embeds_weights")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(DgqError, match=r"safety_checker/model.safetensors: tensor 'concept_embeds_weights' is missing"):
+        dgq.load(folder, device="cpu")
