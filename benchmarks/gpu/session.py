@@ -1,0 +1,124 @@
+"""What the stages of a report share: the device, the file of results, and timing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KINDS = ("cuda", "cpu", "pretend")
+
+
+@dataclass
+class Session:
+    """One report, as one of its processes sees it.
+
+    Attributes:
+        out: folder of report.jsonl and the other files.
+        kind: "cuda"; "cpu" runs a tiny UNet in Triton's interpreter; "pretend" compiles for sm_90 and launches nothing.
+        shard: "i/n", the part of the kernels that a process of the stage `compile` takes.
+    """
+
+    out: Path
+    kind: str
+    shard: str = "0/1"
+
+    @property
+    def cuda(self) -> bool:
+        return self.kind == "cuda"
+
+    @property
+    def device(self) -> Any:
+        import torch
+
+        return torch.device("cuda" if self.cuda else "cpu")
+
+    @property
+    def half(self) -> Any:
+        """float16, which Triton's interpreter is too slow for: float32 there."""
+        import torch
+
+        return torch.float16 if self.cuda else torch.float32
+
+    def say(self, stage: str, **facts: Any) -> None:
+        """One result: a line of report.jsonl, at once, and of the log."""
+        line = json.dumps({"stage": stage, **facts}, default=str)
+        print(line, flush=True)
+        with open(self.out / "report.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def said(self, stage: str) -> list[dict[str, Any]]:
+        """The results of a stage so far."""
+        path = self.out / "report.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [row for row in map(json.loads, lines) if row["stage"] == stage]
+
+    def command(self, stage: str, *more: str) -> list[str]:
+        """The command line of a process that runs one stage of this report."""
+        script = Path(__file__).with_name("report.py").resolve()
+        line = [sys.executable, str(script), "--run", stage, "--out", str(self.out), "--device", self.kind]
+        return [*line, *more]
+
+    def timed(self, run: Callable[[], Any]) -> float:
+        """Milliseconds of one call."""
+        from dgq.bench.rows import timed
+
+        return timed(run, self.device)
+
+    def graphed(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """Replays of a CUDA graph of a call; the call itself where there is no CUDA."""
+        if not self.cuda:
+            return run
+        import torch
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = run()
+
+        def replay() -> Any:
+            graph.replay()
+            return kept
+
+        return replay
+
+    def microseconds(self, run: Callable[[], Any]) -> float:
+        """Of a call among many in one graph: no gaps of the host, operands as warm as the caches keep them."""
+        calls, times = (20, 6) if self.cuda else (1, 1)
+        replay = self.graphed(lambda: [run() for _ in range(calls)])
+        found = [self.timed(replay) for _ in range(times)]
+        return 1000 * statistics.median(found[self.cuda :]) / calls
+
+    def forget(self) -> None:
+        """Give the device's unused memory back."""
+        if self.cuda:
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1][:300]}"
+
+
+def clocks() -> str:
+    """Clocks, power and temperature as the driver tells them, with the card's name."""
+    query = "name,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_event_reasons.active"
+    if not shutil.which("nvidia-smi"):
+        return "no GPU"
+    ask = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    return subprocess.run(ask, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}).stdout.strip()
