@@ -29,6 +29,7 @@ from ..integer.attention import AttentionPlan
 from ..integer.channels import no_groups, to_matrix
 from ..integer.layer import IntegerLayer
 from ..integer.plan import plan_layers
+from ..integer.skeleton import stored_names
 from ..integer.weights import SUBSCALE_MAX, IntegerWeight, nearest, quantize_weight
 from ..outputs import atomic_folder
 from ..recipe import LayerPlan, Recipe
@@ -194,8 +195,8 @@ def quantized_model(source: str, target: str, wbits: int, search: bool) -> None:
     empty = architectures.skeleton(config)
     with torch.device("meta"):
         apply_header(empty, header)
-    parameters = {name for name, _ in empty.named_parameters()}
-    # as `checkpoint.write_checkpoint` does: parameters in half precision, a layer's buffers as they are
+    # as `write_checkpoint` does: parameters in half precision, what a layer stores as it is
+    parameters = {name for name, _ in empty.named_parameters()} - stored_names(empty)
     specs = {
         name: (tensor.shape, torch.float16 if name in parameters else tensor.dtype)
         for name, tensor in empty.state_dict().items()

@@ -114,7 +114,7 @@ def random_layer(plan: LayerPlan) -> IntegerLayer:
     """An integer layer with random weights over their whole range: its speed is that of any weights."""
     layer = IntegerLayer(plan)
     generator = torch.Generator().manual_seed(0)
-    for name, buffer in layer.named_buffers():
+    for name, buffer in layer.named_parameters():
         if buffer.dtype == torch.int8:
             buffer.random_(-127, 128, generator=generator)
         elif name == "subscales":

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..errors import DgqError
 from ..integer.layer import IntegerLayer
 from ..integer.shared_input import prepare_all
+from ..integer.stored import StoredWeight
 from .files import Call, flatten, load_calls, load_unet
 from .rows import WARM_UP, timed
 
@@ -63,7 +64,8 @@ def cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 def weight_bytes(unet: nn.Module) -> int:
     """Bytes of a UNet's weights in memory, with the form a backend has packed for itself."""
-    total = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
+    held = [tensor for tensor in (*unet.parameters(), *unet.buffers()) if not isinstance(tensor, StoredWeight)]
+    total = sum(tensor.nbytes for tensor in held)
     for module in unet.modules():
         if isinstance(module, IntegerLayer):
             total += module.prepared_bytes

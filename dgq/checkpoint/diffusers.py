@@ -21,6 +21,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from ..errors import DgqError
+from ..integer.layer import IntegerLayer
+from ..integer.skeleton import stored_names
 from .apply import apply_header
 from .header import QUANT_METHOD, Header
 from .reading import verify_tensors, weights_place
@@ -70,13 +72,11 @@ class DgqQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        float_names = set(dict(model.named_parameters()))
         with torch.device("meta"):
             apply_header(model, self.quantization_config.header, self._files[0].parent / "config.json")
         verify_tensors(self._files, model)
         # tensors that quantized layers brought along keep their stored dtype whatever torch_dtype is asked for
-        float_names &= set(dict(model.named_parameters()))
-        self._kept = set(model.state_dict()) - float_names
+        self._kept = stored_names(model) | (set(model.state_dict()) - set(dict(model.named_parameters())))
         model.config["quantization_config"] = self.quantization_config
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -92,11 +92,14 @@ class DgqQuantizer(DiffusersQuantizer):
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: torch.device,
         state_dict: dict[str, Any], *args: Any, **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Set one buffer from the file; `param_value` has already been cast, so it is not used."""
+        """Set one tensor from the file; `param_value` has already been cast, so it is not used."""
         module_name, _, leaf = param_name.rpartition(".")
         module = model.get_submodule(module_name)
-        expected = getattr(module, leaf)
-        setattr(module, leaf, state_dict[param_name].to(device=target_device, dtype=expected.dtype))
+        value = state_dict[param_name].to(device=target_device, dtype=getattr(module, leaf).dtype)
+        if isinstance(module, IntegerLayer):
+            module.set_stored(leaf, value)
+        else:
+            setattr(module, leaf, value)
 
     @property
     def is_serializable(self) -> bool:

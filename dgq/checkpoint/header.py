@@ -13,7 +13,8 @@ from ..errors import DgqError
 from ..integer.attention import AttentionPlan
 from ..recipe import LayerPlan, Recipe, shortened, strict
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 
 QUANT_METHOD = "dgq"
@@ -67,9 +68,11 @@ class Header:
         """
         if data.get("quant_method") != QUANT_METHOD:
             raise DgqError(f"quantization_config: quant_method is {data.get('quant_method')!r}, not 'dgq'")
-        if data.get("format_version") != FORMAT_VERSION or data["format_version"] is True:
+        version = data.get("format_version")
+        if version not in READABLE_VERSIONS or version is True:
             raise DgqError(
-                f"quantization_config: format version {data.get('format_version')!r}, this dgq reads {FORMAT_VERSION}",
+                f"quantization_config: format version {version!r}, "
+                f"this dgq reads {' and '.join(map(str, READABLE_VERSIONS))}",
                 "install the dgq that wrote it, or calibrate again",
             )
         known = {item.name for item in dataclasses.fields(cls)} | {"quant_method", "format_version"}

@@ -162,7 +162,8 @@ def verify_tensors(files: Sequence[Path], unet: nn.Module) -> None:
         if name not in stored:
             raise DgqError(f"{place}: tensor {name!r} is missing")
         shape, dtype = stored[name]
-        if shape != tuple(tensor.shape):
+        matrix = (tensor.shape[0], tensor[0].numel()) if tensor.dtype == torch.int8 and tensor.dim() == 4 else None
+        if shape not in (tuple(tensor.shape), matrix):  # format 1 has a convolution's int8 weight as a matrix
             raise DgqError(f"{place}: tensor {name!r} has shape {list(shape)}, expected {list(tensor.shape)}")
         loose = tensor.is_floating_point() and name.rpartition(".")[0] not in integer
         if dtype not in (FLOAT_DTYPES if loose else [SAFETENSORS_DTYPES.get(tensor.dtype)]):

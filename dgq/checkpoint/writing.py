@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import DgqError
+from ..integer.skeleton import stored_names
 from ..outputs import atomic_folder, save_tensors
 from .header import QUANT_METHOD
 from .reading import COPIED_SUFFIXES, read_json, tensor_table, weight_files
@@ -140,9 +141,10 @@ def write_checkpoint(
         config["quantization_config"] = header.to_dict()
         text = json.dumps(config, indent=1, sort_keys=True)
         (folder / "unet" / "config.json").write_text(text + "\n", encoding="utf-8")
-        # What stays float is stored in half precision, as published float checkpoints are. Those are the model's
-        # parameters; quantized layers hold buffers, and their scales keep float32.
+        # What stays float is stored in half precision, as published float checkpoints are; the scales of quantized
+        # layers keep float32.
         parameters = {name for name, value in unet.named_parameters() if value.dtype == torch.float32}
+        parameters -= stored_names(unet)
         state = {name: value.half() if name in parameters else value for name, value in unet.state_dict().items()}
         state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
         file = folder / "unet" / WEIGHTS_NAME

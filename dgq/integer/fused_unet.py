@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from .attention import LogAttnProcessor
-from .layer import IntegerLayer
+from .layer import is_direct
 
 
 class FusedGEGLU(GEGLU):
@@ -26,6 +26,10 @@ class FusedGEGLU(GEGLU):
 
     def forward(self, hidden_states: Tensor, *args: Any, norm: nn.Module | None = None, **kwargs: Any) -> Tensor:
         layer: Any = self.proj
+        if not is_direct(layer, "linear"):
+            plain: Any = super()
+            result: Tensor = plain.forward(hidden_states if norm is None else norm(hidden_states))
+            return result
         gated: Tensor = layer.gated(hidden_states, norm)
         return gated
 
@@ -59,7 +63,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
         hidden = first(x, norm=self.norm3) if isinstance(first, FusedGEGLU) else first(self.norm3(x))
         for module in middle:
             hidden = module(hidden)
-        out: Tensor = last(hidden, x)
+        out: Tensor = last(hidden, x) if is_direct(last, "linear") else last(hidden) + x
         return out
 
 
@@ -75,7 +79,7 @@ class FusedTransformer(Transformer2DModel):
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         layer: Any = self.proj_in
-        if not isinstance(layer, IntegerLayer):
+        if not is_direct(layer):
             plain: Any = super()
             result: tuple[Tensor, int] = plain._operate_on_continuous_inputs(hidden_states)
             return result
@@ -85,6 +89,11 @@ class FusedTransformer(Transformer2DModel):
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
         pixels = hidden_states.reshape(batch_size, height, width, -1)
+        if not is_direct(self.proj_out):
+            plain: Any = super()
+            shape = (batch_size, height, width, inner_dim)
+            result: Tensor = plain._get_output_for_continuous_inputs(hidden_states, residual, *shape)
+            return result
         if not self.use_linear_projection:
             projected: Tensor = self.proj_out(pixels.permute(0, 3, 1, 2), residual)
             return projected
@@ -96,7 +105,7 @@ class FusedResnetBlock(ResnetBlock2D):
     """A residual block whose convolutions normalize, and add the time embedding and the residual."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        if self.training:
+        if self.training or not (is_direct(self.conv1, "conv2d") and is_direct(self.conv2, "conv2d")):
             plain: Any = super()
             result: Tensor = plain.forward(input_tensor, temb, *args, **kwargs)
             return result
@@ -113,7 +122,7 @@ class FusedResnetBlock(ResnetBlock2D):
 
     def _embed(self, temb: Tensor) -> Tensor:
         layer: Any = self.time_emb_proj
-        if self.skip_time_act or not _is_layer(layer, "linear"):
+        if self.skip_time_act or not is_direct(layer, "linear"):
             plain: Tensor = layer(temb if self.skip_time_act else self.nonlinearity(temb))
             return plain
         embedding: Tensor = layer(temb, activation="silu")
@@ -127,7 +136,7 @@ class FusedTimestepEmbedding(TimestepEmbedding):
         first: Any = self.linear_1
         last: Any = self.linear_2
         post: Any = self.post_act
-        if self.training or condition is not None:
+        if self.training or condition is not None or not is_direct(last, "linear"):
             plain: Any = super()
             result: Tensor = plain.forward(sample, condition)
             return result
@@ -135,29 +144,25 @@ class FusedTimestepEmbedding(TimestepEmbedding):
         return out if post is None else post(out)
 
 
-def _is_layer(module: object, kind: str | None = None) -> bool:
-    return isinstance(module, IntegerLayer) and kind in (None, module.plan.kind)
-
-
 def _fused_class(module: Any) -> type[nn.Module] | None:
     """The class to change to. Exact types only: a subclass has a forward of its own."""
     kind = type(module)
-    if kind is GEGLU and _is_layer(module.proj, "linear"):
+    if kind is GEGLU and is_direct(module.proj, "linear"):
         return FusedGEGLU
-    if kind is TimestepEmbedding and type(module.act) is nn.SiLU and _is_layer(module.linear_2, "linear"):
+    if kind is TimestepEmbedding and type(module.act) is nn.SiLU and is_direct(module.linear_2, "linear"):
         return FusedTimestepEmbedding
     if kind is BasicTransformerBlock:
         plain = module.norm_type == "layer_norm" and module.pos_embed is None and not module.only_cross_attention
         layers = [x for x in module.ff.net if not isinstance(x, nn.Dropout)] if type(module.ff) is FeedForward else []
-        return FusedTransformerBlock if plain and layers and _is_layer(layers[-1], "linear") else None
+        return FusedTransformerBlock if plain and layers and is_direct(layers[-1], "linear") else None
     if kind is Transformer2DModel:
-        return FusedTransformer if module.is_input_continuous and _is_layer(module.proj_out) else None
+        return FusedTransformer if module.is_input_continuous and is_direct(module.proj_out) else None
     if kind is ResnetBlock2D:
         plain = (
             module.time_embedding_norm == "default" and module.output_scale_factor == 1
             and module.upsample is None and module.downsample is None and type(module.nonlinearity) is nn.SiLU
         )  # fmt: skip
-        both = _is_layer(module.conv1, "conv2d") and _is_layer(module.conv2, "conv2d")
+        both = is_direct(module.conv1, "conv2d") and is_direct(module.conv2, "conv2d")
         return FusedResnetBlock if plain and both else None
     return None
 

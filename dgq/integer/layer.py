@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,9 +17,9 @@ from dgq_kernels.linear import cpu as linear_cpu
 
 from ..errors import DgqError
 from ..recipe import LayerPlan
-from .channels import ChannelGroups, from_matrix
+from .channels import ChannelGroups, from_matrix, to_matrix
 from .prepared import Codes, Prepared
-from .stored import buffer_specs
+from .stored import StoredWeight, buffer_specs
 from .weights import IntegerWeight, column_sum
 
 # What a layer does to its input first, after a norm.
@@ -34,34 +35,45 @@ class IntegerLayer(nn.Module):
 
     Weights stay packed integers; no float copy of them exists. The layer takes and returns the dtype of its input.
     Where the CPU engine has packed the weight, its blocks are the only copy: the stored form, which state_dict and
-    moves to another device need, is made from them.
+    moves to another device need, is made from them (`StoredWeight`).
+
+    It is an `nn.Linear` or an `nn.Conv2d` for everything that looks for those (adapters, offloading), by the plan's
+    kind; what is stored are parameters that take no gradient.
 
     Args:
-        plan: sizes, bits and channel handling. Buffers are allocated uninitialised (on the current default device).
+        plan: sizes, bits and channel handling. Parameters are allocated uninitialised (on the current default device).
     """
 
-    weight: Tensor
     packed: Tensor
     subscales: Tensor
     weight_scale: Tensor
-    bias: Tensor
+    bias: Tensor | None
     inv_divisor: Tensor
     order: Tensor
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """`IntegerLayer(plan)` is of the class that the plan's kind asks for."""
+        plan = args[0] if args else kwargs.get("plan")
+        if cls is IntegerLayer and plan is not None:
+            cls = IntegerLinear if plan.kind == "linear" else IntegerConv2d
+        return super().__new__(cls)
+
     def __init__(self, plan: LayerPlan) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Linear's or nn.Conv2d's, which allocate a float weight
         self.plan = plan
         self.in_features, self.out_features = plan.in_features, plan.out_features
-        for name, (shape, dtype) in buffer_specs(plan).items():
-            self.register_buffer(name, torch.empty(shape, dtype=dtype))
         self._prepared: Prepared | None = None
+        for name, (shape, dtype) in buffer_specs(plan).items():
+            self.set_stored(name, torch.empty(shape, dtype=dtype))
+        if not plan.bias:
+            self.register_parameter("bias", None)
 
     @classmethod
     def from_quantized(
         cls, plan: LayerPlan, weight: IntegerWeight, groups: ChannelGroups, bias: Tensor | None
     ) -> IntegerLayer:
         """Pack a quantized weight matrix (N, K), its channels in the stored order of `groups`."""
-        layer = cls(plan)
+        layer: IntegerLayer = cls(plan)
         tensors = {"weight_scale": weight.scale, "bias": bias, "order": groups.order, "inv_divisor": 1 / groups.divisor}
         if plan.wbits == 8:
             tensors["weight"] = weight.codes
@@ -72,9 +84,36 @@ class IntegerLayer(nn.Module):
         for name, (shape, dtype) in buffer_specs(plan).items():
             value = tensors[name]
             assert value is not None
-            assert tuple(value.shape) == shape, f"{name}: {tuple(value.shape)} instead of {shape}"
-            setattr(layer, name, value.detach().to(dtype).contiguous())
+            layer.set_stored(name, value.detach().to(dtype).contiguous())
+            kept = layer.get_parameter(name)
+            assert tuple(kept.shape) == shape, f"{name}: {tuple(kept.shape)} instead of {shape}"
         return layer
+
+    def set_stored(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor in the place of a stored one: shaped as `stored.buffer_specs` has it, or the weight as a matrix
+        (N, kh * kw * C), as files of format 1 have it."""
+        self._prepared = None
+        self._hold(name, _shaped(tensor, self.plan) if name == "weight" else tensor)
+
+    def _hold(self, name: str, tensor: Tensor) -> None:
+        self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    @property
+    def stored(self) -> Tensor:
+        """The parameter that holds the weight: `weight` (8 bits) or `packed`."""
+        parameter = self._parameters[self._stored_name]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """int8, shaped as the float layer's weight, channels in stored order; made when it is read where the layer
+        stores 4 bits."""
+        parameter = self._parameters.get("weight")
+        if parameter is not None:
+            return parameter
+        shape = _shaped(torch.empty(self.out_features, self.plan.reduction, device="meta"), self.plan).shape
+        return StoredWeight.of(shape, torch.int8, self.stored.device, lambda: _shaped(self.integer_weight(), self.plan))
 
     def integer_weight(self) -> Tensor:
         """The int8 matrix W' (N, K), channels in stored order."""
@@ -88,23 +127,15 @@ class IntegerLayer(nn.Module):
         return "weight" if self.plan.wbits == 8 else "packed"
 
     def _stored(self) -> Tensor:
-        """The buffer `weight` or `packed`, made again from the engine's blocks where it was dropped."""
-        plan, ready = self.plan, self._prepared
-        buffer: Tensor = getattr(self, self._stored_name)
-        if ready is None or ready.engine is None:
-            return buffer
-        matrix = ready.engine.weight()
-        if plan.reordered:
-            by_channel = matrix.view(plan.out_features, -1, plan.in_features)
-            matrix = by_channel[:, :, self.order.long()].view_as(matrix)
-        if plan.wbits == 8:
-            return matrix
-        return packing.pack_two_level(matrix, self.subscales, plan.weight_group)
+        """What `stored` holds, as files have it: the int8 matrix (N, K), or packed."""
+        stored = self.stored
+        tensor = stored.make() if isinstance(stored, StoredWeight) else stored.detach()
+        return to_matrix(tensor) if self.plan.wbits == 8 else tensor
 
     def restore(self) -> None:
         """Give up the backend's form of the weight; the next call makes it again."""
-        if self._prepared is not None and self._prepared.engine is not None:
-            setattr(self, self._stored_name, self._stored())
+        if isinstance(self.stored, StoredWeight):
+            self._hold(self._stored_name, self.stored.make())
         self._prepared = None
 
     @property
@@ -139,18 +170,15 @@ class IntegerLayer(nn.Module):
         prepared.fuses = backend.select(device) == "triton"
         if kernel_unpacks:
             return prepared
-        weight = from_matrix(matrix, plan)
         if backend.select(device) == "cpu" and backend.cpu_path() != "reference":
+            weight = from_matrix(matrix, plan).contiguous()
             prepared.split = linear_cpu.needs_split(plan.abits, matrix)
             if plan.kind == "conv2d":
-                prepared.onednn = conv2d_cpu.prepack(weight.contiguous(), plan.stride, plan.class_ends)
+                prepared.onednn = conv2d_cpu.prepack(weight, plan.stride, plan.class_ends)
             else:
                 prepared.onednn = linear_cpu.prepack(weight, plan.class_ends)
-        elif plan.kind == "conv2d":
-            # As the kernel reads it, and as the matrix lies in memory: no copy of a matrix stored in this order.
-            prepared.weight = weight.contiguous(memory_format=torch.channels_last)
-        else:
-            prepared.weight = weight
+        elif plan.wbits == 4 or (plan.reordered and not gather):
+            prepared.weight = from_matrix(matrix, plan)
         return prepared
 
     def _pack(self, device: torch.device) -> Prepared:
@@ -161,7 +189,7 @@ class IntegerLayer(nn.Module):
             weight = native.TwoLevel(self._stored(), self.subscales, plan.reduction, plan.weight_group)
         try:
             engine = native.Layer(
-                weight, self.weight_scale, self._bias(), self._inv_divisor(), plan.abits, plan.kernel_size, plan.stride,
+                weight, self.weight_scale, self.bias, self._inv_divisor(), plan.abits, plan.kernel_size, plan.stride,
                 plan.padding, self.order if plan.reordered else None,
             )  # fmt: skip
         except OverflowError as error:
@@ -169,35 +197,79 @@ class IntegerLayer(nn.Module):
         return Prepared(device, engine.column_sum, None, engine)
 
     def prepare(self, device: torch.device) -> Prepared:
-        """The backend's form of the weight, made at the first call on a device and kept."""
+        """The backend's form of the weight, made at the first call on a device and kept while the stored tensor is."""
         ready = self._prepared
-        if ready is not None and ready.device == device:
+        if ready is not None and ready.device == device and (torch.compiler.is_compiling() or self._is_of(ready)):
             return ready
         with _preparing:
-            if self._prepared is None or self._prepared.device != device:
+            ready = self._prepared
+            if ready is None or ready.device != device or not self._is_of(ready):
                 self.restore()
                 ready = self._prepare(device)
                 if ready.engine is not None:
-                    name = self._stored_name
-                    native.page_out(getattr(self, name))
-                    setattr(self, name, getattr(self, name).new_empty(0))
-                self._prepared = ready
-            return self._prepared
+                    self._leave_to(ready.engine)
+                self._keep(ready)
+            return ready
+
+    def _is_of(self, ready: Prepared) -> bool:
+        return ready.source is not None and ready.source() is self.stored
+
+    def _keep(self, ready: Prepared) -> None:
+        """Until whoever holds the stored tensor lets go of it: offloading puts another one in its place."""
+        layer, kept = weakref.ref(self), weakref.ref(ready)
+
+        def drop(_: Any) -> None:
+            owner = layer()
+            if owner is not None and owner._prepared is kept():
+                owner._prepared = None
+
+        ready.source = weakref.ref(self.stored, drop)
+        self._prepared = ready
+
+    def _leave_to(self, engine: native.Layer) -> None:
+        """Let go of the stored weight: the engine's blocks hold it."""
+        plan, stored = self.plan, self.stored
+        order = self.order.long() if plan.reordered else None
+        subscales = self.subscales.detach() if plan.wbits == 4 else None
+
+        def make() -> Tensor:
+            matrix = engine.weight()
+            if order is not None:
+                by_channel = matrix.view(plan.out_features, -1, plan.in_features)
+                matrix = by_channel[:, :, order].view_as(matrix)
+            if subscales is None:
+                return _shaped(matrix, plan)
+            return packing.pack_two_level(matrix, subscales, plan.weight_group)
+
+        native.page_out(stored)
+        self._hold(self._stored_name, StoredWeight.of(stored.shape, stored.dtype, stored.device, make))
+
+    def operand(self) -> Tensor | None:
+        """The int8 weight that the product ops read, (N, C) or channels-last (N, C, kh, kw); None where they read the
+        packed one. For layers prepared without the engine."""
+        ready = self._prepared
+        if ready is not None and ready.weight is not None:
+            return ready.weight
+        if self.plan.wbits == 4:
+            return None
+        weight = self.stored
+        return weight.flatten(1) if self.plan.kind == "pointwise" else weight
 
     @property
     def prepared_bytes(self) -> int:
-        """Bytes of the weight's form that a backend keeps beside the buffers, and not in their memory."""
+        """Bytes of the weight's form that a backend keeps beside the stored tensors, and not in their memory."""
         ready = self._prepared
         if ready is None:
             return 0
         if ready.onednn is not None:  # tensors in oneDNN's layout do not tell their size
             return self.plan.reduction * self.plan.out_features
-        stored = {buffer.untyped_storage().data_ptr() for buffer in self.buffers()}
+        held = [tensor for tensor in self.parameters() if not isinstance(tensor, StoredWeight)]
+        stored = {tensor.untyped_storage().data_ptr() for tensor in held}
         return sum(tensor.nbytes for tensor in ready.tensors if tensor.untyped_storage().data_ptr() not in stored)
 
     def fuses(self, device: torch.device) -> bool:
         """Whether the ops on this device quantize together with what comes before (`forward`'s norm and the rest)."""
-        return self.prepare(device).fuses
+        return backend.select(device) == "triton"
 
     def forward(
         self,
@@ -234,7 +306,7 @@ class IntegerLayer(nn.Module):
             return self._finish(self._codes(x), x, residual, sample_bias)
         if kind == "linear":
             return ready.engine.linear(x, residual, norm=before)
-        if sample_bias is not None and self.plan.bias:
+        if sample_bias is not None and self.bias is not None:
             sample_bias = sample_bias.float() + self.bias
         return ready.engine.conv2d(x, residual, sample_bias, before)
 
@@ -335,17 +407,18 @@ class IntegerLayer(nn.Module):
     def _multiply(self, codes: Codes, dtype: torch.dtype, residual: Tensor | None, gated: bool = False) -> Tensor:
         """The product op: (rows, N), or (B, N, H, W) of a convolution. Residual and gate (of a linear layer) only
         where the backend fuses."""
-        plan, bias = self.plan, self._bias()
+        plan, bias = self.plan, self.bias
         ready = self._prepared
         assert ready is not None
+        weight = None if ready.onednn is not None else self.operand()
         after = (self.weight_scale, ready.column_sum, bias)
         if plan.kind == "conv2d":
             if ready.onednn is not None:
                 return dgq_kernels.conv2d_prepacked(
                     *codes, ready.onednn, plan.class_ends, ready.split, *after, plan.kernel_size, plan.stride, dtype
                 )
-            if ready.weight is not None:
-                return dgq_kernels.conv2d(*codes, ready.weight, *after, plan.stride, dtype, plan.class_ends, residual)
+            if weight is not None:
+                return dgq_kernels.conv2d(*codes, weight, *after, plan.stride, dtype, plan.class_ends, residual)
             return dgq_kernels.conv2d_int4(
                 *codes, self.packed, self.subscales, *after, plan.kernel_size, plan.stride, dtype, plan.weight_group,
                 residual,
@@ -354,8 +427,8 @@ class IntegerLayer(nn.Module):
             residual = residual.reshape(-1, plan.out_features)
         if ready.onednn is not None:
             return dgq_kernels.linear_prepacked(*codes, ready.onednn, plan.class_ends, ready.split, *after, dtype)
-        if ready.weight is not None:
-            return dgq_kernels.linear_int8(*codes, ready.weight, *after, dtype, plan.class_ends, residual, gated)
+        if weight is not None:
+            return dgq_kernels.linear_int8(*codes, weight, *after, dtype, plan.class_ends, residual, gated)
         return dgq_kernels.linear_int4(
             *codes, self.packed, self.subscales, *after, dtype, plan.weight_group, residual, gated
         )
@@ -363,28 +436,34 @@ class IntegerLayer(nn.Module):
     def _inv_divisor(self) -> Tensor | None:
         return self.inv_divisor if self.plan.channels != "none" else None
 
-    def _bias(self) -> Tensor | None:
-        return self.bias if self.plan.bias else None
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLayer:
         """Move between devices, but never change a dtype: scales in half precision would be another model."""
+        here = self.weight_scale.device
+        if fn(torch.empty(0, device=here)).device == here:
+            return self
         self.restore()
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            moved = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            return moved.contiguous(memory_format=torch.channels_last) if moved.dim() == 4 else moved
 
         return super()._apply(move, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + self._stored_name] = _unshared(self._stored())
+        stored = self.stored
+        made = stored.make() if isinstance(stored, StoredWeight) else stored.detach()
+        destination[prefix + self._stored_name] = _unshared(made)
         if self.plan.wbits == 4:
-            destination[prefix + "subscales"] = _unshared(self.subscales)
+            destination[prefix + "subscales"] = _unshared(self.subscales.detach())
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.restore()
-        super()._load_from_state_dict(*args, **kwargs)
+        name = prefix + "weight"
+        if name in state_dict and tuple(state_dict[name].shape) == (self.out_features, self.plan.reduction):
+            state_dict[name] = _shaped(state_dict[name], self.plan)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore()
@@ -393,6 +472,49 @@ class IntegerLayer(nn.Module):
     def extra_repr(self) -> str:
         p = self.plan
         return f"{p.kind} {p.in_features} -> {p.out_features}, W{p.wbits}A{p.abits}, channels {p.channels}"
+
+
+def is_direct(module: object, kind: str | None = None) -> bool:
+    """Whether a module is an integer layer (of this kind) with nothing around it. Only such a one may be asked for more
+    than `layer(x)`: an adapter computes from its own input, an offloading hook fetches the weight at the call."""
+    return (
+        isinstance(module, IntegerLayer)
+        and kind in (None, module.plan.kind)
+        and "forward" not in module.__dict__
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+    )
+
+
+class IntegerLinear(IntegerLayer, nn.Linear):  # type: ignore[misc, override]
+    """An integer layer that is an `nn.Linear`."""
+
+
+class IntegerConv2d(IntegerLayer, nn.Conv2d):  # type: ignore[override]
+    """An integer layer that is an `nn.Conv2d`."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Adapters make float convolutions of `type(layer)`: they get them."""
+        if args and not isinstance(args[0], LayerPlan):
+            return nn.Conv2d(*args, **kwargs)
+        return super().__new__(cls, *args, **kwargs)
+
+    def __init__(self, plan: LayerPlan) -> None:
+        super().__init__(plan)
+        self.in_channels, self.out_channels = plan.in_features, plan.out_features
+        self.kernel_size, self.stride = (plan.kernel_size,) * 2, (plan.stride,) * 2
+        self.padding, self.dilation, self.output_padding = (plan.padding,) * 2, (1, 1), (0, 0)
+        self.groups, self.transposed, self.padding_mode = 1, False, "zeros"
+
+
+def _shaped(weight: Tensor, plan: LayerPlan) -> Tensor:
+    """A weight, or its matrix (N, K), as a layer keeps it: (N, C), or channels-last (N, C, kh, kw)."""
+    if plan.kind == "linear":
+        return weight
+    if weight.dim() == 2:
+        kernel = plan.kernel_size
+        weight = weight.view(plan.out_features, kernel, kernel, plan.in_features).permute(0, 3, 1, 2)
+    return weight.contiguous(memory_format=torch.channels_last)
 
 
 def _apply(x: Tensor, norm: nn.Module | None, activation: Activation, offset: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,21 +26,26 @@ class Codes(NamedTuple):
 
 @dataclass
 class Prepared:
-    """What a backend needs at run time, made once from the stored buffers."""
+    """What a backend needs at run time, made once from the stored tensors.
+
+    It lives no longer than the parameter `source` that it was made from, whoever takes that away, and serves while
+    that is the layer's.
+    """
 
     device: torch.device
     column_sum: Tensor
     position: Tensor | None  # int32, where each channel's code is stored for the product; None: in order
     engine: native.Layer | None = None  # int8 in the CPU engine's blocks
-    weight: Tensor | None = None  # int8, dense
+    weight: Tensor | None = None  # int8, dense; None where the stored one serves
     onednn: list[Tensor] | None = None  # int8 in oneDNN's blocked layout
     split: bool = False
     fuses: bool = False  # the backend's ops quantize together with what comes before, and add residuals
     joined: Joined | None = None  # with the layers that read the same input
+    source: weakref.ref[Tensor] | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The forms of the weight kept beside the stored buffers."""
+        """The forms of the weight kept beside the stored tensors."""
         dense = [] if self.weight is None else [self.weight]
         return [*dense, *(self.onednn or []), *([] if self.engine is None else [self.engine.packed])]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dgq_kernels
 from dgq_kernels import native
 
-from .layer import IntegerLayer
+from .layer import IntegerLayer, is_direct
 from .prepared import Joined
 
 if TYPE_CHECKING:
@@ -44,22 +44,23 @@ def join(layers: Sequence[nn.Module], device: torch.device) -> None:
     if not all(one.fuses for one in ready) or len(formats) > 1 or not _share_codes(own, ready):
         return
     sizes = [layer.out_features for layer in own]
-    first, subscales = own[0].plan, None
-    if first.wbits == 4 and ready[0].weight is None:
-        weight, subscales = (torch.cat([getattr(layer, name) for layer in own]) for name in ("packed", "subscales"))
-        for layer, packed, subs in zip(own, weight.split(sizes), subscales.split(sizes), strict=True):
-            layer.packed, layer.subscales = packed, subs
-    else:
-        dense = [one.weight for one in ready if one.weight is not None]
+    subscales = None
+    dense = [weight for layer in own if (weight := layer.operand()) is not None]
+    if dense:
         weight = torch.cat(dense)
         for layer, one, part in zip(own, ready, weight.split(sizes), strict=True):
-            if first.wbits == 8 and one.weight is not None and one.weight.data_ptr() == layer.weight.data_ptr():
-                layer.weight = part
-            one.weight = part
+            if one.weight is None:
+                layer.stored.data = part
+            else:
+                one.weight = part
+    else:
+        weight, subscales = (torch.cat([getattr(layer, name) for layer in own]) for name in ("packed", "subscales"))
+        for layer, packed, subs in zip(own, weight.split(sizes), subscales.split(sizes), strict=True):
+            layer.packed.data, layer.subscales.data = packed, subs
     bias = None
     if any(layer.plan.bias for layer in own):
         bias = torch.cat([
-            layer.bias if layer.plan.bias else torch.zeros_like(layer.weight_scale) for layer in own
+            torch.zeros_like(layer.weight_scale) if layer.bias is None else layer.bias for layer in own
         ])  # fmt: skip
     scales = torch.cat([layer.weight_scale for layer in own])
     sums = torch.cat([one.column_sum for one in ready])
@@ -69,7 +70,7 @@ def join(layers: Sequence[nn.Module], device: torch.device) -> None:
 def project(layers: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = None) -> list[Tensor]:
     """The results of several layers on one input (..., C), normalized first; normalized and quantized once where the
     engine can, or in one product where they were joined (`join`)."""
-    own = [layer for layer in layers if isinstance(layer, IntegerLayer) and layer.plan.kind == "linear"]
+    own: list[Any] = [layer for layer in layers if is_direct(layer, "linear")]
     if len(own) == len(layers):
         prepared = [layer.prepare(x.device) for layer in own]
         engines = [one.engine for one in prepared if one.engine is not None]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..errors import DgqError
 from ..recipe import LayerPlan
 from .layer import IntegerLayer
+from .stored import buffer_specs
 
 
 class SplitLayer(nn.ModuleList):
@@ -33,9 +34,7 @@ class SplitLayer(nn.ModuleList):
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at the dotted path `name` below `root`, on the device of the module it replaces."""
     parent, _, child = name.rpartition(".")
-    device = next(root.get_submodule(name).parameters()).device
-    if any(buffer.device != device for buffer in module.buffers()):  # a move to where it is would unpack it
-        module.to(device)
+    module.to(next(root.get_submodule(name).parameters()).device)
     setattr(root.get_submodule(parent), child, module)
 
 
@@ -67,3 +66,10 @@ def build_skeleton(unet: nn.Module, plans: dict[str, LayerPlan]) -> None:
         DgqError: as `place`.
     """
     place(unet, {name: IntegerLayer(plan) for name, plan in plans.items()})
+
+
+def stored_names(network: nn.Module) -> set[str]:
+    """Names, in the state_dict, of the tensors that integer layers store. They keep their dtypes whatever the model is
+    cast to."""
+    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, IntegerLayer)]
+    return {f"{name}.{leaf}" for name, module in layers for leaf in buffer_specs(module.plan)}

@@ -108,8 +108,8 @@ def test_casts_keep_timesteps_and_lay_pictures_out_channels_last() -> None:
 
 def test_weight_bytes_count_what_a_backend_keeps() -> None:
     layer = IntegerLayer(LayerPlan("linear", 64, 32, 8, 8, False, class_ends=[64]))
-    for buffer in layer.buffers():
-        buffer.fill_(1)
+    for parameter in layer.parameters():
+        parameter.fill_(1)
     stored = worker.weight_bytes(layer)
     assert stored == 32 * 64 + 4 * 32
     engine = layer.prepare(CPU).engine

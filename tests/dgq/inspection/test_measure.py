@@ -240,7 +240,7 @@ def test_images_and_vectors_have_outliers_too() -> None:
 def test_exponents_of_shift_groups() -> None:
     plan = LayerPlan("linear", 4, 2, 4, 8, False, channels="shift", class_ends=[4], reordered=True)
     layer = IntegerLayer(plan)
-    layer.inv_divisor = torch.tensor([1.0, 0.25, 0.5, 1.0])
+    layer.set_stored("inv_divisor", torch.tensor([1.0, 0.25, 0.5, 1.0]))
     probe = LayerProbe("layer", nn.Linear(4, 2), layer, 1)
     probe.outliers.add(0, torch.ones(2, 3, 4))
     assert probe.found([1.0]).exponents == {0: 2, 1: 1, 2: 1}

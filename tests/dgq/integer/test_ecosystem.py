@@ -1,0 +1,197 @@
+"""Integer layers among what diffusers, peft and accelerate do with a model's layers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dgq
+from dgq.checkpoint.header import FORMAT_VERSION
+from dgq.integer.layer import IntegerConv2d, IntegerLayer, IntegerLinear, is_direct
+from dgq.integer.stored import StoredWeight
+from dgq.recipe import LayerPlan
+
+PLANS = [
+    LayerPlan(kind, 32, 48, wbits, 8, True, kernel_size=3 if kind == "conv2d" else 1, padding=int(kind == "conv2d"),
+              class_ends=[32])
+    for kind in ("linear", "pointwise", "conv2d") for wbits in (8, 4)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny_w8_checkpoint(tiny_pipeline, tmp_path_factory):
+    from dgq.calibration.run import Options, calibrate
+    from dgq.recipe import Recipe
+
+    out = tmp_path_factory.mktemp("checkpoints") / "tiny-w8a8"
+    calibrate(tiny_pipeline, out, Recipe(wbits=8, abits=8, rounding="nearest"), Options(prompts=["a cat"], steps=2,
+                                                                                     evaluate=0))  # fmt: skip
+    return out
+
+
+@pytest.fixture(params=[8, 4])
+def unet(request, tiny_checkpoint, tiny_w8_checkpoint):
+    return dgq.load(tiny_w8_checkpoint if request.param == 8 else tiny_checkpoint, device="cpu").unet
+
+
+def call(unet):
+    generator = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 24, 32, generator=generator)
+    with torch.no_grad():
+        return unet(sample, torch.tensor(500), text).sample
+
+
+def layers(unet):
+    return [module for module in unet.modules() if isinstance(module, IntegerLayer)]
+
+
+def plain_call(unet):
+    """The UNet's result where no layer does its neighbours' work: a hook of the user's sits on every one."""
+    handles = [layer.register_forward_hook(lambda *_: None) for layer in layers(unet)]
+    try:
+        return call(unet)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.kind}-w{plan.wbits}")
+def test_layers_look_like_the_float_ones(plan):
+    layer = IntegerLayer(plan)
+    float_layer = nn.Linear(32, 48) if plan.kind == "linear" else nn.Conv2d(32, 48, plan.kernel_size, 1, plan.padding)
+    assert isinstance(layer, type(float_layer))
+    assert layer.weight.shape == float_layer.weight.shape
+    assert layer.weight.dtype == torch.int8
+    names = "in_features out_features" if plan.kind == "linear" else (
+        "in_channels out_channels kernel_size stride padding dilation groups padding_mode transposed"
+    )  # fmt: skip
+    for name in names.split():
+        assert getattr(layer, name) == getattr(float_layer, name), name
+    assert not list(layer.buffers())
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_adapters_that_make_layers_of_the_same_type_get_float_ones():
+    layer = IntegerLayer(PLANS[4])
+    assert type(type(layer)(32, 4, layer.kernel_size, layer.stride, layer.padding, bias=False)) is nn.Conv2d
+    assert type(copy.deepcopy(layer)) is IntegerConv2d
+    assert type(IntegerLayer(PLANS[0])) is IntegerLinear
+
+
+def test_a_packed_weight_stands_for_its_tensor(unet):
+    call(unet)
+    for layer in layers(unet):
+        stored = layer.stored
+        if isinstance(stored, StoredWeight):
+            assert stored.numel() == stored.make().numel()
+            assert torch.equal(stored + 0, stored.make())
+            assert stored.to("meta").shape == stored.shape
+
+
+def test_a_hook_on_a_layer_is_called_and_changes_nothing_else(unet):
+    """Fused blocks ask a layer for more than its forward, which would pass a hook by."""
+    seen = []
+    layer = unet.mid_block.resnets[0].conv1
+    assert is_direct(layer)
+    handle = layer.register_forward_hook(lambda module, *_: seen.append(module))
+    assert not is_direct(layer)
+    call(unet)
+    handle.remove()
+    assert seen == [layer]
+    assert torch.equal(plain_call(unet), plain_call(unet))
+
+
+def test_lora_of_every_layer_is_what_it_is_around_float_layers(unet):
+    """y = layer(x) + B A x: of layers that are fused with their neighbours as of all others."""
+    peft = pytest.importorskip("peft")
+    plain, fused = plain_call(unet), call(unet)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+               "time_emb_proj", "linear_1", "linear_2", "conv"]  # fmt: skip
+    unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False), "one")
+    inner = {name: module for name, module in unet.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    assert {type(module.get_base_layer()) for module in inner.values()} == {IntegerLinear, IntegerConv2d}
+    reached = set()
+    for name, module in inner.items():
+
+        def check(own, args, result, name=name):
+            x, *rest = args
+            delta = own.lora_B["one"](own.lora_A["one"](x)) * own.scaling["one"]
+            torch.testing.assert_close(result, own.get_base_layer()(x, *rest) + delta)
+            reached.add(name)
+
+        module.register_forward_hook(check)
+    changed = call(unet)
+    assert reached == inner.keys()
+    assert not torch.allclose(changed, plain, atol=1e-2)
+    unet.set_adapters(["one"], [0.0])
+    assert torch.equal(call(unet), plain)
+    unet.unload_lora()
+    assert torch.equal(call(unet), fused)
+
+
+def test_sequential_offloading_takes_the_weights_away_and_back(unet):
+    from accelerate import cpu_offload
+
+    expected = plain_call(unet)
+    cpu_offload(unet, execution_device=torch.device("cpu"), offload_buffers=True)
+    for layer in layers(unet):
+        assert layer.stored.device.type == "meta"
+        assert layer._prepared is None  # nothing of it stays
+    assert torch.equal(call(unet), expected)
+    assert all(layer._prepared is None for layer in layers(unet))
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_group_offloading(unet, kind):
+    from diffusers.hooks import apply_group_offloading
+
+    expected = plain_call(unet) if kind == "leaf_level" else call(unet)
+    place = torch.device("cpu")
+    blocks = 1 if kind == "block_level" else None
+    apply_group_offloading(unet, place, place, offload_type=kind, num_blocks_per_group=blocks)
+    assert torch.equal(call(unet), expected)
+
+
+def test_casting_in_place_does_not_pack_again(unet):
+    """Layerwise casting moves every layer to another dtype and back around each call."""
+    call(unet)
+    packed = [layer._prepared for layer in layers(unet)]
+    for layer in layers(unet):
+        layer.to(torch.float8_e4m3fn).to(torch.float32)
+    assert [layer._prepared for layer in layers(unet)] == packed
+
+
+def test_shards_and_device_maps(unet, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    expected = call(unet)
+    unet.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    for options in ({}, {"device_map": "cpu"}):
+        again = UNet2DConditionModel.from_pretrained(tmp_path, **options)
+        assert torch.equal(call(again), expected), options
+
+
+def test_files_of_format_1_still_load(tiny_w8_checkpoint, tmp_path):
+    """They hold a convolution's int8 weight as a matrix (N, kh * kw * C)."""
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    assert FORMAT_VERSION == 2
+    expected = call(dgq.load(tiny_w8_checkpoint, device="cpu").unet)
+    old = tmp_path / "old"
+    shutil.copytree(tiny_w8_checkpoint, old)
+    file = old / "unet" / "diffusion_pytorch_model.safetensors"
+    config = json.loads((old / "unet" / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 1
+    (old / "unet" / "config.json").write_text(json.dumps(config))
+    state, reshaped = load_file(file), 0
+    for name, tensor in state.items():
+        if tensor.dtype == torch.int8 and tensor.dim() == 4:
+            state[name], reshaped = tensor.permute(0, 2, 3, 1).flatten(1).contiguous(), reshaped + 1
+    assert reshaped > 5
+    save_file(state, file, metadata={"format": "pt"})
+    assert torch.equal(call(dgq.load(old, device="cpu").unet), expected)
