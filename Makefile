@@ -2,11 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# versions to install: this one, constraints-oldest.txt for the oldest that are supported, /dev/null for the newest
+CONSTRAINTS ?= constraints.txt
 WORK ?= $(HOME)/.cache/dgq/embedded
 MINUTES ?= 180
 DEMO := build/demo
+DOCS_VENV := build/docs
+DOCS_BIN := $(DOCS_VENV)/bin
 
-.PHONY: demo test test-all lint types gpu aot sanitize sanitize-native bench fidelity embedded-data embedded-train clean
+.PHONY: demo test test-all lint types docs gpu aot sanitize sanitize-native bench fidelity embedded-data embedded-train \
+	clean
 
 demo: $(VENV)/ready
 	$(BIN)/dgq calibrate --out $(DEMO)/dgq-emoji-w4a8 --wbits 4 --abits 8 --overwrite
@@ -27,11 +32,15 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/mypy
 
+# The pages of docs/ and the API from the docstrings, to build/site. Sources are read, not imported: no torch is needed.
+docs: $(DOCS_VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict --quiet --site-dir build/site
+
 # On a machine with a CUDA device, under 10 minutes: every kernel against its reference, the model on cuda against cpu,
 # bench rows. PYTHON is the machine's own, whose torch and Triton are used as they are; only what it lacks is fetched,
 # into build/gpu. Without an index: make gpu PIP_NO_INDEX=1 PIP_FIND_LINKS=folder-with-the-wheels
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu/check.py
 
 # Compile tables of the newest Triton and of 3.6, the oldest that is supported; no GPU needed.
 aot: $(VENV)/ready
@@ -72,10 +81,17 @@ embedded-train: embedded-data
 	nice -n 10 $(BIN)/python -m embedded.train_all --work $(WORK) --minutes $(MINUTES)
 
 # torch first: a looser request would fetch the CUDA build
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml $(filter-out /dev/null,$(CONSTRAINTS))
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,plots]"
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev,plots]"
+	touch $@
+
+$(DOCS_VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*project['optional-dependencies']['docs'], sep='\n')" > $(DOCS_VENV)/needs.txt
+	$(DOCS_BIN)/pip install --quiet --constraint constraints.txt --requirement $(DOCS_VENV)/needs.txt
 	touch $@
 
 clean:
