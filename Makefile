@@ -34,7 +34,7 @@ types: $(VENV)/ready
 
 # The pages of docs/ and the API from the docstrings, to build/site. Sources are read, not imported: no torch is needed.
 docs: $(DOCS_VENV)/ready
-	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict --site-dir build/site
 
 # On a machine with a CUDA device, under 10 minutes: every kernel against its reference, the model on cuda against cpu,
 # bench rows. PYTHON is the machine's own, whose torch and Triton are used as they are; only what it lacks is fetched,
