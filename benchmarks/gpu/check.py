@@ -1,6 +1,6 @@
 """What `make gpu` runs: every check and figure that needs a CUDA device, on this Python's own torch and Triton.
 
-    python benchmarks/gpu.py [--into build/gpu]
+    python benchmarks/gpu/check.py [--into build/gpu]
 
 Of what dgq and its tests need, only what this Python lacks is installed, into a folder, without a virtual environment.
 No index is asked where there is none: PIP_NO_INDEX=1 PIP_FIND_LINKS=DIR takes wheels from a folder.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 # Run anywhere, and by `make test`: no GPU takes part.
 CPU_TESTS = ("test_native", "test_triton_aot", "test_triton_pretended", "test_gpu")
