@@ -12,7 +12,7 @@ from session import Session
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dgq.bench.architectures import ARCHITECTURES, Architecture, architecture, call, skeleton
+from dgq.architectures import ARCHITECTURES, Architecture, architecture, call, skeleton
 from dgq.bench.files import absmax_weight
 from dgq.bench.worker import cast
 from dgq.integer.attention import AttentionPlan, use_log_attention

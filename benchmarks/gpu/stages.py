@@ -41,8 +41,8 @@ from triton.runtime.jit import JITFunction
 
 import dgq
 import dgq_kernels
+from dgq.architectures import Architecture, skeleton
 from dgq.bench import rows, worker
-from dgq.bench.architectures import Architecture, skeleton
 from dgq.calibration.run import Options, calibrate
 from dgq.checkpoint.apply import apply_header
 from dgq.checkpoint.header import Header

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import dgq_kernels
 
+from .. import architectures
 from ..checkpoint.apply import apply_header
 from ..checkpoint.header import Header
 from ..checkpoint.reading import read_json, weight_variant
@@ -34,7 +35,6 @@ from ..integer.weights import SUBSCALE_MAX, IntegerWeight, nearest, quantize_wei
 from ..outputs import atomic_folder
 from ..recipe import LayerPlan, Recipe
 from ..version import __version__
-from . import architectures
 
 Call = dict[str, Any]
 

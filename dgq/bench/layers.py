@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from dgq_kernels import native
 
+from .. import architectures
 from ..checkpoint.reading import read_json
 from ..integer.layer import IntegerLayer
 from ..integer.plan import Layer, plan_layers
 from ..progress import Progress, silent
 from ..recipe import LayerPlan, Recipe
-from . import architectures
 from .rows import Row, dtype_name, half_dtype, interleaved, make_rows, timed
 
 # Layer shapes of Stable Diffusion at 512 pixels: rows, inputs, outputs of linear layers, and 3x3 convolutions as

@@ -20,8 +20,8 @@ import torch
 import dgq_kernels
 from dgq_kernels.linear.tiles import Config, Machine, Tiling, choose
 
+from ..architectures import call, drawn, network
 from ..errors import DgqError
-from .architectures import call, drawn, network
 
 SYSTEMS = ("fp16", "W8A8 fp16-attention", "W8A8", "W4A8")
 

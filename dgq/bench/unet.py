@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .. import doctor
+from .. import architectures, doctor
 from ..calibration.replay import record_inputs
 from ..checkpoint.reading import read_header, read_json
 from ..errors import DgqError
@@ -26,7 +26,6 @@ from ..pictures.pipelines import load, resolve
 from ..pictures.prompts import evaluation_prompts
 from ..progress import Progress, silent
 from ..version import __version__
-from . import architectures
 from .files import Call, save_calls, write
 from .rows import Row, dtype_name, half_dtype, verdicts
 from .systems import PEERS, Size, System, measure

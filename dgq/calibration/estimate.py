@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..bench import architectures
+from .. import architectures
 from ..checkpoint.reading import read_json
 from ..integer.plan import GPTQ_MAX_REDUCTION, Layer, plan_layers
 from ..integer.rounding import passes

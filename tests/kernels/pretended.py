@@ -221,8 +221,7 @@ def second_device():
 def step(name, dtypes=(torch.float16,)):
     """A step of a whole quantized UNet, its float operators on the CPU, on rubbish."""
     import dgq.embedded
-    from dgq import recipe
-    from dgq.bench import architectures, worker
+    from dgq import architectures, recipe, worker
     from dgq.integer import attention
 
     which = architectures.ARCHITECTURES.get(name)

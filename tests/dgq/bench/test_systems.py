@@ -176,7 +176,8 @@ def test_a_process_that_crashes_between_steps_becomes_a_note(
     """Real processes, one of which is ended from outside."""
     import json
 
-    from dgq.bench import architectures, files
+    from dgq import architectures
+    from dgq.bench import files
 
     class Fragile(Worker):
         def __init__(self, spec: Spec) -> None:

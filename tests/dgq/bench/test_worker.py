@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgq.bench import architectures, files, worker
+from dgq import architectures
+from dgq.bench import files, worker
 from dgq.bench.systems import Worker
 from dgq.bench.worker import Spec
 from dgq.errors import DgqError

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from dgq.bench import architectures
+from dgq import architectures
 from dgq.calibration.replay import spread
 from dgq.errors import DgqError
 from dgq.integer.channels import WORTH, candidates, to_matrix

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.reading import read_json
-from ..errors import DgqError
+from .checkpoint.reading import read_json
+from .errors import DgqError
 
 TOKENS = 77
 

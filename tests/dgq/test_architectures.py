@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from dgq.bench import architectures
-from dgq.bench.architectures import ARCHITECTURES
+from dgq import architectures
+from dgq.architectures import ARCHITECTURES
 from dgq.errors import DgqError
 
 META = torch.device("meta")
