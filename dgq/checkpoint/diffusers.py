@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import DgqError
 from ..integer.layer import IntegerLayer
+from ..integer.shared_input import prepare_all
 from ..integer.skeleton import stored_names
 from .apply import apply_header
 from .header import QUANT_METHOD, Header
@@ -81,6 +82,9 @@ class DgqQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         verify_values(weights_place(self._files), model)
+        # Packed now, torch.compile finds nothing to do before a first call; where there is CUDA the model will move.
+        if not torch.cuda.is_available() and {weight.device.type for weight in model.parameters()} == {"cpu"}:
+            prepare_all(model, torch.device("cpu"))
         return model
 
     def check_if_quantized_param(

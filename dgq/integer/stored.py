@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from dgq_kernels import packing
 
+from ..errors import DgqError
 from ..recipe import LayerPlan
 
 
@@ -44,7 +45,7 @@ class StoredWeight(Tensor):
     """A stored weight whose bytes are held in another form, a backend's blocks say.
 
     It has the shape, dtype and device of the tensor that it stands for, which is made when something reads it: moves,
-    copies and saves see that tensor, and nothing is kept twice.
+    copies and saves see that tensor, and nothing is kept twice. Changing it in place is a DgqError.
 
     Attributes:
         make: makes the tensor.
@@ -78,6 +79,11 @@ class StoredWeight(Tensor):
         if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             one = args[0]
             return cls.of(one.shape, one.dtype, one.device, one.make)
+
+        if function._schema.is_mutable:  # it would change a tensor that nobody keeps
+            raise DgqError(
+                "a packed weight cannot be changed in place", "adapters stay beside it: they cannot be fused"
+            )
 
         def made(value: Any) -> Any:
             return value.make() if isinstance(value, cls) else value

@@ -9,6 +9,29 @@ from dgq_kernels import native
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no CPU engine: {native.describe()}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_model_compiles_as_it_was_loaded(tiny_checkpoint, dtype):
+    """Without a call before; under Inductor too, whose copies into another layout are not to be had in bfloat16."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_checkpoint, subfolder="unet", dtype=dtype)
+    call = (torch.randn(2, 4, 8, 8, dtype=dtype), torch.tensor(500), torch.randn(2, 24, 32, dtype=dtype))
+    traced = torch.compile(unet, fullgraph=True, backend="aot_eager")(*call).sample
+    assert torch.equal(traced, unet(*call).sample)
+    torch._dynamo.reset()
+    block = unet.down_blocks[0].resnets[0]
+    time = torch.randn(2, 128, dtype=dtype)
+
+    def step(x, time):
+        return block(unet.conv_in(x), time)
+
+    got, expected = torch.compile(step, fullgraph=True)(call[0], time), step(call[0], time)
+    assert bool(torch.isfinite(got).all())
+    assert float((got - expected).float().norm() / expected.float().norm()) < 0.05
+
+
 @torch.no_grad()
 def test_a_block_compiles_without_a_break(tiny_checkpoint):
     unet = pipelines.load(tiny_checkpoint, device="cpu").unet

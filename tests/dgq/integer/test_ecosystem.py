@@ -8,6 +8,7 @@ from torch import nn
 
 import dgq
 from dgq.checkpoint.header import FORMAT_VERSION
+from dgq.errors import DgqError
 from dgq.integer.layer import IntegerConv2d, IntegerLayer, IntegerLinear, is_direct
 from dgq.integer.stored import StoredWeight
 from dgq.recipe import LayerPlan
@@ -87,6 +88,8 @@ def test_a_packed_weight_stands_for_its_tensor(unet):
             assert stored.numel() == stored.make().numel()
             assert torch.equal(stored + 0, stored.make())
             assert stored.to("meta").shape == stored.shape
+            with pytest.raises(DgqError, match="cannot be changed in place"):
+                stored.zero_()
 
 
 def test_a_hook_on_a_layer_is_called_and_changes_nothing_else(unet):
@@ -124,6 +127,8 @@ def test_lora_of_every_layer_is_what_it_is_around_float_layers(unet):
     changed = call(unet)
     assert reached == inner.keys()
     assert not torch.allclose(changed, plain, atol=1e-2)
+    with pytest.raises((DgqError, RuntimeError)):  # a packed weight's own words, or torch's of int8
+        unet.fuse_lora()
     unet.set_adapters(["one"], [0.0])
     assert torch.equal(call(unet), plain)
     unet.unload_lora()
