@@ -269,7 +269,8 @@ class IntegerLayer(nn.Module):
 
     def fuses(self, device: torch.device) -> bool:
         """Whether the ops on this device quantize together with what comes before (`forward`'s norm and the rest)."""
-        return backend.select(device) == "triton"
+        ready = self._prepared  # nothing is packed for the answer: the weight may be away until the layer is called
+        return ready.fuses if ready is not None else backend.select(device) == "triton"
 
     def forward(
         self,

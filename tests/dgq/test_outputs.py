@@ -96,7 +96,7 @@ def test_pipes_are_written_to(tmp_path):
 
 def test_standard_output_in_a_file_is_not_replaced(tmp_path):
     code = (
-        "from pathlib import Path; from dgq.writing import atomic_file\n"
+        "from pathlib import Path; from dgq.outputs import atomic_file\n"
         "print('first')\nwith atomic_file(Path('/dev/stdout')) as file: file.write(b'second\\n')\nprint('third')"
     )
     with open(tmp_path / "out", "w") as out:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import typer
 
+import dgq_kernels
 from dgq import doctor
 from dgq.self_test import relative_error
 from dgq_cli import doctor_command
@@ -36,8 +37,8 @@ def test_json_of_a_healthy_machine(dgq_command: Run, monkeypatch: pytest.MonkeyP
 
 
 def test_a_wrong_op_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    right = doctor.dgq_kernels.linear_int8
-    monkeypatch.setattr(doctor.dgq_kernels, "linear_int8", lambda *args: right(*args) + 0.01)
+    right = dgq_kernels.linear_int8
+    monkeypatch.setattr(dgq_kernels, "linear_int8", lambda *args: right(*args) + 0.01)
     with pytest.raises(typer.Exit) as stop:
         doctor_command.command()
     assert stop.value.exit_code == 1

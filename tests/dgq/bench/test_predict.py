@@ -17,7 +17,7 @@ from dgq.bench import predict
 from dgq.errors import DgqError
 from dgq_cli.main import app
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
