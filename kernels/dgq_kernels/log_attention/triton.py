@@ -109,12 +109,12 @@ def key_statistics_kernel(
         key = first + tl.arange(0, BLOCK_KEYS)
         inside = (key < keys)[:, None] & in_head[None, :]
         row = (key + START)[:, None].to(tl.int64)
+        v = tl.load(v_tile + row * v_row, mask=inside, other=0.0).to(tl.float32)
+        magnitude = tl.maximum(magnitude, magnitude_bits(v, 0))
         k = tl.load(k_tile + row * k_row, mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(k, axis=0)
         low = tl.minimum(low, tl.min(tl.where(inside, k, float("inf")), axis=0))
         high = tl.maximum(high, tl.max(tl.where(inside, k, float("-inf")), axis=0))
-        v = tl.load(v_tile + row * v_row, mask=inside, other=0.0).to(tl.float32)
-        magnitude = tl.maximum(magnitude, magnitude_bits(v, 0))
     plane = tl.num_programs(0) * tl.num_programs(1) * WIDTH
     out = statistics_ptr + (head * tl.num_programs(0) + part) * WIDTH + channel
     tl.store(out, total)
