@@ -63,6 +63,8 @@ class IntegerLayer(nn.Module):
         self.plan = plan
         self.in_features, self.out_features = plan.in_features, plan.out_features
         self._prepared: Prepared | None = None
+        self._stored_name = "weight" if plan.wbits == 8 else "packed"
+        self._norm: tuple[Any, native.Norm] | None = None  # its state, the engine's form of it
         for name, (shape, dtype) in buffer_specs(plan).items():
             self.set_stored(name, torch.empty(shape, dtype=dtype))
         if not plan.bias:
@@ -121,10 +123,6 @@ class IntegerLayer(nn.Module):
         if subscales is None:
             return weight
         return packing.expand_two_level(weight, subscales, self.plan.reduction, self.plan.weight_group)
-
-    @property
-    def _stored_name(self) -> str:
-        return "weight" if self.plan.wbits == 8 else "packed"
 
     def _stored(self) -> Tensor:
         """What `stored` holds, as files have it: the int8 matrix (N, K), or packed."""
@@ -212,7 +210,7 @@ class IntegerLayer(nn.Module):
             return ready
 
     def _is_of(self, ready: Prepared) -> bool:
-        return ready.source is not None and ready.source() is self.stored
+        return ready.source is not None and ready.source() is self._parameters[self._stored_name]
 
     def _keep(self, ready: Prepared) -> None:
         """Until whoever holds the stored tensor lets go of it: offloading puts another one in its place."""
@@ -340,11 +338,19 @@ class IntegerLayer(nn.Module):
             return None
         known: Any = norm
         silu = activation == "silu"
-        if kind == "conv2d" and type(norm) is nn.GroupNorm and known.affine and not engine.divided:
-            return native.Norm(known.weight.float(), known.bias.float(), known.eps, known.num_groups, silu)
-        if kind == "linear" and type(norm) is nn.LayerNorm and known.bias is not None and not silu:
-            return native.Norm(known.weight.float(), known.bias.float(), known.eps)
-        return None
+        kind_fits = (
+            type(norm) is nn.GroupNorm and known.affine and not engine.divided
+            if kind == "conv2d"
+            else kind == "linear" and type(norm) is nn.LayerNorm and known.bias is not None and not silu
+        )
+        if not kind_fits:
+            return None
+        if torch.compiler.is_compiling():
+            return _native_norm(known, silu)
+        state = (norm, silu, *_state_of(known.weight), *_state_of(known.bias))
+        if self._norm is None or self._norm[0] != state:
+            self._norm = state, _native_norm(known, silu)
+        return self._norm[1]
 
     def gated(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """value * gelu(gate) (..., N / 2) of the two halves (..., N) that `forward` gives for x (..., C)."""
@@ -468,7 +474,11 @@ class IntegerLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore()
-        return {**self.__dict__, "_prepared": None}  # opaque tensors and addresses cannot be copied or pickled
+        return {
+            **self.__dict__,
+            "_prepared": None,
+            "_norm": None,
+        }  # opaque tensors and addresses cannot be copied or pickled
 
     def extra_repr(self) -> str:
         p = self.plan
@@ -506,6 +516,16 @@ class IntegerConv2d(IntegerLayer, nn.Conv2d):  # type: ignore[override]
         self.kernel_size, self.stride = (plan.kernel_size,) * 2, (plan.stride,) * 2
         self.padding, self.dilation, self.output_padding = (plan.padding,) * 2, (1, 1), (0, 0)
         self.groups, self.transposed, self.padding_mode = 1, False, "zeros"
+
+
+def _state_of(tensor: Tensor) -> tuple[int, int]:
+    """Changes where a tensor's values may have."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _native_norm(norm: Any, silu: bool) -> native.Norm:
+    groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 0
+    return native.Norm(norm.weight.float(), norm.bias.float(), norm.eps, groups, silu)
 
 
 def _shaped(weight: Tensor, plan: LayerPlan) -> Tensor:

@@ -230,13 +230,21 @@ class Norm:
     groups: int = 0
     silu: bool = False
 
+    @functools.cached_property
+    def _structs(self) -> dict[int, _Norm]:
+        return {}
+
     def _struct(self, channels: int) -> _Norm:
+        known = self._structs.get(channels)
+        if known is not None:
+            return known
         gain, shift = (
             _checked(f"a norm of {channels} channels", tensor, torch.float32, channels)
             for tensor in (self.gain, self.shift)
         )
         struct = _Norm(gain.data_ptr(), shift.data_ptr(), self.eps, self.groups, self.silu)
         struct.kept = gain, shift
+        self._structs[channels] = struct
         return struct
 
 
