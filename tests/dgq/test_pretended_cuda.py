@@ -54,7 +54,10 @@ def two_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(
+    scope="module",
+    params=["w8-shift", pytest.param("w4-smooth", marks=pytest.mark.slow), "paper"],
+)
 def made(request, tiny_pipeline, tmp_path_factory) -> Made:
     """Calibrated in two sittings: the second takes calls and finished layers from files."""
     out = tmp_path_factory.mktemp("cuda") / request.param

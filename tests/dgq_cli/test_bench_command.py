@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from tiny_pipelines import BUILDERS
 
 from dgq.checkpoint.writing import WEIGHTS_NAME
@@ -34,6 +35,7 @@ def test_step_of_a_checkpoint_as_json_and_csv(dgq_command: Run, tiny_checkpoint:
         assert [row["system"] for row in csv.DictReader(handle)] == list(rows)
 
 
+@pytest.mark.slow
 def test_step_of_sdxl(dgq_command: Run, tmp_path: Path) -> None:
     folder = BUILDERS["sdxl"](tmp_path / "sdxl")
     run = dgq_command("bench", "--model", folder, "--what", "step", "--bits", 8, "--repeats", 1, "--json")

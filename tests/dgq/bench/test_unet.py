@@ -17,6 +17,7 @@ from dgq.errors import DgqError
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_rows_of_an_architecture_and_its_files_for_a_second_run(
     small_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,25 @@ def test_a_seed_is_one_picture_in_every_dtype(name, tiny_pipeline):
         assert float((latents.float() - found[0]).norm() / found[0].norm()) < 0.05
 
 
+@pytest.mark.parametrize("mixed", ["autocast", "embeddings"])
+def test_pictures_of_mixed_dtypes(tiny_checkpoint, mixed):
+    """Text states, norms and layers meet in other dtypes than the model's."""
+    pipe = dgq.load(tiny_checkpoint, device="cpu", dtype=torch.float32)
+    text = pipe.encode_prompt("a cat", torch.device("cpu"), 1, False)[0]
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
+
+    def draw(text):
+        return pipe(prompt_embeds=text, generator=torch.Generator().manual_seed(3), **call).images.float()
+
+    expected = draw(text)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed == "autocast"):
+        got = draw(text.bfloat16() if mixed == "embeddings" else text)
+    assert bool(torch.isfinite(got).all())
+    assert (
+        float((got - expected).norm() / expected.norm()) < 0.25
+    )  # one code's step is up to 3% of this model's latents
+
+
 def test_metadata_is_written_or_not(pipe, tmp_path):
     settings = dataclasses.replace(FAST, negative="blue")
     picture = generate(pipe, ["a cat"], settings, label="integer W4A8", name="tiny")[0]
