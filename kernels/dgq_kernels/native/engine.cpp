@@ -5,11 +5,24 @@
 #include <initializer_list>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #define DGQ_X86 1
+#include <cpuid.h>
 #include <immintrin.h>
+#endif
+#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+
+// Functions between the two are compiled for an instruction set of their own.
+#define DGQ_PRAGMA(words) _Pragma(#words)
+#ifdef __clang__
+#define DGQ_TARGET_BEGIN(set) DGQ_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define DGQ_TARGET_END _Pragma("clang attribute pop")
+#else
+#define DGQ_TARGET_BEGIN(set) _Pragma("GCC push_options") DGQ_PRAGMA(GCC target(set))
+#define DGQ_TARGET_END _Pragma("GCC pop_options")
 #endif
 
 namespace dgq {
@@ -82,6 +95,8 @@ static float symmetric_scale(const Range& range, int top) {
     return largest > 1e-30f ? largest / static_cast<float>(top) : 1.0f;
 }
 
+#define DGQ_AVX512 "avx512f,avx512bw,avx512vl,avx512dq"
+
 #include "tiles.inc"
 
 #define LEVEL 0
@@ -91,21 +106,28 @@ namespace plain {
 #undef LEVEL
 #ifdef DGQ_X86
 #define LEVEL 256
-#pragma GCC push_options
-#pragma GCC target("avx2")
+DGQ_TARGET_BEGIN("avx2")
 namespace vector256 {
 #include "vector.inc"
 }
-#pragma GCC pop_options
+DGQ_TARGET_END
 #undef LEVEL
 #define LEVEL 512
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#ifdef __clang__
+DGQ_TARGET_BEGIN(DGQ_AVX512)
+#else
+DGQ_TARGET_BEGIN(DGQ_AVX512 ",prefer-vector-width=512")
+#endif
 namespace vector512 {
 #include "vector.inc"
 }
-#pragma GCC pop_options
+DGQ_TARGET_END
 #undef LEVEL
+DGQ_TARGET_BEGIN(DGQ_AVX512 ",avx512vbmi,avx512vnni")
+namespace vector512 {
+#include "vbmi.inc"
+}
+DGQ_TARGET_END
 #endif
 
 static void nothing() {}
@@ -128,26 +150,37 @@ static const Kernels all_kernels[ISA_COUNT] = {
 #endif
 };
 
+#ifdef DGQ_X86
+// Which instruction sets the CPU has and the system keeps the registers of: the bits of CPUID's leaf 7, which the
+// compilers' own questions know under different names or not at all.
 static bool supported(int isa) {
     if (isa == PORTABLE) return true;
-#ifdef DGQ_X86
-    __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vnni");
-    if (isa == AVX2) return __builtin_cpu_supports("avx2");
-    if (isa == AVX_VNNI) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni");
+    unsigned most, sets, more, last, other[3], vnni = 0, basic, kept, unused;
+    if (!__get_cpuid(1, &unused, &unused, &basic, &unused) || !(basic & bit_OSXSAVE)) return false;
+    if (!__get_cpuid_count(7, 0, &most, &sets, &more, &last)) return false;
+    if (most >= 1) __get_cpuid_count(7, 1, &vnni, &other[0], &other[1], &other[2]);
+    asm("xgetbv" : "=a"(kept), "=d"(unused) : "c"(0));
+    const auto all = [](unsigned word, std::initializer_list<int> bits) {
+        for (const int bit : bits)
+            if (!(word >> bit & 1)) return false;
+        return true;
+    };
+    const bool avx2 = all(kept, {1, 2}) && all(sets, {5});
+    const bool avx512 = avx2 && all(kept, {5, 6, 7}) && all(sets, {16, 17, 30, 31}) && all(more, {11});
+    const bool vbmi = avx512 && all(more, {1});
+    if (isa == AVX2) return avx2;
+    if (isa == AVX_VNNI) return avx2 && all(vnni, {4});
     if (isa == AVX512_VNNI) return avx512;
-    const bool vbmi = avx512 && __builtin_cpu_supports("avx512vbmi");
     if (isa == AVX512_VBMI) return vbmi;
-    if (isa == AMX) {
-        constexpr int ask_permission = 0x1023, tile_data = 18;  // Linux grants the tiles' state on request only
-        return vbmi && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-tile") &&
-               syscall(SYS_arch_prctl, ask_permission, tile_data) == 0;
-    }
+#ifdef __linux__
+    constexpr int ask_permission = 0x1023, tile_data = 18;  // Linux grants the tiles' state on request only
+    if (isa == AMX) return vbmi && all(last, {24, 25}) && syscall(SYS_arch_prctl, ask_permission, tile_data) == 0;
 #endif
     return false;
 }
+#else
+static bool supported(int isa) { return isa == PORTABLE; }
+#endif
 
 static int64_t element_bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
