@@ -10,8 +10,15 @@ DEMO := build/demo
 DOCS_VENV := build/docs
 DOCS_BIN := $(DOCS_VENV)/bin
 
-.PHONY: demo test test-all lint types docs gpu aot sanitize sanitize-native bench fidelity embedded-data embedded-train \
-	clean
+TOOLS_VENV := build/tools
+TOOLS_BIN := $(TOOLS_VENV)/bin
+# Wheels run with this glibc or a newer one: torch's own ask for it too.
+GLIBC := 2.28
+# the compiler of the wheels' engine, without -target; empty for the machine's own
+WHEEL_CXX ?= $(abspath $(TOOLS_BIN))/python-zig c++
+
+.PHONY: demo test test-all lint types docs wheel wheel-aarch64 sdist gpu aot sanitize sanitize-native bench fidelity \
+	embedded-data embedded-train clean
 
 demo: $(VENV)/ready
 	$(BIN)/dgq calibrate --out $(DEMO)/dgq-emoji-w4a8 --wbits 4 --abits 8 --overwrite
@@ -35,6 +42,21 @@ types: $(VENV)/ready
 # The pages of docs/ and the API from the docstrings, to build/site. Sources are read, not imported: no torch is needed.
 docs: $(DOCS_VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict --site-dir build/site
+
+# One wheel for every Python, in dist/: the engine knows neither Python nor torch. The first time Zig compiles its C++
+# library, which takes minutes. The same commit gives the same bytes.
+wheel: MACHINE := x86_64
+wheel-aarch64: MACHINE := aarch64
+wheel wheel-aarch64: $(TOOLS_VENV)/ready
+	rm -rf build/wheel-$(MACHINE)
+	CXX="$(WHEEL_CXX) -target $(MACHINE)-linux-gnu.$(GLIBC) -s" _PYTHON_HOST_PLATFORM=linux-$(MACHINE) \
+		$(TOOLS_BIN)/python -m hatchling build --target wheel --directory build/wheel-$(MACHINE)
+	PATH="$(abspath $(TOOLS_BIN)):$$PATH" SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
+		auditwheel repair --wheel-dir dist \
+		build/wheel-$(MACHINE)/*.whl
+
+sdist: $(TOOLS_VENV)/ready
+	$(TOOLS_BIN)/python -m hatchling build --target sdist --directory dist
 
 # On a machine with a CUDA device, under 10 minutes: every kernel against its reference, the model on cuda against cpu,
 # bench rows. PYTHON is the machine's own, whose torch and Triton are used as they are; only what it lacks is fetched,
@@ -87,11 +109,14 @@ $(VENV)/ready: pyproject.toml $(filter-out /dev/null,$(CONSTRAINTS))
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev,plots]"
 	touch $@
 
-$(DOCS_VENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-		print(*project['optional-dependencies']['docs'], sep='\n')" > $(DOCS_VENV)/needs.txt
-	$(DOCS_BIN)/pip install --quiet --constraint constraints.txt --requirement $(DOCS_VENV)/needs.txt
+# an environment with one of the optional groups of pyproject.toml, without the package
+$(DOCS_VENV)/ready: GROUP := docs
+$(TOOLS_VENV)/ready: GROUP := wheel
+$(DOCS_VENV)/ready $(TOOLS_VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*project['optional-dependencies']['$(GROUP)'], sep='\n')" > $(@D)/needs.txt
+	$(@D)/bin/pip install --quiet --constraint constraints.txt --requirement $(@D)/needs.txt
 	touch $@
 
 clean:

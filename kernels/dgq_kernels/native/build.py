@@ -27,13 +27,13 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
 
 
-def build() -> Path:
-    """Compile the library next to its source and return its path.
+def build(library: Path = LIBRARY) -> Path:
+    """Compile the library to a file, by default the one that is loaded, and return its path.
 
     Raises:
         RuntimeError: no compiler, or it failed; the message holds its output.
     """
-    partial = LIBRARY.with_suffix(f".{os.getpid()}.tmp")
+    partial = library.with_suffix(f".{os.getpid()}.tmp")
     command = [*compiler(), *FLAGS, str(FOLDER / "engine.cpp"), "-o", str(partial)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -42,8 +42,8 @@ def build() -> Path:
     if done.returncode:
         partial.unlink(missing_ok=True)
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr.strip()}")
-    partial.replace(LIBRARY)
-    return LIBRARY
+    partial.replace(library)
+    return library
 
 
 if __name__ == "__main__":
