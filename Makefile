@@ -17,7 +17,7 @@ GLIBC := 2.28
 # the compiler of the wheels' engine, without -target; empty for the machine's own
 WHEEL_CXX ?= $(abspath $(TOOLS_BIN))/python-zig c++
 
-.PHONY: demo test test-all lint types docs wheel wheel-aarch64 sdist gpu aot sanitize sanitize-native bench fidelity \
+.PHONY: demo test test-all test-aarch64 lint types docs wheel wheel-aarch64 sdist gpu aot sanitize sanitize-native bench fidelity \
 	embedded-data embedded-train clean
 
 demo: $(VENV)/ready
@@ -57,6 +57,12 @@ wheel wheel-aarch64: $(TOOLS_VENV)/ready
 
 sdist: $(TOOLS_VENV)/ready
 	$(TOOLS_BIN)/python -m hatchling build --target sdist --directory dist
+
+# The engine on aarch64, from GCC and from Zig, in an emulator of three CPUs against this machine's results.
+test-aarch64: $(VENV)/ready $(TOOLS_VENV)/ready
+	@command -v qemu-aarch64 > /dev/null && command -v aarch64-linux-gnu-g++ > /dev/null || \
+		{ echo "qemu-aarch64 and aarch64-linux-gnu-g++ are needed (Debian: qemu-user, g++-aarch64-linux-gnu)"; false; }
+	$(BIN)/python -m pytest tests/kernels/test_native_machines.py -k aarch64
 
 # On a machine with a CUDA device, under 10 minutes: every kernel against its reference, the model on cuda against cpu,
 # bench rows. PYTHON is the machine's own, whose torch and Triton are used as they are; only what it lacks is fetched,

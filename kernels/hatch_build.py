@@ -31,8 +31,8 @@ class EngineBuildHook(BuildHookInterface):
             return
         if version != "editable":
             build_data["force_include"][str(library)] = f"{NATIVE}/{library.name}"
-        # The library is tied to the platform, not to a version of Python. Cross builds name the platform in Python's own
-        # _PYTHON_HOST_PLATFORM.
+        # The library is tied to the platform, not to a version of Python. Cross builds name the platform in Python's
+        # own variable, _PYTHON_HOST_PLATFORM.
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 

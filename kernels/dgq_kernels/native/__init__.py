@@ -1,8 +1,9 @@
 """The CPU engine: a layer's quantization, integer product and epilogue in one call, and log attention.
 
 A small C++ library (engine.cpp) called through ctypes, without torch's dispatcher: a layer of a small model costs a
-few microseconds beside its arithmetic. The instruction set (AMX, AVX512-VNNI, AVX-VNNI, AVX2 or portable C++) is
-chosen at run time; all give the same bits. Everything here is for CPU tensors without gradients.
+few microseconds beside its arithmetic. The instruction set (AMX, AVX512-VNNI, AVX-VNNI or AVX2; NEON's i8mm or dot
+product; or portable C++) is chosen at run time; all give the same bits. Everything here is for CPU tensors without
+gradients.
 
 DGQ_CPU_ENGINE=off leaves it out; DGQ_CPU_ENGINE=avx2 (or another name of ISAS) forces an instruction set.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 from .build import LIBRARY
 
 ABI = 5
-ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx")
+ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx", "neon-dot", "neon-i8mm")
 BLOCK = 16  # output channels in a block of the packed weight
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _Pointer = ctypes.c_void_p

@@ -10,6 +10,12 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
+// older Clangs have the intrinsics only where the whole file is for a CPU that has the instructions
+#if defined(__aarch64__) && defined(__linux__) && (!defined(__clang__) || __clang_major__ >= 16)
+#define DGQ_ARM 1
+#include <arm_neon.h>
+#include <sys/auxv.h>
+#endif
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -148,6 +154,11 @@ static const Kernels all_kernels[ISA_COUNT] = {
     DGQ_KERNELS(vector512, probabilities_vbmi, avx512_vnni, nothing, nothing),
     DGQ_KERNELS(vector512, probabilities_vbmi, amx, amx::thread_begin, amx::thread_end),
 #endif
+#ifdef DGQ_ARM
+    {}, {}, {}, {}, {},  // those of x86
+    DGQ_KERNELS(plain, probabilities, neon_dot, nothing, nothing),
+    DGQ_KERNELS(plain, probabilities, neon_i8mm, nothing, nothing),
+#endif
 };
 
 #ifdef DGQ_X86
@@ -177,6 +188,11 @@ static bool supported(int isa) {
     if (isa == AMX) return vbmi && all(last, {24, 25}) && syscall(SYS_arch_prctl, ask_permission, tile_data) == 0;
 #endif
     return false;
+}
+#elif defined(DGQ_ARM)
+static bool supported(int isa) {
+    const bool dot = getauxval(AT_HWCAP) >> 20 & 1, i8mm = getauxval(AT_HWCAP2) >> 13 & 1;  // ASIMDDP, I8MM
+    return isa == PORTABLE || (isa == NEON_DOT && dot) || (isa == NEON_I8MM && i8mm);
 }
 #else
 static bool supported(int isa) { return isa == PORTABLE; }
@@ -210,11 +226,20 @@ struct Split {
     }
 };
 
+// The second-level cache of a core, in bytes; a common size where the system does not tell.
+static int64_t second_level_cache() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (size > 0) return size;
+#endif
+    return 1024 * 1024;
+}
+static int64_t panel_bytes = second_level_cache() / 4 * 3;
+
 // Panels of A stay in the second-level cache with a block of B; few rows are shared out by columns instead.
 static Split split_work(int64_t m, int64_t n, int64_t k, int threads) {
-    constexpr int64_t cache = 1536 * 1024;
     Split split;
-    int64_t rows = cache / row_stride(k) / TILE_ROWS * TILE_ROWS;
+    int64_t rows = panel_bytes / row_stride(k) / TILE_ROWS * TILE_ROWS;
     rows = rows < TILE_ROWS ? TILE_ROWS : rows > 256 ? 256 : rows;
     int64_t panels = ceil_div(m, rows);
     if (m >= threads * TILE_ROWS) panels = round_up(panels, threads);

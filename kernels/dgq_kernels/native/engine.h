@@ -17,7 +17,7 @@ constexpr int TILE_COLS = 2 * BLOCK_COLS;
 constexpr int K_BLOCK = 64;  // bytes of K in a cache line, and in an AMX tile row
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
-enum Isa : int32_t { PORTABLE, AVX2, AVX_VNNI, AVX512_VNNI, AVX512_VBMI, AMX, ISA_COUNT };
+enum Isa : int32_t { PORTABLE, AVX2, AVX_VNNI, AVX512_VNNI, AVX512_VBMI, AMX, NEON_DOT, NEON_I8MM, ISA_COUNT };
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
