@@ -197,20 +197,21 @@ class IntegerLayer(nn.Module):
     def prepare(self, device: torch.device) -> Prepared:
         """The backend's form of the weight, made at the first call on a device and kept while the stored tensor is."""
         ready = self._prepared
-        if ready is not None and ready.device == device and (torch.compiler.is_compiling() or self._is_of(ready)):
+        if (
+            ready is not None
+            and ready.device == device
+            and (torch.compiler.is_compiling() or ready.source() is self._parameters[self._stored_name])
+        ):
             return ready
         with _preparing:
             ready = self._prepared
-            if ready is None or ready.device != device or not self._is_of(ready):
+            if ready is None or ready.device != device or ready.source() is not self.stored:
                 self.restore()
                 ready = self._prepare(device)
                 if ready.engine is not None:
                     self._leave_to(ready.engine)
                 self._keep(ready)
             return ready
-
-    def _is_of(self, ready: Prepared) -> bool:
-        return ready.source is not None and ready.source() is self._parameters[self._stored_name]
 
     def _keep(self, ready: Prepared) -> None:
         """Until whoever holds the stored tensor lets go of it: offloading puts another one in its place."""
@@ -294,20 +295,21 @@ class IntegerLayer(nn.Module):
         if kind == "pointwise":
             y = self.over_pixels(x, norm, None if residual is None else residual.permute(0, 2, 3, 1), activation)
             return y.permute(0, 3, 1, 2)
-        before = self._engine_norm(norm, activation, x)
-        if ready.fuses:
-            codes = self._fused_codes(x, norm, activation, offset)
-            if codes is not None:
-                return self._finish(codes, x, residual, sample_bias)
+        engine = ready.engine
+        if engine is None:
+            codes = self._fused_codes(x, norm, activation, offset) if ready.fuses else None
+            if codes is None:
+                x = _apply(x, norm, activation, offset)
+                codes = self._codes(x)
+            return self._finish(codes, x, residual, sample_bias)
+        before = None if norm is None else self._engine_norm(engine, norm, activation)
         if before is None:
             x = _apply(x, norm, activation, offset)
-        if ready.engine is None:
-            return self._finish(self._codes(x), x, residual, sample_bias)
         if kind == "linear":
-            return ready.engine.linear(x, residual, norm=before)
+            return engine.linear(x, residual, norm=before)
         if sample_bias is not None and self.bias is not None:
             sample_bias = sample_bias.float() + self.bias
-        return ready.engine.conv2d(x, residual, sample_bias, before)
+        return engine.conv2d(x, residual, sample_bias, before)
 
     def over_pixels(
         self,
@@ -331,13 +333,10 @@ class IntegerLayer(nn.Module):
         y = self._multiply(self._codes(x), x.dtype, residual if ready.fuses else None).view(size)
         return y if residual is None or ready.fuses else y + residual
 
-    def _engine_norm(self, norm: nn.Module | None, activation: Activation, x: Tensor) -> native.Norm | None:
+    def _engine_norm(self, engine: native.Layer, norm: nn.Module, activation: Activation) -> native.Norm | None:
         """The norm, and SiLU, as the engine takes them; None where it does not."""
-        kind, engine = self.plan.kind, None if norm is None else self.prepare(x.device).engine
-        if engine is None:
-            return None
         known: Any = norm
-        silu = activation == "silu"
+        kind, silu = self.plan.kind, activation == "silu"
         kind_fits = (
             type(norm) is nn.GroupNorm and known.affine and not engine.divided
             if kind == "conv2d"
@@ -356,7 +355,7 @@ class IntegerLayer(nn.Module):
         """value * gelu(gate) (..., N / 2) of the two halves (..., N) that `forward` gives for x (..., C)."""
         ready = self.prepare(x.device)
         if ready.engine is not None and ready.engine.can_gate:
-            before = self._engine_norm(norm, "none", x)
+            before = None if norm is None else self._engine_norm(ready.engine, norm, "none")
             x = x if norm is None or before is not None else norm(x)
             return ready.engine.linear(x, gated=True, norm=before)
         if ready.fuses:
@@ -488,13 +487,9 @@ class IntegerLayer(nn.Module):
 def is_direct(module: object, kind: str | None = None) -> bool:
     """Whether a module is an integer layer (of this kind) with nothing around it. Only such a one may be asked for more
     than `layer(x)`: an adapter computes from its own input, an offloading hook fetches the weight at the call."""
-    return (
-        isinstance(module, IntegerLayer)
-        and kind in (None, module.plan.kind)
-        and "forward" not in module.__dict__
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-    )
+    if not isinstance(module, IntegerLayer) or (kind is not None and module.plan.kind != kind):
+        return False
+    return not (module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
 
 
 class IntegerLinear(IntegerLayer, nn.Linear):  # type: ignore[misc, override]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,7 +40,7 @@ class Prepared:
     split: bool = False
     fuses: bool = False  # the backend's ops quantize together with what comes before, and add residuals
     joined: Joined | None = None  # with the layers that read the same input
-    source: weakref.ref[Tensor] | None = None
+    source: Callable[[], Tensor | None] = lambda: None  # a weak reference, once the layer keeps it
 
     @property
     def tensors(self) -> list[Tensor]:

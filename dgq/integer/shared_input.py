@@ -75,7 +75,7 @@ def project(layers: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = Non
         prepared = [layer.prepare(x.device) for layer in own]
         engines = [one.engine for one in prepared if one.engine is not None]
         if len(engines) == len(own) and native.can_share(engines):
-            before = own[0]._engine_norm(norm, "none", x)
+            before = None if norm is None else own[0]._engine_norm(engines[0], norm, "none")
             x = x if norm is None or before is not None else norm(x)
             return native.linear(engines, x, norm=before)
         joined = prepared[0].joined

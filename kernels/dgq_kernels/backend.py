@@ -18,6 +18,7 @@ from torch import Tensor
 from . import native
 
 BACKENDS = ("reference", "cpu", "triton")
+_OWN = {"cpu": "cpu", "cuda": "triton", "meta": "reference"}  # by a device's type
 
 
 def select(device: torch.device) -> str:
@@ -27,20 +28,19 @@ def select(device: torch.device) -> str:
         ValueError: DGQ_BACKEND names no backend, or "triton" where its kernels cannot run; or there are no kernels for
             the device and DGQ_BACKEND does not ask for the reference.
     """
-    forced = os.environ.get("DGQ_BACKEND")
-    if forced and forced not in BACKENDS:
+    forced, kind = os.environ.get("DGQ_BACKEND"), device.type
+    if not forced:
+        if kind in _OWN and not (kind == "cuda" and torch.version.hip):
+            return _OWN[kind]
+        kind = "ROCm" if kind == "cuda" else kind
+        raise ValueError(f"there are no kernels for {kind} devices, only for cuda and cpu: use the device cpu")
+    if forced not in BACKENDS:
         raise ValueError(f"DGQ_BACKEND={forced} is not one of {', '.join(BACKENDS)}")
     if forced == "triton" and not launches(device):
         raise ValueError(
-            f"DGQ_BACKEND=triton cannot run on {device.type}: its kernels need a CUDA device, or TRITON_INTERPRET=1"
+            f"DGQ_BACKEND=triton cannot run on {kind}: its kernels need a CUDA device, or TRITON_INTERPRET=1"
         )
-    if forced:
-        return forced
-    kind = "ROCm" if device.type == "cuda" and torch.version.hip else device.type
-    known = {"cuda": "triton", "cpu": "cpu", "meta": "reference"}
-    if kind not in known:
-        raise ValueError(f"there are no kernels for {kind} devices, only for cuda and cpu: use the device cpu")
-    return known[kind]
+    return forced
 
 
 def launches(device: torch.device) -> bool:

@@ -19,9 +19,13 @@ def _in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
     Raises:
         ValueError: one of them is not of floats, or they are on different devices.
     """
-    if not q.device == k.device == v.device or not all(x.is_floating_point() for x in (q, k, v)):
+    if not q.device == k.device == v.device or not (
+        q.dtype.is_floating_point and k.dtype.is_floating_point and v.dtype.is_floating_point
+    ):
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise ValueError(f"q, k and v of floats on one device expected, got {kinds}")
+    if q.dtype == k.dtype == v.dtype != torch.float64:
+        return q, k, v
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if dtype == torch.float64:
         dtype = torch.float32
@@ -85,17 +89,17 @@ def log_attention_eager(
     qk_bits: int = 8, v_bits: int = 8,
 ) -> Tensor:  # fmt: skip
     """`log_attention`; on the CPU without torch's dispatcher."""
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or not cpu.engine_takes(q.device, qk_bits, v_bits):
+    if not q.is_cpu or torch.compiler.is_compiling() or not cpu.engine_takes(q.device, qk_bits, v_bits):
         return log_attention(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
-    reference.validate(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
-    operands = _in_one_dtype(q, k, v)
-    y = native.attention(*operands, scale * cpu.LOG2_E, bits, fraction_bits, start_token, qk_bits, v_bits)
-    return y.to(q.dtype)
+    dtype = q.dtype
+    q, k, v = _in_one_dtype(q, k, v)
+    y = native.attention(q, k, v, scale * cpu.LOG2_E, bits, fraction_bits, start_token, qk_bits, v_bits)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def log_attention_pays(device: torch.device) -> bool:
     """Whether log attention is faster than float attention on a device; compiled code always has it."""
-    return torch.compiler.is_compiling() or select(device) != "cpu" or native.attention_pays()
+    return torch.compiler.is_compiling() or native.attention_pays() or select(device) != "cpu"
 
 
 @register_fake(log_attention)
