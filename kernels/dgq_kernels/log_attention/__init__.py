@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from .. import native
-from ..backend import operator, select
+from ..backend import implementation, operator, select
 from ..fakes import register_fake
 from . import cpu, reference
 
@@ -62,14 +60,7 @@ def log_attention(
         ValueError: shapes or numbers outside the above; tensors on different devices, or not of floats.
     """
     reference.validate(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
-    backend = select(q.device)
-    run: Callable[..., Tensor]
-    if backend == "triton":
-        from . import triton as kernels
-
-        run = kernels.log_attention
-    else:
-        run = cpu.log_attention if backend == "cpu" else reference.log_attention
+    run = implementation(reference.log_attention, q)
     y = run(*_in_one_dtype(q, k, v), scale, bits, fraction_bits, start_token, qk_bits, v_bits)
     return _rows_first(y.to(q.dtype))
 
@@ -132,13 +123,7 @@ def log_attention_running(
         ValueError: shapes or numbers outside the above; tensors on different devices, or not of floats.
     """
     reference.validate_running(q, k, v, scale, bits, fraction_bits, block)
-    run: Callable[..., Tensor]
-    if select(q.device) == "triton":
-        from . import triton as kernels
-
-        run = kernels.log_attention_running
-    else:
-        run = reference.log_attention_running
+    run = implementation(reference.log_attention_running, q)
     return _rows_first(run(*_in_one_dtype(q, k, v), scale, bits, fraction_bits, block).to(q.dtype))
 
 
@@ -163,13 +148,7 @@ def log_attention_base2(q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int
         ValueError: shapes or numbers outside the above; tensors on different devices, or not of floats.
     """
     reference.validate(q, k, v, scale, bits, 0, start_token, 0, 0)
-    run: Callable[..., Tensor]
-    if select(q.device) == "triton":
-        from . import triton as kernels
-
-        run = kernels.log_attention_base2
-    else:
-        run = reference.log_attention_base2
+    run = implementation(reference.log_attention_base2, q)
     return _rows_first(run(*_in_one_dtype(q, k, v), scale, bits, start_token).to(q.dtype))
 
 
