@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgq_kernels import backend
+
 from .errors import DgqError
 
 
@@ -18,9 +20,21 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+def _kinds() -> list[str]:
+    """Types of device other than the CPU that have kernels."""
+    return [kind for kind in backend.device_types() if kind != "cpu"]
+
+
+def present() -> list[torch.device]:
+    """The CPU and every device of this machine that has kernels."""
+    others = [torch.device(kind, i) for kind in _kinds() for i in range(torch.get_device_module(kind).device_count())]
+    return [torch.device("cpu"), *others]
+
+
 def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """CUDA, or another kind of device with kernels, where there is one, else the CPU."""
+    there = (kind for kind in _kinds() if torch.get_device_module(kind).is_available())
+    return torch.device(next(there, "cpu"))
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
@@ -31,14 +45,17 @@ def check_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None:
         return default_device()
-    found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", str(device))
+    kinds = _kinds()
+    found = re.fullmatch(rf"cpu|({'|'.join(kinds)})(?::(\d{{1,4}}))?", str(device))
     if found is None:
-        raise DgqError(f"device {str(device)!r} is not cpu, cuda or cuda:N")
-    if found[0] == "cpu":
+        known = " or ".join(f"{kind} or {kind}:N" for kind in kinds)
+        raise DgqError(f"device {str(device)!r} is not cpu, {known}")
+    kind, index = found[1], found[2]
+    if kind is None:
         return torch.device("cpu")
-    count = torch.cuda.device_count()
+    count = torch.get_device_module(kind).device_count()
     if not count:
-        raise DgqError(f"no CUDA device: torch {torch.__version__} sees none", "run on the CPU: device cpu")
-    if found[1] and int(found[1]) >= count:
-        raise DgqError(f"no device {found[0]!r}: torch sees {count}, cuda:0 to cuda:{count - 1}")
+        raise DgqError(f"no {kind.upper()} device: torch {torch.__version__} sees none", "run on the CPU: device cpu")
+    if index and int(index) >= count:
+        raise DgqError(f"no device {found[0]!r}: torch sees {count}, {kind}:0 to {kind}:{count - 1}")
     return torch.device(found[0])

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from . import devices
 from .checkpoint.reading import check_folder, unet_bytes
 from .checkpoint.writing import WEIGHTS_NAME
 from .errors import DgqError
@@ -34,11 +35,6 @@ VARIABLES = (
     "DGQ_CPU_ENGINE", "DGQ_DEBUG",
     "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NO_COLOR",
 )  # fmt: skip
-
-
-def devices() -> list[torch.device]:
-    """The CPU and every CUDA device."""
-    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
 
 
 def versions() -> dict[str, str | None]:
@@ -127,12 +123,12 @@ def _expected_hashes(folder: Path) -> dict[str, str]:
 
 def report() -> dict[str, Any]:
     """Everything `dgq doctor` prints, as a JSON object; "ok" is whether every self-test passed."""
-    checks = [check for device in devices() for check in self_test(device)]
+    checks = [check for device in devices.present() for check in self_test(device)]
     return {
         "ok": all(check.ok for check in checks),
         "versions": versions(),
         "machine": machine(),
-        "devices": [_device(device) for device in devices()],
+        "devices": [_device(device) for device in devices.present()],
         "memory": memory(),
         "disk": disk(),
         "environment": environment(),

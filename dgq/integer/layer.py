@@ -5,26 +5,18 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import dgq_kernels
 from dgq_kernels import backend, native, packing
-from dgq_kernels.conv2d import cpu as conv2d_cpu
-from dgq_kernels.linear import cpu as linear_cpu
 
-from ..errors import DgqError
 from ..recipe import LayerPlan
-from .channels import ChannelGroups, from_matrix, to_matrix
-from .prepared import Codes, Prepared
+from .channels import ChannelGroups, to_matrix
+from .prepared import Activation, Prepared, form_of, shaped
 from .stored import StoredWeight, buffer_specs
-from .weights import IntegerWeight, column_sum
-
-# What a layer does to its input first, after a norm.
-Activation = Literal["none", "silu"]
-
+from .weights import IntegerWeight
 
 # Layers may be used from several threads, and packing takes the stored form away.
 _preparing = threading.Lock()
@@ -64,7 +56,6 @@ class IntegerLayer(nn.Module):
         self.in_features, self.out_features = plan.in_features, plan.out_features
         self._prepared: Prepared | None = None
         self._stored_name = "weight" if plan.wbits == 8 else "packed"
-        self._norm: tuple[Any, native.Norm] | None = None  # its state, the engine's form of it
         for name, (shape, dtype) in buffer_specs(plan).items():
             self.set_stored(name, torch.empty(shape, dtype=dtype))
         if not plan.bias:
@@ -95,7 +86,7 @@ class IntegerLayer(nn.Module):
         """Take a tensor in the place of a stored one: shaped as `stored.buffer_specs` has it, or the weight as a matrix
         (N, kh * kw * C), as files of format 1 have it."""
         self._prepared = None
-        self._hold(name, _shaped(tensor, self.plan) if name == "weight" else tensor)
+        self._hold(name, shaped(tensor, self.plan) if name == "weight" else tensor)
 
     def _hold(self, name: str, tensor: Tensor) -> None:
         self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
@@ -114,17 +105,17 @@ class IntegerLayer(nn.Module):
         parameter = self._parameters.get("weight")
         if parameter is not None:
             return parameter
-        shape = _shaped(torch.empty(self.out_features, self.plan.reduction, device="meta"), self.plan).shape
-        return StoredWeight.of(shape, torch.int8, self.stored.device, lambda: _shaped(self.integer_weight(), self.plan))
+        shape = shaped(torch.empty(self.out_features, self.plan.reduction, device="meta"), self.plan).shape
+        return StoredWeight.of(shape, torch.int8, self.stored.device, lambda: shaped(self.integer_weight(), self.plan))
 
     def integer_weight(self) -> Tensor:
         """The int8 matrix W' (N, K), channels in stored order."""
-        weight, subscales = self._stored(), self.subscales if self.plan.wbits == 4 else None
+        weight, subscales = self.stored_tensor(), self.subscales if self.plan.wbits == 4 else None
         if subscales is None:
             return weight
         return packing.expand_two_level(weight, subscales, self.plan.reduction, self.plan.weight_group)
 
-    def _stored(self) -> Tensor:
+    def stored_tensor(self) -> Tensor:
         """What `stored` holds, as files have it: the int8 matrix (N, K), or packed."""
         stored = self.stored
         tensor = stored.make() if isinstance(stored, StoredWeight) else stored.detach()
@@ -147,70 +138,22 @@ class IntegerLayer(nn.Module):
         natural[:, :, self.order.long()] = by_channel
         return natural.view_as(matrix)
 
-    def _prepare(self, device: torch.device) -> Prepared:
-        """Pack for the backend of `device`. A sum that could overflow int32 is refused here (DgqError)."""
-        plan = self.plan
-        shifts = len(plan.class_ends) > 1
-        if backend.select(device) == "cpu" and native.available() and not shifts:
-            return self._pack(device)
-        # Without shift classes the stored order only served the sub-scale groups: int8 weights go back to natural
-        # order, and the codes need no gather. The int4 kernels read the packed form, so there the codes follow.
-        kernel_unpacks = backend.select(device) == "triton" and plan.wbits == 4
-        gather = plan.reordered and (shifts or kernel_unpacks)
-        matrix = self.integer_weight() if gather else self.natural_weight
-        class_of = None
-        if shifts:
-            bounds = torch.tensor(plan.class_ends[:-1], device=matrix.device)
-            channel = torch.arange(plan.in_features, device=matrix.device)
-            class_of = torch.bucketize(channel, bounds, right=True).repeat(plan.kernel_size**2)
-        sums = column_sum(matrix, class_of)
-        prepared = Prepared(device, sums, self.order.argsort().to(torch.int32) if gather else None)
-        prepared.fuses = backend.select(device) == "triton"
-        if kernel_unpacks:
-            return prepared
-        if backend.select(device) == "cpu" and backend.cpu_path() != "reference":
-            weight = from_matrix(matrix, plan).contiguous()
-            prepared.split = linear_cpu.needs_split(plan.abits, matrix)
-            if plan.kind == "conv2d":
-                prepared.onednn = conv2d_cpu.prepack(weight, plan.stride, plan.class_ends)
-            else:
-                prepared.onednn = linear_cpu.prepack(weight, plan.class_ends)
-        elif plan.wbits == 4 or (plan.reordered and not gather):
-            prepared.weight = from_matrix(matrix, plan)
-        return prepared
-
-    def _pack(self, device: torch.device) -> Prepared:
-        """For the CPU engine, straight from the stored form."""
-        plan = self.plan
-        weight: Tensor | native.TwoLevel = self._stored()
-        if plan.wbits == 4:
-            weight = native.TwoLevel(self._stored(), self.subscales, plan.reduction, plan.weight_group)
-        try:
-            engine = native.Layer(
-                weight, self.weight_scale, self.bias, self._inv_divisor(), plan.abits, plan.kernel_size, plan.stride,
-                plan.padding, self.order if plan.reordered else None,
-            )  # fmt: skip
-        except OverflowError as error:
-            raise DgqError(str(error), "quantize this layer to 4 bits") from None
-        return Prepared(device, engine.column_sum, None, engine)
-
     def prepare(self, device: torch.device) -> Prepared:
         """The backend's form of the weight, made at the first call on a device and kept while the stored tensor is."""
         ready = self._prepared
-        if ready is not None and ready.device == device and (torch.compiler.is_compiling() or self._is_of(ready)):
+        if (
+            ready is not None
+            and ready.device == device
+            and (torch.compiler.is_compiling() or ready.source() is self._parameters[self._stored_name])
+        ):
             return ready
         with _preparing:
             ready = self._prepared
-            if ready is None or ready.device != device or not self._is_of(ready):
+            if ready is None or ready.device != device or ready.source() is not self.stored:
                 self.restore()
-                ready = self._prepare(device)
-                if ready.engine is not None:
-                    self._leave_to(ready.engine)
+                ready = form_of(self.plan, device)(self, device)
                 self._keep(ready)
             return ready
-
-    def _is_of(self, ready: Prepared) -> bool:
-        return ready.source is not None and ready.source() is self._parameters[self._stored_name]
 
     def _keep(self, ready: Prepared) -> None:
         """Until whoever holds the stored tensor lets go of it: offloading puts another one in its place."""
@@ -224,51 +167,21 @@ class IntegerLayer(nn.Module):
         ready.source = weakref.ref(self.stored, drop)
         self._prepared = ready
 
-    def _leave_to(self, engine: native.Layer) -> None:
-        """Let go of the stored weight: the engine's blocks hold it."""
-        plan, stored = self.plan, self.stored
-        order = self.order.long() if plan.reordered else None
-        subscales = self.subscales.detach() if plan.wbits == 4 else None
-
-        def make() -> Tensor:
-            matrix = engine.weight()
-            if order is not None:
-                by_channel = matrix.view(plan.out_features, -1, plan.in_features)
-                matrix = by_channel[:, :, order].view_as(matrix)
-            if subscales is None:
-                return _shaped(matrix, plan)
-            return packing.pack_two_level(matrix, subscales, plan.weight_group)
-
+    def leave(self, make: Callable[[], Tensor]) -> None:
+        """Let go of the stored weight, which `make` makes again."""
+        stored = self.stored
         native.page_out(stored)
         self._hold(self._stored_name, StoredWeight.of(stored.shape, stored.dtype, stored.device, make))
 
-    def operand(self) -> Tensor | None:
-        """The int8 weight that the product ops read, (N, C) or channels-last (N, C, kh, kw); None where they read the
-        packed one. For layers prepared without the engine."""
-        ready = self._prepared
-        if ready is not None and ready.weight is not None:
-            return ready.weight
-        if self.plan.wbits == 4:
-            return None
-        weight = self.stored
-        return weight.flatten(1) if self.plan.kind == "pointwise" else weight
-
     @property
     def prepared_bytes(self) -> int:
-        """Bytes of the weight's form that a backend keeps beside the stored tensors, and not in their memory."""
-        ready = self._prepared
-        if ready is None:
-            return 0
-        if ready.onednn is not None:  # tensors in oneDNN's layout do not tell their size
-            return self.plan.reduction * self.plan.out_features
-        held = [tensor for tensor in self.parameters() if not isinstance(tensor, StoredWeight)]
-        stored = {tensor.untyped_storage().data_ptr() for tensor in held}
-        return sum(tensor.nbytes for tensor in ready.tensors if tensor.untyped_storage().data_ptr() not in stored)
+        """Bytes of the weight's form that a backend keeps beside the stored tensors."""
+        return 0 if self._prepared is None else self._prepared.nbytes
 
     def fuses(self, device: torch.device) -> bool:
         """Whether the ops on this device quantize together with what comes before (`forward`'s norm and the rest)."""
         ready = self._prepared  # nothing is packed for the answer: the weight may be away until the layer is called
-        return ready.fuses if ready is not None else backend.select(device) == "triton"
+        return backend.chosen(device).fuses if ready is None else ready.fuses
 
     def forward(
         self,
@@ -290,24 +203,10 @@ class IntegerLayer(nn.Module):
             activation: applied after the norm.
             offset: (B, C), added to the x of a convolution before its norm.
         """
-        kind, ready = self.plan.kind, self.prepare(x.device)
-        if kind == "pointwise":
+        if self.plan.kind == "pointwise":
             y = self.over_pixels(x, norm, None if residual is None else residual.permute(0, 2, 3, 1), activation)
             return y.permute(0, 3, 1, 2)
-        before = self._engine_norm(norm, activation, x)
-        if ready.fuses:
-            codes = self._fused_codes(x, norm, activation, offset)
-            if codes is not None:
-                return self._finish(codes, x, residual, sample_bias)
-        if before is None:
-            x = _apply(x, norm, activation, offset)
-        if ready.engine is None:
-            return self._finish(self._codes(x), x, residual, sample_bias)
-        if kind == "linear":
-            return ready.engine.linear(x, residual, norm=before)
-        if sample_bias is not None and self.bias is not None:
-            sample_bias = sample_bias.float() + self.bias
-        return ready.engine.conv2d(x, residual, sample_bias, before)
+        return self.prepare(x.device).run(self, x, residual, sample_bias, norm, activation, offset)
 
     def over_pixels(
         self,
@@ -317,128 +216,11 @@ class IntegerLayer(nn.Module):
         activation: Activation = "none",
     ) -> Tensor:
         """A linear layer or 1x1 convolution over pixels: x (B, C, H, W) -> (B, H, W, N), like the residual."""
-        ready, known = self.prepare(x.device), norm
-        size = (x.shape[0], *x.shape[2:], self.out_features)
-        if ready.fuses and activation == "none" and type(known) is nn.GroupNorm:
-            codes = dgq_kernels.group_norm_quantize_rows(
-                x, known.num_groups, known.weight, known.bias, known.eps, self.plan.abits, self._inv_divisor(),
-                ready.position,
-            )  # fmt: skip
-            return self._multiply(Codes(*codes), x.dtype, residual).view(size)
-        x = _apply(x, norm, activation, None).permute(0, 2, 3, 1)
-        if ready.engine is not None:
-            return ready.engine.linear(x, residual)
-        y = self._multiply(self._codes(x), x.dtype, residual if ready.fuses else None).view(size)
-        return y if residual is None or ready.fuses else y + residual
-
-    def _engine_norm(self, norm: nn.Module | None, activation: Activation, x: Tensor) -> native.Norm | None:
-        """The norm, and SiLU, as the engine takes them; None where it does not."""
-        kind, engine = self.plan.kind, None if norm is None else self.prepare(x.device).engine
-        if engine is None:
-            return None
-        known: Any = norm
-        silu = activation == "silu"
-        kind_fits = (
-            type(norm) is nn.GroupNorm and known.affine and not engine.divided
-            if kind == "conv2d"
-            else kind == "linear" and type(norm) is nn.LayerNorm and known.bias is not None and not silu
-        )
-        if not kind_fits:
-            return None
-        if torch.compiler.is_compiling():
-            return _native_norm(known, silu)
-        state = (norm, silu, *_state_of(known.weight), *_state_of(known.bias))
-        if self._norm is None or self._norm[0] != state:
-            self._norm = state, _native_norm(known, silu)
-        return self._norm[1]
+        return self.prepare(x.device).over_pixels(self, x, norm, residual, activation)
 
     def gated(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """value * gelu(gate) (..., N / 2) of the two halves (..., N) that `forward` gives for x (..., C)."""
-        ready = self.prepare(x.device)
-        if ready.engine is not None and ready.engine.can_gate:
-            before = self._engine_norm(norm, "none", x)
-            x = x if norm is None or before is not None else norm(x)
-            return ready.engine.linear(x, gated=True, norm=before)
-        if ready.fuses:
-            return self._multiply(self._codes_of(x, norm), x.dtype, None, gated=True).view(*x.shape[:-1], -1)
-        value, gate = self(x, norm=norm).chunk(2, dim=-1)
-        return value * nn.functional.gelu(gate)
-
-    def _codes(self, x: Tensor) -> Codes:
-        """The codes of x itself: of its rows, or of samples with their padding."""
-        plan, position = self.plan, self.prepare(x.device).position
-        if plan.kind == "conv2d":
-            return Codes(*dgq_kernels.quantize_samples(x, plan.abits, self._inv_divisor(), plan.padding, position))
-        rows = x.reshape(-1, plan.in_features)
-        return Codes(*dgq_kernels.quantize_rows(rows, plan.abits, self._inv_divisor(), position))
-
-    def _codes_of(self, x: Tensor, norm: nn.Module | None) -> Codes:
-        """The codes of rows, normalized first, by one op where there is one."""
-        codes = None if norm is None else self._fused_codes(x, norm, "none")
-        return self._codes(x if norm is None else norm(x)) if codes is None else codes
-
-    def _fused_codes(
-        self, x: Tensor, norm: nn.Module | None, activation: Activation, offset: Tensor | None = None
-    ) -> Codes | None:
-        """The codes of what norm and activation make of x, by one op; None where there is no op for them."""
-        plan, position = self.plan, self.prepare(x.device).position
-        known: Any = norm
-        if plan.kind == "conv2d":
-            if type(norm) is not nn.GroupNorm:
-                return None
-            return Codes(
-                *dgq_kernels.group_norm_quantize_samples(
-                    x, known.num_groups, known.weight, known.bias, known.eps, activation == "silu", plan.abits,
-                    self._inv_divisor(), plan.padding, position, offset,
-                )
-            )  # fmt: skip
-        rows = x.reshape(-1, x.shape[-1])
-        last = (plan.abits, self._inv_divisor(), position)
-        if type(norm) is nn.LayerNorm and activation == "none" and known.normalized_shape == x.shape[-1:]:
-            return Codes(*dgq_kernels.layer_norm_quantize_rows(rows, known.weight, known.bias, known.eps, *last))
-        if norm is not None or activation == "none":
-            return None
-        return Codes(*dgq_kernels.silu_quantize_rows(rows, *last))
-
-    def _finish(self, codes: Codes, x: Tensor, residual: Tensor | None, sample_bias: Tensor | None) -> Tensor:
-        """The layer's result from its input's codes; x gives dtype and shape."""
-        fuses = self.prepare(x.device).fuses and sample_bias is None
-        y = self._multiply(codes, x.dtype, residual if fuses else None)
-        if self.plan.kind == "linear":
-            assert sample_bias is None
-            y = y.view(*x.shape[:-1], self.plan.out_features)
-        elif sample_bias is not None:
-            y = y + sample_bias.to(y.dtype)[:, :, None, None]
-        return y if residual is None or fuses else y + residual
-
-    def _multiply(self, codes: Codes, dtype: torch.dtype, residual: Tensor | None, gated: bool = False) -> Tensor:
-        """The product op: (rows, N), or (B, N, H, W) of a convolution. Residual and gate (of a linear layer) only
-        where the backend fuses."""
-        plan, bias = self.plan, self.bias
-        ready = self._prepared
-        assert ready is not None
-        weight = None if ready.onednn is not None else self.operand()
-        after = (self.weight_scale, ready.column_sum, bias)
-        if plan.kind == "conv2d":
-            if ready.onednn is not None:
-                return dgq_kernels.conv2d_prepacked(
-                    *codes, ready.onednn, plan.class_ends, ready.split, *after, plan.kernel_size, plan.stride, dtype
-                )
-            if weight is not None:
-                return dgq_kernels.conv2d(*codes, weight, *after, plan.stride, dtype, plan.class_ends, residual)
-            return dgq_kernels.conv2d_int4(
-                *codes, self.packed, self.subscales, *after, plan.kernel_size, plan.stride, dtype, plan.weight_group,
-                residual,
-            )  # fmt: skip
-        if residual is not None:
-            residual = residual.reshape(-1, plan.out_features)
-        if ready.onednn is not None:
-            return dgq_kernels.linear_prepacked(*codes, ready.onednn, plan.class_ends, ready.split, *after, dtype)
-        if weight is not None:
-            return dgq_kernels.linear_int8(*codes, weight, *after, dtype, plan.class_ends, residual, gated)
-        return dgq_kernels.linear_int4(
-            *codes, self.packed, self.subscales, *after, dtype, plan.weight_group, residual, gated
-        )
+        return self.prepare(x.device).gated(self, x, norm)
 
     def _inv_divisor(self) -> Tensor | None:
         return self.inv_divisor if self.plan.channels != "none" else None
@@ -469,16 +251,12 @@ class IntegerLayer(nn.Module):
         self.restore()
         name = prefix + "weight"
         if name in state_dict and tuple(state_dict[name].shape) == (self.out_features, self.plan.reduction):
-            state_dict[name] = _shaped(state_dict[name], self.plan)
+            state_dict[name] = shaped(state_dict[name], self.plan)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore()
-        return {
-            **self.__dict__,
-            "_prepared": None,
-            "_norm": None,
-        }  # opaque tensors and addresses cannot be copied or pickled
+        return {**self.__dict__, "_prepared": None}  # opaque tensors and addresses cannot be copied or pickled
 
     def extra_repr(self) -> str:
         p = self.plan
@@ -488,13 +266,9 @@ class IntegerLayer(nn.Module):
 def is_direct(module: object, kind: str | None = None) -> bool:
     """Whether a module is an integer layer (of this kind) with nothing around it. Only such a one may be asked for more
     than `layer(x)`: an adapter computes from its own input, an offloading hook fetches the weight at the call."""
-    return (
-        isinstance(module, IntegerLayer)
-        and kind in (None, module.plan.kind)
-        and "forward" not in module.__dict__
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-    )
+    if not isinstance(module, IntegerLayer) or (kind is not None and module.plan.kind != kind):
+        return False
+    return not (module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
 
 
 class IntegerLinear(IntegerLayer, nn.Linear):  # type: ignore[misc, override]
@@ -516,36 +290,6 @@ class IntegerConv2d(IntegerLayer, nn.Conv2d):  # type: ignore[override]
         self.kernel_size, self.stride = (plan.kernel_size,) * 2, (plan.stride,) * 2
         self.padding, self.dilation, self.output_padding = (plan.padding,) * 2, (1, 1), (0, 0)
         self.groups, self.transposed, self.padding_mode = 1, False, "zeros"
-
-
-def _state_of(tensor: Tensor) -> tuple[int, int]:
-    """Changes where a tensor's values may have."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-def _native_norm(norm: Any, silu: bool) -> native.Norm:
-    groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 0
-    return native.Norm(norm.weight.float(), norm.bias.float(), norm.eps, groups, silu)
-
-
-def _shaped(weight: Tensor, plan: LayerPlan) -> Tensor:
-    """A weight, or its matrix (N, K), as a layer keeps it: (N, C), or channels-last (N, C, kh, kw)."""
-    if plan.kind == "linear":
-        return weight
-    if weight.dim() == 2:
-        kernel = plan.kernel_size
-        weight = weight.view(plan.out_features, kernel, kernel, plan.in_features).permute(0, 3, 1, 2)
-    return weight.contiguous(memory_format=torch.channels_last)
-
-
-def _apply(x: Tensor, norm: nn.Module | None, activation: Activation, offset: Tensor | None) -> Tensor:
-    """`IntegerLayer.forward`'s steps before the product, by torch."""
-    if offset is not None:
-        x = x + offset.to(x.dtype)[:, :, None, None]
-    x = x if norm is None else norm(x)
-    if activation == "silu":
-        return nn.functional.silu(x)
-    return x
 
 
 def _unshared(tensor: Tensor) -> Tensor:

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import dgq_kernels
-from dgq_kernels import native
-
 from .layer import IntegerLayer, is_direct
-from .prepared import Joined
-
-if TYPE_CHECKING:
-    from .prepared import Prepared
+from .prepared import ByOps, Dense, Joined
 
 
 def _same(tensors: Sequence[Tensor | None]) -> bool:
@@ -26,7 +20,7 @@ def _same(tensors: Sequence[Tensor | None]) -> bool:
     return all(other is not None and torch.equal(first, other) for other in others)
 
 
-def _share_codes(layers: Sequence[IntegerLayer], ready: Sequence[Prepared]) -> bool:
+def _share_codes(layers: Sequence[IntegerLayer], ready: Sequence[ByOps]) -> bool:
     """Whether one quantized input serves all these layers. Looks at values: at preparation only."""
     sizes = {(layer.plan.in_features, layer.plan.abits) for layer in layers}
     divisors = [layer._inv_divisor() for layer in layers]
@@ -39,20 +33,20 @@ def join(layers: Sequence[nn.Module], device: torch.device) -> None:
     own = [layer for layer in layers if isinstance(layer, IntegerLayer) and layer.plan.kind == "linear"]
     if len(own) < len(layers) or len(own) < 2:
         return
-    ready = [layer.prepare(device) for layer in own]
+    ready = [one for layer in own if isinstance(one := layer.prepare(device), ByOps) and one.fuses]
     formats = {(layer.plan.wbits, layer.plan.weight_group, tuple(layer.plan.class_ends)) for layer in own}
-    if not all(one.fuses for one in ready) or len(formats) > 1 or not _share_codes(own, ready):
+    if len(ready) < len(own) or len(formats) > 1 or not _share_codes(own, ready):
         return
     sizes = [layer.out_features for layer in own]
     subscales = None
-    dense = [weight for layer in own if (weight := layer.operand()) is not None]
+    dense = [one.operand(layer) for layer, one in zip(own, ready, strict=True) if isinstance(one, Dense)]
     if dense:
         weight = torch.cat(dense)
         for layer, one, part in zip(own, ready, weight.split(sizes), strict=True):
-            if one.weight is None:
-                layer.stored.data = part
+            if one.tensors:
+                one.tensors = [part]
             else:
-                one.weight = part
+                layer.stored.data = part
     else:
         weight, subscales = (torch.cat([getattr(layer, name) for layer in own]) for name in ("packed", "subscales"))
         for layer, packed, subs in zip(own, weight.split(sizes), subscales.split(sizes), strict=True):
@@ -72,29 +66,12 @@ def project(layers: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = Non
     engine can, or in one product where they were joined (`join`)."""
     own: list[Any] = [layer for layer in layers if is_direct(layer, "linear")]
     if len(own) == len(layers):
-        prepared = [layer.prepare(x.device) for layer in own]
-        engines = [one.engine for one in prepared if one.engine is not None]
-        if len(engines) == len(own) and native.can_share(engines):
-            before = own[0]._engine_norm(norm, "none", x)
-            x = x if norm is None or before is not None else norm(x)
-            return native.linear(engines, x, norm=before)
-        joined = prepared[0].joined
-        if joined is not None and joined.fits(own):
-            return _multiply_joined(joined, own[0], x, norm)
-        if all(one.fuses for one in prepared):
-            return [layer(x, norm=norm) for layer in own]
+        ready = [layer.prepare(x.device) for layer in own]
+        results = ready[0].together(own, ready, x, norm)
+        if results is not None:
+            return results
     x = x if norm is None else norm(x)
     return [layer(x) for layer in layers]
-
-
-def _multiply_joined(joined: Joined, one: IntegerLayer, x: Tensor, norm: nn.Module | None) -> list[Tensor]:
-    codes = one._codes_of(x, norm)
-    after = (joined.weight_scale, joined.column_sum, joined.bias, x.dtype)
-    if joined.subscales is None:
-        y = dgq_kernels.linear_int8(*codes, joined.weight, *after, one.plan.class_ends)
-    else:
-        y = dgq_kernels.linear_int4(*codes, joined.weight, joined.subscales, *after, one.plan.weight_group)
-    return list(y.view(*x.shape[:-1], -1).split(joined.sizes, dim=-1))
 
 
 def prepare_all(model: nn.Module, device: torch.device) -> None:

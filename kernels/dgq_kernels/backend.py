@@ -3,44 +3,122 @@
 `reference` is the definition, `cpu` the own engine (`native`), or oneDNN's int8 products where that is missing, and
 `triton` the CUDA kernels. The environment variable DGQ_BACKEND=reference forces the definition everywhere (slow; for
 finding out which kernel is wrong).
+
+A table of our own rather than torch's dispatch by device: a backend may be forced on any device that it can run on
+(the reference everywhere, Triton's interpreter on CPU tensors), which a dispatch key cannot say.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import native
 
-BACKENDS = ("reference", "cpu", "triton")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Implementations of the ops: each the function of an op's name in the file of the backend's name in the op's
+    folder. An op that it lacks runs its reference.
+
+    Attributes:
+        name: for DGQ_BACKEND too.
+        devices: types of the devices that are its own.
+        reason: (device) -> why it runs there, in one sentence for `dgq doctor`.
+        refusal: (device) -> why it cannot run there, None where it can.
+        fuses: its ops quantize together with what comes before, and add residuals and gate: layers leave that to them.
+        unpacks: its product ops unpack int4 weights themselves; others get int8 ones.
+        kernels: implementations that lie elsewhere, by the op's name.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    reason: Callable[[torch.device], str]
+    refusal: Callable[[torch.device], str | None] = lambda device: None
+    fuses: bool = False
+    unpacks: bool = False
+    kernels: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+_BACKENDS: dict[str, Backend] = {}
+_OWN: dict[str, str] = {}  # a device's type -> the backend whose own it is
+_FOUND: dict[tuple[Callable[..., Any], str], Callable[..., Any]] = {}  # (reference, backend) -> implementation
+
+
+def register(backend: Backend) -> None:
+    """Enter a backend into the table, in the place of one of its name."""
+    unregister(backend.name)
+    _BACKENDS[backend.name] = backend
+    _OWN.update(dict.fromkeys(backend.devices, backend.name))
+
+
+def unregister(name: str) -> None:
+    """Take a backend out of the table."""
+    _BACKENDS.pop(name, None)
+    for device in [device for device, own in _OWN.items() if own == name]:
+        del _OWN[device]
+    _FOUND.clear()
+
+
+def device_types() -> list[str]:
+    """The types of device that a model can be placed on: those with a backend of their own, but for mere shapes."""
+    return [kind for kind in _OWN if kind != "meta"]
 
 
 def select(device: torch.device) -> str:
     """The backend for tensors on `device`: "triton" on CUDA, "cpu" on the CPU, "reference" for mere shapes (meta).
 
     Raises:
-        ValueError: DGQ_BACKEND names no backend, or "triton" where its kernels cannot run; or there are no kernels for
-            the device and DGQ_BACKEND does not ask for the reference.
+        ValueError: DGQ_BACKEND names no backend, or one that cannot run there; or there are no kernels for the device
+            and DGQ_BACKEND does not ask for the reference.
     """
-    forced = os.environ.get("DGQ_BACKEND")
-    if forced and forced not in BACKENDS:
-        raise ValueError(f"DGQ_BACKEND={forced} is not one of {', '.join(BACKENDS)}")
-    if forced == "triton" and not launches(device):
-        raise ValueError(
-            f"DGQ_BACKEND=triton cannot run on {device.type}: its kernels need a CUDA device, or TRITON_INTERPRET=1"
-        )
-    if forced:
-        return forced
-    kind = "ROCm" if device.type == "cuda" and torch.version.hip else device.type
-    known = {"cuda": "triton", "cpu": "cpu", "meta": "reference"}
-    if kind not in known:
-        raise ValueError(f"there are no kernels for {kind} devices, only for cuda and cpu: use the device cpu")
-    return known[kind]
+    forced, kind = os.environ.get("DGQ_BACKEND"), device.type
+    if not forced:
+        if kind in _OWN and not (kind == "cuda" and torch.version.hip):
+            return _OWN[kind]
+        kind = "ROCm" if kind == "cuda" else kind
+        known = " and ".join(sorted(device_types(), reverse=True))
+        raise ValueError(f"there are no kernels for {kind} devices, only for {known}: use the device cpu")
+    if forced not in _BACKENDS:
+        raise ValueError(f"DGQ_BACKEND={forced} is not one of {', '.join(_BACKENDS)}")
+    refusal = _BACKENDS[forced].refusal(device)
+    if refusal is not None:
+        raise ValueError(f"DGQ_BACKEND={forced} cannot run on {kind}: {refusal}")
+    return forced
+
+
+def chosen(device: torch.device) -> Backend:
+    """`select`, with all that is known of the backend."""
+    return _BACKENDS[select(device)]
+
+
+def implementation(reference: Callable[P, R], first: Tensor) -> Callable[P, R]:
+    """The function that runs an op on the device of its first operand, of the signature of the op's reference."""
+    key = reference, select(first.device)
+    found = _FOUND.get(key)
+    if found is None:
+        found = _FOUND[key] = _find(reference, _BACKENDS[key[1]])
+    return found
+
+
+def _find(reference: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+    name, file = reference.__name__, f"{reference.__module__.rpartition('.')[0]}.{backend.name}"
+    if name in backend.kernels:
+        return backend.kernels[name]
+    if importlib.util.find_spec(file) is None:
+        return reference
+    return getattr(importlib.import_module(file), name, reference)
 
 
 def launches(device: torch.device) -> bool:
@@ -115,20 +193,38 @@ def _exact(top: int, m: int, k: int, n: int) -> bool:
 
 def describe(device: torch.device) -> tuple[str, str]:
     """(backend, reason in one sentence) for `dgq doctor`."""
-    backend = select(device)
-    if backend == "triton" and device.type != "cuda":
-        return backend, "forced by DGQ_BACKEND: Triton's interpreter, slow"
-    if backend == "triton":
-        major, minor = torch.cuda.get_device_capability(device)
-        return backend, f"CUDA device of compute capability {major}.{minor}: Triton kernels"
-    if backend == "reference":
-        return backend, "forced by DGQ_BACKEND" if os.environ.get("DGQ_BACKEND") else f"no kernels for {device.type}"
+    backend = chosen(device)
+    path = native.describe() if native.available() else cpu_path()
+    return f"cpu ({path})" if backend.name == "cpu" else backend.name, backend.reason(device)
+
+
+def _why_reference(device: torch.device) -> str:
+    return "forced by DGQ_BACKEND" if os.environ.get("DGQ_BACKEND") else f"no kernels for {device.type}"
+
+
+def _why_triton(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "forced by DGQ_BACKEND: Triton's interpreter, slow"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"CUDA device of compute capability {major}.{minor}: Triton kernels"
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    return None if launches(device) else "its kernels need a CUDA device, or TRITON_INTERPRET=1"
+
+
+def _why_cpu(device: torch.device) -> str:
     if native.available():
         what = "layers and attention" if native.attention_pays() else "layers, float attention (the faster here)"
-        return f"cpu ({native.describe()})", f"own engine of fused int8 {what}, {torch.get_num_threads()} threads"
+        return f"own engine of fused int8 {what}, {torch.get_num_threads()} threads"
     reasons = {
         "full": "exact int8 products in one pass (32-bit accumulation, as VNNI has it)",
         "split": "no 32-bit int8 accumulation (no VNNI): 8-bit codes run as two exact 7-bit products",
         "reference": "oneDNN's int8 products are missing or inexact here: slow exact fallback",
     }
-    return f"cpu ({cpu_path()})", f"{reasons[cpu_path()]}; own engine {native.describe()}"
+    return f"{reasons[cpu_path()]}; own engine {native.describe()}"
+
+
+register(Backend("reference", ("meta",), _why_reference))
+register(Backend("cpu", ("cpu",), _why_cpu))
+register(Backend("triton", ("cuda",), _why_triton, _why_not_triton, fuses=True, unpacks=True))

@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import dgq_kernels
 from dgq_kernels import native, packing
 from dgq_kernels.conv2d import reference as conv2d_reference
 from dgq_kernels.linear import reference as linear_reference
@@ -339,6 +341,32 @@ def test_layers_share_an_input():
         native.linear([layers[0], divided], x)
     with pytest.raises(ValueError, match="norm of 70 channels"):
         native.linear(layers, x, norm=norm_of(69, g))
+
+
+def test_a_call_runs_no_operator_but_for_its_output():
+    """A step of a small model is a hundred calls: what torch does around each is as long as its arithmetic."""
+    layer = native.Layer(torch.ones(32, 64, dtype=torch.int8), torch.ones(32), torch.ones(32), None, 8)
+    conv = native.Layer(torch.ones(32, 36, dtype=torch.int8), torch.ones(32), torch.ones(32), None, 8, 3, 1, 1)
+    norm = native.Norm(torch.ones(64), torch.ones(64), 1e-5)
+    x, residual, q = torch.ones(2, 3, 64), torch.ones(2, 3, 32), torch.ones(1, 2, 4, 8)
+    picture, added = torch.ones(2, 4, 5, 5), torch.ones(2, 32, 5, 5)
+    picture, added = (one.contiguous(memory_format=torch.channels_last) for one in (picture, added))
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    for run, expected in (
+        (lambda: layer.linear(x, residual, norm=norm), ["new_empty"]),
+        (lambda: native.linear([layer, layer], x), ["new_empty"] * 2),
+        (lambda: conv.conv2d(picture, added), ["empty"]),
+        (lambda: dgq_kernels.log_attention_eager(q, q, q, 0.3, 8, 4, False), ["new_empty", "transpose"]),
+    ):
+        seen = []
+        with Seen():
+            run()
+        assert seen == expected
 
 
 def test_inputs_of_another_shape_are_refused():

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import operator, select
+from ..backend import implementation, operator
 from ..fakes import register_fake
-from ..linear import add_residual
 from . import cpu, reference
 
 
@@ -32,15 +31,9 @@ def conv2d(
     Returns:
         (B, N, Ho, Wo) of out_dtype, channels-last.
     """
-    backend = select(codes.device)
-    arguments = (codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride)
-    if backend == "cpu":
-        return add_residual(cpu.conv2d, residual, arguments, out_dtype, (class_ends,))
-    if backend == "triton":
-        from . import triton as kernels
-
-        return kernels.conv2d(*arguments, out_dtype, class_ends, residual)
-    return reference.conv2d(*arguments, out_dtype, class_ends, residual)
+    return implementation(reference.conv2d, codes)(
+        codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, class_ends, residual
+    )
 
 
 @operator("dgq::conv2d_int4")
@@ -59,19 +52,10 @@ def conv2d_int4(
     Returns:
         (B, N, Ho, Wo) of out_dtype, channels-last.
     """
-    backend = select(codes.device)
-    if backend == "triton":
-        from . import triton as kernels
-
-        return kernels.conv2d_int4(
-            codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, kernel_size, stride,
-            out_dtype, group, residual,
-        )  # fmt: skip
-    weight = reference.dense_weight(packed, subscales, codes.shape[1], kernel_size, group)
-    arguments = (codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride)
-    if backend == "cpu":
-        return add_residual(cpu.conv2d, residual, arguments, out_dtype, ([codes.shape[1]],))
-    return reference.conv2d(*arguments, out_dtype, [codes.shape[1]], residual)
+    return implementation(reference.conv2d_int4, codes)(
+        codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, kernel_size, stride, out_dtype,
+        group, residual,
+    )  # fmt: skip
 
 
 @operator("dgq::conv2d_prepacked")

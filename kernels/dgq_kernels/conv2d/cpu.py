@@ -64,14 +64,28 @@ def conv2d_prepacked(
 
 def conv2d(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int],
+    bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`dgq_kernels.conv2d` on the CPU: packs the weight for this one call (layers pack once and keep it)."""
     if cpu_path() == "reference":
         return reference.conv2d(
-            codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, class_ends
+            codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, class_ends, residual
         )
-    return conv2d_prepacked(
+    y = conv2d_prepacked(
         codes, scale, zero_point, prepack(weight, stride, class_ends), class_ends, needs_split(8, weight),
-        weight_scale, column_sum, bias, stride, out_dtype,
+        weight_scale, column_sum, bias, stride, out_dtype if residual is None else torch.float32,
     )  # fmt: skip
+    return y if residual is None else y.add_(residual).to(out_dtype)
+
+
+def conv2d_int4(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
+    column_sum: Tensor, bias: Tensor | None, kernel_size: int, stride: int, out_dtype: torch.dtype, group: int,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`dgq_kernels.conv2d_int4` on the CPU, as `conv2d`."""
+    channels = codes.shape[1]
+    weight = reference.dense_weight(packed, subscales, channels, kernel_size, group)
+    return conv2d(
+        codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, [channels], residual
+    )

@@ -5,15 +5,11 @@ y[r, n] = s_r * s_w[n] * (sum_k xq[r, k] * W'[n, k] - z_r * C[n]) + bias[n], wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..backend import operator, select
+from ..backend import implementation, operator
 from ..fakes import register_fake
-from ..packing import expand_two_level
 from . import cpu, reference
 
 
@@ -45,39 +41,14 @@ def linear_int8(
         ValueError: gated, with a residual or an odd N.
     """
     _check_gated(gated, weight.shape[0], residual)
-    backend = select(codes.device)
-    arguments = (codes, scale, zero_point, weight, weight_scale, column_sum, bias)
-    if backend == "triton":
-        from . import triton as kernels
-
-        return kernels.linear_int8(*arguments, out_dtype, class_ends, residual, gated)
-    if backend == "cpu":
-        return _on_cpu(arguments, out_dtype, class_ends, residual, gated)
-    return reference.linear_int8(*arguments, out_dtype, class_ends, residual, gated)
+    return implementation(reference.linear_int8, codes)(
+        codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends, residual, gated
+    )
 
 
 def _check_gated(gated: bool, channels: int, residual: Tensor | None) -> None:
     if gated and (channels % 2 or residual is not None):
         raise ValueError(f"{channels} outputs cannot be gated" + ("" if channels % 2 else " beside a residual"))
-
-
-def _on_cpu(
-    arguments: Sequence[Any], out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None, gated: bool
-) -> Tensor:
-    if gated:
-        full = add_residual(cpu.linear_int8, None, arguments, torch.float32, (class_ends,))
-        return reference.gate(full).to(out_dtype)
-    return add_residual(cpu.linear_int8, residual, arguments, out_dtype, (class_ends,))
-
-
-def add_residual(
-    run: Callable[..., Tensor], residual: Tensor | None, arguments: Sequence[Any], out_dtype: torch.dtype,
-    more: Sequence[Any],
-) -> Tensor:  # fmt: skip
-    """run(*arguments, out_dtype, *more) of an implementation without residual, which then joins in float32."""
-    if residual is None:
-        return run(*arguments, out_dtype, *more)
-    return run(*arguments, torch.float32, *more).add_(residual).to(out_dtype)
 
 
 @operator("dgq::linear_int4")
@@ -99,20 +70,9 @@ def linear_int4(
         ValueError: gated, with a residual or an odd N.
     """
     _check_gated(gated, packed.shape[0], residual)
-    backend = select(codes.device)
-    if backend == "triton":
-        from . import triton as kernels
-
-        return kernels.linear_int4(
-            codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group, residual,
-            gated,
-        )  # fmt: skip
-    k = codes.shape[1]
-    weight = expand_two_level(packed, subscales, k, group)
-    arguments = (codes, scale, zero_point, weight, weight_scale, column_sum, bias)
-    if backend == "cpu":
-        return _on_cpu(arguments, out_dtype, [k], residual, gated)
-    return reference.linear_int8(*arguments, out_dtype, [k], residual, gated)
+    return implementation(reference.linear_int4, codes)(
+        codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group, residual, gated
+    )
 
 
 @operator("dgq::linear_float_groups")
@@ -142,12 +102,9 @@ def linear_float_groups(
     """
     if group_ends != sorted(group_ends) or group_ends[-1:] != [codes.shape[1]] or len(group_ends) != len(scale):
         raise ValueError(f"group ends {group_ends} do not cut {codes.shape[1]} channels into {len(scale)} groups")
-    arguments = (codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, group_ends)
-    if select(codes.device) == "triton":
-        from . import triton as kernels
-
-        return kernels.linear_float_groups(*arguments)
-    return reference.linear_float_groups(*arguments)
+    return implementation(reference.linear_float_groups, codes)(
+        codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, group_ends
+    )
 
 
 @operator("dgq::linear_prepacked")

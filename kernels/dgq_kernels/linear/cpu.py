@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import shift_classes
 from ..backend import cpu_path
+from ..packing import expand_two_level
 from . import reference
 
 
@@ -68,14 +69,31 @@ def linear_prepacked(
 
 def linear_int8(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int],
+    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:  # fmt: skip
     """`dgq_kernels.linear_int8` on the CPU: packs the weight for this one call (layers pack once and keep it)."""
     if cpu_path() == "reference":
         return reference.linear_int8(
-            codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends
+            codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends, residual, gated
         )
-    return linear_prepacked(
+    y = linear_prepacked(
         codes, scale, zero_point, prepack(weight, class_ends), class_ends, needs_split(8, weight),
-        weight_scale, column_sum, bias, out_dtype,
+        weight_scale, column_sum, bias, out_dtype if residual is None and not gated else torch.float32,
     )  # fmt: skip
+    if gated:
+        return reference.gate(y).to(out_dtype)
+    return y if residual is None else y.add_(residual).to(out_dtype)
+
+
+def linear_int4(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
+    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int, residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:  # fmt: skip
+    """`dgq_kernels.linear_int4` on the CPU, as `linear_int8`."""
+    k = codes.shape[1]
+    weight = expand_two_level(packed, subscales, k, group)
+    return linear_int8(
+        codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, [k], residual, gated
+    )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from .. import native
-from ..backend import operator, select
+from ..backend import implementation, operator, select
 from ..fakes import register_fake
 from . import cpu, reference
 
@@ -19,9 +17,13 @@ def _in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
     Raises:
         ValueError: one of them is not of floats, or they are on different devices.
     """
-    if not q.device == k.device == v.device or not all(x.is_floating_point() for x in (q, k, v)):
+    if not q.device == k.device == v.device or not (
+        q.dtype.is_floating_point and k.dtype.is_floating_point and v.dtype.is_floating_point
+    ):
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise ValueError(f"q, k and v of floats on one device expected, got {kinds}")
+    if q.dtype == k.dtype == v.dtype != torch.float64:
+        return q, k, v
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if dtype == torch.float64:
         dtype = torch.float32
@@ -58,14 +60,7 @@ def log_attention(
         ValueError: shapes or numbers outside the above; tensors on different devices, or not of floats.
     """
     reference.validate(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
-    backend = select(q.device)
-    run: Callable[..., Tensor]
-    if backend == "triton":
-        from . import triton as kernels
-
-        run = kernels.log_attention
-    else:
-        run = cpu.log_attention if backend == "cpu" else reference.log_attention
+    run = implementation(reference.log_attention, q)
     y = run(*_in_one_dtype(q, k, v), scale, bits, fraction_bits, start_token, qk_bits, v_bits)
     return _rows_first(y.to(q.dtype))
 
@@ -85,17 +80,17 @@ def log_attention_eager(
     qk_bits: int = 8, v_bits: int = 8,
 ) -> Tensor:  # fmt: skip
     """`log_attention`; on the CPU without torch's dispatcher."""
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or not cpu.engine_takes(q.device, qk_bits, v_bits):
+    if not q.is_cpu or torch.compiler.is_compiling() or not cpu.engine_takes(q.device, qk_bits, v_bits):
         return log_attention(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
-    reference.validate(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)
-    operands = _in_one_dtype(q, k, v)
-    y = native.attention(*operands, scale * cpu.LOG2_E, bits, fraction_bits, start_token, qk_bits, v_bits)
-    return y.to(q.dtype)
+    dtype = q.dtype
+    q, k, v = _in_one_dtype(q, k, v)
+    y = native.attention(q, k, v, scale * cpu.LOG2_E, bits, fraction_bits, start_token, qk_bits, v_bits)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def log_attention_pays(device: torch.device) -> bool:
     """Whether log attention is faster than float attention on a device; compiled code always has it."""
-    return torch.compiler.is_compiling() or select(device) != "cpu" or native.attention_pays()
+    return torch.compiler.is_compiling() or native.attention_pays() or select(device) != "cpu"
 
 
 @register_fake(log_attention)
@@ -128,13 +123,7 @@ def log_attention_running(
         ValueError: shapes or numbers outside the above; tensors on different devices, or not of floats.
     """
     reference.validate_running(q, k, v, scale, bits, fraction_bits, block)
-    run: Callable[..., Tensor]
-    if select(q.device) == "triton":
-        from . import triton as kernels
-
-        run = kernels.log_attention_running
-    else:
-        run = reference.log_attention_running
+    run = implementation(reference.log_attention_running, q)
     return _rows_first(run(*_in_one_dtype(q, k, v), scale, bits, fraction_bits, block).to(q.dtype))
 
 
@@ -159,13 +148,7 @@ def log_attention_base2(q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int
         ValueError: shapes or numbers outside the above; tensors on different devices, or not of floats.
     """
     reference.validate(q, k, v, scale, bits, 0, start_token, 0, 0)
-    run: Callable[..., Tensor]
-    if select(q.device) == "triton":
-        from . import triton as kernels
-
-        run = kernels.log_attention_base2
-    else:
-        run = reference.log_attention_base2
+    run = implementation(reference.log_attention_base2, q)
     return _rows_first(run(*_in_one_dtype(q, k, v), scale, bits, start_token).to(q.dtype))
 
 

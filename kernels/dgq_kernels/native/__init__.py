@@ -208,10 +208,29 @@ def _engine() -> _Engine:
 
 def _checked(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
     """The tensor in one piece; ValueError where it is not what the library will read."""
-    if tensor.dtype != dtype or tensor.shape != shape or tensor.device.type != "cpu":
+    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu:
         got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         raise ValueError(f"{name}: {dtype} {shape} on the CPU expected, got {got}")
     return tensor.contiguous()
+
+
+def _other_channels(expected: int, x: Tensor) -> ValueError:
+    return ValueError(f"{expected} input channels expected, got an input of {tuple(x.shape)}")
+
+
+def _on_cpu(tensor: Tensor | None, what: str) -> None:
+    """The library cannot see what lies behind a pointer."""
+    if tensor is not None and not tensor.is_cpu:
+        raise ValueError(f"the CPU engine cannot read {what} on {tensor.device}")
+
+
+def _laid_out(residual: Tensor, y: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """A residual as the library adds it to y: most are, and then no operator is called."""
+    if residual.dtype != y.dtype:
+        residual = residual.to(y.dtype)
+    if residual.shape != y.shape:
+        residual = residual.expand(y.shape)
+    return residual.contiguous(memory_format=memory_format)
 
 
 @dataclass(frozen=True)
@@ -232,21 +251,21 @@ class Norm:
     silu: bool = False
 
     @functools.cached_property
-    def _structs(self) -> dict[int, _Norm]:
+    def _structs(self) -> dict[int, tuple[int, _Norm]]:
         return {}
 
-    def _struct(self, channels: int) -> _Norm:
+    def _address(self, channels: int) -> int:
+        """Of what the library reads before a layer of so many channels; checked and made once."""
         known = self._structs.get(channels)
-        if known is not None:
-            return known
-        gain, shift = (
-            _checked(f"a norm of {channels} channels", tensor, torch.float32, channels)
-            for tensor in (self.gain, self.shift)
-        )
-        struct = _Norm(gain.data_ptr(), shift.data_ptr(), self.eps, self.groups, self.silu)
-        struct.kept = gain, shift
-        self._structs[channels] = struct
-        return struct
+        if known is None:
+            gain, shift = (
+                _checked(f"a norm of {channels} channels", tensor, torch.float32, channels)
+                for tensor in (self.gain, self.shift)
+            )
+            struct = _Norm(gain.data_ptr(), shift.data_ptr(), self.eps, self.groups, self.silu)
+            struct.kept = gain, shift
+            known = self._structs[channels] = ctypes.addressof(struct), struct
+        return known[0]
 
 
 class TwoLevel(NamedTuple):
@@ -338,21 +357,14 @@ class Layer:
         addresses = [None if x is None else x.data_ptr() for x in tensors]
         self._struct = _Layer(*addresses, n, k, channels, bits, kernel, stride, padding)
         self._address = ctypes.addressof(self._struct)
+        self._addresses = (_Pointer * 1)(self._address)
+        self._engine = engine
         engine.check(engine.library.dgq_check_layer(self._address))
 
     def weight(self) -> Tensor:
         """The int8 matrix (N, K) the layer was made of, from its blocks."""
         blocks = self.packed.view(-(-self.n // (2 * BLOCK)) * 2, -1, BLOCK, 4)
         return blocks.transpose(1, 2).reshape(len(blocks) * BLOCK, -1)[: self.n, : self.k].contiguous()
-
-    @staticmethod
-    def _check_input(channels: int, expected: int, x: Tensor, *others: Tensor | None) -> None:
-        """The library cannot see how much memory lies behind a pointer."""
-        if channels != expected:
-            raise ValueError(f"{expected} input channels expected, got an input of {tuple(x.shape)}")
-        for tensor in (x, *others):
-            if tensor is not None and tensor.device.type != "cpu":
-                raise ValueError(f"the CPU engine cannot read an input on {tensor.device}")
 
     @property
     def can_gate(self) -> bool:
@@ -395,35 +407,34 @@ class Layer:
                 self.stride, self.padding, residual, sample_bias, *_norm_arguments(norm),
             )  # fmt: skip
             return y
-        self._check_input(x.shape[1] if x.dim() == 4 else -1, self.channels, x, residual, sample_bias)
-        if min(x.shape[2:]) + 2 * self.padding < self.kernel:
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise _other_channels(self.channels, x)
+        _on_cpu(x, "an input")
+        _on_cpu(residual, "a residual")
+        batch, _, height, width = x.shape
+        if min(height, width) + 2 * self.padding < self.kernel:
             raise ValueError(f"input {tuple(x.shape)} is smaller than the kernel of {self.kernel}")
         if sample_bias is not None:
-            if sample_bias.shape != (x.shape[0], self.n):
-                raise ValueError(f"sample_bias {(x.shape[0], self.n)} expected, got {tuple(sample_bias.shape)}")
+            _on_cpu(sample_bias, "a bias")
+            if sample_bias.shape != (batch, self.n):
+                raise ValueError(f"sample_bias {(batch, self.n)} expected, got {tuple(sample_bias.shape)}")
             sample_bias = sample_bias.float().contiguous()
         dtype = _DTYPES.get(x.dtype)
         if dtype is None:
             half = None if residual is None else residual.float()
             return self.conv2d(x.float(), half, sample_bias, norm).to(x.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
-        batch, _, height, width = x.shape
         y = _empty_picture(x, self.n, self.kernel, self.stride, self.padding)
-        kept = None
         if residual is not None:
-            kept = residual.to(x.dtype).expand(y.shape).contiguous(memory_format=torch.channels_last)
-        if not batch:
-            return y
-        before = None if norm is None else norm._struct(x.shape[1])
-        pointers = [None if t is None else t.data_ptr() for t in (sample_bias, kept)]
-        engine = _engine()
-        engine.check(
-            engine.library.dgq_conv2d(
+            residual = _laid_out(residual, y, torch.channels_last)
+        if batch:
+            code = self._engine.library.dgq_conv2d(
                 self._address, x.data_ptr(), batch, height, width, dtype,
-                None if before is None else ctypes.addressof(before), *pointers, y.data_ptr(),
-                torch.get_num_threads(),
-            )
-        )  # fmt: skip
+                None if norm is None else norm._address(self.channels),
+                None if sample_bias is None else sample_bias.data_ptr(),
+                None if residual is None else residual.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+            )  # fmt: skip
+            self._engine.check(code)
         return y
 
 
@@ -443,31 +454,37 @@ def linear(
             gated, *_norm_arguments(norm),
         )  # fmt: skip
         return compiled
-    one._check_input(x.shape[-1], one.k, x, residual)
+    *lead, channels = x.shape
+    if channels != one.k:
+        raise _other_channels(one.k, x)
+    _on_cpu(x, "an input")
+    _on_cpu(residual, "a residual")
     if gated and not one.can_gate:
         raise ValueError(f"{one.n} outputs cannot be gated in blocks of {BLOCK}")
     dtype = _DTYPES.get(x.dtype)
     if dtype is None:
         full = linear(layers, x.float(), None if residual is None else residual.float(), gated, norm)
         return [y.to(x.dtype) for y in full]
-    rows = x.reshape(-1, one.k)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    n = one.n // 2 if gated else one.n
-    outputs = [torch.empty((*x.shape[:-1], n), dtype=x.dtype) for _ in layers]
-    if rows.shape[0]:
-        kept = None if residual is None else residual.to(x.dtype).expand(outputs[0].shape).contiguous()
-        before = None if norm is None else norm._struct(one.k)
-        pointers = _Pointer * len(layers)
-        engine = _engine()
-        engine.check(
-            engine.library.dgq_linear(
-                pointers(*(layer._address for layer in layers)), len(layers), rows.data_ptr(), rows.stride(0),
-                rows.shape[0], dtype, None if before is None else ctypes.addressof(before),
-                None if kept is None else kept.data_ptr(), gated, pointers(*(y.data_ptr() for y in outputs)),
-                torch.get_num_threads(),
-            )
+    if x.is_contiguous():
+        count, stride = x.numel() // channels, channels
+    else:
+        x = x.reshape(-1, channels)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        count, stride = len(x), x.stride(0)
+    size = (*lead, one.n // 2 if gated else one.n)
+    outputs = [x.new_empty(size) for _ in layers]
+    if residual is not None:
+        residual = _laid_out(residual, outputs[0])
+    if count:
+        several, pointers = len(layers), _Pointer * len(layers)
+        code = one._engine.library.dgq_linear(
+            one._addresses if several == 1 else pointers(*[layer._address for layer in layers]), several, x.data_ptr(),
+            stride, count, dtype, None if norm is None else norm._address(channels),
+            None if residual is None else residual.data_ptr(), gated, pointers(*[y.data_ptr() for y in outputs]),
+            torch.get_num_threads(),
         )  # fmt: skip
+        one._engine.check(code)
     return outputs
 
 
@@ -492,20 +509,24 @@ def attention(
     Raises:
         ValueError: shapes or numbers outside the above; the tensors differ in dtype, or are not on the CPU.
     """
-    shapes = [tuple(x.shape) for x in (q, k, v)]
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
-        raise ValueError(f"q (B, H, T, d) and k, v (B, H, S, d) expected, got {shapes}")
-    if not q.dtype == k.dtype == v.dtype or any(x.device.type != "cpu" for x in (q, k, v)):
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise _other_shapes(q, k, v)
+    batch, heads, rows, width = q.shape
+    if k.shape[:2] != (batch, heads) or k.shape[3] != width:
+        raise _other_shapes(q, k, v)
+    kind = q.dtype
+    if k.dtype != kind or v.dtype != kind or not (q.is_cpu and k.is_cpu and v.is_cpu and kind.is_floating_point):
         kinds = [f"{x.dtype} on {x.device}" for x in (q, k, v)]
-        raise ValueError(f"q, k and v of one dtype on the CPU expected, got {kinds}")
-    dtype = _DTYPES.get(q.dtype)
+        raise ValueError(f"q, k and v of floats of one dtype on the CPU expected, got {kinds}")
+    dtype = _DTYPES.get(kind)
     if dtype is None:
         args = (logit_scale, bits, fraction_bits, start_token, qk_bits, v_bits)
-        return attention(q.float(), k.float(), v.float(), *args).to(q.dtype)
+        return attention(q.float(), k.float(), v.float(), *args).to(kind)
+    strides: list[int] = []
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    batch, heads, rows, width = q.shape
-    out = torch.empty((batch, rows, heads, width), dtype=q.dtype)
-    strides = [x.stride(axis) for x in (q, k, v) for axis in range(3)]
+    for x in (q, k, v):
+        strides += x.stride()[:3]
+    out = q.new_empty((batch, rows, heads, width))
     job = _Attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), *strides, batch, heads, rows, k.shape[2], width,
         logit_scale, bits, fraction_bits, start_token, qk_bits, v_bits, dtype,
@@ -514,6 +535,11 @@ def attention(
         engine = _engine()
         engine.check(engine.library.dgq_attention(ctypes.addressof(job), torch.get_num_threads()))
     return out.transpose(1, 2)
+
+
+def _other_shapes(q: Tensor, k: Tensor, v: Tensor) -> ValueError:
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    return ValueError(f"q (B, H, T, d) and k, v (B, H, S, d) expected, got {shapes}")
 
 
 # The same calls as operators, which torch.compile and torch.export can trace: the packed weight and all else that a

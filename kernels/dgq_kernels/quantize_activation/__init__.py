@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import operator, select
+from ..backend import implementation, operator
 from ..fakes import register_fake
 from . import reference
 
@@ -34,11 +34,7 @@ def quantize_rows(
     Returns:
         codes uint8 (M, K); scale float32 (M,); zero_point int32 (M,).
     """
-    if select(x.device) == "triton":
-        from . import triton as kernels
-
-        return kernels.quantize_rows(x, bits, inv_divisor, position)
-    return reference.quantize_rows(x, bits, inv_divisor, position)
+    return implementation(reference.quantize_rows, x)(x, bits, inv_divisor, position)
 
 
 @operator("dgq::layer_norm_quantize_rows")
@@ -56,11 +52,7 @@ def layer_norm_quantize_rows(
     Returns:
         codes uint8 (M, K); scale float32 (M,); zero_point int32 (M,).
     """
-    if select(x.device) == "triton":
-        from . import triton as kernels
-
-        return kernels.layer_norm_quantize_rows(x, weight, bias, eps, bits, inv_divisor, position)
-    return reference.layer_norm_quantize_rows(x, weight, bias, eps, bits, inv_divisor, position)
+    return implementation(reference.layer_norm_quantize_rows, x)(x, weight, bias, eps, bits, inv_divisor, position)
 
 
 @operator("dgq::geglu_quantize_rows")
@@ -75,11 +67,7 @@ def geglu_quantize_rows(
     Returns:
         codes uint8 (M, F); scale float32 (M,); zero_point int32 (M,).
     """
-    if select(x.device) == "triton":
-        from . import triton as kernels
-
-        return kernels.geglu_quantize_rows(x, bits, inv_divisor, position)
-    return reference.geglu_quantize_rows(x, bits, inv_divisor, position)
+    return implementation(reference.geglu_quantize_rows, x)(x, bits, inv_divisor, position)
 
 
 @operator("dgq::silu_quantize_rows")
@@ -94,11 +82,7 @@ def silu_quantize_rows(
     Returns:
         codes uint8 (M, K); scale float32 (M,); zero_point int32 (M,).
     """
-    if select(x.device) == "triton":
-        from . import triton as kernels
-
-        return kernels.silu_quantize_rows(x, bits, inv_divisor, position)
-    return reference.silu_quantize_rows(x, bits, inv_divisor, position)
+    return implementation(reference.silu_quantize_rows, x)(x, bits, inv_divisor, position)
 
 
 @operator("dgq::group_norm_quantize_rows")
@@ -120,11 +104,9 @@ def group_norm_quantize_rows(
         ValueError: groups does not divide C.
     """
     _check_groups(x, groups)
-    if select(x.device) == "triton":
-        from . import triton as kernels
-
-        return kernels.group_norm_quantize_rows(x, groups, weight, bias, eps, bits, inv_divisor, position)
-    return reference.group_norm_quantize_rows(x, groups, weight, bias, eps, bits, inv_divisor, position)
+    return implementation(reference.group_norm_quantize_rows, x)(
+        x, groups, weight, bias, eps, bits, inv_divisor, position
+    )
 
 
 def _check_groups(x: Tensor, groups: int) -> None:
@@ -184,11 +166,7 @@ def quantize_samples(
     Returns:
         codes uint8 (B, C, H + 2 padding, W + 2 padding), channels-last; scale float32 (B,); zero_point int32 (B,).
     """
-    if select(x.device) == "triton":
-        from . import triton as kernels
-
-        return kernels.quantize_samples(x, bits, inv_divisor, padding, position)
-    return reference.quantize_samples(x, bits, inv_divisor, padding, position)
+    return implementation(reference.quantize_samples, x)(x, bits, inv_divisor, padding, position)
 
 
 @operator("dgq::group_norm_quantize_samples")
@@ -214,13 +192,7 @@ def group_norm_quantize_samples(
         ValueError: groups does not divide C.
     """
     _check_groups(x, groups)
-    if select(x.device) == "triton":
-        from . import triton as kernels
-
-        return kernels.group_norm_quantize_samples(
-            x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position, offset
-        )
-    return reference.group_norm_quantize_samples(
+    return implementation(reference.group_norm_quantize_samples, x)(
         x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position, offset
     )
 

@@ -15,6 +15,7 @@ from dgq.bench.systems import Worker
 from dgq.bench.worker import Spec
 from dgq.errors import DgqError
 from dgq.integer.layer import IntegerLayer
+from dgq.integer.prepared import Engine
 from dgq.recipe import LayerPlan
 
 CPU = torch.device("cpu")
@@ -113,8 +114,8 @@ def test_weight_bytes_count_what_a_backend_keeps() -> None:
         parameter.fill_(1)
     stored = worker.weight_bytes(layer)
     assert stored == 32 * 64 + 4 * 32
-    engine = layer.prepare(CPU).engine
-    if engine is None:
+    ready = layer.prepare(CPU)
+    if isinstance(ready, Engine):  # its blocks are the only copy
+        assert worker.weight_bytes(layer) == stored - 32 * 64 + ready.engine.packed.nbytes
+    else:
         assert worker.weight_bytes(layer) == stored + 32 * 64
-    else:  # its blocks are the only copy
-        assert worker.weight_bytes(layer) == stored - 32 * 64 + engine.packed.nbytes

@@ -9,6 +9,7 @@ from torch import nn
 
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import Layer, plan_layer
+from dgq.integer.prepared import Dense, Engine
 from dgq.integer.rounding import quantize_layer
 from dgq.integer.statistics import Statistics
 from dgq.integer.stored import StoredWeight, buffer_specs
@@ -78,12 +79,12 @@ def test_the_sums_of_a_layer_are_integers_bit_for_bit(build, data, wbits, monkey
         codes, _, _ = quantize_samples(x, plan.abits, inv, plan.padding, ready.position)
         weight = matrix.view(plan.out_features, 3, 3, -1).permute(0, 3, 1, 2)
         expected = conv_reference.accumulate(codes, weight, plan.stride, plan.class_ends)
-        got = conv_cpu.accumulate(codes, ready.onednn, plan.class_ends, plan.out_features, plan.stride, ready.split)
+        got = conv_cpu.accumulate(codes, ready.tensors, plan.class_ends, plan.out_features, plan.stride, ready.split)
     else:
         rows = x.permute(0, 2, 3, 1) if plan.kind == "pointwise" else x
         codes, _, _ = quantize_rows(rows.reshape(-1, plan.in_features), plan.abits, inv, ready.position)
         expected = linear_reference.accumulate(codes, matrix, plan.class_ends)
-        got = linear_cpu.accumulate(codes, ready.onednn, plan.class_ends, plan.out_features, ready.split)
+        got = linear_cpu.accumulate(codes, ready.tensors, plan.class_ends, plan.out_features, ready.split)
     assert torch.equal(got.long(), expected)
 
 
@@ -96,7 +97,7 @@ def test_the_engine_gives_the_bits_of_the_reference(build, data, wbits, monkeypa
     module, x = build(), data()
     layer = quantized(module, x, wbits=wbits, channels="smooth").layer
     y = layer(x)
-    assert layer.prepare(x.device).engine is not None
+    assert isinstance(layer.prepare(x.device), Engine)
     monkeypatch.setenv("DGQ_BACKEND", "reference")
     layer.restore()
     assert torch.equal(y, layer(x))
@@ -154,7 +155,7 @@ def test_the_stored_form_comes_back_from_the_packed_one(build, data, wbits, chan
     layer = quantized(module, x, wbits=wbits, channels=channels).layer
     stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     y = layer(x)
-    if layer.prepare(x.device).engine is not None:
+    if isinstance(layer.prepare(x.device), Engine):
         assert isinstance(layer.stored, StoredWeight)  # the engine's blocks are the only copy
     again = layer.state_dict()
     assert again.keys() == stored.keys()
@@ -239,5 +240,5 @@ def test_kernels_read_what_is_stored(build, data, wbits, monkeypatch):
         ready = layer.prepare(x.device)
         copied = wbits == 8 and layer.plan.reordered and ready.position is None
         assert layer.prepared_bytes == (layer.weight.nbytes if copied else 0)
-        if ready.weight is not None and not copied:
-            assert ready.weight.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
+        if isinstance(ready, Dense) and not copied:
+            assert ready.operand(layer).untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
