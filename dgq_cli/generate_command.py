@@ -41,7 +41,7 @@ def command(
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     size: Annotated[str | None, typer.Option(metavar="N|WxH", help="Size in pixels.")] = None,
     seed: SeedOption = None,
-    batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures a UNet call.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures a call of the network.")] = 1,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one sheet, grid.png.")] = False,
     device: DeviceOption = None,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="Write settings into the PNG.")] = True,

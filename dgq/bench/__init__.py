@@ -1,4 +1,4 @@
-"""Speed, memory and error of quantized layers and of a whole UNet step against float, on this machine.
+"""Speed, memory and error of quantized layers and of a whole step against float, on this machine.
 
 The systems of a table run interleaved (A B C A B C ...), so that a machine that slows down slows all of them, and the
 median is reported with the 20th and 80th percentile. Nothing is predicted: a number that was not measured is None.
@@ -21,8 +21,8 @@ from ..pictures.pipelines import resolve
 from ..progress import Progress, silent
 from .layers import Case, bench_kernels, int8_peak, large_cases, model_cases
 from .rows import Report, Row, interleaved, kernel_verdicts, make_rows, verdicts
+from .steps import Options, bench_architecture, bench_step
 from .systems import PEERS, Size, System, chosen_peers, measure
-from .unet import Options, bench_architecture, bench_step
 
 __all__ = [
     "PEERS", "Case", "Options", "Report", "Row", "Size", "System", "bench", "bench_architecture", "bench_kernels",
@@ -41,7 +41,7 @@ def bench(
 
     Args:
         model: checkpoint, float model (quantized on the fly), or None for the embedded model.
-        arch: instead of a model, the step of a well-known architecture, or of a UNet's config.json, random weights.
+        arch: instead of a model, the step of a well-known architecture, or of a network's config.json, random weights.
         what: "kernels", "step" or "all".
         bits: weight bits; default both for kernels and architectures, 4 for the step of a float model.
         repeats: timed calls of each system.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import architectures
-from ..checkpoint.reading import read_json
+from ..checkpoint.reading import family_at, network_config
 from ..integer.plan import GPTQ_MAX_REDUCTION, Layer, plan_layers
 from ..integer.rounding import passes
 from ..integer.stored import buffer_specs
@@ -29,13 +29,14 @@ class Estimate:
 
     Attributes:
         layers: quantized layers; kept: {name: reason} of layers that stay float.
-        float16_bytes, packed_bytes: UNet file before and after.
+        float16_bytes, packed_bytes: the network's file before and after.
         statistics_bytes: peak of second moments and samples; passes: runs over the recorded calls.
         memory_bytes: rough peak of the process (float32 model, statistics, packed layers).
-        calls: UNet calls: recorded and replayed.
-        macs_per_call: multiply-accumulates of the quantized layers in one UNet call, of both halves where the guidance
+        calls: of the network: recorded and replayed.
+        macs_per_call: multiply-accumulates of the quantized layers in one call, of both halves where the guidance
             doubles it.
         seconds: rough time on this machine, from a short timed float product.
+        network: what its kind of network is called.
     """
 
     layers: int
@@ -48,6 +49,7 @@ class Estimate:
     calls: int
     macs_per_call: int
     seconds: float
+    network: str
 
 
 def packed_bytes(plan: LayerPlan) -> int:
@@ -61,26 +63,22 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     Raises:
         DgqError: as `calibrate` would.
     """
-    from diffusers import UNet2DConditionModel
-
     folder = float_folder(model)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
-    layers, kept = plan_layers(unet, recipe)
+    family = family_at(folder)
+    network = family.skeleton(network_config(folder))
+    layers, kept = plan_layers(network, recipe)
     settings = Settings(options.steps, options.guidance).resolved(folder)
     assert settings.steps is not None
     count = options.prompts if isinstance(options.prompts, int) else len(options.prompts)
     recorded = count * settings.steps
     replayed = min(recorded, options.calls)
     groups = passes(layers, options.budget)
-    parameters = sum(p.numel() for p in unet.parameters())
+    parameters = sum(p.numel() for p in network.parameters())
     quantized = sum(layer.weight.numel() + layer.plan.bias * layer.plan.out_features for layer in layers)
     packed = sum(packed_bytes(layer.plan) for layer in layers)
     statistics = max(sum(layer.moment_bytes for layer in group) for group in groups)
     assert settings.guidance is not None
-    # a UNet that is told the guidance scale (LCM) is called once for it
-    doubled = settings.guidance > 1 and unet.config.time_cond_proj_dim is None
-    outputs = _outputs_per_call(unet, layers, 2 if doubled else 1)
+    outputs = _outputs_per_call(network, layers, 2 if family.doubled(network.config, settings.guidance) else 1)
     macs = sum(outputs[layer.name] * layer.plan.reduction * layer.plan.out_features for layer in layers)
     work = (recorded + len(groups) * replayed + 2 * options.evaluate * settings.steps) * macs
     for layer in layers:
@@ -91,12 +89,12 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         layers=len(layers), kept=kept, float16_bytes=2 * parameters,
         packed_bytes=2 * (parameters - quantized) + packed, statistics_bytes=statistics, passes=len(groups),
         memory_bytes=4 * parameters + statistics + packed + 2**30, calls=recorded + len(groups) * replayed,
-        macs_per_call=macs, seconds=work / _macs_per_second(),
+        macs_per_call=macs, seconds=work / _macs_per_second(), network=family.title,
     )  # fmt: skip
 
 
-def _outputs_per_call(unet: nn.Module, layers: Sequence[Layer], batch: int) -> dict[str, int]:
-    """Rows (tokens or pixels, of all samples) each layer computes in one UNet call, found on the meta device."""
+def _outputs_per_call(network: nn.Module, layers: Sequence[Layer], batch: int) -> dict[str, int]:
+    """Rows (tokens or pixels, of all samples) each layer computes in one call, found on the meta device."""
     rows: dict[str, int] = {}
 
     def hook(layer: Layer) -> Any:
@@ -108,7 +106,7 @@ def _outputs_per_call(unet: nn.Module, layers: Sequence[Layer], batch: int) -> d
     handles = [layer.module.register_forward_hook(hook(layer)) for layer in layers]
     device = torch.device("meta")
     with device, torch.no_grad():
-        unet(**architectures.call(unet, batch, device))
+        network(**architectures.call(network, batch, device))
     for handle in handles:
         handle.remove()
     return rows

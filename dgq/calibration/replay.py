@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..family import family_of
 from ..progress import silent
 
 if TYPE_CHECKING:
@@ -14,30 +15,30 @@ if TYPE_CHECKING:
 
 
 def record_inputs(
-    run: Callable[[str, int], Any], unet: nn.Module, prompts: Sequence[str], progress: Progress = silent
+    run: Callable[[str, int], Any], network: nn.Module, prompts: Sequence[str], progress: Progress = silent
 ) -> list[list[dict[str, Any]]]:
-    """Every call the float pipeline makes to its UNet, per prompt.
+    """Every call the float pipeline makes to its network, per prompt.
 
     Args:
         run: run(prompt, i) makes picture i (steps, guidance and seed are the caller's).
-        unet: the module whose calls are recorded.
+        network: the module whose calls are recorded.
         prompts: calibration prompts.
 
     Returns:
         For each prompt the list of its calls, one per sampler step, as keyword arguments (tensors detached).
     """
     calls: list[dict[str, Any]] = []
+    names = family_of(network).arguments
 
     def keep(value: Any) -> Any:
         return value.detach().clone() if isinstance(value, Tensor) else value
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = ("sample", "timestep", "encoder_hidden_states")
         named = dict(zip(names, args, strict=False)) | kwargs
         calls.append({name: keep(value) for name, value in named.items()})
 
     recorded = []
-    handle = unet.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = network.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         for i, prompt in enumerate(prompts):
             calls = []

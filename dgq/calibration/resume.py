@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..checkpoint.reading import weight_files
+from ..checkpoint.reading import component_at, weight_files
 from ..checkpoint.writing import copied_files
 from ..errors import DgqError
 from ..integer.layer import IntegerLayer
@@ -88,7 +88,7 @@ class Partial:
         return done
 
     def store_calls(self, recorded: list[list[dict[str, Any]]]) -> None:
-        """Keep the recorded UNet calls (their tensors; the rest is the pipeline's constants)."""
+        """Keep the recorded calls (their tensors; the rest is the pipeline's constants)."""
         tensors: dict[str, Tensor] = {}
         for i, calls in enumerate(recorded):
             for j, call in enumerate(calls):
@@ -132,9 +132,9 @@ _DAMAGED = (SafetensorError, OSError, DgqError, KeyError, TypeError, ValueError,
 
 def fingerprint_of(folder: Path, recipe: Recipe, prompts: Sequence[str], settings: Settings, calls: int) -> str:
     """Of everything that recorded calls and quantized layers depend on, the content of the model's files included."""
-    weights = weight_files(folder / "unet")
+    own = component_at(folder)
     contents = {}
-    for file in (*copied_files(folder).values(), folder / "unet" / "config.json", *weights):
+    for file in (*copied_files(folder).values(), own / "config.json", *weight_files(own)):
         with open(file, "rb") as handle:
             contents[str(file.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
     parts = [

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..checkpoint.header import Header
-from ..checkpoint.reading import check_folder, read_header, read_json
+from ..checkpoint.reading import check_folder, family_at, network_config, read_header, read_json
 from ..checkpoint.writing import check_target, write_checkpoint
 from ..errors import DgqError
+from ..family import family_of, network_of
 from ..integer.attention import AttentionPlan, use_log_attention
 from ..integer.plan import plan_layers
 from ..integer.rounding import DEFAULT_BUDGET_BYTES, quantize_unet
@@ -22,7 +23,7 @@ from ..integer.shared_input import prepare_all
 from ..outputs import workplace
 from ..pictures import embedded
 from ..pictures.fidelity import compare
-from ..pictures.generation import Picture, Settings, check_prompts, check_text_to_image, generate
+from ..pictures.generation import Picture, Settings, check_prompts, generate
 from ..pictures.pipelines import load, resolve
 from ..pictures.prompts import calibration_prompts, evaluation_prompts
 from ..progress import Progress, silent
@@ -40,7 +41,7 @@ class Options:
         prompts: calibration prompts, or how many to take from the built-in ones.
         steps, guidance: of the float pipeline; None takes the model's defaults.
         seed: seed of the first calibration picture and of the choice of prompts.
-        calls: UNet calls replayed for the statistics, spread over prompts and steps.
+        calls: the network's calls replayed for the statistics, spread over prompts and steps.
         evaluate: prompts, apart from calibration, on which the result is compared with the float model.
         budget: bytes for statistics held at one time.
         overwrite: replace a checkpoint that is there, never anything else.
@@ -62,10 +63,7 @@ def float_folder(model: str | os.PathLike[str] | None) -> Path:
     folder = resolve(model)
     if read_header(folder) is not None:
         raise DgqError(f"{folder}: is quantized already", "calibrate the float model it was made from")
-    if not (folder / "unet").is_dir():
-        raise DgqError(f"{folder}: has no unet", "dgq quantizes Stable Diffusion pipelines")
-    unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
-    check_text_to_image(unet.get("in_channels", 4), vae.get("latent_channels", 4))
+    family_at(folder).check_configs(network_config(folder), read_json(folder / "vae" / "config.json"))
     return folder
 
 
@@ -126,15 +124,16 @@ def _calibrated(
     """`calibrate`, in the place that it works in."""
     pipe = load(folder, dtype=torch.float32)
     check_prompts(pipe, prompts)
+    network = network_of(pipe)
     # an override that matches no layer is told before the work
-    plans = {} if recipe.name == "paper" else {layer.name: layer.plan for layer in plan_layers(pipe.unet, recipe)[0]}
+    plans = {} if recipe.name == "paper" else {layer.name: layer.plan for layer in plan_layers(network, recipe)[0]}
     done = partial.layers(plans)
     reference = _evaluate(pipe, folder, settings, options, prompts, "float", progress, 0)
     recorded = partial.calls()
     if recorded is None:
         recorded = record_inputs(
             lambda prompt, i: generate(pipe, [prompt], dataclasses.replace(settings, seed=settings.seed + i)),
-            pipe.unet, prompts, progress,
+            network, prompts, progress,
         )  # fmt: skip
         partial.store_calls(recorded)
     header = Header(
@@ -148,26 +147,26 @@ def _calibrated(
         from ..paper.calibration import calibrate_paper
 
         header.paper = calibrate_paper(
-            pipe.unet, recorded, wbits=recipe.wbits, abits=recipe.abits, groups=recipe.groups,
+            network, recorded, wbits=recipe.wbits, abits=recipe.abits, groups=recipe.groups,
             progress=lambda stage, i, total: progress(stage, i, total, ""),
         )  # fmt: skip
     else:
         calls = spread(recorded, options.calls)
         header.calibration["calls"] = len(calls)
         header.layers, sqnr = quantize_unet(
-            pipe.unet, calls, recipe, progress=progress, store=partial.store, done=done,
+            network, calls, recipe, progress=progress, store=partial.store, done=done,
             budget=options.budget,
         )  # fmt: skip
         header.calibration["sqnr_db"] = {name: round(value, 2) for name, value in sqnr.items()}
-        if recipe.attention == "log":
+        if recipe.attention == "log" and family_of(network).start_token:
             header.attention = AttentionPlan.for_activations(recipe.abits)
-            use_log_attention(pipe.unet, header.attention)
+            use_log_attention(network, header.attention)
     if reference:
-        prepare_all(pipe.unet, pipe.unet.device)
+        prepare_all(network, network.device)
         pictures = _evaluate(pipe, folder, settings, options, prompts, recipe.label, progress, len(reference))
         header.calibration["fidelity"] = compare(reference, pictures)
     progress("save", 0, 1, str(out))
-    write_checkpoint(folder, pipe.unet, header, out, options.overwrite, partial.folder)
+    write_checkpoint(folder, network, header, out, options.overwrite, partial.folder)
     check_folder(out)
     return header
 

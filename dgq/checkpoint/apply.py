@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..errors import DgqError
-from ..integer.fused_unet import fuse
 from ..integer.plan import geometry, quantizable
-from ..integer.skeleton import build_skeleton
+from ..integer.skeleton import build_skeleton, fuse
 from ..recipe import LayerPlan
 
 if TYPE_CHECKING:
     from .header import Header
 
 
-def apply_header(unet: nn.Module, header: Header, file: Path | None = None) -> None:
-    """Turn a float UNet (usually on the meta device) into the empty quantized model a header describes.
+def apply_header(network: nn.Module, header: Header, file: Path | None = None) -> None:
+    """Turn a float network (usually on the meta device) into the empty quantized model a header describes.
 
     Args:
-        unet: is changed.
+        network: is changed.
         header: from `file`.
         file: for the message of an error.
 
@@ -32,27 +31,27 @@ def apply_header(unet: nn.Module, header: Header, file: Path | None = None) -> N
         if header.paper is not None:
             from ..paper.calibration import build_paper_skeleton
 
-            build_paper_skeleton(unet, header.paper)
+            build_paper_skeleton(network, header.paper)
             return
-        check_plans(unet, header.layers)
+        check_plans(network, header.layers)
     except DgqError as error:
         where = f"{file}: quantization_config" if file else "quantization_config"
         raise DgqError(f"{where}: {error.message}", error.hint) from None
-    build_skeleton(unet, header.layers)
-    fuse(unet)
+    build_skeleton(network, header.layers)
+    fuse(network)
     if header.attention is not None:
         from ..integer.attention import use_log_attention
 
-        use_log_attention(unet, header.attention)
+        use_log_attention(network, header.attention)
 
 
-def check_plans(unet: nn.Module, plans: dict[str, LayerPlan]) -> None:
+def check_plans(network: nn.Module, plans: dict[str, LayerPlan]) -> None:
     """Hold plans against the float model: layers, their kinds, sizes and biases, and the parts of split ones.
 
     Raises:
         DgqError: the first plan that is not of this model.
     """
-    modules, skipped = quantizable(unet)
+    modules, skipped = quantizable(network)
     parts: dict[str, list[int]] = {}  # of split layers: where the parts so far end
     for name, plan in plans.items():
         owner = plan.owner(name)

@@ -22,7 +22,7 @@ QUANT_METHOD = "dgq"
 
 @dataclass
 class Header:
-    """`quantization_config` in unet/config.json.
+    """`quantization_config` in the network's config.json.
 
     Attributes:
         recipe: what was asked for.

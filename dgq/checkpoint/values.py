@@ -26,7 +26,7 @@ def verify_values(place: Path, model: nn.Module) -> None:
 
     Args:
         place: of the weights, for the message.
-        model: any component; only the layers of a quantized UNet have more than finite values to check.
+        model: any component; only the layers of a quantized network have more than finite values to check.
 
     Raises:
         DgqError: the first wrong tensor and where it is wrong.

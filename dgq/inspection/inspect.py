@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,8 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.header import Header
-from ..checkpoint.reading import float16_bytes, read_header, tensor_table, unet_bytes, weight_files
+from ..checkpoint.reading import (
+    component_at,
+    family_at,
+    float16_bytes,
+    network_bytes,
+    read_header,
+    tensor_table,
+    weight_files,
+)
 from ..errors import DgqError
+from ..family import FAMILIES
 from ..pictures.pipelines import resolve
 from .measurement import Measurement
 from .overrides import DEFAULT_BUDGET, count_of, suggest, suggest_measured
@@ -33,7 +41,7 @@ class LayerReport:
     """One quantized layer.
 
     Attributes:
-        name: its place in the UNet.
+        name: its place in the network.
         kind: "linear", "pointwise", "conv2d" or "attention" (the paper recipe's scales of q, k and v).
         shape: of the weight, (N, C) or (N, C, kh, kw); () for attention.
         wbits: bits of the weight, 0 for attention; abits: of the activations.
@@ -59,7 +67,7 @@ class Inspection:
     Attributes:
         path: the folder.
         quantized: False for a float model; only path, unet_bytes, float16_bytes and ratio say something then.
-        unet_bytes: size of the UNet's weight files; float16_bytes: size of its tensors in float16.
+        unet_bytes: size of the network's weight files; float16_bytes: size of its tensors in float16.
         ratio: unet_bytes / float16_bytes.
         label, recipe, base_model, dgq_version, generation: from the header.
         bits_per_weight: stored bits of the quantized layers, everything included, per weight.
@@ -71,6 +79,7 @@ class Inspection:
         worst: those with the lowest recorded SQNR, worst first; where measured, those with the most output noise.
         suggestion: None where no per-layer error is known or no 4-bit layer fits the budget.
         measurement: what each layer and step was found to do, where that was measured.
+        network: what its kind of network is called.
     """
 
     path: str
@@ -92,6 +101,7 @@ class Inspection:
     worst: list[LayerReport] = field(default_factory=list)
     suggestion: Suggestion | None = None
     measurement: Measurement | None = None
+    network: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object; "suggestion" also holds the "command_line"."""
@@ -110,7 +120,7 @@ def inspect(
     Args:
         model: checkpoint folder, hub id, or None for the embedded model.
         worst: how many layers to list by their error.
-        budget: share of the UNet file that the suggested overrides may add.
+        budget: share of the network's file that the suggested overrides may add.
         measurement: of this checkpoint, from `measurement.measure`; its figures then decide which layers are the worst.
 
     Raises:
@@ -121,10 +131,10 @@ def inspect(
     folder = resolve(model)
     header = read_header(folder)
     tensors = _tensors(folder)
-    size = unet_bytes(folder)
+    size = network_bytes(folder)
     if header is None:
         total = float16_bytes(folder)
-        return Inspection(str(folder), False, size, total, size / total)
+        return Inspection(str(folder), False, size, total, size / total, network=family_at(folder).title)
     layers = _layers(header, tensors)
     float_names = [name for name in tensors if _owner(name, header) is None]
     float16 = float16_bytes(folder)
@@ -149,14 +159,23 @@ def inspect(
         attention=dataclasses.asdict(header.attention) if header.attention else None,
         calibration={key: value for key, value in header.calibration.items() if key != "sqnr_db"},
         layers=layers, worst=ranked[:worst], suggestion=suggestion, measurement=measurement,
+        network=family_at(folder).title,
     )  # fmt: skip
 
 
 def split_name(name: str) -> tuple[str, str]:
     """A layer's block and its place there: ("up_blocks.0.attentions.1", "transformer_blocks.0.attn1.to_q")."""
-    found = re.match(r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.\w+\.\d+", name)
+    found = next((match for family in FAMILIES if (match := family.block.match(name))), None)
     block = found[0] if found else name.partition(".")[0]
     return block, name[len(block) + 1 :]
+
+
+def short_block(block: str) -> str:
+    """A block's name in a margin: "up 0 attention 1"."""
+    for family in FAMILIES:
+        for long, short in family.shortened:
+            block = block.replace(long, short)
+    return block.replace(".", " ")
 
 
 def _sqnr(layer: LayerReport) -> float:
@@ -164,9 +183,10 @@ def _sqnr(layer: LayerReport) -> float:
 
 
 def _tensors(folder: Path) -> _Tensors:
-    files = weight_files(folder / "unet")
+    place = component_at(folder)
+    files = weight_files(place)
     if not files:
-        raise DgqError(f"{folder / 'unet'}: holds no safetensors file")
+        raise DgqError(f"{place}: holds no safetensors file")
     return {name: entry for file in files for name, entry in tensor_table(file).items()}
 
 

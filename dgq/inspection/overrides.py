@@ -14,7 +14,7 @@ from ..integer.stored import buffer_specs
 from ..recipe import LayerPlan
 from .measurement import Measurement, decibels
 
-# Share of the UNet file that the suggested overrides may add
+# Share of the network's file that the suggested overrides may add
 DEFAULT_BUDGET = 0.02
 
 
@@ -30,8 +30,8 @@ class Suggestion:
         overrides: "name=8", or "name=float" where a rounded input does the harm, as `dgq calibrate --override` takes
             them: worst first by the recorded SQNR (8 bits only), or where layers were measured, by the output noise
             that a byte takes away.
-        extra_bytes: what they add to the UNet file; budget_bytes: what they were allowed to add.
-        predicted_sqnr_db: of the UNet's output with them, by the measured layers' noise; None where not measured.
+        extra_bytes: what they add to the network's file; budget_bytes: what they were allowed to add.
+        predicted_sqnr_db: of the network's output with them, by the measured layers' noise; None where not measured.
     """
 
     overrides: list[str]

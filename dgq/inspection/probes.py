@@ -168,7 +168,7 @@ class LayerProbe:
         return rows.permute(0, 3, 1, 2) if plan.kind == "pointwise" else rows
 
     def found(self, energy: list[float]) -> LayerMeasurement:
-        """The result, given the energy of the UNet's outputs at each step."""
+        """The result, given the energy of the network's outputs at each step."""
         outliers, steps = self.outliers, self.outliers.ranges.steps
         exponents: dict[int, int] = {}
         if isinstance(self.layer, IntegerLayer) and self.layer.plan.channels == "shift":
@@ -193,8 +193,8 @@ def _bias(owner: Any, output: Tensor) -> Tensor | float:
 class AttentionProbe:
     """One attention layer: its start token's mass, and its output under the checkpoint's processor."""
 
-    def __init__(self, name: str, processor: Any, steps: int) -> None:
-        self.name = name
+    def __init__(self, name: str, processor: Any, steps: int, start_token: bool = True) -> None:
+        self.name, self.start_token = name, start_token
         self.processor = processor if isinstance(processor, LogAttnProcessor | PaperAttnProcessor) else None
         self.energies = Energies(steps)
         self.noise = 0.0
@@ -208,7 +208,7 @@ class AttentionProbe:
         self, step: int, attention: Any, x: Tensor, context: Tensor | None, output: Tensor
     ) -> list[tuple[Tensor, Callable[[float], None]]]:
         self.cross = context is not None
-        if context is not None:
+        if context is not None and self.start_token:
             self._mass[step] += _start_mass(attention, x, context)
             self._calls[step] += 1
         if self.processor is None:
@@ -221,12 +221,13 @@ class AttentionProbe:
         return [(error, self._add_noise)]
 
     def found(self, energy: list[float]) -> AttentionMeasurement:
-        """The result, given the energy of the UNet's outputs at each step."""
+        """The result, given the energy of the network's outputs at each step."""
         quantized = self.processor is not None
         mass = [mass / max(count, 1) for mass, count in zip(self._mass, self._calls, strict=True)]
         return AttentionMeasurement(
             self.name, self.cross, self.energies.db if quantized else None,
-            self.energies.db_by_step if quantized else [], self.noise / sum(energy), mass if self.cross else [],
+            self.energies.db_by_step if quantized else [], self.noise / sum(energy),
+            mass if any(self._calls) else [],
         )  # fmt: skip
 
 
@@ -247,4 +248,10 @@ def _start_mass(attention: Any, x: Tensor, context: Tensor) -> float:
 
 
 def combine(weights: Tensor, y: Tensor) -> Tensor:
-    return (weights[:, None, None, None] * y).sum(0)
+    """The guided output of a call's samples."""
+    return (over_samples(weights, y) * y).sum(0)
+
+
+def over_samples(weights: Tensor, y: Tensor) -> Tensor:
+    """Weights (B,) as factors of y (B, ...)."""
+    return weights.view(-1, *(1,) * (y.dim() - 1))

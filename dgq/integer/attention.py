@@ -109,6 +109,6 @@ class LogAttnProcessor:
         return hidden_states if residual is None else hidden_states + residual
 
 
-def use_log_attention(unet: Any, plan: AttentionPlan) -> None:
-    """Set the log attention processor on every attention layer of a diffusers UNet."""
-    unet.set_attn_processor(LogAttnProcessor(plan))
+def use_log_attention(network: Any, plan: AttentionPlan) -> None:
+    """Set the log attention processor on every attention layer of a network of diffusers."""
+    network.set_attn_processor(LogAttnProcessor(plan))

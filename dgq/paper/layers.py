@@ -26,6 +26,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from dgq.errors import DgqError
+from dgq.family import family_of
 from dgq.paper.quantizers import (
     AXIS_DIMS,
     Grouping,
@@ -78,9 +79,10 @@ class StepState:
             )
         self.index = min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - values[0]))
 
-    def before_unet(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook (with kwargs) of a diffusers UNet: reads the call's ``timestep``."""
-        self.set_timestep(kwargs["timestep"] if "timestep" in kwargs else args[1])
+    def before_network(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook (with kwargs) of a diffusers network: reads the call's ``timestep``."""
+        named = dict(zip(family_of(network).arguments, args, strict=False)) | kwargs
+        self.set_timestep(named["timestep"])
 
 
 class _Float32Buffers(nn.Module):
@@ -141,7 +143,7 @@ class PaperActivation(_Float32Buffers):
             DgqError: the current step was never set; or pixels are grouped and x has another number of them.
         """
         if self.state.index is None:
-            raise DgqError(f"{self.name}: the sampler step is not set", hint="call the UNet as a whole")
+            raise DgqError(f"{self.name}: the sampler step is not set", hint="call the network as a whole")
         dim = AXIS_DIMS.get(self.axis, -1)
         if self.axis == "pixel" and x.shape[dim] != len(self.index):
             raise DgqError(
@@ -382,7 +384,7 @@ class PlainAttnProcessor(nn.Module):
             attention_mask = attention_mask.view(batch, attn.heads, -1, tokens).float()
 
         output = torch.empty_like(query)
-        for i in range(batch):  # one sample at a time: the probabilities are the largest tensor of a UNet
+        for i in range(batch):  # one sample at a time: the probabilities are the largest tensor of a network
             logits = query[i] @ key[i].transpose(-1, -2) * attn.scale
             if attention_mask is not None:
                 logits = logits + attention_mask[i]

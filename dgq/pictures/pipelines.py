@@ -13,6 +13,7 @@ from dgq_kernels import backend, native
 from ..checkpoint.reading import check_folder, read_header
 from ..devices import check_device
 from ..errors import DgqError
+from ..family import network_of
 from ..integer.shared_input import prepare_all
 from . import embedded
 from .components import assemble
@@ -115,5 +116,5 @@ def load(
     pipe = assemble(folder, dtype)
     pipe.set_progress_bar_config(disable=True)
     pipe = pipe.to(place)
-    prepare_all(pipe.unet, place)
+    prepare_all(network_of(pipe), place)
     return pipe

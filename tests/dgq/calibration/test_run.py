@@ -13,7 +13,7 @@ import dgq
 from dgq.calibration import run as quantize
 from dgq.calibration.estimate import estimate
 from dgq.calibration.run import Options, calibrate
-from dgq.checkpoint.reading import read_header, unet_bytes
+from dgq.checkpoint.reading import network_bytes, read_header
 from dgq.checkpoint.writing import WEIGHTS_NAME
 from dgq.errors import DgqError
 from dgq.inspection.inspect import inspect
@@ -187,7 +187,7 @@ def test_estimate_agrees_with_the_file(tiny_pipeline, tmp_path, wbits, ratio):
     recipe = Recipe(wbits=wbits, channels="none", rounding="nearest")
     before = estimate(tiny_pipeline, recipe, Options(**FAST))
     calibrate(tiny_pipeline, tmp_path / "out", recipe, Options(**FAST))
-    size = unet_bytes(tmp_path / "out")
+    size = network_bytes(tmp_path / "out")
     assert before.packed_bytes <= size < before.packed_bytes + 100_000  # the difference is the file's own header
     assert before.packed_bytes < ratio * before.float16_bytes
     assert before.seconds > 0

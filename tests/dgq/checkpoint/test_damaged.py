@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import dgq
-from dgq.bench.files import absmax_weight, load_unet
+from dgq.bench.files import absmax_weight, load_network
 from dgq.checkpoint.header import Header
 from dgq.checkpoint.writing import write_checkpoint
 from dgq.errors import DgqError
@@ -35,7 +35,7 @@ BASES = ("w4", "w8", "shift4", "shift8", "paper")
 
 def build(tiny_pipeline: Path, name: str, out: Path) -> None:
     """A checkpoint without calibration: rounded to nearest, with made-up outlier channels."""
-    unet = load_unet(tiny_pipeline, torch.float32)
+    unet = load_network(tiny_pipeline, torch.float32)
     wbits = 8 if name.endswith("8") else 4
     if name == "paper":
         torch.manual_seed(0)
