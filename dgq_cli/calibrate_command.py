@@ -96,7 +96,7 @@ def command(
     if json:
         print_json({
             "checkpoint": str(out), "recipe": wanted.to_dict(), "unet_bytes": after, "unet_float16_bytes": before,
-            "layers": len(header.layers), "calibration": header.calibration,
+            "layers": len(header.method.layers(header)), "calibration": header.calibration,
         })  # fmt: skip
         return
     err.print(out, end="", style="bold", soft_wrap=True)

@@ -104,7 +104,7 @@ def _print(found: Inspection, layers: bool, worst: int) -> None:
     elif found.worst:
         _print_layers(f"worst {len(found.worst)} layers by output SQNR", found.worst)
     elif worst:
-        err.print("no per-layer error was recorded: the paper recipe measures none; --measure does")
+        err.print(f"no per-layer error was recorded: the {found.recipe['name']} recipe measures none; --measure does")
     if found.suggestion:
         _print_suggestion(found.suggestion, found)
 
@@ -213,16 +213,11 @@ def _summary(found: Inspection) -> list[tuple[str, str]]:
     calibration = dict(found.calibration)
     fidelity = calibration.pop("fidelity", None)
     overrides = ", ".join(f"{pattern}={bits}" for pattern, bits in found.recipe["overrides"])
-    attention = "float"
-    if found.attention:
-        attention = f"log2, {found.attention['bits']} bits, {2 ** found.attention['fraction_bits']} steps per octave"
-    elif found.recipe["name"] == "paper":
-        attention = f"log2, {found.recipe['abits']} bits, whole octaves (simulated)"
     size = mib(found.unet_bytes)
     rows = [
         ("checkpoint", found.path),
         ("recipe", found.label),
-        ("rounding", found.recipe["rounding"] if found.recipe["name"] == "integer" else "nearest"),
+        ("rounding", found.words["rounding"]),
         ("base model", found.base_model or "unknown"),
         ("dgq", found.dgq_version or "unknown"),
         (f"{found.network} file", f"{size}, {found.ratio:.1%} of float16 ({mib(found.float16_bytes)})"),
@@ -230,7 +225,7 @@ def _summary(found: Inspection) -> list[tuple[str, str]]:
         ("kept float", mib(found.float_bytes)),
         ("layers", str(len(found.layers))),
         ("channels", ", ".join(f"{mode} {count}" for mode, count in sorted(found.channel_modes.items()))),
-        ("attention", attention),
+        ("attention", found.words["attention"]),
         ("generation", ", ".join(f"{key} {value}" for key, value in found.generation.items()) or "defaults"),
         ("calibration", ", ".join(f"{key} {value}" for key, value in calibration.items()) or "not recorded"),
     ]

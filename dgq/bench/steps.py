@@ -250,7 +250,7 @@ def bench_step(
         DgqError: the model cannot be loaded, too little memory or disk, or float32 failed.
     """
     header = read_header(folder)
-    paper = header is not None and header.recipe.name == "paper"
+    simulated = header is not None and header.method.simulated
     notes: list[str] = []
     float_folder: Path | None = folder
     if header is not None:
@@ -285,7 +285,7 @@ def bench_step(
         plan.systems.append(
             System(
                 label, (plan.spec("torch", quantized, work_dtype),), comparable=float_folder is not None,
-                bytes_per_parameter=10.0 if paper else DGQ_BYTES[8],
+                bytes_per_parameter=10.0 if simulated else DGQ_BYTES[8],
             )
         )  # fmt: skip
         free = plan.check(size, str(folder))
@@ -294,8 +294,8 @@ def bench_step(
         save_calls(calls, root / "calibration.safetensors")
         notes += [*_peer_notes(options.peers), *plan.write(progress)]
         rows, more = measure(plan.systems, f"{family_at(folder).title} step", size, options.repeats, free, progress)
-    if paper:
-        notes.append("the paper recipe is simulated in float: it is never faster than the float model")
+    if header is not None and simulated:
+        notes.append(f"the {header.recipe.name} recipe is simulated in float: it is never faster than the float model")
     return rows, [*notes, *more, *_cpu_notes(options.device), *verdicts(rows, options.device)]
 
 

@@ -15,11 +15,10 @@ from ..checkpoint.header import Header
 from ..checkpoint.reading import check_folder, family_at, network_config, read_header, read_json
 from ..checkpoint.writing import check_target, write_checkpoint
 from ..errors import DgqError
-from ..family import family_of, network_of
-from ..integer.attention import AttentionPlan, use_log_attention
-from ..integer.plan import plan_layers
-from ..integer.rounding import DEFAULT_BUDGET_BYTES, quantize_unet
+from ..family import network_of
+from ..integer.rounding import DEFAULT_BUDGET_BYTES
 from ..integer.shared_input import prepare_all
+from ..method import METHODS, Work
 from ..outputs import workplace
 from ..pictures import embedded
 from ..pictures.fidelity import compare
@@ -126,8 +125,7 @@ def _calibrated(
     check_prompts(pipe, prompts)
     network = network_of(pipe)
     # an override that matches no layer is told before the work
-    plans = {} if recipe.name == "paper" else {layer.name: layer.plan for layer in plan_layers(network, recipe)[0]}
-    done = partial.layers(plans)
+    done = partial.layers(METHODS[recipe.name].plans(network, recipe))
     reference = _evaluate(pipe, folder, settings, options, prompts, "float", progress, 0)
     recorded = partial.calls()
     if recorded is None:
@@ -143,24 +141,12 @@ def _calibrated(
         calibration={"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed},
         dgq_version=__version__,
     )
-    if recipe.name == "paper":
-        from ..paper.calibration import calibrate_paper
-
-        header.paper = calibrate_paper(
-            network, recorded, wbits=recipe.wbits, abits=recipe.abits, groups=recipe.groups,
-            progress=lambda stage, i, total: progress(stage, i, total, ""),
-        )  # fmt: skip
-    else:
-        calls = spread(recorded, options.calls)
-        header.calibration["calls"] = len(calls)
-        header.layers, sqnr = quantize_unet(
-            network, calls, recipe, progress=progress, store=partial.store, done=done,
-            budget=options.budget,
-        )  # fmt: skip
-        header.calibration["sqnr_db"] = {name: round(value, 2) for name, value in sqnr.items()}
-        if recipe.attention == "log" and family_of(network).start_token:
-            header.attention = AttentionPlan.for_activations(recipe.abits)
-            use_log_attention(network, header.attention)
+    work = Work(
+        network, recorded, spread(recorded, options.calls), recipe, options.budget, progress, partial.store, done
+    )
+    made = METHODS[recipe.name].calibrate(work)
+    header.layers, header.attention, header.table = made.layers, made.attention, made.table
+    header.calibration |= made.facts
     if reference:
         prepare_all(network, network.device)
         pictures = _evaluate(pipe, folder, settings, options, prompts, recipe.label, progress, len(reference))

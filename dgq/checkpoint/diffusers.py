@@ -50,7 +50,7 @@ class DgqConfig(QuantizationConfigMixin):
         return copy.deepcopy(self.header.to_dict())
 
     def __repr__(self) -> str:
-        return f"DgqConfig({self.header.recipe.label}, {len(self.header.layers)} layers)"
+        return f"DgqConfig({self.header.recipe.label}, {len(self.header.method.layers(self.header))} layers)"
 
 
 class DgqQuantizer(DiffusersQuantizer):

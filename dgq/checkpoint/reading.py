@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .. import methods  # noqa: F401 (fills METHODS)
 from ..errors import DgqError
 from ..families import FAMILIES
 from ..family import Family, drawing, working

@@ -169,7 +169,7 @@ def model_card(header: Header, name: str, title: str, size: int) -> str:
         "| | |", "|---|---|",
         f"| recipe | {recipe.label} |",
         f"| weight rounding | {recipe.rounding} |",
-        f"| quantized layers | {len(header.layers) or len((header.paper or {}).get('layers', {}))} |",
+        f"| quantized layers | {len(header.method.layers(header))} |",
         f"| {title} file | {size / 2**20:.1f} MiB |",
         f"| calibration | {calibration.get('prompts', '?')} prompts, {calibration.get('steps', '?')} steps, "
         f"seed {calibration.get('seed', '?')} |",

@@ -152,22 +152,20 @@ def _probes(
     network: nn.Module, quantized: nn.Module, header: Header, steps: int
 ) -> tuple[list[LayerProbe], list[AttentionProbe]]:
     """A probe for every quantized layer, and for every attention layer that has a start token or is quantized."""
-    names = {name: plan.owner(name) for name, plan in header.layers.items()}
-    if header.paper is not None:
-        names = {name: name for name, plan in header.paper["layers"].items() if plan["kind"] != "attention"}
     layers = []
-    for name, owner in names.items():
+    for name, facts in header.method.layers(header).items():
+        if facts.kind == "attention":
+            continue
         layer: Any = quantized.get_submodule(name)
         try:
-            module: Any = network.get_submodule(owner)
+            module: Any = network.get_submodule(facts.owner)
             outputs, inputs = module.weight.shape[:2]
         except (AttributeError, ValueError):
             outputs, inputs = 0, 0
-        plan = header.layers.get(name)
-        own = layer.weight_shape[:2] if plan is None else (plan.out_features, plan.in_features)
+        plan, own = header.layers.get(name), facts.shape[:2]
         if outputs != own[0] or (inputs < plan.columns[1] if plan and plan.columns else inputs != own[1]):
-            raise DgqError(f"{owner}: the float model has no such layer of {tuple(own)}", "check --against")
-        layers.append(LayerProbe(name, module, layer, steps))
+            raise DgqError(f"{facts.owner}: the float model has no such layer of {own}", "check --against")
+        layers.append(LayerProbe(name, module, layer, header.method.rounded_input, steps))
     attention, start_token = [], family_of(network).start_token
     for name, module in network.named_modules():
         if hasattr(module, "processor") and hasattr(module, "to_out"):

@@ -75,7 +75,7 @@ def calibrate_paper(
     if not calls:
         raise DgqError("no recorded inputs to calibrate with")
     state = StepState(sorted({_timestep(kwargs) for kwargs in calls}, reverse=True))
-    layers = _quantizable_layers(network)
+    layers = quantizable_layers(network)
     attentions = _attention_layers(network)
     geometries = {name: layer_geometry(module, name) for name, module in (layers | attentions).items()}
     parts = (*ATTENTION_PARTS, PROBABILITIES) if groups == 1 else ATTENTION_PARTS
@@ -128,7 +128,7 @@ def build_paper_skeleton(network: nn.Module, table: dict[str, Any]) -> StepState
 
 
 def _build_skeleton(network: nn.Module, state: StepState, plans: dict[str, Plan]) -> StepState:
-    layers, attentions = _quantizable_layers(network), _attention_layers(network)
+    layers, attentions = quantizable_layers(network), _attention_layers(network)
     strays = plans.keys() ^ (layers.keys() | attentions.keys())
     if strays:
         name = min(strays)
@@ -179,7 +179,7 @@ def _check_plan(name: str, plan: Plan, module: nn.Linear | nn.Conv2d | Attention
             raise DgqError(f"{name}: {field} has no groups of {plan[field]}")
 
 
-def _quantizable_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+def quantizable_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {
         name: module
         for name, module in network.named_modules()

@@ -17,7 +17,7 @@ and how many groups and indices it has. Attention without "probabilities" rounds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -37,6 +37,7 @@ from dgq.paper.quantizers import (
     quantize_weight,
     unpack_nibbles,
 )
+from dgq.range_search import SMALLEST_SCALE
 
 Plan = dict[str, Any]
 
@@ -135,6 +136,12 @@ class PaperActivation(_Float32Buffers):
         self.index.copy_(grouping.index)
         self.scale.copy_(grouping.scale)
         self.zero_point.copy_(grouping.zero_point)
+
+    def value_checks(self) -> Iterator[tuple[str, Tensor, str]]:
+        """As of `checkpoint.values`: (buffer, where it is right, what it is elsewhere)."""
+        yield "index", self.index < self.scale.shape[1], "a group that there is not"
+        yield "scale", self.scale >= SMALLEST_SCALE, "a scale that is not positive"
+        yield "zero_point", self.zero_point == self.zero_point.round(), "a zero point that is no whole number"
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize x, (B, C) or (..., pixels or tokens, channels), any float dtype.
@@ -250,6 +257,12 @@ class _PaperWeighted(_Float32Buffers):
             layer.bias = module.bias.detach().clone()
         layer.input.load(grouping)
         return layer
+
+    def value_checks(self) -> Iterator[tuple[str, Tensor, str]]:
+        """As of `PaperActivation`."""
+        zero_point = self.weight_zero_point
+        yield "weight_scale", self.weight_scale >= SMALLEST_SCALE, "a scale that is not positive"
+        yield "weight_zero_point", zero_point == zero_point.round(), "a zero point that is no whole number"
 
     def float_weight(self) -> Tensor:
         """W^, float32 (weight_shape)."""
@@ -415,6 +428,7 @@ class PaperAttnProcessor(PlainAttnProcessor):
         device: of the empty buffers.
     """
 
+    quantizes = True  # as measurement asks
     query: PaperActivation
     key: PaperActivation
     value: PaperActivation

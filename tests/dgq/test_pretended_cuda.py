@@ -95,8 +95,8 @@ def error(got, expected):
 
 def test_calibrate_compares_on_the_device(made):
     assert {device for _, device in made.ran} == {SECOND}
-    assert made.header.calibration["fidelity"]["latent_sqnr_db"] > (0 if made.header.paper else 10)
-    if made.header.paper is None:
+    assert made.header.calibration["fidelity"]["latent_sqnr_db"] > (0 if made.header.table else 10)
+    if made.header.table is None:
         product = "int4" if made.header.recipe.wbits == 4 else "int8"
         assert {f"linear_{product}", "quantize_samples", "log_attention"} <= operators(made.ran, SECOND)
 
@@ -113,7 +113,7 @@ def test_a_loaded_model_runs_on_its_device(made, monkeypatch):
         assert all(tensor.device == place for tensor in pipe.unet.state_dict().values())
         got = got.cpu()
     assert {device for _, device in mode.ran} == {place}
-    if made.header.paper is None:
+    if made.header.table is None:
         assert all(one.fuses for one in packed)
         assert {"group_norm_quantize_samples", "layer_norm_quantize_rows"} <= operators(mode.ran, place)
         monkeypatch.setenv("DGQ_BACKEND", "reference")

@@ -206,7 +206,7 @@ def test_overrides_and_float_attention_reach_the_file(tiny_pipeline, tmp_path):
 @pytest.mark.parametrize("groups", [1, 16])
 def test_paper_recipe_makes_a_checkpoint(tiny_pipeline, tmp_path, groups):
     header = calibrate(tiny_pipeline, tmp_path / "out", Recipe(name="paper", groups=groups), Options(**FAST))
-    assert header.paper is not None
+    assert header.table is not None
     pipe = dgq.load(tmp_path / "out")
     pipe("a cat", num_inference_steps=2)
     shown = [layer.channels for layer in inspect(tmp_path / "out").layers if layer.kind == "attention"]

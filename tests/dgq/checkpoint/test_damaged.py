@@ -44,7 +44,7 @@ def build(tiny_pipeline: Path, name: str, out: Path) -> None:
             "encoder_hidden_states": torch.randn(2, 24, 32),
         }  # fmt: skip
         table = calibrate_paper(unet, [[call]], wbits=4, abits=8, groups=4)
-        header = Header(Recipe("paper", groups=8), paper=table)
+        header = Header(Recipe("paper", groups=8), table=table)
     else:
         recipe = Recipe(wbits=wbits, rounding="nearest")
         layers = {}

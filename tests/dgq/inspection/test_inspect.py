@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dgq.calibration.estimate import packed_bytes
 from dgq.checkpoint.reading import network_bytes, read_header, tensor_table
 from dgq.errors import DgqError
 from dgq.inspection.inspect import Inspection, inspect, split_name
 from dgq.inspection.measurement import AttentionMeasurement, LayerMeasurement, Measurement, decibels
 from dgq.inspection.plot import draw
+from dgq.integer.method import packed_bytes
 
 
 @pytest.fixture(scope="module")

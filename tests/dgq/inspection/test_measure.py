@@ -262,8 +262,8 @@ def test_a_paper_checkpoint_is_measured(tiny_pipeline: Path, tmp_path: Path) -> 
     found = measure(out, MeasureOptions(prompts=1))  # the checkpoint's own two steps
     header = read_header(out)
     assert header is not None
-    assert header.paper is not None
-    planned = {name: plan for name, plan in header.paper["layers"].items() if plan["kind"] != "attention"}
+    assert header.table is not None
+    planned = {name: plan for name, plan in header.table["layers"].items() if plan["kind"] != "attention"}
     assert sorted(by_name(found)) == sorted(planned)
     assert len(found.timesteps) == 2
     assert all(0 < layer.sqnr_db < layer.input_sqnr_db + 3 for layer in found.layers)
