@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from .. import architectures, doctor
-from ..calibration.replay import record_inputs
 from ..checkpoint.reading import family_at, network_config, read_header
 from ..errors import DgqError
 from ..family import network_of
@@ -26,6 +25,7 @@ from ..pictures.generation import Settings, generate
 from ..pictures.pipelines import load, resolve
 from ..pictures.prompts import evaluation_prompts
 from ..progress import Progress, silent
+from ..replay import record_inputs
 from ..version import __version__
 from .files import Call, save_calls, write
 from .rows import Row, dtype_name, half_dtype, verdicts

@@ -27,8 +27,8 @@ from ..pictures.pipelines import load, resolve
 from ..pictures.prompts import calibration_prompts, evaluation_prompts
 from ..progress import Progress, silent
 from ..recipe import Recipe
+from ..replay import record_inputs, spread
 from ..version import __version__
-from .replay import record_inputs, spread
 from .resume import Partial, fingerprint_of
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.replay import record_inputs
 from ..checkpoint.header import Header
 from ..checkpoint.reading import read_header
 from ..errors import DgqError
@@ -31,6 +30,7 @@ from ..pictures.generation import Settings, generate
 from ..pictures.pipelines import float_base, load, resolve
 from ..pictures.prompts import evaluation_prompts
 from ..progress import Progress, silent
+from ..replay import record_inputs
 from .measurement import Measurement
 from .probes import AttentionProbe, Energies, LayerProbe, Run, combine, over_samples
 

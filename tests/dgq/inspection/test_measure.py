@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dgq.calibration.replay import record_inputs
 from dgq.checkpoint.header import Header
 from dgq.checkpoint.reading import read_header
 from dgq.errors import DgqError
@@ -22,6 +21,7 @@ from dgq.pictures.generation import Settings, generate
 from dgq.pictures.pipelines import load
 from dgq.pictures.prompts import calibration_prompts, evaluation_prompts
 from dgq.recipe import LayerPlan
+from dgq.replay import record_inputs
 
 OPTIONS = MeasureOptions(prompts=2, steps=3, guidance=3.0, seed=7)
 CONV, LINEAR = "down_blocks.0.downsamplers.0.conv", "mid_block.attentions.0.transformer_blocks.0.ff.net.2"

@@ -8,7 +8,6 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from dgq import architectures
-from dgq.calibration.replay import spread
 from dgq.errors import DgqError
 from dgq.family import family_of
 from dgq.integer.channels import WORTH, candidates, to_matrix
@@ -18,6 +17,7 @@ from dgq.integer.rounding import choose_rounded, passes, quantize_unet, round_la
 from dgq.integer.skeleton import build_skeleton
 from dgq.integer.statistics import Statistics, gather
 from dgq.recipe import Recipe
+from dgq.replay import spread
 
 
 class Net(nn.Module):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..family import family_of
-from ..progress import silent
+from .family import family_of
+from .progress import silent
 
 if TYPE_CHECKING:
-    from ..progress import Progress
+    from .progress import Progress
 
 
 def record_inputs(
