@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import functools
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import DgqError
@@ -202,6 +203,8 @@ def _fits(value: Any, hint: Any) -> bool:
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Literal:
         return type(value) is str and value in parts
+    if kind is UnionType:
+        return any(_fits(value, part) for part in parts)
     if kind is list:
         return type(value) is list and all(_fits(item, parts[0]) for item in value)
     if kind is tuple and parts[-1] is Ellipsis:

@@ -117,7 +117,12 @@ def _table(data: dict[str, Any], method: Method) -> Any:
         if (found is not None) != (name == method.name and method.read_table is not None):
             what = "missing" if found is None else f"that of another method than {method.name!r}"
             raise DgqError(f"quantization_config: damaged (the table of {name!r} is {what})")
-    return method.read_table(data[method.name]) if method.read_table else None
+    if method.read_table is None:
+        return None
+    try:
+        return method.read_table(data[method.name])
+    except DgqError as error:
+        raise DgqError(f"quantization_config: {error.message}", error.hint) from None
 
 
 def _of_type(data: dict[str, Any], name: str, kind: Any, default: Any = None) -> Any:

@@ -12,6 +12,7 @@ from ..method import Cost, LayerCost, LayerFacts, Made, Method, Work
 from ..recipe import Recipe
 from .calibration import build_paper_skeleton, calibrate_paper, quantizable_layers
 from .layers import image_to_pixels_last, pixels_last_to_image
+from .plan import AttentionPlan, PaperPlan, PaperTable
 
 
 def _calibrate(work: Work) -> Made:
@@ -20,34 +21,24 @@ def _calibrate(work: Work) -> Made:
         work.network, work.recorded, wbits=recipe.wbits, abits=recipe.abits, groups=recipe.groups,
         progress=lambda stage, i, total: work.progress(stage, i, total, ""),
     )  # fmt: skip
-    return Made(table=table)
+    return Made(table=PaperTable.from_dict(table))
 
 
 def _skeleton(network: nn.Module, header: Any) -> None:
-    build_paper_skeleton(network, header.table)
+    build_paper_skeleton(network, header.table.to_dict())
 
 
 def _layers(header: Any) -> dict[str, LayerFacts]:
-    return {name: _facts(name, plan) for name, plan in header.table["layers"].items()}
+    return {name: _facts(name, plan) for name, plan in header.table.layers.items()}
 
 
-def _facts(name: str, plan: dict[str, Any]) -> LayerFacts:
-    try:
-        if plan["kind"] == "attention":
-            # probabilities without a range of their own get powers of two
-            names = ("query", "key", "value", *(["probabilities"] if "probabilities" in plan else []))
-            parts = ((part[0], plan[part]) for part in names)
-            groups = " ".join(f"{letter}:{part['axis']}x{part['groups']}" for letter, part in parts)
-            # only its processor is quantized; its projections are layers of their own
-            return LayerFacts("attention", (), 0, plan["abits"], groups, name, f"{name}.processor")
-        if plan["kind"] == "linear":
-            shape: tuple[int, ...] = (plan["out_features"], plan["in_features"])
-        else:
-            shape = (plan["out_channels"], plan["in_channels"] // plan["conv_groups"], *plan["kernel_size"])
-        groups = f"{plan['input']['axis']}x{plan['input']['groups']}"
-        return LayerFacts(plan["kind"], shape, plan["wbits"], plan["abits"], groups, name, name)
-    except (KeyError, TypeError) as error:
-        raise DgqError(f"quantization_config: the plan of {name} is damaged ({error})") from None
+def _facts(name: str, plan: PaperPlan) -> LayerFacts:
+    if isinstance(plan, AttentionPlan):
+        groups = " ".join(f"{part[0]}:{one.axis}x{one.groups}" for part, one in plan.parts.items())
+        # only its processor is quantized; its projections are layers of their own
+        return LayerFacts("attention", (), 0, plan.abits, groups, name, f"{name}.processor")
+    groups = f"{plan.input.axis}x{plan.input.groups}"
+    return LayerFacts(plan.kind, plan.shape, plan.wbits, plan.abits, groups, name, name)
 
 
 def _rounded_input(layer: Any, x: Tensor) -> Tensor:
@@ -79,6 +70,6 @@ def _words(recipe: Recipe, attention: Any) -> dict[str, str]:
 
 PAPER = Method(
     "paper", "published, simulated", _calibrate, _skeleton, _layers, _rounded_input, _cost,
-    lambda recipe: f"paper G={recipe.groups}", check=_check, read_table=lambda data: data, words=_words,
+    lambda recipe: f"paper G={recipe.groups}", check=_check, read_table=PaperTable.from_dict, words=_words,
     simulated=True,
 )  # fmt: skip

@@ -23,6 +23,7 @@ from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import plan_layers
 from dgq.integer.skeleton import place
 from dgq.paper.calibration import calibrate_paper
+from dgq.paper.plan import PaperTable
 from dgq.recipe import LayerPlan, Recipe
 
 UNET, TEXT, VAE = (
@@ -44,7 +45,7 @@ def build(tiny_pipeline: Path, name: str, out: Path) -> None:
             "encoder_hidden_states": torch.randn(2, 24, 32),
         }  # fmt: skip
         table = calibrate_paper(unet, [[call]], wbits=4, abits=8, groups=4)
-        header = Header(Recipe("paper", groups=8), table=table)
+        header = Header(Recipe("paper", groups=8), table=PaperTable.from_dict(table))
     else:
         recipe = Recipe(wbits=wbits, rounding="nearest")
         layers = {}

@@ -16,6 +16,7 @@ from dgq.inspection.measure import MeasureOptions, measure
 from dgq.inspection.measurement import SQNR_MAX, AttentionMeasurement, LayerMeasurement, Measurement, decibels
 from dgq.inspection.probes import AttentionProbe, LayerProbe, _Outliers
 from dgq.integer.layer import IntegerLayer
+from dgq.method import METHODS
 from dgq.pictures import embedded
 from dgq.pictures.generation import Settings, generate
 from dgq.pictures.pipelines import load
@@ -241,7 +242,7 @@ def test_exponents_of_shift_groups() -> None:
     plan = LayerPlan("linear", 4, 2, 4, 8, False, channels="shift", class_ends=[4], reordered=True)
     layer = IntegerLayer(plan)
     layer.set_stored("inv_divisor", torch.tensor([1.0, 0.25, 0.5, 1.0]))
-    probe = LayerProbe("layer", nn.Linear(4, 2), layer, 1)
+    probe = LayerProbe("layer", nn.Linear(4, 2), layer, METHODS["integer"].rounded_input, 1)
     probe.outliers.add(0, torch.ones(2, 3, 4))
     assert probe.found([1.0]).exponents == {0: 2, 1: 1, 2: 1}
 
@@ -263,7 +264,7 @@ def test_a_paper_checkpoint_is_measured(tiny_pipeline: Path, tmp_path: Path) -> 
     header = read_header(out)
     assert header is not None
     assert header.table is not None
-    planned = {name: plan for name, plan in header.table["layers"].items() if plan["kind"] != "attention"}
+    planned = {name: plan for name, plan in header.table.layers.items() if plan.kind != "attention"}
     assert sorted(by_name(found)) == sorted(planned)
     assert len(found.timesteps) == 2
     assert all(0 < layer.sqnr_db < layer.input_sqnr_db + 3 for layer in found.layers)
