@@ -34,16 +34,31 @@ from ..errors import DgqError
 _HARMLESS = re.compile(r"(^|\.)position_ids$|^text_projection\.weight$|^logit_scale$")
 
 
-def assemble(folder: Path, dtype: torch.dtype) -> Any:
-    """The pipeline of a folder that `check_folder` has seen, on the CPU; every component is loaded strictly."""
-    import diffusers
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars of the libraries, whose switches are the process's."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    shown: Any = [one for one in (diffusers_logging, transformers_logging) if one.is_progress_bar_enabled()]
+    for one in shown:
+        one.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for one in shown:
+            one.enable_progress_bar()
+
+
+@_without_bars()
+def assemble(folder: Path, dtype: torch.dtype) -> Any:
+    """The pipeline of a folder that `check_folder` has seen, on the CPU; every component is loaded strictly."""
+    import diffusers
+
     index = folder / "model_index.json"
-    pipeline: Any = getattr(diffusers, read_json(index)["_class_name"])
+    # transformers announces that torchvision is missing; no picture here goes through its image processors
+    with _quiet("transformers.utils.import_utils"):
+        pipeline: Any = getattr(diffusers, read_json(index)["_class_name"])
     taken = inspect.signature(pipeline.__init__).parameters
     parts = {
         name: _component(folder, name, library, kind, dtype)
