@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from .devices import to_device
 from .family import family_of
 from .progress import silent
 
@@ -38,16 +41,75 @@ def record_inputs(
         calls.append({name: keep(value) for name, value in named.items()})
 
     recorded = []
-    handle = network.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with hooked([network.register_forward_pre_hook(hook, with_kwargs=True)]):
         for i, prompt in enumerate(prompts):
             calls = []
             run(prompt, i)
             recorded.append(calls)
             progress("record", i + 1, len(prompts), prompt)
-    finally:
-        handle.remove()
     return recorded
+
+
+@contextlib.contextmanager
+def hooked(handles: Iterable[Any]) -> Iterator[None]:
+    """Hooks that go with the block, however it ends: their handles are given."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def replay(
+    network: nn.Module, calls: Sequence[dict[str, Any]], handles: Iterable[Any], told: Callable[[int, int], None]
+) -> None:
+    """Run calls of any device through a network whose hooks, of these handles, see what it computes.
+
+    Args:
+        network: called on its own device.
+        calls: keyword arguments.
+        handles: of the hooks, which are removed at the end.
+        told: called with (done, total) after each.
+    """
+    device = next(network.parameters()).device
+    with hooked(handles):
+        for done, call in enumerate(calls, start=1):
+            network(**to_device(call, device))
+            told(done, len(calls))
+
+
+def pack_calls(calls: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The tensors of calls, and of the mappings in them, by "number/argument/key" as safetensors can hold them.
+
+    What is no tensor is the pipeline's constant, and left out.
+    """
+    packed: dict[str, Tensor] = {}
+    for i, call in enumerate(calls):
+        for name, value in call.items():
+            nested = value if isinstance(value, Mapping) else {"": value}
+            for key, tensor in nested.items():
+                if isinstance(tensor, Tensor):  # copied: calls share what stays the same, a file may not
+                    packed[f"{i}/{name}/{key}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return packed
+
+
+def unpack_calls(packed: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Inverse of `pack_calls`.
+
+    Raises:
+        ValueError: a name is none that it makes.
+    """
+    calls: dict[int, dict[str, Any]] = {}
+    for path, tensor in packed.items():
+        number, name, key = path.split("/")
+        call = calls.setdefault(int(number), {})
+        if key:
+            call.setdefault(name, {})[key] = tensor
+        else:
+            call[name] = tensor
+    return [calls[i] for i in sorted(calls)]
 
 
 def spread(recorded: list[list[dict[str, Any]]], limit: int) -> list[dict[str, Any]]:

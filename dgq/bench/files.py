@@ -23,7 +23,7 @@ import dgq_kernels
 from .. import architectures
 from ..checkpoint.apply import apply_header
 from ..checkpoint.header import Header
-from ..checkpoint.reading import family_at, network_config, weight_variant
+from ..checkpoint.reading import SAFETENSORS_DTYPES, family_at, network_config, weight_variant
 from ..checkpoint.writing import WEIGHTS_NAME
 from ..errors import DgqError
 from ..family import family_of
@@ -35,14 +35,11 @@ from ..integer.skeleton import stored_names
 from ..integer.weights import SUBSCALE_MAX, IntegerWeight, nearest, quantize_weight
 from ..outputs import atomic_folder
 from ..recipe import LayerPlan, Recipe
+from ..replay import pack_calls, unpack_calls
 from ..version import __version__
 
 Call = dict[str, Any]
 
-_DTYPES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.int8: "I8",
-    torch.uint8: "U8",
-}  # fmt: skip
 # What the child of `write` ends with where its work failed for a known reason.
 KNOWN_FAILURE = 3
 OPENVINO = Path("network.xml")  # of an OpenVINO model; its weights are beside it
@@ -73,28 +70,13 @@ def write(task: str, **arguments: Any) -> None:
 
 
 def save_calls(calls: Sequence[Call], file: Path) -> None:
-    """Keep a network's calls (keyword arguments, of which only tensors and mappings of tensors) as safetensors."""
-    tensors: dict[str, Tensor] = {}
-    for i, call in enumerate(calls):
-        for key, value in call.items():
-            nested = value if isinstance(value, Mapping) else {"": value}
-            for leaf, tensor in nested.items():
-                if isinstance(tensor, Tensor):  # copied: calls share what stays the same, a file may not
-                    tensors[f"{i}/{key}/{leaf}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    save_file(tensors, str(file))
+    """Keep a network's calls as `pack_calls` packs them."""
+    save_file(pack_calls(calls), str(file))
 
 
 def load_calls(file: Path) -> list[Call]:
     """Inverse of `save_calls`."""
-    calls: dict[int, Call] = {}
-    for path, tensor in load_file(str(file)).items():
-        number, key, leaf = path.split("/")
-        call = calls.setdefault(int(number), {})
-        if leaf:
-            call.setdefault(key, {})[leaf] = tensor
-        else:
-            call[key] = tensor
-    return [calls[i] for i in sorted(calls)]
+    return unpack_calls(load_file(str(file)))
 
 
 def stream_safetensors(
@@ -114,7 +96,11 @@ def stream_safetensors(
     offset = 0
     for name, (shape, dtype) in specs.items():
         size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -20,6 +20,7 @@ from ..integer.layer import IntegerLayer
 from ..integer.plan import Layer, plan_layers
 from ..progress import Progress, silent
 from ..recipe import LayerPlan, Recipe
+from ..replay import replay
 from .rows import Row, dtype_name, half_dtype, interleaved, make_rows, timed
 
 # Layer shapes of Stable Diffusion at 512 pixels: rows, inputs, outputs of linear layers, and 3x3 convolutions as
@@ -89,12 +90,11 @@ def model_cases(folder: Path) -> list[Case]:
 
         return note
 
-    for layer in layers:
-        layer.module.register_forward_pre_hook(hook(layer))
+    handles = [layer.module.register_forward_pre_hook(hook(layer)) for layer in layers]
     text = folder / "text_encoder" / "config.json"
     tokens = read_json(text).get("max_position_embeddings") if text.is_file() else None
-    with torch.no_grad():
-        network(**architectures.call(network, 2, torch.device("meta"), tokens=tokens or architectures.TOKENS))
+    call = architectures.call(network, 2, torch.device("meta"), tokens=tokens or architectures.TOKENS)
+    replay(network, [call], handles, lambda done, total: None)
     return sorted(cases.values(), key=lambda case: (case.plan.kind, -case.operations))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.header import Header
 from ..checkpoint.reading import (
+    SAFETENSORS_DTYPES,
     component_at,
     family_at,
     float16_bytes,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from .overrides import Suggestion
 
 
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_BYTES = {name: dtype.itemsize for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
 _Tensors = dict[str, tuple[tuple[int, ...], str]]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint.header import Header
-from ..integer.method import packed_bytes
+from ..integer.plan import packed_bytes
 from .measurement import Measurement, decibels
 
 # Share of the network's file that the suggested overrides may add

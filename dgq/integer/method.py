@@ -13,10 +13,9 @@ from ..method import Cost, LayerCost, LayerFacts, Made, Method, Work
 from ..recipe import LayerPlan, Recipe
 from .attention import AttentionPlan, use_log_attention
 from .channels import fake_quantize_input
-from .plan import GPTQ_MAX_REDUCTION, Layer, geometry, plan_layers, quantizable
+from .plan import GPTQ_MAX_REDUCTION, Layer, geometry, packed_bytes, plan_layers, quantizable
 from .rounding import passes, quantize_unet
 from .skeleton import build_skeleton, fuse
-from .stored import buffer_specs
 
 if TYPE_CHECKING:
     from .layer import IntegerLayer
@@ -93,11 +92,6 @@ def _rounded_input(layer: IntegerLayer, x: Tensor) -> Tensor:
     rows = x.permute(0, 2, 3, 1) if plan.kind == "pointwise" else x
     rows = fake_quantize_input(rows.reshape(-1, plan.in_features), plan.abits, divisor).view(rows.shape)
     return rows.permute(0, 3, 1, 2) if plan.kind == "pointwise" else rows
-
-
-def packed_bytes(plan: LayerPlan) -> int:
-    """Stored bytes of one quantized layer."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in buffer_specs(plan).values())
 
 
 def _cost(network: nn.Module, recipe: Recipe, budget: int) -> Cost:

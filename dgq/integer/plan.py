@@ -6,11 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import DgqError
 from ..family import family_of
 from ..recipe import LayerPlan, Recipe
+from .stored import buffer_specs
 
 # A layer's samples for choosing its channel handling: rows of a linear layer, pictures of a convolution.
 SAMPLE_ROWS = 512
@@ -134,3 +136,8 @@ def geometry(module: nn.Linear | nn.Conv2d) -> dict[str, Any]:
         return fields
     taps = {"kernel_size": module.kernel_size[0], "stride": module.stride[0], "padding": int(module.padding[0])}
     return {**fields, **taps, "kind": "pointwise" if taps.items() <= fields.items() else "conv2d"}
+
+
+def packed_bytes(plan: LayerPlan) -> int:
+    """Stored bytes of one quantized layer."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in buffer_specs(plan).values())

@@ -10,7 +10,6 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from dgq.devices import to_device
 from dgq.errors import DgqError
 from dgq.family import family_of
 from dgq.paper.layers import (
@@ -27,6 +26,7 @@ from dgq.paper.layers import (
     split_heads,
 )
 from dgq.paper.quantizers import AxisRanges, group_activation
+from dgq.replay import replay
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
@@ -259,15 +259,10 @@ def _record_ranges(
             watcher = _ProbabilityWatcher(name, attn.is_cross_attention, watch(f"{name}.{PROBABILITIES}"))
             attn.set_processor(watcher)  # type: ignore[arg-type]  # too narrow a hint
     handles.append(network.register_forward_pre_hook(state.before_network, with_kwargs=True))
-    device = next(network.parameters()).device
     try:
-        for done, kwargs in enumerate(calls, start=1):
-            network(**to_device(kwargs, device))
-            if progress is not None:
-                progress("calibrate", done, len(calls))
+        told = progress or (lambda stage, done, total: None)
+        replay(network, calls, handles, lambda done, total: told("calibrate", done, total))
     finally:
-        for handle in handles:
-            handle.remove()
         for name, attn in attentions.items():
             attn.set_processor(processors[name])
     return ranges

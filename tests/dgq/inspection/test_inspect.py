@@ -12,7 +12,7 @@ from dgq.errors import DgqError
 from dgq.inspection.inspect import Inspection, inspect, split_name
 from dgq.inspection.measurement import AttentionMeasurement, LayerMeasurement, Measurement, decibels
 from dgq.inspection.plot import draw
-from dgq.integer.method import packed_bytes
+from dgq.integer.plan import packed_bytes
 
 
 @pytest.fixture(scope="module")
