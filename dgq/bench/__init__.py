@@ -12,12 +12,10 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.reading import read_header
 from ..devices import check_device
 from ..errors import DgqError
 from ..machine import machine
-from ..pictures import embedded
-from ..pictures.pipelines import resolve
+from ..pictures.pipelines import find_model
 from ..progress import Progress, silent
 from .layers import Case, bench_kernels, int8_peak, large_cases, model_cases
 from .rows import Report, Row, interleaved, kernel_verdicts, make_rows, verdicts
@@ -70,10 +68,9 @@ def bench(
     if what == "kernels" and (chosen or compiled):
         raise DgqError("other systems are set beside steps, not layers", "leave out --with and --compile")
     place = check_device(device)
-    folder = resolve(model) if arch is None else None
-    header = None if folder is None else read_header(folder)
-    if header is not None and bits is not None and what != "kernels":
-        raise DgqError(f"{folder}: is {header.recipe.label} already", "--bits is for float models; leave it out")
+    found = find_model(model) if arch is None else None
+    if found and found.header and bits is not None and what != "kernels":
+        raise DgqError(f"{found.folder}: is {found.label} already", "--bits is for float models; leave it out")
     if place.type != "cpu" and "openvino" in chosen:
         raise DgqError("openvino is measured on the CPU", "pass --device cpu")
     options = Options(repeats, place, chosen, arch is not None if compiled is None else compiled, work)
@@ -84,26 +81,25 @@ def bench(
     try:
         rows: list[Row] = []
         notes: list[str] = []
-        if folder is None:
+        if found is None:
             assert arch is not None
             rows, notes = bench_architecture(arch, both, options, progress)
         else:
             if what != "step":
-                cases = model_cases(folder) + (large_cases() if large else [])
+                cases = model_cases(found.folder) + (large_cases() if large else [])
                 rows += bench_kernels(cases, both, repeats, place, progress)
                 notes += kernel_verdicts(rows, place)
             if what != "kernels":
-                steps, more = bench_step(folder, bits, options, progress)
+                steps, more = bench_step(found.folder, bits, options, progress)
                 rows += steps
                 notes += more
         facts = machine(place)
     finally:
         torch.set_num_threads(before)
     # a folder's name without its path: results are meant to be shown around
-    if folder is None:
+    if found is None:
         name = Path(str(arch)).name
     else:
-        local = folder == embedded.FOLDER or Path(str(model)).is_dir()
-        name = folder.name if local else str(model)
+        name = found.folder.name if found.embedded or Path(found.name).is_dir() else found.name
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Report({**facts, "date": date, "model": name}, rows, notes)

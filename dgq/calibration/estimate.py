@@ -15,7 +15,8 @@ from ..checkpoint.reading import family_at, network_config
 from ..method import METHODS, LayerCost
 from ..pictures.generation import Settings
 from ..recipe import Recipe
-from .run import float_folder
+from ..replay import replay
+from .run import float_model
 
 if TYPE_CHECKING:
     from .run import Options
@@ -56,11 +57,12 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     Raises:
         DgqError: as `calibrate` would.
     """
-    folder = float_folder(model)
+    found = float_model(model)
+    folder = found.folder
     family = family_at(folder)
     network = family.skeleton(network_config(folder))
     cost = METHODS[recipe.name].cost(network, recipe, options.budget)
-    settings = Settings(options.steps, options.guidance).resolved(folder)
+    settings = Settings(options.steps, options.guidance).resolved(found)
     assert settings.steps is not None
     assert settings.guidance is not None
     count = options.prompts if isinstance(options.prompts, int) else len(options.prompts)
@@ -94,10 +96,8 @@ def _rows_per_call(network: nn.Module, layers: Mapping[str, LayerCost], batch: i
 
     handles = [layer.module.register_forward_hook(hook(name, layer)) for name, layer in layers.items()]
     device = torch.device("meta")
-    with device, torch.no_grad():
-        network(**architectures.call(network, batch, device))
-    for handle in handles:
-        handle.remove()
+    with device:
+        replay(network, [architectures.call(network, batch, device)], handles, lambda done, total: None)
     return rows
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.header import Header
-from ..checkpoint.reading import check_folder, family_at, network_config, read_header, read_json
+from ..checkpoint.reading import check_folder, family_at, network_config, read_json
 from ..checkpoint.writing import check_target, write_checkpoint
 from ..errors import DgqError
 from ..family import network_of
@@ -20,10 +20,9 @@ from ..integer.rounding import DEFAULT_BUDGET_BYTES
 from ..integer.shared_input import prepare_all
 from ..method import METHODS, Work
 from ..outputs import workplace
-from ..pictures import embedded
 from ..pictures.fidelity import compare
 from ..pictures.generation import Picture, Settings, check_prompts, generate
-from ..pictures.pipelines import load, resolve
+from ..pictures.pipelines import Model, find_model, load
 from ..pictures.prompts import calibration_prompts, evaluation_prompts
 from ..progress import Progress, silent
 from ..recipe import Recipe
@@ -58,16 +57,18 @@ class Options:
     resume: bool = False
 
 
-def float_folder(model: str | os.PathLike[str] | None) -> Path:
-    folder = resolve(model)
-    if read_header(folder) is not None:
-        raise DgqError(f"{folder}: is quantized already", "calibrate the float model it was made from")
-    family_at(folder).check_configs(network_config(folder), read_json(folder / "vae" / "config.json"))
-    return folder
+def float_model(model: str | os.PathLike[str] | None) -> Model:
+    """A float model that can be calibrated.
 
-
-def _model_name(model: str | os.PathLike[str] | None, folder: Path) -> str:
-    return embedded.NAME if folder == embedded.FOLDER else str(model)
+    Raises:
+        DgqError: there is none, or it is quantized.
+    """
+    found = find_model(model)
+    if found.header is not None:
+        raise DgqError(f"{found.folder}: is quantized already", "calibrate the float model it was made from")
+    vae = read_json(found.folder / "vae" / "config.json")
+    family_at(found.folder).check_configs(network_config(found.folder), vae)
+    return found
 
 
 def calibrate(
@@ -97,9 +98,10 @@ def calibrate(
             is still there.
     """
     options = options or Options()
-    folder = float_folder(model)
+    found = float_model(model)
+    folder = found.folder
     check_target(out, folder, options.overwrite)
-    settings = Settings(options.steps, options.guidance, seed=options.seed).resolved(folder)
+    settings = Settings(options.steps, options.guidance, seed=options.seed).resolved(found)
     if isinstance(options.prompts, int):
         prompts = calibration_prompts(folder, options.prompts, options.seed)
     else:
@@ -110,18 +112,19 @@ def calibrate(
         check_target(out, folder, options.overwrite)  # a replacement that was killed may just have been undone
         fingerprint = fingerprint_of(folder, recipe, prompts, settings, options.calls)
         partial = Partial(work, fingerprint, options.resume, progress)
-        header = _calibrated(model, folder, out, recipe, options, prompts, settings, partial, progress)
+        header = _calibrated(found, out, recipe, options, prompts, settings, partial, progress)
         partial.remove()
     progress("save", 1, 1, str(out))
     return header
 
 
 def _calibrated(
-    model: str | os.PathLike[str] | None, folder: Path, out: Path, recipe: Recipe, options: Options,
+    model: Model, out: Path, recipe: Recipe, options: Options,
     prompts: Sequence[str], settings: Settings, partial: Partial, progress: Progress,
 ) -> Header:  # fmt: skip
     """`calibrate`, in the place that it works in."""
-    pipe = load(folder, dtype=torch.float32)
+    folder = model.folder
+    pipe = load(model, dtype=torch.float32)
     check_prompts(pipe, prompts)
     network = network_of(pipe)
     # an override that matches no layer is told before the work
@@ -136,7 +139,7 @@ def _calibrated(
         partial.store_calls(recorded)
     header = Header(
         recipe,
-        base_model=_model_name(model, folder),
+        base_model=model.name,
         generation={"steps": settings.steps, "guidance": settings.guidance},
         calibration={"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed},
         dgq_version=__version__,

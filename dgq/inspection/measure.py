@@ -22,15 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.header import Header
-from ..checkpoint.reading import read_header
 from ..errors import DgqError
 from ..family import family_of, network_of
-from ..pictures import embedded
 from ..pictures.generation import Settings, generate
-from ..pictures.pipelines import float_base, load, resolve
+from ..pictures.pipelines import described, find_model, float_base, load
 from ..pictures.prompts import evaluation_prompts
 from ..progress import Progress, silent
-from ..replay import record_inputs
+from ..replay import hooked, record_inputs
 from .measurement import Measurement
 from .probes import AttentionProbe, Energies, LayerProbe, Run, combine, over_samples
 
@@ -72,27 +70,28 @@ def measure(
         DgqError: a float model, a float model that lacks a layer or is not at hand, or an option out of range.
     """
     options = options or MeasureOptions()
-    folder = resolve(checkpoint)
-    header = read_header(folder)
+    model = find_model(checkpoint)
+    folder, header = model.folder, model.header
     if header is None:
         raise DgqError(f"{folder}: is a float model, nothing in it is quantized", "name a checkpoint")
     if options.prompts < 1:
         raise DgqError(f"{options.prompts} prompts: at least one is needed")
     base = float_base(folder, options.against)
     assert base is not None
-    if read_header(base) is not None:
+    against = described(base)
+    if against.header is not None:
         raise DgqError(f"{base}: is quantized", "compare with a float model")
-    settings = Settings(options.steps, options.guidance, seed=options.seed).resolved(folder)
+    settings = Settings(options.steps, options.guidance, seed=options.seed).resolved(model)
     prompts = evaluation_prompts(base, options.prompts)
-    pipe = load(base, device=options.device, dtype=torch.float32)
-    quantized = network_of(load(folder, device=options.device, dtype=torch.float32))
+    pipe = load(against, device=options.device, dtype=torch.float32)
+    quantized = network_of(load(model, device=options.device, dtype=torch.float32))
     recorded = record_inputs(
         lambda prompt, i: generate(pipe, [prompt], dataclasses.replace(settings, seed=settings.seed + i)),
         network_of(pipe), prompts, progress,
     )  # fmt: skip
     return _replay(
         network_of(pipe), quantized, header, recorded, float(settings.guidance or 0), progress,
-        {"against": embedded.NAME if base == embedded.FOLDER else str(base), "prompts": prompts,
+        {"against": against.name, "prompts": prompts,
          "settings": {"steps": settings.steps, "guidance": settings.guidance, "seed": settings.seed}},
     )  # fmt: skip
 
@@ -109,23 +108,21 @@ def _replay(
     generator = torch.Generator().manual_seed(0)
     calls = [(step, call) for group in recorded for step, call in enumerate(group)]
     wanted = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    handles = _hooks(network, run, layers, attention)
     try:
         network.requires_grad_(False)
-        for done, (step, call) in enumerate(calls):
-            run.step = step
-            with torch.no_grad():  # this also tells the paper recipe's layers their step
-                rounded = quantized(**call)[0]
-            y = network(**call)[0]
-            probe = torch.randn(y.shape[1:], generator=generator).to(y.device)
-            weights = _guidance_weights(len(y), guidance).to(y.device)
-            guided = combine(weights, y.detach())
-            output.add(step, guided, combine(weights, rounded) - guided)
-            y.backward(over_samples(weights, y) * probe)
-            progress("measure", done + 1, len(calls), f"step {step + 1}")
+        with hooked(_hooks(network, run, layers, attention)):
+            for done, (step, call) in enumerate(calls):
+                run.step = step
+                with torch.no_grad():  # this also tells the paper recipe's layers their step
+                    rounded = quantized(**call)[0]
+                y = network(**call)[0]
+                probe = torch.randn(y.shape[1:], generator=generator).to(y.device)
+                weights = _guidance_weights(len(y), guidance).to(y.device)
+                guided = combine(weights, y.detach())
+                output.add(step, guided, combine(weights, rounded) - guided)
+                y.backward(over_samples(weights, y) * probe)
+                progress("measure", done + 1, len(calls), f"step {step + 1}")
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
     for name in (probe.name for probe in layers):

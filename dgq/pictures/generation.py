@@ -16,12 +16,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoint.reading import read_header
 from ..errors import DgqError
 from ..family import family_of, network_of
 from ..outputs import atomic_file, claim
-from . import embedded
-from .pipelines import DEFAULT_GENERATION
+from .pipelines import Model, described
 
 MAX_SEED = 2**63 - 1
 
@@ -47,17 +45,13 @@ class Settings:
     seed: int = 0
     batch: int = 1
 
-    def resolved(self, folder: Path) -> Settings:
-        """With steps and guidance filled in from the model's own defaults.
+    def resolved(self, model: Model | Path) -> Settings:
+        """With steps and guidance filled in from the own defaults of a model, or of that in a folder.
 
         Raises:
             DgqError: a value out of range.
         """
-        defaults = dict(DEFAULT_GENERATION)
-        if folder == embedded.FOLDER:
-            defaults |= embedded.GENERATION
-        elif header := read_header(folder):
-            defaults |= header.generation
+        defaults = (model if isinstance(model, Model) else described(model)).generation
         steps = int(defaults["steps"]) if self.steps is None else self.steps
         guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
         checks = {
