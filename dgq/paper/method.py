@@ -12,7 +12,7 @@ from ..method import Cost, LayerCost, LayerFacts, Made, Method, Work
 from ..recipe import Recipe
 from .calibration import build_paper_skeleton, calibrate_paper, quantizable_layers
 from .layers import image_to_pixels_last, pixels_last_to_image
-from .plan import AttentionPlan, PaperPlan, PaperTable
+from .plan import PaperAttentionPlan, PaperPlan, PaperTable
 
 
 def _calibrate(work: Work) -> Made:
@@ -33,7 +33,7 @@ def _layers(header: Any) -> dict[str, LayerFacts]:
 
 
 def _facts(name: str, plan: PaperPlan) -> LayerFacts:
-    if isinstance(plan, AttentionPlan):
+    if isinstance(plan, PaperAttentionPlan):
         groups = " ".join(f"{part[0]}:{one.axis}x{one.groups}" for part, one in plan.parts.items())
         # only its processor is quantized; its projections are layers of their own
         return LayerFacts("attention", (), 0, plan.abits, groups, name, f"{name}.processor")

@@ -61,7 +61,7 @@ class Conv2dPlan:
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
+class PaperAttentionPlan:
     """An attention layer's operands; probabilities without groups of their own get powers of two."""
 
     kind: Literal["attention"]
@@ -79,9 +79,9 @@ class AttentionPlan:
         return {name: part for name, part in found.items() if part is not None}
 
 
-PaperPlan = LinearPlan | Conv2dPlan | AttentionPlan
+PaperPlan = LinearPlan | Conv2dPlan | PaperAttentionPlan
 
-_KINDS: dict[Any, type] = {"linear": LinearPlan, "conv2d": Conv2dPlan, "attention": AttentionPlan}
+_KINDS: dict[Any, type] = {"linear": LinearPlan, "conv2d": Conv2dPlan, "attention": PaperAttentionPlan}
 _GROUPED = ("input", "query", "key", "value", "probabilities")
 
 
