@@ -55,10 +55,9 @@ def command(
 ) -> None:
     """Time quantized layers and whole steps beside float ones, in turns; says so where quantized is slower."""
     if predict is not None:
-        from dgq.bench.predict import predict as bounds
-        from dgq.bench.predict import text, to_dict
+        from dgq.bench.predict import predict_step, text, to_dict
 
-        predictions = bounds(predict, pixels=pixels)
+        predictions = predict_step(predict, pixels=pixels)
         if json:
             print_json(to_dict(predictions))
         else:

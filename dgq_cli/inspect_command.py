@@ -63,8 +63,7 @@ def command(
     check_device(device)
     measurement = None
     if measure or png is not None:
-        from dgq.inspection.measure import MeasureOptions
-        from dgq.inspection.measure import measure as run
+        from dgq.inspection.measure import MeasureOptions, measure_checkpoint
 
         if png is not None:
             from dgq.inspection.plot import check_available
@@ -75,7 +74,7 @@ def command(
         options = MeasureOptions(prompts, steps, guidance, seed, device, against)
         inspect(checkpoint, worst, budget / 100)  # what is wrong with the checkpoint comes before the work
         with StageProgress({"record": "float", "measure": "measure"}) as progress:
-            measurement = run(checkpoint, options, progress)
+            measurement = measure_checkpoint(checkpoint, options, progress)
     found = inspect(checkpoint, worst, budget / 100, measurement)
     if png is not None:
         from dgq.inspection.plot import draw

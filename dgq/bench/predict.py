@@ -405,7 +405,7 @@ class Prediction:
     step: dict[str, Cost]
 
 
-def predict(architecture: str, devices: Iterable[str] = DEVICES, pixels: int | None = None) -> list[Prediction]:
+def predict_step(architecture: str, devices: Iterable[str] = DEVICES, pixels: int | None = None) -> list[Prediction]:
     """The predictions for one architecture, at a picture's height and width (its own where None).
 
     Raises:

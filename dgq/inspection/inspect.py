@@ -124,7 +124,7 @@ def inspect(
         model: checkpoint folder, hub id, or None for the embedded model.
         worst: how many layers to list by their error.
         budget: share of the network's file that the suggested overrides may add.
-        measurement: of this checkpoint, from `measurement.measure`; its figures then decide which layers are the worst.
+        measurement: of this checkpoint, from `measure_checkpoint`; its figures then decide which layers are the worst.
 
     Raises:
         DgqError: the model does not exist or is damaged, or `worst` or `budget` is out of range.

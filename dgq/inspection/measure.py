@@ -53,7 +53,7 @@ class MeasureOptions:
     against: str | None = None
 
 
-def measure(
+def measure_checkpoint(
     checkpoint: str | os.PathLike[str] | None, options: MeasureOptions | None = None, progress: Progress = silent
 ) -> Measurement:
     """Measure a checkpoint layer by layer and step by step beside its float model, both in float32.

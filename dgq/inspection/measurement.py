@@ -65,7 +65,7 @@ class AttentionMeasurement:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `measure` found.
+    """What `measure_checkpoint` found.
 
     Attributes:
         against: the float model; prompts, settings: of the pictures.

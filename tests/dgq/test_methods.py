@@ -20,7 +20,7 @@ from dgq.checkpoint.reading import read_header
 from dgq.errors import DgqError
 from dgq.family import network_of
 from dgq.inspection.inspect import inspect
-from dgq.inspection.measure import MeasureOptions, measure
+from dgq.inspection.measure import MeasureOptions, measure_checkpoint
 from dgq.method import METHODS, Cost, LayerCost, LayerFacts, Made, Method, Work
 from dgq.pictures.generation import Settings, generate
 from dgq.recipe import Recipe
@@ -107,7 +107,7 @@ def test_a_method_calibrates_loads_draws_and_is_reported(toy: Method, tiny_pipel
     error = pictures[1].latents - pictures[0].latents
     assert 0 < float(error.norm() / pictures[0].latents.norm()) < 0.02
 
-    found = inspect(out, measurement=measure(out, MeasureOptions(prompts=1, steps=1, device="cpu")))
+    found = inspect(out, measurement=measure_checkpoint(out, MeasureOptions(prompts=1, steps=1, device="cpu")))
     assert found.label == "toy W8A8"
     assert found.words == {"rounding": "nearest", "attention": "float"}
     assert [layer.name for layer in found.layers] == sorted(header.table["sizes"])

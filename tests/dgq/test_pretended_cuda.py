@@ -18,7 +18,7 @@ from dgq.bench.worker import Spec
 from dgq.calibration.run import Options, calibrate
 from dgq.checkpoint.header import Header
 from dgq.evaluation import evaluate
-from dgq.inspection.measure import MeasureOptions, measure
+from dgq.inspection.measure import MeasureOptions, measure_checkpoint
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.shared_input import prepare_all
 from dgq.pictures.generation import Settings, generate
@@ -136,10 +136,10 @@ def test_moving_between_devices(made):
 
 def test_measure_and_evaluate(made, monkeypatch):
     with pretend(monkeypatch, SECOND) as mode:
-        measured = measure(made.folder, MeasureOptions(prompts=1, steps=1))
+        measured = measure_checkpoint(made.folder, MeasureOptions(prompts=1, steps=1))
         report = evaluate.evaluate(str(made.folder), None, evaluate.Options("2", floor=1, settings=Settings(steps=1)))
     assert {device for _, device in mode.ran} == {SECOND}
-    expected = measure(made.folder, MeasureOptions(prompts=1, steps=1, device="cpu"))
+    expected = measure_checkpoint(made.folder, MeasureOptions(prompts=1, steps=1, device="cpu"))
     assert measured.output_sqnr_db == pytest.approx(expected.output_sqnr_db, abs=1.5)
     assert report["floor"]["dtype"] == "float16"
     assert report["fidelity"]["latent_mse"]["mean"] < 10 * report["floor"]["latent_mse"]["mean"] + 1

@@ -13,8 +13,7 @@ from dgq.checkpoint.header import FORMAT_VERSION, Header
 from dgq.integer.attention import AttentionPlan
 from dgq.integer.stored import buffer_specs
 from dgq.method import METHODS
-from dgq.paper.plan import PaperAttentionPlan
-from dgq.paper.plan import Conv2dPlan, GroupsPlan, LinearPlan
+from dgq.paper.plan import Conv2dPlan, GroupsPlan, LinearPlan, PaperAttentionPlan
 from dgq.recipe import LayerPlan, Recipe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from dgq.checkpoint.reading import family_at, read_header
 from dgq.errors import DgqError
 from dgq.family import FAMILIES, FIRST_AND_LAST, UNKNOWN, Family, family_of, network_of
 from dgq.inspection.inspect import inspect, short_block, split_name
-from dgq.inspection.measure import MeasureOptions, measure
+from dgq.inspection.measure import MeasureOptions, measure_checkpoint
 from dgq.integer.attention import LogAttnProcessor
 from dgq.pictures.generation import Settings, generate
 from dgq.recipe import Recipe
@@ -118,7 +118,9 @@ def test_a_family_is_calibrated_loaded_drawn_inspected_and_measured(toy: Toy, fo
     error = pictures[1].latents - pictures[0].latents
     assert 0 < float(error.norm() / pictures[0].latents.norm()) < 0.1
 
-    measured = measure(tmp_path / "out", MeasureOptions(prompts=1, steps=2, device="cpu", against=str(folder)))
+    measured = measure_checkpoint(
+        tmp_path / "out", MeasureOptions(prompts=1, steps=2, device="cpu", against=str(folder))
+    )
     assert measured.output_sqnr_db > 20
     assert {one.name for one in measured.layers} == set(header.layers)
     assert not any(one.start_mass for one in measured.attention)

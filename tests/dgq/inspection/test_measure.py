@@ -12,7 +12,7 @@ from dgq.checkpoint.header import Header
 from dgq.checkpoint.reading import read_header
 from dgq.errors import DgqError
 from dgq.inspection import measure as measurement
-from dgq.inspection.measure import MeasureOptions, measure
+from dgq.inspection.measure import MeasureOptions, measure_checkpoint
 from dgq.inspection.measurement import SQNR_MAX, AttentionMeasurement, LayerMeasurement, Measurement, decibels
 from dgq.inspection.probes import AttentionProbe, LayerProbe, _Outliers
 from dgq.integer.layer import IntegerLayer
@@ -31,7 +31,7 @@ POINTWISE = "down_blocks.0.attentions.0.proj_in"
 
 @pytest.fixture(scope="module")
 def measured(tiny_checkpoint: Path) -> Measurement:
-    return measure(tiny_checkpoint, OPTIONS)
+    return measure_checkpoint(tiny_checkpoint, OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_a_paper_checkpoint_is_measured(tiny_pipeline: Path, tmp_path: Path) -> 
 
     out = tmp_path / "paper"
     calibrate(tiny_pipeline, out, Recipe(name="paper", groups=8), Options(prompts=["a cat"], steps=2, evaluate=0))
-    found = measure(out, MeasureOptions(prompts=1))  # the checkpoint's own two steps
+    found = measure_checkpoint(out, MeasureOptions(prompts=1))  # the checkpoint's own two steps
     header = read_header(out)
     assert header is not None
     assert header.table is not None
@@ -276,10 +276,10 @@ def test_a_paper_checkpoint_is_measured(tiny_pipeline: Path, tmp_path: Path) -> 
 
 def test_models_that_cannot_be_measured(tiny_checkpoint: Path, tiny_pipeline: Path) -> None:
     with pytest.raises(DgqError, match="is a float model, nothing in it is quantized"):
-        measure(tiny_pipeline)
+        measure_checkpoint(tiny_pipeline)
     with pytest.raises(DgqError, match="is quantized"):
-        measure(tiny_checkpoint, MeasureOptions(against=str(tiny_checkpoint)))
+        measure_checkpoint(tiny_checkpoint, MeasureOptions(against=str(tiny_checkpoint)))
     with pytest.raises(DgqError, match="the float model has no such layer"):
-        measure(tiny_checkpoint, MeasureOptions(prompts=1, steps=1, against=embedded.NAME))
+        measure_checkpoint(tiny_checkpoint, MeasureOptions(prompts=1, steps=1, against=embedded.NAME))
     with pytest.raises(DgqError, match="at least one"):
-        measure(tiny_checkpoint, MeasureOptions(prompts=0))
+        measure_checkpoint(tiny_checkpoint, MeasureOptions(prompts=0))

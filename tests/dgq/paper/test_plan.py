@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dgq.errors import DgqError
-from dgq.paper.plan import PaperAttentionPlan, Conv2dPlan, LinearPlan, PaperTable
+from dgq.paper.plan import Conv2dPlan, LinearPlan, PaperAttentionPlan, PaperTable
 
 GROUPS = {"axis": "channel", "groups": 4, "size": 8}
 TABLE = {
@@ -25,7 +25,12 @@ TABLE = {
 
 def test_a_table_comes_back_as_it_was():
     table = PaperTable.from_dict(json.loads(json.dumps(TABLE)))
-    assert [type(plan) for plan in table.layers.values()] == [LinearPlan, Conv2dPlan, PaperAttentionPlan, PaperAttentionPlan]
+    assert [type(plan) for plan in table.layers.values()] == [
+        LinearPlan,
+        Conv2dPlan,
+        PaperAttentionPlan,
+        PaperAttentionPlan,
+    ]
     assert table.to_dict() == TABLE
     assert (table.layers["a"].shape, table.layers["b"].shape) == ((4, 8), (4, 4, 3, 3))
     assert [len(table.layers[name].parts) for name in "cd"] == [3, 4]
