@@ -14,7 +14,6 @@ import torch
 from fidelity import FIRST_SEED
 from torch import Tensor, nn
 
-from dgq.calibration.replay import record_inputs, spread
 from dgq.integer.plan import Layer, plan_layers
 from dgq.integer.statistics import Statistics
 from dgq.paper.layers import image_to_pixels_last
@@ -23,6 +22,7 @@ from dgq.pictures.generation import Settings, generate
 from dgq.pictures.pipelines import load, resolve
 from dgq.pictures.prompts import calibration_prompts, evaluation_prompts
 from dgq.recipe import Recipe
+from dgq.replay import record_inputs, spread
 
 KINDS = ("linear", "conv2d")
 Calls = list[list[dict[str, Any]]]

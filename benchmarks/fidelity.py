@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 
 import dgq
 from dgq.calibration.run import Options, calibrate
-from dgq.checkpoint.reading import float16_bytes, read_header, read_json, unet_bytes
+from dgq.checkpoint.reading import float16_bytes, network_bytes, read_header, read_json
 from dgq.errors import DgqError
 from dgq.pictures import embedded
 from dgq.pictures.fidelity import compare
@@ -226,7 +226,7 @@ def main() -> None:
     for recipe in recipes:
         folder = checkpoint(model, recipe, args.work, calibration, name)
         measured = compare(reference, run(load(folder, dtype=torch.float32), recipe.label))
-        size = unet_bytes(folder)
+        size = network_bytes(folder)
         rows.append({
             "system": system(recipe), **measured,
             "unet_mib": size / 2**20, "of_float16": size / float16_bytes(model), "recipe": recipe.to_dict(),

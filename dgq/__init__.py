@@ -9,15 +9,10 @@ Load a checkpoint and draw:
 
 from __future__ import annotations
 
-import logging
-
-# transformers announces at import that torchvision is missing; no picture here goes through its image processors
-logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
-
-from .checkpoint.diffusers import register  # noqa: E402
-from .errors import DgqError  # noqa: E402
-from .pictures.pipelines import load  # noqa: E402
-from .version import __version__  # noqa: E402
+from .checkpoint.diffusers import register
+from .errors import DgqError
+from .pictures.pipelines import load
+from .version import __version__
 
 register()
 

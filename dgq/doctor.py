@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import devices
-from .checkpoint.reading import check_folder, unet_bytes
+from .checkpoint.reading import check_folder, component_at, network_bytes
 from .checkpoint.writing import WEIGHTS_NAME
 from .errors import DgqError
 from .machine import cpu_model, describe_backend, machine
@@ -93,8 +93,8 @@ def embedded_model(folder: Path = embedded.FOLDER) -> dict[str, Any]:
     except DgqError as error:
         return {**report, "status": "damaged", "detail": error.message}
     report["bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    report["unet_bytes"] = unet_bytes(folder)
-    report["unet_sha256"] = _sha256(folder / "unet" / WEIGHTS_NAME)
+    report["unet_bytes"] = network_bytes(folder)
+    report["unet_sha256"] = _sha256(component_at(folder) / WEIGHTS_NAME)
     expected = _expected_hashes(folder)
     wrong = [name for name, digest in expected.items() if _sha256(folder / name) != digest]
     if wrong:

@@ -6,9 +6,11 @@ import dataclasses
 import fnmatch
 import functools
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import DgqError
+from .method import METHODS
 
 WEIGHT_BITS = (4, 8)
 ACTIVATION_BITS = (4, 5, 6, 7, 8)
@@ -20,7 +22,7 @@ class Recipe:
     """A quantization recipe (docs/method.md).
 
     Attributes:
-        name: "integer" (int8 products, the default) or "paper" (the published method, simulated in float).
+        name: of the method: "integer" (int8 products, the default) or "paper" (the published one, simulated in float).
         wbits, abits: bits of weights (4 or 8) and activations (4 to 8).
         rounding: how weights are rounded: "gptq" (second moments) or "nearest".
         channels: outlier handling of input channels, integer recipe: "auto" chooses per layer by measured error.
@@ -30,7 +32,7 @@ class Recipe:
         overrides: (pattern, bits) in order, the last match wins; bits 0 keeps the layer in float.
     """
 
-    name: Literal["integer", "paper"] = "integer"
+    name: str = "integer"
     wbits: int = 4
     abits: int = 8
     rounding: Literal["gptq", "nearest"] = "gptq"
@@ -42,7 +44,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         checks: list[tuple[str, Any, tuple[Any, ...]]] = [
-            ("recipe", self.name, ("integer", "paper")),
+            ("recipe", self.name, tuple(METHODS)),
             ("wbits", self.wbits, WEIGHT_BITS),
             ("abits", self.abits, ACTIVATION_BITS),
             ("rounding", self.rounding, ("gptq", "nearest")),
@@ -57,14 +59,12 @@ class Recipe:
         for pattern, bits in self.overrides:
             if bits not in (0, *WEIGHT_BITS):
                 raise DgqError(f"override '{pattern}={bits}': bits must be 0 (float), 4 or 8")
-        if self.name == "paper" and self.overrides:
-            raise DgqError("the paper recipe quantizes every layer alike and takes no overrides")
+        METHODS[self.name].check(self)
 
     @property
     def label(self) -> str:
         """Short name for tables, such as "integer W4A8" or "paper G=16 W4A8"."""
-        kind = "integer" if self.name == "integer" else f"paper G={self.groups}"
-        return f"{kind} W{self.wbits}A{self.abits}"
+        return f"{METHODS[self.name].label(self)} W{self.wbits}A{self.abits}"
 
     def weight_bits(self, layer: str) -> int:
         """Weight bits of a layer after the overrides; 0 means the layer stays float."""
@@ -203,6 +203,8 @@ def _fits(value: Any, hint: Any) -> bool:
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Literal:
         return type(value) is str and value in parts
+    if kind is UnionType:
+        return any(_fits(value, part) for part in parts)
     if kind is list:
         return type(value) is list and all(_fits(item, parts[0]) for item in value)
     if kind is tuple and parts[-1] is Ellipsis:

@@ -12,7 +12,7 @@ from .common import DeviceOption, JsonOption, ModelOption, StageProgress, err, p
 if TYPE_CHECKING:
     from dgq.bench import Report, Row
 
-STAGES = {"kernels": "kernels", "files": "files", "load": "load", "step": "UNet step"}
+STAGES = {"kernels": "kernels", "files": "files", "load": "load", "step": "step"}
 # in the order of dgq.bench.Row
 COLUMNS = ("p20 ms", "p50 ms", "p80 ms", "x float32")
 
@@ -21,7 +21,7 @@ def command(
     model: ModelOption = None,
     arch: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Instead: sd-v1.4, sdxl-turbo or a UNet's config.json, random weights."),
+        typer.Option(metavar="NAME", help="Instead: sd-v1.4, sdxl-turbo or a network's config.json, random weights."),
     ] = None,
     predict: Annotated[
         str | None,
@@ -33,7 +33,7 @@ def command(
         int | None, typer.Option(metavar="N", help="With --predict: the picture's height and width; default 512.")
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Weight bits, 4 or 8, where the model is a float model.")] = None,
-    what: Annotated[str, typer.Option(help="kernels (single layers), step (whole UNet calls) or all.")] = "all",
+    what: Annotated[str, typer.Option(help="kernels (single layers), step (whole calls) or all.")] = "all",
     shapes: Annotated[str, typer.Option(help="Layers of the model, or also large ones of Stable Diffusion.")] = "model",
     repeats: Annotated[int, typer.Option(min=1, max=100_000, metavar="N", help="Timed calls of each system.")] = 20,
     peers: Annotated[
@@ -53,12 +53,11 @@ def command(
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to a CSV file.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Time quantized layers and UNet steps beside float ones, in turns; says so where quantized is slower."""
+    """Time quantized layers and whole steps beside float ones, in turns; says so where quantized is slower."""
     if predict is not None:
-        from dgq.bench.predict import predict as bounds
-        from dgq.bench.predict import text, to_dict
+        from dgq.bench.predict import predict_step, text, to_dict
 
-        predictions = bounds(predict, pixels=pixels)
+        predictions = predict_step(predict, pixels=pixels)
         if json:
             print_json(to_dict(predictions))
         else:

@@ -44,7 +44,7 @@ def command(
     ] = "32",
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampler steps while calibrating.")] = None,
     guidance: Annotated[float | None, typer.Option(callback=finite, help="Guidance scale while calibrating.")] = None,
-    calls: Annotated[int, typer.Option(min=1, max=1_000_000, help="UNet calls replayed for the statistics.")] = 160,
+    calls: Annotated[int, typer.Option(min=1, max=1_000_000, help="Calls replayed for the statistics.")] = 160,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the calibration pictures.")] = 0,
     evaluate: Annotated[
         int, typer.Option(min=0, max=100_000, help="Prompts for the comparison with the float model.")
@@ -89,18 +89,18 @@ def command(
     except KeyboardInterrupt:
         err.print("interrupted; the same command with --resume goes on from here")
         raise
-    from dgq.checkpoint.reading import float16_bytes, unet_bytes
+    from dgq.checkpoint.reading import family_at, float16_bytes, network_bytes
 
     fidelity = header.calibration.get("fidelity", {})
-    before, after = float16_bytes(out), unet_bytes(out)
+    before, after = float16_bytes(out), network_bytes(out)
     if json:
         print_json({
             "checkpoint": str(out), "recipe": wanted.to_dict(), "unet_bytes": after, "unet_float16_bytes": before,
-            "layers": len(header.layers), "calibration": header.calibration,
+            "layers": len(header.method.layers(header)), "calibration": header.calibration,
         })  # fmt: skip
         return
     err.print(out, end="", style="bold", soft_wrap=True)
-    err.print(f"  {wanted.label}, UNet {mib(after)} ({after / before:.0%} of float16)")
+    err.print(f"  {wanted.label}, {family_at(out).title} {mib(after)} ({after / before:.0%} of float16)")
     if fidelity:
         err.print(f"against float: PSNR {fidelity['psnr_db']:.1f} dB, latent SQNR {fidelity['latent_sqnr_db']:.1f} dB")
 
@@ -110,15 +110,15 @@ def _print_estimate(estimate: object, label: str, json: bool) -> None:
     if json:
         print_json(data)
         return
-    kept = data["kept"]
+    kept, share = data["kept"], data["packed_bytes"] / data["float16_bytes"]
     rows = [
         ["recipe", label],
         ["layers quantized", str(data["layers"])],
         ["layers kept float", f"{len(kept)} ({', '.join(list(kept)[:4])}{', ...' if len(kept) > 4 else ''})"],
-        ["UNet file", f"{mib(data['packed_bytes'])} ({data['packed_bytes'] / data['float16_bytes']:.0%} of float16)"],
+        [f"{data['network']} file", f"{mib(data['packed_bytes'])} ({share:.0%} of float16)"],
         ["statistics", f"{mib(data['statistics_bytes'])} in {data['passes']} pass(es)"],
         ["peak memory, about", mib(data["memory_bytes"])],
-        ["UNet calls", str(data["calls"])],
+        ["calls", str(data["calls"])],
         ["time, very roughly", duration(data["seconds"])],
     ]
     for name, value in rows:

@@ -34,7 +34,7 @@ def command(
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampler steps.")] = None,
     guidance: Annotated[float | None, typer.Option(callback=finite, help="Classifier-free guidance scale.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first picture.")] = 40_000,
-    batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures a UNet call.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures a call of the network.")] = 8,
     reference: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Real pictures for the Frechet distance.")
     ] = None,

@@ -41,7 +41,7 @@ def command(
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     size: Annotated[str | None, typer.Option(metavar="N|WxH", help="Size in pixels.")] = None,
     seed: SeedOption = None,
-    batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures a UNet call.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures a call of the network.")] = 1,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one sheet, grid.png.")] = False,
     device: DeviceOption = None,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="Write settings into the PNG.")] = True,
@@ -57,31 +57,28 @@ def command(
     if single and len(prompts) * count > 1 and not grid:
         total = len(prompts) * count
         raise typer.BadParameter(f"--out {out} names one file for {total} pictures: give a folder or --grid")
-    from dgq.checkpoint.reading import read_header
     from dgq.devices import check_device
     from dgq.outputs import check_output, check_place
-    from dgq.pictures import embedded
     from dgq.pictures.generation import Settings, generate, write_png
     from dgq.pictures.generation import grid as sheet
-    from dgq.pictures.pipelines import load, resolve
+    from dgq.pictures.pipelines import find_model, load
 
     if single:
         check_output(out, overwrite)
     else:
         check_place(out / "picture.png")
     check_device(device)
-    folder = resolve(model)
+    found = find_model(model)
     chosen = secrets.randbelow(2**32) if seed is None else seed
-    settings = Settings(steps, guidance, negative, width, height, chosen, batch).resolved(folder)
-    header = read_header(folder)
-    if (folder / "concepts.json").is_file():
-        _hint(prompts, folder)
-    pipe = load(folder, device=device)
-    name = embedded.NAME if folder == embedded.FOLDER else (header.base_model if header else folder.name)
+    settings = Settings(steps, guidance, negative, width, height, chosen, batch).resolved(found)
+    if (found.folder / "concepts.json").is_file():
+        _hint(prompts, found.folder)
+    pipe = load(found, device=device)
+    name = found.header.base_model if found.header else found.name if found.embedded else found.folder.name
     wanted = [prompt for prompt in prompts for _ in range(count)]
     with StageProgress({"generate": "generate"}) as progress:
         pictures = generate(
-            pipe, wanted, settings, label=header.recipe.label if header else "float", name=name,
+            pipe, wanted, settings, label=found.label, name=name,
             progress=lambda done, total: progress("generate", done, total, f"seed {chosen}"),
         )  # fmt: skip
     files = []

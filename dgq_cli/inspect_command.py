@@ -29,7 +29,7 @@ def command(
     budget: Annotated[
         float,
         typer.Option(
-            min=0, max=100, callback=finite, metavar="PERCENT", help="Growth of the UNet file the suggestion may cause."
+            min=0, max=100, callback=finite, metavar="PERCENT", help="Growth of the file the suggestion may cause."
         ),
     ] = 2,
     measure: Annotated[
@@ -63,8 +63,7 @@ def command(
     check_device(device)
     measurement = None
     if measure or png is not None:
-        from dgq.inspection.measure import MeasureOptions
-        from dgq.inspection.measure import measure as run
+        from dgq.inspection.measure import MeasureOptions, measure_checkpoint
 
         if png is not None:
             from dgq.inspection.plot import check_available
@@ -75,7 +74,7 @@ def command(
         options = MeasureOptions(prompts, steps, guidance, seed, device, against)
         inspect(checkpoint, worst, budget / 100)  # what is wrong with the checkpoint comes before the work
         with StageProgress({"record": "float", "measure": "measure"}) as progress:
-            measurement = run(checkpoint, options, progress)
+            measurement = measure_checkpoint(checkpoint, options, progress)
     found = inspect(checkpoint, worst, budget / 100, measurement)
     if png is not None:
         from dgq.inspection.plot import draw
@@ -85,7 +84,7 @@ def command(
         print_json(found.to_dict())
     elif not found.quantized:
         typer.echo(f"{found.path} is a float model: nothing in it is quantized")
-        typer.echo(f"UNet {mib(found.unet_bytes)} on disk, {mib(found.float16_bytes)} in float16")
+        typer.echo(f"{found.network} {mib(found.unet_bytes)} on disk, {mib(found.float16_bytes)} in float16")
         err.print(f"quantize it: dgq calibrate {found.path} --out DIR", soft_wrap=True)
     else:
         _print(found, layers, worst)
@@ -99,27 +98,29 @@ def _print(found: Inspection, layers: bool, worst: int) -> None:
     if layers:
         _print_layers(f"{len(found.layers)} quantized layers", found.layers)
     if found.measurement:
-        _print_measurement(found.measurement, layers)
-        _print_worst(found.measurement, found.worst)
+        _print_measurement(found.measurement, layers, found.network)
+        _print_worst(found.measurement, found.worst, found.network)
     elif found.worst:
         _print_layers(f"worst {len(found.worst)} layers by output SQNR", found.worst)
     elif worst:
-        err.print("no per-layer error was recorded: the paper recipe measures none; --measure does")
+        err.print(f"no per-layer error was recorded: the {found.recipe['name']} recipe measures none; --measure does")
     if found.suggestion:
-        _print_suggestion(found.suggestion, found.unet_bytes, found.measurement)
+        _print_suggestion(found.suggestion, found)
 
 
-def _print_suggestion(suggestion: Suggestion, unet_bytes: int, measurement: Measurement | None) -> None:
+def _print_suggestion(suggestion: Suggestion, found: Inspection) -> None:
     def share(size: int) -> str:
-        return f"{size / 1024:.0f} KiB ({size / unet_bytes:.1%})"
+        return f"{size / 1024:.0f} KiB ({size / found.unet_bytes:.1%})"
 
+    measurement = found.measurement
     what = "overrides that help most" if measurement else "8-bit weights for the worst layers"
     sizes = f"+{share(suggestion.extra_bytes)} of a budget of {share(suggestion.budget_bytes)}"
     typer.echo(f"\n{what}, {sizes}:")
     typer.echo(f"dgq calibrate ... {suggestion.command_line}")
     if suggestion.predicted_sqnr_db is not None and measurement:
         typer.echo(
-            f"predicted: SQNR of the UNet's output {_added(measurement):.1f} -> {suggestion.predicted_sqnr_db:.1f} dB"
+            f"predicted: SQNR of the {found.network}'s output "
+            f"{_added(measurement):.1f} -> {suggestion.predicted_sqnr_db:.1f} dB"
         )
 
 
@@ -129,9 +130,9 @@ def _added(measurement: Measurement) -> float:
     return decibels(1, measurement.noise)
 
 
-def _print_measurement(measurement: Measurement, every_layer: bool) -> None:
+def _print_measurement(measurement: Measurement, every_layer: bool, network: str) -> None:
     """The heat map, a line a block or a layer, and the attention layers."""
-    from dgq.inspection.inspect import split_name
+    from dgq.inspection.inspect import short_block, split_name
 
     console = Console(highlight=False)
     shown = heat_map.columns(len(measurement.timesteps), console.width - LABEL_WIDTH)
@@ -154,41 +155,32 @@ def _print_measurement(measurement: Measurement, every_layer: bool) -> None:
                 console.print(line, no_wrap=True, crop=False)
             continue
         lowest = [min(values) for values in zip(*(layer.sqnr_db_by_step for layer in layers), strict=True)]
-        console.print(heat_map.row(_short(block), lowest, LABEL_WIDTH, shown), no_wrap=True, crop=False)
+        console.print(heat_map.row(short_block(block), lowest, LABEL_WIDTH, shown), no_wrap=True, crop=False)
     output = measurement.output_sqnr_db_by_step
-    console.print(heat_map.row("UNet output", output, LABEL_WIDTH, shown), no_wrap=True, crop=False)
+    console.print(heat_map.row(f"{network} output", output, LABEL_WIDTH, shown), no_wrap=True, crop=False)
     inputs = sum(layer.input_noise for layer in measurement.layers) / (measurement.noise or 1.0)
     typer.echo(
-        f"UNet output over all steps {measurement.output_sqnr_db:.1f} dB; the layers' noise adds up to "
+        f"{network} output over all steps {measurement.output_sqnr_db:.1f} dB; the layers' noise adds up to "
         f"{_added(measurement):.1f} dB,\n{inputs:.0%} of it from rounded inputs, which finer weights leave"
     )
-    typer.echo("\nattention: part of the UNet output's noise, own output SQNR (dB), and")
+    typer.echo(f"\nattention: part of the {network} output's noise, own output SQNR (dB), and")
     typer.echo("the start token's probability at the first and the last step")
     typer.echo(f"{'noise':>5}  {'SQNR':>5}  {'start token':<12}  layer")
     total = measurement.noise or 1.0
     lines = []
     for one in measurement.attention:
         sqnr = "float" if one.sqnr_db is None else f"{one.sqnr_db:.1f}"
-        mass = f"{one.start_mass[0]:.2f} .. {one.start_mass[-1]:.2f}" if one.cross else "-"
+        mass = f"{one.start_mass[0]:.2f} .. {one.start_mass[-1]:.2f}" if one.start_mass else "-"
         lines.append((f"{one.noise / total:>5.1%}  {sqnr:>5}  {mass:<12}  ", one.name))
     _print_named(lines)
 
 
-def _short(block: str) -> str:
-    """A block's name in a heat map's margin: "up 0 attention 1"."""
-    for long, short in (("down_blocks", "down"), ("up_blocks", "up"), ("mid_block", "mid")):
-        block = block.replace(long, short)
-    for long, short in (("attentions", "attention"), ("resnets", "resnet"), ("samplers", "sample")):
-        block = block.replace(long, short)
-    return block.replace(".", " ")
-
-
-def _print_worst(measurement: Measurement, reports: list[LayerReport]) -> None:
-    """The layers that cause most of the UNet's output noise."""
+def _print_worst(measurement: Measurement, reports: list[LayerReport], network: str) -> None:
+    """The layers that cause most of the network's output noise."""
     by_name = {layer.name: layer for layer in measurement.layers}
     total = measurement.noise or 1.0
     together = sum(by_name[report.name].noise for report in reports) / total
-    typer.echo(f"\nworst {len(reports)} layers by their part of the UNet's output noise ({together:.0%} together)")
+    typer.echo(f"\nworst {len(reports)} layers by their part of the {network}'s output noise ({together:.0%} together)")
     typer.echo("SQNR: of its output (dB); input: with its input alone rounded; kurt: kurtosis")
     typer.echo("of the input; chan, pix: largest channel or pixel over the median; axis: that")
     typer.echo("the published method groups; mode: how the checkpoint handles channels")
@@ -207,12 +199,12 @@ def _print_worst(measurement: Measurement, reports: list[LayerReport]) -> None:
 
 def _print_named(lines: list[tuple[str, str]]) -> None:
     """Lines that end with a layer's name, shortened in all of them where one would not fit the terminal."""
-    from dgq.inspection.inspect import split_name
+    from dgq.inspection.inspect import short_block, split_name
 
     whole = all(len(line) + len(name) <= Console().width for line, name in lines)
     for line, name in lines:
         block, place = split_name(name)
-        short = f"{_short(block)} {place.removeprefix('transformer_blocks.')}".rstrip()
+        short = f"{short_block(block)} {place.removeprefix('transformer_blocks.')}".rstrip()
         typer.echo(line + (name if whole else short))
 
 
@@ -220,23 +212,19 @@ def _summary(found: Inspection) -> list[tuple[str, str]]:
     calibration = dict(found.calibration)
     fidelity = calibration.pop("fidelity", None)
     overrides = ", ".join(f"{pattern}={bits}" for pattern, bits in found.recipe["overrides"])
-    attention = "float"
-    if found.attention:
-        attention = f"log2, {found.attention['bits']} bits, {2 ** found.attention['fraction_bits']} steps per octave"
-    elif found.recipe["name"] == "paper":
-        attention = f"log2, {found.recipe['abits']} bits, whole octaves (simulated)"
+    size = mib(found.unet_bytes)
     rows = [
         ("checkpoint", found.path),
         ("recipe", found.label),
-        ("rounding", found.recipe["rounding"] if found.recipe["name"] == "integer" else "nearest"),
+        ("rounding", found.words["rounding"]),
         ("base model", found.base_model or "unknown"),
         ("dgq", found.dgq_version or "unknown"),
-        ("UNet file", f"{mib(found.unet_bytes)}, {found.ratio:.1%} of float16 ({mib(found.float16_bytes)})"),
+        (f"{found.network} file", f"{size}, {found.ratio:.1%} of float16 ({mib(found.float16_bytes)})"),
         ("bits per weight", f"{found.bits_per_weight:.2f} with scales and biases"),
         ("kept float", mib(found.float_bytes)),
         ("layers", str(len(found.layers))),
         ("channels", ", ".join(f"{mode} {count}" for mode, count in sorted(found.channel_modes.items()))),
-        ("attention", attention),
+        ("attention", found.words["attention"]),
         ("generation", ", ".join(f"{key} {value}" for key, value in found.generation.items()) or "defaults"),
         ("calibration", ", ".join(f"{key} {value}" for key, value in calibration.items()) or "not recorded"),
     ]

@@ -17,11 +17,10 @@ from dgq.bench.files import absmax_weight
 from dgq.bench.worker import cast
 from dgq.integer.attention import AttentionPlan, use_log_attention
 from dgq.integer.channels import no_groups, to_matrix
-from dgq.integer.fused_unet import fuse
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import Layer, plan_layers
 from dgq.integer.shared_input import prepare_all
-from dgq.integer.skeleton import place
+from dgq.integer.skeleton import fuse, place
 from dgq.pictures import embedded
 from dgq.recipe import Recipe
 

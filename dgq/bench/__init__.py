@@ -1,4 +1,4 @@
-"""Speed, memory and error of quantized layers and of a whole UNet step against float, on this machine.
+"""Speed, memory and error of quantized layers and of a whole step against float, on this machine.
 
 The systems of a table run interleaved (A B C A B C ...), so that a machine that slows down slows all of them, and the
 median is reported with the 20th and 80th percentile. Nothing is predicted: a number that was not measured is None.
@@ -12,17 +12,15 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.reading import read_header
 from ..devices import check_device
 from ..errors import DgqError
 from ..machine import machine
-from ..pictures import embedded
-from ..pictures.pipelines import resolve
+from ..pictures.pipelines import find_model
 from ..progress import Progress, silent
 from .layers import Case, bench_kernels, int8_peak, large_cases, model_cases
 from .rows import Report, Row, interleaved, kernel_verdicts, make_rows, verdicts
+from .steps import Options, bench_architecture, bench_step
 from .systems import PEERS, Size, System, chosen_peers, measure
-from .unet import Options, bench_architecture, bench_step
 
 __all__ = [
     "PEERS", "Case", "Options", "Report", "Row", "Size", "System", "bench", "bench_architecture", "bench_kernels",
@@ -41,7 +39,7 @@ def bench(
 
     Args:
         model: checkpoint, float model (quantized on the fly), or None for the embedded model.
-        arch: instead of a model, the step of a well-known architecture, or of a UNet's config.json, random weights.
+        arch: instead of a model, the step of a well-known architecture, or of a network's config.json, random weights.
         what: "kernels", "step" or "all".
         bits: weight bits; default both for kernels and architectures, 4 for the step of a float model.
         repeats: timed calls of each system.
@@ -70,10 +68,9 @@ def bench(
     if what == "kernels" and (chosen or compiled):
         raise DgqError("other systems are set beside steps, not layers", "leave out --with and --compile")
     place = check_device(device)
-    folder = resolve(model) if arch is None else None
-    header = None if folder is None else read_header(folder)
-    if header is not None and bits is not None and what != "kernels":
-        raise DgqError(f"{folder}: is {header.recipe.label} already", "--bits is for float models; leave it out")
+    found = find_model(model) if arch is None else None
+    if found and found.header and bits is not None and what != "kernels":
+        raise DgqError(f"{found.folder}: is {found.label} already", "--bits is for float models; leave it out")
     if place.type != "cpu" and "openvino" in chosen:
         raise DgqError("openvino is measured on the CPU", "pass --device cpu")
     options = Options(repeats, place, chosen, arch is not None if compiled is None else compiled, work)
@@ -84,26 +81,25 @@ def bench(
     try:
         rows: list[Row] = []
         notes: list[str] = []
-        if folder is None:
+        if found is None:
             assert arch is not None
             rows, notes = bench_architecture(arch, both, options, progress)
         else:
             if what != "step":
-                cases = model_cases(folder) + (large_cases() if large else [])
+                cases = model_cases(found.folder) + (large_cases() if large else [])
                 rows += bench_kernels(cases, both, repeats, place, progress)
                 notes += kernel_verdicts(rows, place)
             if what != "kernels":
-                steps, more = bench_step(folder, bits, options, progress)
+                steps, more = bench_step(found.folder, bits, options, progress)
                 rows += steps
                 notes += more
         facts = machine(place)
     finally:
         torch.set_num_threads(before)
     # a folder's name without its path: results are meant to be shown around
-    if folder is None:
+    if found is None:
         name = Path(str(arch)).name
     else:
-        local = folder == embedded.FOLDER or Path(str(model)).is_dir()
-        name = folder.name if local else str(model)
+        name = found.folder.name if found.embedded or Path(found.name).is_dir() else found.name
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Report({**facts, "date": date, "model": name}, rows, notes)

@@ -1,7 +1,7 @@
-"""The files that systems load: float UNets of random weights, dgq checkpoints, OpenVINO models, UNet calls.
+"""The files that systems load: float networks of random weights, dgq checkpoints, OpenVINO models, calls.
 
 `write` makes them in processes of their own, so that the memory it takes is given back. Tensors are written one after
-the other: a UNet is never in memory as a whole, but mapped from its file.
+the other: a network is never in memory as a whole, but mapped from its file.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import dgq_kernels
 from .. import architectures
 from ..checkpoint.apply import apply_header
 from ..checkpoint.header import Header
-from ..checkpoint.reading import read_json, weight_variant
+from ..checkpoint.reading import SAFETENSORS_DTYPES, family_at, network_config, weight_variant
 from ..checkpoint.writing import WEIGHTS_NAME
 from ..errors import DgqError
+from ..family import family_of
 from ..integer.attention import AttentionPlan
 from ..integer.channels import no_groups, to_matrix
 from ..integer.layer import IntegerLayer
@@ -34,16 +35,14 @@ from ..integer.skeleton import stored_names
 from ..integer.weights import SUBSCALE_MAX, IntegerWeight, nearest, quantize_weight
 from ..outputs import atomic_folder
 from ..recipe import LayerPlan, Recipe
+from ..replay import pack_calls, unpack_calls
 from ..version import __version__
 
 Call = dict[str, Any]
 
-_DTYPES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.int8: "I8",
-    torch.uint8: "U8",
-}  # fmt: skip
 # What the child of `write` ends with where its work failed for a known reason.
 KNOWN_FAILURE = 3
+OPENVINO = Path("network.xml")  # of an OpenVINO model; its weights are beside it
 
 
 # Its arguments follow. -P keeps what lies in the working folder, a torch.py say, from being imported.
@@ -71,28 +70,13 @@ def write(task: str, **arguments: Any) -> None:
 
 
 def save_calls(calls: Sequence[Call], file: Path) -> None:
-    """Keep UNet calls (keyword arguments, of which only tensors and mappings of tensors) as safetensors."""
-    tensors: dict[str, Tensor] = {}
-    for i, call in enumerate(calls):
-        for key, value in call.items():
-            nested = value if isinstance(value, Mapping) else {"": value}
-            for leaf, tensor in nested.items():
-                if isinstance(tensor, Tensor):  # copied: calls share what stays the same, a file may not
-                    tensors[f"{i}/{key}/{leaf}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    save_file(tensors, str(file))
+    """Keep a network's calls as `pack_calls` packs them."""
+    save_file(pack_calls(calls), str(file))
 
 
 def load_calls(file: Path) -> list[Call]:
     """Inverse of `save_calls`."""
-    calls: dict[int, Call] = {}
-    for path, tensor in load_file(str(file)).items():
-        number, key, leaf = path.split("/")
-        call = calls.setdefault(int(number), {})
-        if leaf:
-            call.setdefault(key, {})[leaf] = tensor
-        else:
-            call[key] = tensor
-    return [calls[i] for i in sorted(calls)]
+    return unpack_calls(load_file(str(file)))
 
 
 def stream_safetensors(
@@ -112,7 +96,11 @@ def stream_safetensors(
     offset = 0
     for name, (shape, dtype) in specs.items():
         size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -124,35 +112,32 @@ def stream_safetensors(
             handle.write(tensor.detach().to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def load_unet(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
-    """The UNet below a model's folder, float or a dgq checkpoint; `options` go to diffusers' from_pretrained."""
-    from diffusers import UNet2DConditionModel
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    unet = UNet2DConditionModel.from_pretrained(
-        folder, subfolder="unet", dtype=dtype, variant=weight_variant(folder / "unet"), use_safetensors=True,
-        local_files_only=True, **options,
+def load_network(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
+    """The network below a model's folder, float or a dgq checkpoint; `options` go to diffusers' from_pretrained."""
+    family = family_at(folder)
+    network = family.network_class().from_pretrained(
+        folder, subfolder=family.component, dtype=dtype, variant=weight_variant(folder / family.component),
+        use_safetensors=True, local_files_only=True, **options,
     )  # fmt: skip
-    return unet.eval()
+    return network.eval()
 
 
-def _unet_folder(folder: Path, config: Mapping[str, Any]) -> Path:
-    """Start a model's UNet folder; returns the place of its weights."""
-    (folder / "unet").mkdir()
-    (folder / "unet" / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return folder / "unet" / WEIGHTS_NAME
+def _network_folder(place: Path, config: Mapping[str, Any]) -> Path:
+    """Start a network's folder; returns the place of its weights."""
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return place / WEIGHTS_NAME
 
 
 def random_model(config: dict[str, Any], target: str, dtype: str) -> None:
-    """A float UNet of `architectures.random_weights` in a dtype; target/unet is what diffusers loads."""
-    unet = architectures.skeleton(config)
+    """A float network of `architectures.random_weights` in a dtype; target/COMPONENT is what diffusers loads."""
+    network = architectures.skeleton(config)
     kind: torch.dtype = getattr(torch, dtype)
-    described: Any = unet
+    described: Any = network
     with atomic_folder(Path(target)) as folder:
-        place = _unet_folder(folder, json.loads(described.to_json_string()))
-        specs = {name: (parameter.shape, kind) for name, parameter in unet.named_parameters()}
-        stream_safetensors(place, specs, (tensor for _, tensor in architectures.random_weights(unet)))
+        place = _network_folder(folder / family_of(network).component, json.loads(described.to_json_string()))
+        specs = {name: (parameter.shape, kind) for name, parameter in network.named_parameters()}
+        stream_safetensors(place, specs, (tensor for _, tensor in architectures.random_weights(network)))
 
 
 def searched_weight(matrix: Tensor, plan: LayerPlan) -> IntegerWeight:
@@ -176,8 +161,8 @@ def absmax_weight(matrix: Tensor, plan: LayerPlan) -> IntegerWeight:
 
 
 def quantized_model(source: str, target: str, wbits: int, search: bool) -> None:
-    """A dgq checkpoint (its UNet only) of a float model's UNet, without calibration: nearest rounding, channels as
-    they are.
+    """A dgq checkpoint (the network only) of a float model, without calibration: nearest rounding, channels as they
+    are.
 
     Args:
         source: folder of the float model.
@@ -185,14 +170,15 @@ def quantized_model(source: str, target: str, wbits: int, search: bool) -> None:
         wbits: 4 or 8.
         search: whether each layer's range is searched, or spans its weights (seconds for a thousand million).
     """
-    unet = load_unet(Path(source), torch.float32)
+    network = load_network(Path(source), torch.float32)
+    family = family_of(network)
     recipe = Recipe(wbits=wbits, rounding="nearest", channels="none")
-    layers = {layer.name: layer for layer in plan_layers(unet, recipe)[0]}
-    attention = AttentionPlan.for_activations(recipe.abits)
+    layers = {layer.name: layer for layer in plan_layers(network, recipe)[0]}
+    attention = AttentionPlan.for_activations(recipe.abits) if family.start_token else None
     plans = {name: layer.plan for name, layer in layers.items()}
     header = Header(recipe, plans, attention, dgq_version=__version__)
-    config = read_json(Path(source) / "unet" / "config.json")
-    empty = architectures.skeleton(config)
+    config = network_config(Path(source))
+    empty = family.skeleton(config)
     with torch.device("meta"):
         apply_header(empty, header)
     # as `write_checkpoint` does: parameters in half precision, what a layer stores as it is
@@ -202,7 +188,7 @@ def quantized_model(source: str, target: str, wbits: int, search: bool) -> None:
         for name, tensor in empty.state_dict().items()
     }
     rounded = searched_weight if search else absmax_weight
-    floats = unet.state_dict()
+    floats = network.state_dict()
 
     def tensors() -> Iterator[Tensor]:
         made: dict[str, Tensor] = {}
@@ -220,16 +206,16 @@ def quantized_model(source: str, target: str, wbits: int, search: bool) -> None:
             yield made[leaf]
 
     with atomic_folder(Path(target)) as folder:
-        place = _unet_folder(folder, {**config, "quantization_config": header.to_dict()})
+        place = _network_folder(folder / family.component, {**config, "quantization_config": header.to_dict()})
         stream_safetensors(place, specs, tensors())
 
 
 class _Flat(nn.Module):
-    """A UNet whose arguments are tensors in the order of `flatten`."""
+    """A network whose arguments are tensors in the order of `flatten`."""
 
-    def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.unet, self.names = unet, names
+        self.network, self.names = network, names
 
     def forward(self, *values: Tensor) -> Tensor:
         call: Call = {}
@@ -239,7 +225,7 @@ class _Flat(nn.Module):
                 call.setdefault(key, {})[leaf] = value
             else:
                 call[key] = value
-        output: Tensor = self.unet(**call, return_dict=False)[0]
+        output: Tensor = self.network(**call, return_dict=False)[0]
         return output
 
 
@@ -253,17 +239,17 @@ def flatten(call: Call) -> dict[str, Tensor]:
 
 
 def openvino_model(source: str, target: str, calls: str) -> None:
-    """target/float32 and target/float16: the float model's UNet for calls of the given shapes, as OpenVINO models."""
+    """target/float32 and target/float16: the float network for calls of the given shapes, as OpenVINO models."""
     import openvino
 
     call = flatten(load_calls(Path(calls))[0])
     with atomic_folder(Path(target)) as folder, torch.no_grad():
         model = openvino.convert_model(
-            _Flat(load_unet(Path(source), torch.float32), list(call)), example_input=tuple(call.values()),
+            _Flat(load_network(Path(source), torch.float32), list(call)), example_input=tuple(call.values()),
             input=[tuple(tensor.shape) for tensor in call.values()],
         )  # fmt: skip
-        openvino.save_model(model, folder / "float32" / "unet.xml", compress_to_fp16=False)
-        openvino.save_model(model, folder / "float16" / "unet.xml", compress_to_fp16=True)
+        openvino.save_model(model, folder / "float32" / OPENVINO, compress_to_fp16=False)
+        openvino.save_model(model, folder / "float16" / OPENVINO, compress_to_fp16=True)
 
 
 def nncf_model(source: str, target: str, calls: str) -> None:
@@ -275,10 +261,10 @@ def nncf_model(source: str, target: str, calls: str) -> None:
     with atomic_folder(Path(target)) as folder:
         # the type for transformers also quantizes the products of attention's queries and keys
         model = nncf.quantize(
-            openvino.Core().read_model(Path(source) / "unet.xml"), nncf.Dataset(samples),
+            openvino.Core().read_model(Path(source) / OPENVINO), nncf.Dataset(samples),
             subset_size=len(samples), model_type=nncf.ModelType.TRANSFORMER,
         )  # fmt: skip
-        openvino.save_model(model, folder / "unet.xml")
+        openvino.save_model(model, folder / OPENVINO)
 
 
 TASKS: dict[str, Callable[..., None]] = {

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from dgq_kernels import native
 
 from .. import architectures
-from ..checkpoint.reading import read_json
+from ..checkpoint.reading import family_at, network_config, read_json
 from ..integer.layer import IntegerLayer
 from ..integer.plan import Layer, plan_layers
 from ..progress import Progress, silent
 from ..recipe import LayerPlan, Recipe
+from ..replay import replay
 from .rows import Row, dtype_name, half_dtype, interleaved, make_rows, timed
 
 # Layer shapes of Stable Diffusion at 512 pixels: rows, inputs, outputs of linear layers, and 3x3 convolutions as
@@ -41,7 +42,7 @@ class Case:
     Attributes:
         plan: the layer; bits are set by the systems.
         shape: of the input, (M, C) or (B, C, H, W).
-        dtype: of a quantized layer's input and output on the CPU, as its UNet hands them on.
+        dtype: of a quantized layer's input and output on the CPU, as its network hands them on.
     """
 
     plan: LayerPlan
@@ -73,11 +74,9 @@ class Case:
 
 
 def model_cases(folder: Path) -> list[Case]:
-    """The distinct layer shapes of a model's UNet at its default size, two samples (guidance), largest first."""
-    config = read_json(folder / "unet" / "config.json")
-    config.pop("quantization_config", None)
-    unet = architectures.skeleton(config)
-    layers, _ = plan_layers(unet, Recipe())
+    """The distinct layer shapes of a model's network at its default size, two samples (guidance), largest first."""
+    network = family_at(folder).skeleton(network_config(folder))
+    layers, _ = plan_layers(network, Recipe())
     cases: dict[str, Case] = {}
 
     def hook(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -91,12 +90,11 @@ def model_cases(folder: Path) -> list[Case]:
 
         return note
 
-    for layer in layers:
-        layer.module.register_forward_pre_hook(hook(layer))
+    handles = [layer.module.register_forward_pre_hook(hook(layer)) for layer in layers]
     text = folder / "text_encoder" / "config.json"
     tokens = read_json(text).get("max_position_embeddings") if text.is_file() else None
-    with torch.no_grad():
-        unet(**architectures.call(unet, 2, torch.device("meta"), tokens=tokens or architectures.TOKENS))
+    call = architectures.call(network, 2, torch.device("meta"), tokens=tokens or architectures.TOKENS)
+    replay(network, [call], handles, lambda done, total: None)
     return sorted(cases.values(), key=lambda case: (case.plan.kind, -case.operations))
 
 
@@ -155,8 +153,8 @@ def bench_kernels(
 ) -> list[Row]:
     """Time single layers, the run-time quantization of their input included, and set them beside the int8 peak.
 
-    A quantized convolution gets its input channels-last, as its neighbours in a quantized UNet hand it on; a float one
-    gets torch's default layout.
+    A quantized convolution gets its input channels-last, as its neighbours in a quantized network hand it on; a float
+    one gets torch's default layout.
     """
     rows: list[Row] = []
     peak = int8_peak(device)

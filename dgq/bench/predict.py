@@ -22,6 +22,7 @@ from dgq_kernels.linear.tiles import Config, Machine, Tiling, choose
 
 from ..architectures import call, drawn, network
 from ..errors import DgqError
+from ..family import family_of
 
 SYSTEMS = ("fp16", "W8A8 fp16-attention", "W8A8", "W4A8")
 
@@ -168,18 +169,6 @@ class Bound:
         return max(self.memory, self.traffic, self.tensor, self.issue, self.waves) + self.launches
 
 
-# Layers whose input comes straight from a norm or an activation, which the quantizing op takes in.
-_AFTER_NORM = re.compile(
-    r"(resnets\.\d+\.(conv[12]|time_emb_proj)|attn1\.to_[qkv]|attn2\.to_q|ff\.net\.(0\.proj|2)|proj_in|linear_2)$"
-)
-
-
-_PIXART_ALONE = re.compile(r"attn2\.to_q$")  # PixArt has no norm there
-
-
-_FLOAT = re.compile(r"^(conv_in|conv_out|pos_embed\.proj|proj_out)$")  # the first and the last layer
-
-
 def works(name: str, pixels: int | None = None) -> list[Work]:
     """The products and passes of one call of a network, from its modules' shapes on the meta device (nothing is
     computed).
@@ -193,7 +182,8 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
     """
     known = drawn(name, pixels)
     net: Any = network(known)
-    transformer = known.network != "UNet2DConditionModel"
+    family = family_of(net)
+    after_norm = family.after_norm(net)
     found: list[Work] = []
     gated = {f"{path}.proj" for path, module in net.named_modules() if type(module).__name__ == "GEGLU"}
 
@@ -208,11 +198,10 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
             x, n, k = arguments[0], module.weight.shape[0], module.weight[0].numel()
             kind = "linear" if isinstance(module, torch.nn.Linear) else "conv2d"
             per_sample = kind == "conv2d" and module.kernel_size != (1, 1)
-            after = _AFTER_NORM.search(path) and not (transformer and _PIXART_ALONE.search(path))
-            quantize = 0 if after else 2 if per_sample else 1
+            quantize = 0 if path in after_norm else 2 if per_sample else 1
             found.append(
                 Work(kind, y.numel() // n, k, n, x.numel(), n * k, y.numel(), parts=parts, quantize=quantize,
-                     gated=path in gated, quantized=not _FLOAT.search(path))
+                     gated=path in gated, quantized=path not in family.float_layers)
             )  # fmt: skip
 
         return hook
@@ -416,7 +405,7 @@ class Prediction:
     step: dict[str, Cost]
 
 
-def predict(architecture: str, devices: Iterable[str] = DEVICES, pixels: int | None = None) -> list[Prediction]:
+def predict_step(architecture: str, devices: Iterable[str] = DEVICES, pixels: int | None = None) -> list[Prediction]:
     """The predictions for one architecture, at a picture's height and width (its own where None).
 
     Raises:

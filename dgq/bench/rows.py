@@ -32,13 +32,13 @@ class Row:
 
     Attributes:
         system: "float32", "bfloat16" ("float16" on CUDA), "dgq W4A8" and the like.
-        case: the layer's shape, or "UNet step".
+        case: the layer's shape, or "step".
         p20_ms, p50_ms, p80_ms: percentiles of the time of one call, in ms.
         ratio_to_float32: p50_ms over float32's p50_ms in the same turns; below 1 is faster than float32.
         relative_error: norm of the output's difference to float32 over the norm of float32's output.
-        disk_mib: the UNet's files that were loaded.
-        peak_rss_mib: peak resident memory of a process that only loads the UNet and runs steps.
-        weights_mib: the UNet's weights in memory, with what a backend keeps beside them.
+        disk_mib: the network's files that were loaded.
+        peak_rss_mib: peak resident memory of a process that only loads the network and runs steps.
+        weights_mib: the network's weights in memory, with what a backend keeps beside them.
         gops: 10^9 operations a second (2 a multiply-accumulate) at p50_ms.
         peak_fraction: of an int8 product: gops over the machine's int8 peak (`layers.int8_peak`).
         packages: names and versions of what ran it beside torch and dgq.

@@ -1,4 +1,4 @@
-"""Whole UNet steps of several systems: every one in a process of its own, all of them asked for a step in turns.
+"""Whole steps of several systems: every one in a process of its own, all of them asked for a step in turns.
 
 One process would give the systems one allocator and several pools of threads that get in each other's way, and tell
 no system's own peak memory.
@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..checkpoint.reading import unet_bytes
+from ..checkpoint.reading import network_bytes
 from ..errors import DgqError
 from ..progress import Progress, silent
 from ..self_test import relative_error
-from .files import CHILD, child_environment
+from .files import CHILD, OPENVINO, child_environment
 from .rows import Row, interleaved, make_rows
 from .worker import Spec, as_json
 
@@ -52,15 +52,15 @@ PAUSE = 0.02
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a UNet: all, and those of convolutions that a float system copies to lay them out channels-last."""
+    """Parameters of a network: all, and those of convolutions that float systems copy to lay them out channels-last."""
 
     parameters: int
     convolutions: int = 0
 
     @classmethod
-    def of(cls, unet: nn.Module) -> Size:
+    def of(cls, network: nn.Module) -> Size:
         """That of a model, which may be on the meta device."""
-        values = list(unet.parameters())
+        values = list(network.parameters())
         copied = (value for value in values if value.dim() == 4 and value.shape[2:].numel() > 1)
         return cls(sum(value.numel() for value in values), sum(value.numel() for value in copied))
 
@@ -100,11 +100,11 @@ class System:
 
     @property
     def stored_bytes(self) -> int:
-        """The UNet's files that it loads."""
+        """The network's files that it loads."""
         folder = Path(self.specs[0].folder)
         if self.specs[0].kind == "openvino":
-            return (folder / "unet.bin").stat().st_size
-        return unet_bytes(folder)
+            return (folder / OPENVINO.with_suffix(".bin")).stat().st_size
+        return network_bytes(folder)
 
     @property
     def versions(self) -> str:
@@ -211,7 +211,7 @@ def measure(
     Args:
         systems: the first is "float32", the others are set beside it.
         case: of the rows.
-        size: of the UNet.
+        size: of the network.
         repeats: steps of each system that count.
         free: bytes of memory.
         progress: told of "load" and "step".

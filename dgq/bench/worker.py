@@ -25,7 +25,7 @@ from ..errors import DgqError
 from ..integer.layer import IntegerLayer
 from ..integer.shared_input import prepare_all
 from ..integer.stored import StoredWeight
-from .files import Call, flatten, load_calls, load_unet
+from .files import OPENVINO, Call, flatten, load_calls, load_network
 from .rows import WARM_UP, timed
 
 
@@ -54,7 +54,7 @@ Step = Callable[[Call], Tensor]
 
 
 def cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A UNet call's argument on a device: float tensors in a dtype, pictures channels-last."""
+    """A call's argument on a device: float tensors in a dtype, pictures channels-last."""
     if isinstance(value, dict):
         return {key: cast(item, dtype, device) for key, item in value.items()}
     # scalars are timesteps, whose float dtype is the model's business
@@ -62,11 +62,11 @@ def cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
     return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 
 
-def weight_bytes(unet: nn.Module) -> int:
-    """Bytes of a UNet's weights in memory, with the form a backend has packed for itself."""
-    held = [tensor for tensor in (*unet.parameters(), *unet.buffers()) if not isinstance(tensor, StoredWeight)]
+def weight_bytes(network: nn.Module) -> int:
+    """Bytes of a network's weights in memory, with the form a backend has packed for itself."""
+    held = [tensor for tensor in (*network.parameters(), *network.buffers()) if not isinstance(tensor, StoredWeight)]
     total = sum(tensor.nbytes for tensor in held)
-    for module in unet.modules():
+    for module in network.modules():
         if isinstance(module, IntegerLayer):
             total += module.prepared_bytes
     return total
@@ -84,41 +84,41 @@ def peak_rss() -> int:
 
 
 def _eager(spec: Spec, **options: Any) -> Any:
-    """A UNet, float (channels-last) or dgq's, as `from_pretrained` makes it."""
-    unet = load_unet(Path(spec.folder), getattr(torch, spec.dtype), **options)
-    unet = unet.to(torch.device(spec.device)).to(memory_format=torch.channels_last)
-    prepare_all(unet, torch.device(spec.device))
-    return unet
+    """A network, float (channels-last) or dgq's, as `from_pretrained` makes it."""
+    network = load_network(Path(spec.folder), getattr(torch, spec.dtype), **options)
+    network = network.to(torch.device(spec.device)).to(memory_format=torch.channels_last)
+    prepare_all(network, torch.device(spec.device))
+    return network
 
 
-def _steps(unet: Any) -> Step:
-    return lambda call: unet(**call, return_dict=False)[0]
+def _steps(network: Any) -> Step:
+    return lambda call: network(**call, return_dict=False)[0]
 
 
 def _load_torch(spec: Spec) -> tuple[Step, Any]:
-    unet = _eager(spec)
-    return _steps(unet), unet
+    network = _eager(spec)
+    return _steps(network), network
 
 
 def _load_compile(spec: Spec) -> tuple[Step, Any]:
     return _steps(_compiled(_eager(spec))), None
 
 
-def _compiled(unet: Any) -> Any:
+def _compiled(network: Any) -> Any:
     import torch._inductor.config as inductor
 
     inductor.freezing = True
     inductor.compile_threads = 1  # no pool of processes that stays around
-    return torch.compile(unet)
+    return torch.compile(network)
 
 
 def _load_torchao(spec: Spec) -> tuple[Step, Any]:
     """Linear layers in int8 with activations quantized as they come; uncompiled it is slower than float."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    unet = _eager(spec)
-    quantize_(unet, Int8DynamicActivationInt8WeightConfig())
-    return _steps(_compiled(unet)), None
+    network = _eager(spec)
+    quantize_(network, Int8DynamicActivationInt8WeightConfig())
+    return _steps(_compiled(network)), None
 
 
 def _load_sdnq(spec: Spec) -> tuple[Step, Any]:
@@ -136,7 +136,7 @@ def _load_openvino(spec: Spec) -> tuple[Step, Any]:
     if spec.dtype:
         options["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[spec.dtype]
     core = openvino.Core()
-    model = core.compile_model(core.read_model(Path(spec.folder) / "unet.xml"), "CPU", options)
+    model = core.compile_model(core.read_model(Path(spec.folder) / OPENVINO), "CPU", options)
     request = model.create_infer_request()
 
     def step(call: Call) -> Tensor:
@@ -155,7 +155,7 @@ LOADERS: dict[str, Callable[[Spec], tuple[Step, Any]]] = {
 
 def _serve(spec: Spec, output: str, answer: Callable[..., None]) -> None:
     device = torch.device(spec.device)
-    step, unet = LOADERS[spec.kind](spec)
+    step, network = LOADERS[spec.kind](spec)
     calls = load_calls(Path(spec.calls))
     if spec.kind == "openvino":  # made for the memory layout that the calls are kept in
         inputs = calls
@@ -166,7 +166,7 @@ def _serve(spec: Spec, output: str, answer: Callable[..., None]) -> None:
     np.save(output, torch.stack([step(call).float().cpu() for call in inputs]).numpy())
     run = functools.partial(step, inputs[len(inputs) // 2])
     warm = min(timed(run, device) for _ in range(WARM_UP))
-    weights = None if unet is None else weight_bytes(unet)
+    weights = None if network is None else weight_bytes(network)
     answer(load={"ms": warm, "weight_bytes": weights, "peak_rss_bytes": peak_rss()})
     for _ in sys.stdin:
         answer(ms=timed(run, device), peak_rss_bytes=peak_rss())

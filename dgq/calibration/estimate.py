@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import architectures
-from ..checkpoint.reading import read_json
-from ..integer.plan import GPTQ_MAX_REDUCTION, Layer, plan_layers
-from ..integer.rounding import passes
-from ..integer.stored import buffer_specs
+from ..checkpoint.reading import family_at, network_config
+from ..method import METHODS, LayerCost
 from ..pictures.generation import Settings
-from ..recipe import LayerPlan, Recipe
-from .run import float_folder
+from ..recipe import Recipe
+from ..replay import replay
+from .run import float_model
 
 if TYPE_CHECKING:
     from .run import Options
@@ -29,13 +28,14 @@ class Estimate:
 
     Attributes:
         layers: quantized layers; kept: {name: reason} of layers that stay float.
-        float16_bytes, packed_bytes: UNet file before and after.
+        float16_bytes, packed_bytes: the network's file before and after.
         statistics_bytes: peak of second moments and samples; passes: runs over the recorded calls.
         memory_bytes: rough peak of the process (float32 model, statistics, packed layers).
-        calls: UNet calls: recorded and replayed.
-        macs_per_call: multiply-accumulates of the quantized layers in one UNet call, of both halves where the guidance
+        calls: of the network: recorded and replayed.
+        macs_per_call: multiply-accumulates of the quantized layers in one call, of both halves where the guidance
             doubles it.
         seconds: rough time on this machine, from a short timed float product.
+        network: what its kind of network is called.
     """
 
     layers: int
@@ -48,11 +48,7 @@ class Estimate:
     calls: int
     macs_per_call: int
     seconds: float
-
-
-def packed_bytes(plan: LayerPlan) -> int:
-    """Stored bytes of one quantized layer."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in buffer_specs(plan).values())
+    network: str
 
 
 def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Options) -> Estimate:
@@ -61,56 +57,47 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     Raises:
         DgqError: as `calibrate` would.
     """
-    from diffusers import UNet2DConditionModel
-
-    folder = float_folder(model)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
-    layers, kept = plan_layers(unet, recipe)
-    settings = Settings(options.steps, options.guidance).resolved(folder)
+    found = float_model(model)
+    folder = found.folder
+    family = family_at(folder)
+    network = family.skeleton(network_config(folder))
+    cost = METHODS[recipe.name].cost(network, recipe, options.budget)
+    settings = Settings(options.steps, options.guidance).resolved(found)
     assert settings.steps is not None
+    assert settings.guidance is not None
     count = options.prompts if isinstance(options.prompts, int) else len(options.prompts)
     recorded = count * settings.steps
-    replayed = min(recorded, options.calls)
-    groups = passes(layers, options.budget)
-    parameters = sum(p.numel() for p in unet.parameters())
-    quantized = sum(layer.weight.numel() + layer.plan.bias * layer.plan.out_features for layer in layers)
-    packed = sum(packed_bytes(layer.plan) for layer in layers)
-    statistics = max(sum(layer.moment_bytes for layer in group) for group in groups)
-    assert settings.guidance is not None
-    # a UNet that is told the guidance scale (LCM) is called once for it
-    doubled = settings.guidance > 1 and unet.config.time_cond_proj_dim is None
-    outputs = _outputs_per_call(unet, layers, 2 if doubled else 1)
-    macs = sum(outputs[layer.name] * layer.plan.reduction * layer.plan.out_features for layer in layers)
-    work = (recorded + len(groups) * replayed + 2 * options.evaluate * settings.steps) * macs
-    for layer in layers:
-        k = layer.plan.reduction
-        if k <= GPTQ_MAX_REDUCTION:
-            work += replayed * outputs[layer.name] * k * k + k**3 + 2 * layer.plan.out_features * k * k
+    replayed = recorded if cost.whole else min(recorded, options.calls)
+    parameters = sum(p.numel() for p in network.parameters())
+    quantized = sum(layer.parameters for layer in cost.layers.values())
+    packed = sum(layer.stored_bytes for layer in cost.layers.values())
+    rows = _rows_per_call(network, cost.layers, 2 if family.doubled(network.config, settings.guidance) else 1)
+    macs = sum(rows[name] * layer.macs for name, layer in cost.layers.items())
+    work = (recorded + cost.passes * replayed + 2 * options.evaluate * settings.steps) * macs
+    work += sum(layer.work(replayed * rows[name]) for name, layer in cost.layers.items())
     return Estimate(
-        layers=len(layers), kept=kept, float16_bytes=2 * parameters,
-        packed_bytes=2 * (parameters - quantized) + packed, statistics_bytes=statistics, passes=len(groups),
-        memory_bytes=4 * parameters + statistics + packed + 2**30, calls=recorded + len(groups) * replayed,
-        macs_per_call=macs, seconds=work / _macs_per_second(),
+        layers=len(cost.layers), kept=dict(cost.kept), float16_bytes=2 * parameters,
+        packed_bytes=2 * (parameters - quantized) + packed, statistics_bytes=cost.statistics_bytes,
+        passes=cost.passes, memory_bytes=4 * parameters + cost.statistics_bytes + packed + 2**30,
+        calls=recorded + cost.passes * replayed, macs_per_call=macs, seconds=work / _macs_per_second(),
+        network=family.title,
     )  # fmt: skip
 
 
-def _outputs_per_call(unet: nn.Module, layers: Sequence[Layer], batch: int) -> dict[str, int]:
-    """Rows (tokens or pixels, of all samples) each layer computes in one UNet call, found on the meta device."""
+def _rows_per_call(network: nn.Module, layers: Mapping[str, LayerCost], batch: int) -> dict[str, int]:
+    """Rows (tokens or pixels, of all samples) each layer computes in one call, found on the meta device."""
     rows: dict[str, int] = {}
 
-    def hook(layer: Layer) -> Any:
+    def hook(name: str, layer: LayerCost) -> Any:
         def note(_: nn.Module, __: Any, output: Tensor) -> None:
-            rows[layer.name] = output.numel() // layer.plan.out_features
+            rows[name] = output.numel() // layer.outputs
 
         return note
 
-    handles = [layer.module.register_forward_hook(hook(layer)) for layer in layers]
+    handles = [layer.module.register_forward_hook(hook(name, layer)) for name, layer in layers.items()]
     device = torch.device("meta")
-    with device, torch.no_grad():
-        unet(**architectures.call(unet, batch, device))
-    for handle in handles:
-        handle.remove()
+    with device:
+        replay(network, [architectures.call(network, batch, device)], handles, lambda done, total: None)
     return rows
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..checkpoint.reading import weight_files
+from ..checkpoint.reading import component_at, weight_files
 from ..checkpoint.writing import copied_files
 from ..errors import DgqError
 from ..integer.layer import IntegerLayer
@@ -22,6 +22,7 @@ from ..outputs import atomic_file, save_tensors
 from ..pictures.generation import Settings
 from ..progress import Progress, silent
 from ..recipe import LayerPlan, Recipe
+from ..replay import pack_calls, unpack_calls
 from ..version import __version__
 
 
@@ -88,15 +89,8 @@ class Partial:
         return done
 
     def store_calls(self, recorded: list[list[dict[str, Any]]]) -> None:
-        """Keep the recorded UNet calls (their tensors; the rest is the pipeline's constants)."""
-        tensors: dict[str, Tensor] = {}
-        for i, calls in enumerate(recorded):
-            for j, call in enumerate(calls):
-                for key, value in call.items():
-                    inner = value if isinstance(value, dict) else {"": value}
-                    for part, tensor in inner.items():
-                        if isinstance(tensor, Tensor):
-                            tensors[f"{i}/{j}/{key}/{part}"] = tensor.clone()
+        """Keep the recorded calls (their tensors; the rest is the pipeline's constants)."""
+        tensors = {f"{i}/{name}": one for i, calls in enumerate(recorded) for name, one in pack_calls(calls).items()}
         self._write("calls", tensors, {})
 
     def calls(self) -> list[list[dict[str, Any]]] | None:
@@ -104,19 +98,15 @@ class Partial:
         file = self.folder / "calls.safetensors"
         if not file.is_file():
             return None
-        table: dict[int, dict[int, dict[str, Any]]] = {}
+        prompts: dict[int, dict[str, Tensor]] = {}
         try:
             for path, tensor in load_file(str(file)).items():
-                i, j, key, part = path.split("/")
-                call = table.setdefault(int(i), {}).setdefault(int(j), {})
-                if part:
-                    call.setdefault(key, {})[part] = tensor
-                else:
-                    call[key] = tensor
+                number, _, name = path.partition("/")
+                prompts.setdefault(int(number), {})[name] = tensor
+            return [unpack_calls(prompts[i]) for i in sorted(prompts)]
         except _DAMAGED as error:
             self._drop(file, error)
             return None
-        return [[calls[j] for j in sorted(calls)] for _, calls in sorted(table.items())]
 
     def remove(self) -> None:
         """Forget everything."""
@@ -132,9 +122,9 @@ _DAMAGED = (SafetensorError, OSError, DgqError, KeyError, TypeError, ValueError,
 
 def fingerprint_of(folder: Path, recipe: Recipe, prompts: Sequence[str], settings: Settings, calls: int) -> str:
     """Of everything that recorded calls and quantized layers depend on, the content of the model's files included."""
-    weights = weight_files(folder / "unet")
+    own = component_at(folder)
     contents = {}
-    for file in (*copied_files(folder).values(), folder / "unet" / "config.json", *weights):
+    for file in (*copied_files(folder).values(), own / "config.json", *weight_files(own)):
         with open(file, "rb") as handle:
             contents[str(file.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
     parts = [

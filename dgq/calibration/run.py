@@ -12,23 +12,22 @@ from typing import Any
 import torch
 
 from ..checkpoint.header import Header
-from ..checkpoint.reading import check_folder, read_header, read_json
+from ..checkpoint.reading import check_folder, family_at, network_config, read_json
 from ..checkpoint.writing import check_target, write_checkpoint
 from ..errors import DgqError
-from ..integer.attention import AttentionPlan, use_log_attention
-from ..integer.plan import plan_layers
-from ..integer.rounding import DEFAULT_BUDGET_BYTES, quantize_unet
+from ..family import network_of
+from ..integer.rounding import DEFAULT_BUDGET_BYTES
 from ..integer.shared_input import prepare_all
+from ..method import METHODS, Work
 from ..outputs import workplace
-from ..pictures import embedded
 from ..pictures.fidelity import compare
-from ..pictures.generation import Picture, Settings, check_prompts, check_text_to_image, generate
-from ..pictures.pipelines import load, resolve
+from ..pictures.generation import Picture, Settings, check_prompts, generate
+from ..pictures.pipelines import Model, find_model, load
 from ..pictures.prompts import calibration_prompts, evaluation_prompts
 from ..progress import Progress, silent
 from ..recipe import Recipe
+from ..replay import record_inputs, spread
 from ..version import __version__
-from .replay import record_inputs, spread
 from .resume import Partial, fingerprint_of
 
 
@@ -40,7 +39,7 @@ class Options:
         prompts: calibration prompts, or how many to take from the built-in ones.
         steps, guidance: of the float pipeline; None takes the model's defaults.
         seed: seed of the first calibration picture and of the choice of prompts.
-        calls: UNet calls replayed for the statistics, spread over prompts and steps.
+        calls: the network's calls replayed for the statistics, spread over prompts and steps.
         evaluate: prompts, apart from calibration, on which the result is compared with the float model.
         budget: bytes for statistics held at one time.
         overwrite: replace a checkpoint that is there, never anything else.
@@ -58,19 +57,18 @@ class Options:
     resume: bool = False
 
 
-def float_folder(model: str | os.PathLike[str] | None) -> Path:
-    folder = resolve(model)
-    if read_header(folder) is not None:
-        raise DgqError(f"{folder}: is quantized already", "calibrate the float model it was made from")
-    if not (folder / "unet").is_dir():
-        raise DgqError(f"{folder}: has no unet", "dgq quantizes Stable Diffusion pipelines")
-    unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
-    check_text_to_image(unet.get("in_channels", 4), vae.get("latent_channels", 4))
-    return folder
+def float_model(model: str | os.PathLike[str] | None) -> Model:
+    """A float model that can be calibrated.
 
-
-def _model_name(model: str | os.PathLike[str] | None, folder: Path) -> str:
-    return embedded.NAME if folder == embedded.FOLDER else str(model)
+    Raises:
+        DgqError: there is none, or it is quantized.
+    """
+    found = find_model(model)
+    if found.header is not None:
+        raise DgqError(f"{found.folder}: is quantized already", "calibrate the float model it was made from")
+    vae = read_json(found.folder / "vae" / "config.json")
+    family_at(found.folder).check_configs(network_config(found.folder), vae)
+    return found
 
 
 def calibrate(
@@ -100,9 +98,10 @@ def calibrate(
             is still there.
     """
     options = options or Options()
-    folder = float_folder(model)
+    found = float_model(model)
+    folder = found.folder
     check_target(out, folder, options.overwrite)
-    settings = Settings(options.steps, options.guidance, seed=options.seed).resolved(folder)
+    settings = Settings(options.steps, options.guidance, seed=options.seed).resolved(found)
     if isinstance(options.prompts, int):
         prompts = calibration_prompts(folder, options.prompts, options.seed)
     else:
@@ -113,61 +112,50 @@ def calibrate(
         check_target(out, folder, options.overwrite)  # a replacement that was killed may just have been undone
         fingerprint = fingerprint_of(folder, recipe, prompts, settings, options.calls)
         partial = Partial(work, fingerprint, options.resume, progress)
-        header = _calibrated(model, folder, out, recipe, options, prompts, settings, partial, progress)
+        header = _calibrated(found, out, recipe, options, prompts, settings, partial, progress)
         partial.remove()
     progress("save", 1, 1, str(out))
     return header
 
 
 def _calibrated(
-    model: str | os.PathLike[str] | None, folder: Path, out: Path, recipe: Recipe, options: Options,
+    model: Model, out: Path, recipe: Recipe, options: Options,
     prompts: Sequence[str], settings: Settings, partial: Partial, progress: Progress,
 ) -> Header:  # fmt: skip
     """`calibrate`, in the place that it works in."""
-    pipe = load(folder, dtype=torch.float32)
+    folder = model.folder
+    pipe = load(model, dtype=torch.float32)
     check_prompts(pipe, prompts)
+    network = network_of(pipe)
     # an override that matches no layer is told before the work
-    plans = {} if recipe.name == "paper" else {layer.name: layer.plan for layer in plan_layers(pipe.unet, recipe)[0]}
-    done = partial.layers(plans)
+    done = partial.layers(METHODS[recipe.name].plans(network, recipe))
     reference = _evaluate(pipe, folder, settings, options, prompts, "float", progress, 0)
     recorded = partial.calls()
     if recorded is None:
         recorded = record_inputs(
             lambda prompt, i: generate(pipe, [prompt], dataclasses.replace(settings, seed=settings.seed + i)),
-            pipe.unet, prompts, progress,
+            network, prompts, progress,
         )  # fmt: skip
         partial.store_calls(recorded)
     header = Header(
         recipe,
-        base_model=_model_name(model, folder),
+        base_model=model.name,
         generation={"steps": settings.steps, "guidance": settings.guidance},
         calibration={"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed},
         dgq_version=__version__,
     )
-    if recipe.name == "paper":
-        from ..paper.calibration import calibrate_paper
-
-        header.paper = calibrate_paper(
-            pipe.unet, recorded, wbits=recipe.wbits, abits=recipe.abits, groups=recipe.groups,
-            progress=lambda stage, i, total: progress(stage, i, total, ""),
-        )  # fmt: skip
-    else:
-        calls = spread(recorded, options.calls)
-        header.calibration["calls"] = len(calls)
-        header.layers, sqnr = quantize_unet(
-            pipe.unet, calls, recipe, progress=progress, store=partial.store, done=done,
-            budget=options.budget,
-        )  # fmt: skip
-        header.calibration["sqnr_db"] = {name: round(value, 2) for name, value in sqnr.items()}
-        if recipe.attention == "log":
-            header.attention = AttentionPlan.for_activations(recipe.abits)
-            use_log_attention(pipe.unet, header.attention)
+    work = Work(
+        network, recorded, spread(recorded, options.calls), recipe, options.budget, progress, partial.store, done
+    )
+    made = METHODS[recipe.name].calibrate(work)
+    header.layers, header.attention, header.table = made.layers, made.attention, made.table
+    header.calibration |= made.facts
     if reference:
-        prepare_all(pipe.unet, pipe.unet.device)
+        prepare_all(network, network.device)
         pictures = _evaluate(pipe, folder, settings, options, prompts, recipe.label, progress, len(reference))
         header.calibration["fidelity"] = compare(reference, pictures)
     progress("save", 0, 1, str(out))
-    write_checkpoint(folder, pipe.unet, header, out, options.overwrite, partial.folder)
+    write_checkpoint(folder, network, header, out, options.overwrite, partial.folder)
     check_folder(out)
     return header
 

@@ -2,8 +2,8 @@
 
 diffusers has no public way to register a quantization method; both of its tables are extended here.
 
-diffusers asks the quantizer once it has built the UNet and read its weights: what it cannot read (a truncated file) or
-build (a configuration that claims any size) ends in its own errors, and other components load by its own rules.
+diffusers asks the quantizer once it has built the network and read its weights: what it cannot read (a truncated file)
+or build (a configuration that claims any size) ends in its own errors, and other components load by its own rules.
 `dgq.load` checks all of that before.
 """
 
@@ -50,7 +50,7 @@ class DgqConfig(QuantizationConfigMixin):
         return copy.deepcopy(self.header.to_dict())
 
     def __repr__(self) -> str:
-        return f"DgqConfig({self.header.recipe.label}, {len(self.header.layers)} layers)"
+        return f"DgqConfig({self.header.recipe.label}, {len(self.header.method.layers(self.header))} layers)"
 
 
 class DgqQuantizer(DiffusersQuantizer):

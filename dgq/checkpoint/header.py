@@ -11,6 +11,7 @@ from dgq_kernels.log_attention.reference import MAX_FRACTION_BITS
 
 from ..errors import DgqError
 from ..integer.attention import AttentionPlan
+from ..method import METHODS, Method
 from ..recipe import LayerPlan, Recipe, shortened, strict
 
 FORMAT_VERSION = 2
@@ -22,13 +23,13 @@ QUANT_METHOD = "dgq"
 
 @dataclass
 class Header:
-    """`quantization_config` in unet/config.json.
+    """`quantization_config` in the network's config.json.
 
     Attributes:
         recipe: what was asked for.
         layers: integer recipe: the plan of every quantized layer.
         attention: integer recipe: the log attention, or None for float attention.
-        paper: paper recipe: the table of `paper_calibration.calibrate_paper`, or None.
+        table: of another method, which its JSON has under the method's name; or None.
         base_model: name of the float model.
         generation: default "steps" and "guidance" of `dgq generate`.
         calibration: how it was made and what was measured then (seed, prompts, sqnr_db per layer, fidelity).
@@ -38,11 +39,16 @@ class Header:
     recipe: Recipe
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     attention: AttentionPlan | None = None
-    paper: dict[str, Any] | None = None
+    table: Any = None
     base_model: str = ""
     generation: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     dgq_version: str = ""
+
+    @property
+    def method(self) -> Method:
+        """The recipe's."""
+        return METHODS[self.recipe.name]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object as stored."""
@@ -57,7 +63,9 @@ class Header:
             "generation": self.generation,
             "calibration": self.calibration,
         }
-        return data if self.paper is None else {**data, "paper": self.paper}
+        if self.table is None:
+            return data
+        return {**data, self.recipe.name: self.table.to_dict() if hasattr(self.table, "to_dict") else self.table}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Header:
@@ -75,7 +83,8 @@ class Header:
                 f"this dgq reads {' and '.join(map(str, READABLE_VERSIONS))}",
                 "install the dgq that wrote it, or calibrate again",
             )
-        known = {item.name for item in dataclasses.fields(cls)} | {"quant_method", "format_version"}
+        known = {item.name for item in dataclasses.fields(cls)} - {"table"} | {"quant_method", "format_version"}
+        known |= set(METHODS)
         if unknown := sorted(set(data) - known):
             raise DgqError(f"quantization_config: unknown field {unknown[0]!r}")
         layers: dict[str, LayerPlan] = {}
@@ -93,12 +102,27 @@ class Header:
             recipe=asked,
             layers=layers,
             attention=attention_plan,
-            paper=_of_type(data, "paper", dict | None),
+            table=_table(data, METHODS[asked.name]),
             base_model=_of_type(data, "base_model", str, ""),
             generation=_numbers(_of_type(data, "generation", dict, {}), {"steps": int, "guidance": int | float}),
             calibration=_calibration(_of_type(data, "calibration", dict, {})),
             dgq_version=_of_type(data, "dgq_version", str, ""),
         )
+
+
+def _table(data: dict[str, Any], method: Method) -> Any:
+    """The table of the recipe's method, of which there has to be one, and of no other."""
+    for name in METHODS:
+        found = _of_type(data, name, dict | None)
+        if (found is not None) != (name == method.name and method.read_table is not None):
+            what = "missing" if found is None else f"that of another method than {method.name!r}"
+            raise DgqError(f"quantization_config: damaged (the table of {name!r} is {what})")
+    if method.read_table is None:
+        return None
+    try:
+        return method.read_table(data[method.name])
+    except DgqError as error:
+        raise DgqError(f"quantization_config: {error.message}", error.hint) from None
 
 
 def _of_type(data: dict[str, Any], name: str, kind: Any, default: Any = None) -> Any:

@@ -15,7 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .. import methods  # noqa: F401 (fills METHODS)
 from ..errors import DgqError
+from ..families import FAMILIES
+from ..family import Family, drawing, working
 from ..integer.layer import IntegerLayer
 from ..recipe import shortened
 from .header import Header, _of_type
@@ -29,14 +32,8 @@ COPIED_SUFFIXES = {".json", ".txt", ".safetensors", ".model"}
 _WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors")
 
 
-# The pipelines that dgq quantizes, loads and draws with, the components they cannot do without, and the libraries
-# that components come from ("stable_diffusion" is diffusers' own module of that name: the safety checker).
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
-
-
-NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-
-
+# The libraries that components come from ("stable_diffusion" is diffusers' own module of that name: the safety
+# checker).
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
 
@@ -51,7 +48,8 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 SAFETENSORS_DTYPES = {
-    torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 
@@ -87,20 +85,60 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def family_at(folder: Path) -> Family:
+    """The family of the network in a model folder, by its pipeline's class, else by the networks that are there.
+
+    Raises:
+        DgqError: there is none that dgq works with.
+    """
+    index = folder / "model_index.json"
+    if index.is_file() and (family := drawing(read_json(index).get("_class_name"))):
+        return family
+    there = [family for family in FAMILIES if (folder / family.component / "config.json").is_file()]
+    for family in there:
+        if read_json(folder / family.component / "config.json").get("_class_name") == family.network:
+            return family
+    if not there:
+        names = " nor ".join(dict.fromkeys(family.component for family in FAMILIES if family.pipelines))
+        raise DgqError(f"{folder}: has no {names}", f"dgq works with {working()}")
+    return there[0]
+
+
+def component_at(folder: Path) -> Path:
+    """The folder of the network in a model folder.
+
+    Raises:
+        DgqError: as `family_at`.
+    """
+    return folder / family_at(folder).component
+
+
+def network_config(folder: Path) -> dict[str, Any]:
+    """The float configuration of the network in a model folder.
+
+    Raises:
+        DgqError: as `family_at`; or it is no JSON object.
+    """
+    config = read_json(component_at(folder) / "config.json")
+    config.pop("quantization_config", None)
+    return config
+
+
 def read_header(folder: Path) -> Header | None:
     """The header of a model folder, or None for a float model.
 
     Raises:
         DgqError: not a model folder, or a damaged header.
     """
-    config = read_json(folder / "unet" / "config.json")
+    file = component_at(folder) / "config.json"
+    config = read_json(file)
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
     try:
         return Header.from_dict(_of_type(config, "quantization_config", dict))
     except DgqError as error:
-        raise DgqError(f"{folder / 'unet' / 'config.json'}: {error.message}", error.hint) from None
+        raise DgqError(f"{file}: {error.message}", error.hint) from None
 
 
 def tensor_table(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -120,7 +158,7 @@ def tensor_table(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def weight_files(component_folder: Path) -> list[Path]:
-    """The safetensors files that hold the weights of one component (unet, vae, text_encoder, ...), sorted by name.
+    """The safetensors files that hold the weights of one component (network, vae, text_encoder, ...), sorted by name.
 
     The plain files where there are any, `diffusion_pytorch_model.safetensors` or `model.safetensors`, else those of
     the variant "fp16" (`model.fp16.safetensors`); one whole file rather than shards (such as
@@ -142,7 +180,7 @@ def weight_variant(component_folder: Path) -> Literal["fp16"] | None:
     return "fp16" if files and ".fp16" in files[0].name else None
 
 
-def verify_tensors(files: Sequence[Path], unet: nn.Module) -> None:
+def verify_tensors(files: Sequence[Path], network: nn.Module) -> None:
     """Compare the stored tensors with the empty model: names, shapes and dtypes.
 
     Raises:
@@ -156,8 +194,8 @@ def verify_tensors(files: Sequence[Path], unet: nn.Module) -> None:
             raise DgqError(f"{file}: tensor {twice[0]!r} is in another file too")
         stored.update(table)
     place = weights_place(files)
-    integer = {name for name, module in unet.named_modules() if isinstance(module, IntegerLayer)}
-    expected = unet.state_dict()
+    integer = {name for name, module in network.named_modules() if isinstance(module, IntegerLayer)}
+    expected = network.state_dict()
     for name, tensor in expected.items():
         if name not in stored:
             raise DgqError(f"{place}: tensor {name!r} is missing")
@@ -186,10 +224,11 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
     file = folder / "model_index.json"
     index = read_json(file)
     pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
+    family = drawing(pipeline)
+    if family is None:
         raise DgqError(
-            f"{file}: the pipeline is {shortened(pipeline)}; dgq works with {', '.join(PIPELINES)}",
-            "dgq quantizes the UNet of pipelines that draw from a text alone",
+            f"{file}: the pipeline is {shortened(pipeline)}; dgq works with {working()}",
+            "dgq quantizes the network of pipelines that draw from a text alone",
         )
     found = {}
     for name, entry in index.items():
@@ -200,10 +239,12 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
         if len(entry) != 2 or not all(isinstance(part, str) for part in entry) or entry[0] not in LIBRARIES:
             raise DgqError(f"{file}: component {name!r} is {shortened(entry)}, not a class of {', '.join(LIBRARIES)}")
         found[name] = (entry[0], entry[1])
-    if missing := [name for name in NEEDED if name not in found]:
+    if missing := [name for name in family.needed if name not in found]:
         raise DgqError(f"{file}: the pipeline has no {missing[0]}")
-    if found["unet"] != ("diffusers", "UNet2DConditionModel"):
-        raise DgqError(f"{file}: the unet is {'.'.join(found['unet'])}; dgq works with diffusers.UNet2DConditionModel")
+    if (network := found[family.component]) != ("diffusers", family.network):
+        raise DgqError(
+            f"{file}: the {family.component} is {'.'.join(network)}; dgq works with diffusers.{family.network}"
+        )
     return found
 
 
@@ -281,17 +322,12 @@ def _check_sizes(file: Path, config: dict[str, Any], tensors: int) -> None:
         raise DgqError(f"{file}: {layers} layers, but the weights are {tensors} tensors", "another model's file?")
 
 
-def unet_bytes(folder: Path) -> int:
-    """Size of the UNet's weight files."""
-    return sum(file.stat().st_size for file in weight_files(folder / "unet"))
+def network_bytes(folder: Path) -> int:
+    """Size of the network's weight files."""
+    return sum(file.stat().st_size for file in weight_files(component_at(folder)))
 
 
 def float16_bytes(folder: Path) -> int:
-    """Size of the float model's UNet in float16, from its configuration."""
-    from diffusers import UNet2DConditionModel
-
-    config = read_json(folder / "unet" / "config.json")
-    config.pop("quantization_config", None)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-    return 2 * sum(parameter.numel() for parameter in unet.parameters())
+    """Size of the float model's network in float16, from its configuration."""
+    network = family_at(folder).skeleton(network_config(folder))
+    return 2 * sum(parameter.numel() for parameter in network.parameters())

@@ -12,7 +12,6 @@ from dgq_kernels import packing
 
 from ..errors import DgqError
 from ..integer.layer import IntegerLayer
-from ..paper.layers import PaperActivation, PaperConv2d, PaperLinear
 from ..range_search import SMALLEST_SCALE
 
 Check = tuple[str, Tensor, str]  # a buffer, where it is right (bool, any shape), and what it is elsewhere
@@ -26,7 +25,7 @@ def verify_values(place: Path, model: nn.Module) -> None:
 
     Args:
         place: of the weights, for the message.
-        model: any component; only the layers of a quantized UNet have more than finite values to check.
+        model: any component; only the layers of a quantized network have more than finite values to check.
 
     Raises:
         DgqError: the first wrong tensor and where it is wrong.
@@ -67,14 +66,8 @@ def _first(wrong: Tensor) -> int:
 def _checks(module: nn.Module) -> Iterator[Check]:
     if isinstance(module, IntegerLayer):
         yield from _integer_checks(module)
-    elif isinstance(module, PaperActivation):
-        yield "index", module.index < module.scale.shape[1], "a group that there is not"
-        yield "scale", module.scale >= SMALLEST_SCALE, "a scale that is not positive"
-        yield "zero_point", module.zero_point == module.zero_point.round(), "a zero point that is no whole number"
-    elif isinstance(module, PaperLinear | PaperConv2d):
-        zero_point = module.weight_zero_point
-        yield "weight_scale", module.weight_scale >= SMALLEST_SCALE, "a scale that is not positive"
-        yield "weight_zero_point", zero_point == zero_point.round(), "a zero point that is no whole number"
+    elif checks := getattr(module, "value_checks", None):
+        yield from checks()
 
 
 def _integer_checks(layer: IntegerLayer) -> Iterator[Check]:

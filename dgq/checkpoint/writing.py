@@ -15,7 +15,7 @@ from ..errors import DgqError
 from ..integer.skeleton import stored_names
 from ..outputs import atomic_folder, save_tensors
 from .header import QUANT_METHOD
-from .reading import COPIED_SUFFIXES, read_json, tensor_table, weight_files
+from .reading import COPIED_SUFFIXES, component_at, family_at, read_json, tensor_table, weight_files
 
 if TYPE_CHECKING:
     from .header import Header
@@ -49,8 +49,8 @@ def check_target(target: Path, base: Path, overwrite: bool = False) -> None:
     if not names:
         return
     try:
-        quantization = read_json(target / "unet" / "config.json").get("quantization_config")
         components = read_json(target / "model_index.json")
+        quantization = read_json(component_at(target) / "config.json").get("quantization_config")
     except DgqError:
         quantization = None
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
@@ -95,15 +95,16 @@ def copied_files(base: Path) -> dict[str, Path]:
         DgqError: a link leads out of the model's folder: to copy what it points to may give away what it should not.
     """
     index = read_json(base / "model_index.json")
+    own = component_at(base)
     found = {name: base / name for name in ("model_index.json", *COPIED_NAMES) if (base / name).is_file()}
     for name, entry in index.items():
-        if name != "unet" and isinstance(entry, list) and entry and entry[0] is not None:
+        if name != own.name and isinstance(entry, list) and entry and entry[0] is not None:
             found |= {f"{name}/{part}": file for part, file in component_files(base / name).items()}
     root = Path(os.path.realpath(base))
     allowed = [root]
     if root.parent.name == "snapshots":  # the Hugging Face cache: models--OWNER--NAME/snapshots/REVISION and .../blobs
         allowed.append(root.parents[1] / "blobs")
-    for file in (*found.values(), base / "unet" / "config.json"):
+    for file in (*found.values(), own / "config.json"):
         place = Path(os.path.realpath(file))
         if not any(place.is_relative_to(folder) for folder in allowed):
             raise DgqError(f"{file}: leads out of the model's folder, to {place}", "put a copy in the link's place")
@@ -111,13 +112,13 @@ def copied_files(base: Path) -> dict[str, Path]:
 
 
 def write_checkpoint(
-    base: Path, unet: nn.Module, header: Header, target: Path, overwrite: bool = False, work: Path | None = None
+    base: Path, network: nn.Module, header: Header, target: Path, overwrite: bool = False, work: Path | None = None
 ) -> None:
-    """Write a checkpoint: the base folder's other components, the packed UNet, the header and a model card.
+    """Write a checkpoint: the base folder's other components, the packed network, the header and a model card.
 
     Args:
         base: local folder of the float pipeline.
-        unet: quantized UNet.
+        network: quantized.
         header: its description.
         target: where the checkpoint goes.
         overwrite: replace a checkpoint that is there.
@@ -128,35 +129,37 @@ def write_checkpoint(
     """
     check_target(target, base, overwrite)
     files = copied_files(base)
+    own = component_at(base)
     with atomic_folder(target, overwrite, work) as folder:
         for name, file in files.items():
-            place = folder / name
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, place)
-        for component in [place for place in folder.iterdir() if place.is_dir()]:
+            copy = folder / name
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+        for component in [there for there in folder.iterdir() if there.is_dir()]:
             index_shards(component)
-        (folder / "unet").mkdir()
-        config = read_json(base / "unet" / "config.json")
+        place = folder / own.name
+        place.mkdir()
+        config = read_json(own / "config.json")
         config.pop("_name_or_path", None)
         config["quantization_config"] = header.to_dict()
         text = json.dumps(config, indent=1, sort_keys=True)
-        (folder / "unet" / "config.json").write_text(text + "\n", encoding="utf-8")
+        (place / "config.json").write_text(text + "\n", encoding="utf-8")
         # What stays float is stored in half precision, as published float checkpoints are; the scales of quantized
         # layers keep float32.
-        parameters = {name for name, value in unet.named_parameters() if value.dtype == torch.float32}
-        parameters -= stored_names(unet)
-        state = {name: value.half() if name in parameters else value for name, value in unet.state_dict().items()}
+        parameters = {name for name, value in network.named_parameters() if value.dtype == torch.float32}
+        parameters -= stored_names(network)
+        state = {name: value.half() if name in parameters else value for name, value in network.state_dict().items()}
         state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-        file = folder / "unet" / WEIGHTS_NAME
+        file = place / WEIGHTS_NAME
         save_tensors(state, file, {"format": "pt"})
-        card = model_card(header, target.name, file.stat().st_size)
+        card = model_card(header, target.name, family_at(base).title, file.stat().st_size)
         (folder / "README.md").write_text(card, encoding="utf-8")
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
 
 
-def model_card(header: Header, name: str, size: int) -> str:
-    """The README of a checkpoint folder `name` with a UNet file of `size` bytes: what it is, measured, and its use."""
+def model_card(header: Header, name: str, title: str, size: int) -> str:
+    """The README of a checkpoint folder `name` with a network of `size` bytes: what it is, measured, and its use."""
     recipe, calibration = header.recipe, header.calibration
     lines = [
         "---", "library_name: diffusers", "tags: [text-to-image, quantized, dgq]", "---", "",
@@ -166,8 +169,8 @@ def model_card(header: Header, name: str, size: int) -> str:
         "| | |", "|---|---|",
         f"| recipe | {recipe.label} |",
         f"| weight rounding | {recipe.rounding} |",
-        f"| quantized layers | {len(header.layers) or len((header.paper or {}).get('layers', {}))} |",
-        f"| UNet file | {size / 2**20:.1f} MiB |",
+        f"| quantized layers | {len(header.method.layers(header))} |",
+        f"| {title} file | {size / 2**20:.1f} MiB |",
         f"| calibration | {calibration.get('prompts', '?')} prompts, {calibration.get('steps', '?')} steps, "
         f"seed {calibration.get('seed', '?')} |",
     ]  # fmt: skip

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.header import Header
-from ..checkpoint.reading import float16_bytes, read_header, tensor_table, unet_bytes, weight_files
+from ..checkpoint.reading import (
+    SAFETENSORS_DTYPES,
+    component_at,
+    family_at,
+    float16_bytes,
+    network_bytes,
+    read_header,
+    tensor_table,
+    weight_files,
+)
 from ..errors import DgqError
+from ..family import FAMILIES
 from ..pictures.pipelines import resolve
 from .measurement import Measurement
 from .overrides import DEFAULT_BUDGET, count_of, suggest, suggest_measured
@@ -22,7 +31,7 @@ if TYPE_CHECKING:
     from .overrides import Suggestion
 
 
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_BYTES = {name: dtype.itemsize for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
 _Tensors = dict[str, tuple[tuple[int, ...], str]]
@@ -33,11 +42,11 @@ class LayerReport:
     """One quantized layer.
 
     Attributes:
-        name: its place in the UNet.
-        kind: "linear", "pointwise", "conv2d" or "attention" (the paper recipe's scales of q, k and v).
+        name: its place in the network.
+        kind: "linear", "pointwise", "conv2d" or "attention" (where a method has scales of q, k and v).
         shape: of the weight, (N, C) or (N, C, kh, kw); () for attention.
         wbits: bits of the weight, 0 for attention; abits: of the activations.
-        channels: outlier handling ("none", "smooth", "shift"), or the paper recipe's axis and groups.
+        channels: outlier handling ("none", "smooth", "shift"), or the published method's axis and groups.
         bytes: stored size, scales and bias included.
         sqnr_db: output signal to quantization noise on the calibration samples in dB, or None where not recorded.
     """
@@ -59,7 +68,7 @@ class Inspection:
     Attributes:
         path: the folder.
         quantized: False for a float model; only path, unet_bytes, float16_bytes and ratio say something then.
-        unet_bytes: size of the UNet's weight files; float16_bytes: size of its tensors in float16.
+        unet_bytes: size of the network's weight files; float16_bytes: size of its tensors in float16.
         ratio: unet_bytes / float16_bytes.
         label, recipe, base_model, dgq_version, generation: from the header.
         bits_per_weight: stored bits of the quantized layers, everything included, per weight.
@@ -67,10 +76,12 @@ class Inspection:
         channel_modes: how many layers handle their channels in which way.
         attention: log attention as "bits" and "fraction_bits", or None for float attention or the paper's.
         calibration: how it was made and what was measured then, without the per-layer errors.
+        words: the method's "rounding" and "attention", for people.
         layers: every quantized layer in the model's order.
         worst: those with the lowest recorded SQNR, worst first; where measured, those with the most output noise.
         suggestion: None where no per-layer error is known or no 4-bit layer fits the budget.
         measurement: what each layer and step was found to do, where that was measured.
+        network: what its kind of network is called.
     """
 
     path: str
@@ -88,10 +99,12 @@ class Inspection:
     channel_modes: dict[str, int] = field(default_factory=dict)
     attention: dict[str, int] | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
+    words: dict[str, str] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     worst: list[LayerReport] = field(default_factory=list)
     suggestion: Suggestion | None = None
     measurement: Measurement | None = None
+    network: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object; "suggestion" also holds the "command_line"."""
@@ -110,8 +123,8 @@ def inspect(
     Args:
         model: checkpoint folder, hub id, or None for the embedded model.
         worst: how many layers to list by their error.
-        budget: share of the UNet file that the suggested overrides may add.
-        measurement: of this checkpoint, from `measurement.measure`; its figures then decide which layers are the worst.
+        budget: share of the network's file that the suggested overrides may add.
+        measurement: of this checkpoint, from `measure_checkpoint`; its figures then decide which layers are the worst.
 
     Raises:
         DgqError: the model does not exist or is damaged, or `worst` or `budget` is out of range.
@@ -121,20 +134,21 @@ def inspect(
     folder = resolve(model)
     header = read_header(folder)
     tensors = _tensors(folder)
-    size = unet_bytes(folder)
+    size = network_bytes(folder)
     if header is None:
         total = float16_bytes(folder)
-        return Inspection(str(folder), False, size, total, size / total)
-    layers = _layers(header, tensors)
-    float_names = [name for name in tensors if _owner(name, header) is None]
+        return Inspection(str(folder), False, size, total, size / total, network=family_at(folder).title)
+    prefixes = {one.prefix: name for name, one in header.method.layers(header).items()}
+    owners = {name: _owner(name, prefixes) for name in tensors}
+    layers = _layers(header, owners, tensors)
+    attention = dataclasses.asdict(header.attention) if header.attention else None
     float16 = float16_bytes(folder)
     stored = sum(layer.bytes for layer in layers)
     weights = sum(count_of(layer.shape) for layer in layers if layer.kind != "attention")
     if measurement is None:
         ranked = sorted((layer for layer in layers if layer.sqnr_db is not None), key=_sqnr)
-        order: Iterable[str] = dict.fromkeys(
-            header.layers[layer.name].owner(layer.name) for layer in ranked[: max(worst, 10)]
-        )
+        facts = header.method.layers(header)
+        order: Iterable[str] = dict.fromkeys(facts[layer.name].owner for layer in ranked[: max(worst, 10)])
         suggestion = suggest(order, header, int(budget * size))
     else:
         noise = {one.name: one.noise for one in measurement.layers}
@@ -144,19 +158,28 @@ def inspect(
         str(folder), True, size, float16, size / float16,
         label=header.recipe.label, recipe=header.recipe.to_dict(), base_model=header.base_model,
         dgq_version=header.dgq_version, generation=header.generation, bits_per_weight=8 * stored / max(weights, 1),
-        float_bytes=sum(_bytes(tensors[name]) for name in float_names),
+        float_bytes=sum(_bytes(tensors[name]) for name, owner in owners.items() if owner is None),
         channel_modes=dict(Counter(layer.channels for layer in layers if layer.kind != "attention")),
-        attention=dataclasses.asdict(header.attention) if header.attention else None,
+        attention=attention, words=header.method.words(header.recipe, attention),
         calibration={key: value for key, value in header.calibration.items() if key != "sqnr_db"},
         layers=layers, worst=ranked[:worst], suggestion=suggestion, measurement=measurement,
+        network=family_at(folder).title,
     )  # fmt: skip
 
 
 def split_name(name: str) -> tuple[str, str]:
     """A layer's block and its place there: ("up_blocks.0.attentions.1", "transformer_blocks.0.attn1.to_q")."""
-    found = re.match(r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.\w+\.\d+", name)
+    found = next((match for family in FAMILIES if (match := family.block.match(name))), None)
     block = found[0] if found else name.partition(".")[0]
     return block, name[len(block) + 1 :]
+
+
+def short_block(block: str) -> str:
+    """A block's name in a margin: "up 0 attention 1"."""
+    for family in FAMILIES:
+        for long, short in family.shortened:
+            block = block.replace(long, short)
+    return block.replace(".", " ")
 
 
 def _sqnr(layer: LayerReport) -> float:
@@ -164,9 +187,10 @@ def _sqnr(layer: LayerReport) -> float:
 
 
 def _tensors(folder: Path) -> _Tensors:
-    files = weight_files(folder / "unet")
+    place = component_at(folder)
+    files = weight_files(place)
     if not files:
-        raise DgqError(f"{folder / 'unet'}: holds no safetensors file")
+        raise DgqError(f"{place}: holds no safetensors file")
     return {name: entry for file in files for name, entry in tensor_table(file).items()}
 
 
@@ -175,55 +199,23 @@ def _bytes(entry: tuple[tuple[int, ...], str]) -> int:
     return count_of(shape) * _ITEM_BYTES[dtype]
 
 
-def _owner(name: str, header: Header) -> str | None:
-    """The quantized layer a stored tensor belongs to, or None: the longest planned name above it."""
-    plans: dict[str, Any] = header.layers if header.paper is None else header.paper["layers"]
+def _owner(name: str, prefixes: Mapping[str, str]) -> str | None:
+    """The quantized layer a stored tensor belongs to, or None: that of the longest prefix above it."""
     parent = name
     while parent:
         parent = parent.rpartition(".")[0]
-        if parent in plans:
-            # of an attention layer only its processor is quantized; its projections are layers of their own
-            own = header.paper is None or plans[parent]["kind"] != "attention" or ".processor." in name
-            return parent if own else None
+        if parent in prefixes:
+            return prefixes[parent]
     return None
 
 
-def _layers(header: Header, tensors: _Tensors) -> list[LayerReport]:
+def _layers(header: Header, owners: Mapping[str, str | None], tensors: _Tensors) -> list[LayerReport]:
     sizes: Counter[str] = Counter()
     for name, entry in tensors.items():
-        owner = _owner(name, header)
-        if owner is not None:
+        if (owner := owners[name]) is not None:
             sizes[owner] += _bytes(entry)
     errors = header.calibration.get("sqnr_db", {})
-    if header.paper is not None:
-        return [_paper_layer(name, plan, sizes[name]) for name, plan in header.paper["layers"].items()]
     return [
-        LayerReport(
-            name, plan.kind, _integer_shape(plan.out_features, plan.in_features, plan.kernel_size), plan.wbits,
-            plan.abits, plan.channels, sizes[name], errors.get(name),
-        )
-        for name, plan in header.layers.items()
-    ]  # fmt: skip
-
-
-def _integer_shape(n: int, c: int, kernel: int) -> tuple[int, ...]:
-    return (n, c) if kernel == 1 else (n, c, kernel, kernel)
-
-
-def _paper_layer(name: str, plan: dict[str, Any], size: int) -> LayerReport:
-    """A layer of the paper recipe's table (`paper_layers`)."""
-    try:
-        if plan["kind"] == "attention":
-            # probabilities without a range of their own get powers of two
-            names = ("query", "key", "value", *(["probabilities"] if "probabilities" in plan else []))
-            parts = ((part[0], plan[part]) for part in names)
-            groups = " ".join(f"{letter}:{part['axis']}x{part['groups']}" for letter, part in parts)
-            return LayerReport(name, "attention", (), 0, plan["abits"], groups, size, None)
-        if plan["kind"] == "linear":
-            shape: tuple[int, ...] = (plan["out_features"], plan["in_features"])
-        else:
-            shape = (plan["out_channels"], plan["in_channels"] // plan["conv_groups"], *plan["kernel_size"])
-        groups = f"{plan['input']['axis']}x{plan['input']['groups']}"
-        return LayerReport(name, plan["kind"], shape, plan["wbits"], plan["abits"], groups, size, None)
-    except (KeyError, TypeError) as error:
-        raise DgqError(f"quantization_config: the plan of {name} is damaged ({error})") from None
+        LayerReport(name, one.kind, one.shape, one.wbits, one.abits, one.channels, sizes[name], errors.get(name))
+        for name, one in header.method.layers(header).items()
+    ]

@@ -1,13 +1,13 @@
 """What quantization does to each layer, sampler step by step, measured beside the float model.
 
-The float model makes pictures of a few prompts, its UNet calls are replayed, and every quantized layer runs on the
+The float model makes pictures of a few prompts, its network's calls are replayed, and every quantized layer runs on the
 float layer's own input. Nothing but sums is kept from one call to the next.
 
 **Output noise.** A layer's SQNR says how well it does by itself, not how much the picture suffers. That is told by the
-noise it causes in the UNet's (guided) output: with d the layer's error and J the derivative of the output y by the
+noise it causes in the network's (guided) output: with d the layer's error and J the derivative of the output y by the
 layer's output, |J d|^2 / |y|^2. It needs neither J nor a run per layer: for v drawn from N(0, 1) like y,
 E[(v . J d)^2] = |J d|^2, and one backward pass of v . y gives v J for every layer at once. To first order, and as far
-as their errors are unrelated, the layers' noise adds up to the UNet's, which is measured too.
+as their errors are unrelated, the layers' noise adds up to the network's, which is measured too.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.replay import record_inputs
 from ..checkpoint.header import Header
-from ..checkpoint.reading import read_header
 from ..errors import DgqError
-from ..pictures import embedded
+from ..family import family_of, network_of
 from ..pictures.generation import Settings, generate
-from ..pictures.pipelines import float_base, load, resolve
+from ..pictures.pipelines import described, find_model, float_base, load
 from ..pictures.prompts import evaluation_prompts
 from ..progress import Progress, silent
+from ..replay import hooked, record_inputs
 from .measurement import Measurement
-from .probes import AttentionProbe, Energies, LayerProbe, Run, combine
+from .probes import AttentionProbe, Energies, LayerProbe, Run, combine, over_samples
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class MeasureOptions:
     against: str | None = None
 
 
-def measure(
+def measure_checkpoint(
     checkpoint: str | os.PathLike[str] | None, options: MeasureOptions | None = None, progress: Progress = silent
 ) -> Measurement:
     """Measure a checkpoint layer by layer and step by step beside its float model, both in float32.
@@ -65,66 +64,65 @@ def measure(
     Args:
         checkpoint: folder or hub id.
         options: how.
-        progress: told of "record" (prompts) and "measure" (UNet calls).
+        progress: told of "record" (prompts) and "measure" (calls).
 
     Raises:
         DgqError: a float model, a float model that lacks a layer or is not at hand, or an option out of range.
     """
     options = options or MeasureOptions()
-    folder = resolve(checkpoint)
-    header = read_header(folder)
+    model = find_model(checkpoint)
+    folder, header = model.folder, model.header
     if header is None:
         raise DgqError(f"{folder}: is a float model, nothing in it is quantized", "name a checkpoint")
     if options.prompts < 1:
         raise DgqError(f"{options.prompts} prompts: at least one is needed")
     base = float_base(folder, options.against)
     assert base is not None
-    if read_header(base) is not None:
+    against = described(base)
+    if against.header is not None:
         raise DgqError(f"{base}: is quantized", "compare with a float model")
-    settings = Settings(options.steps, options.guidance, seed=options.seed).resolved(folder)
+    settings = Settings(options.steps, options.guidance, seed=options.seed).resolved(model)
     prompts = evaluation_prompts(base, options.prompts)
-    pipe = load(base, device=options.device, dtype=torch.float32)
-    quantized: Any = load(folder, device=options.device, dtype=torch.float32).unet
+    pipe = load(against, device=options.device, dtype=torch.float32)
+    quantized = network_of(load(model, device=options.device, dtype=torch.float32))
     recorded = record_inputs(
         lambda prompt, i: generate(pipe, [prompt], dataclasses.replace(settings, seed=settings.seed + i)),
-        pipe.unet, prompts, progress,
+        network_of(pipe), prompts, progress,
     )  # fmt: skip
     return _replay(
-        pipe.unet, quantized, header, recorded, float(settings.guidance or 0), progress,
-        {"against": embedded.NAME if base == embedded.FOLDER else str(base), "prompts": prompts,
+        network_of(pipe), quantized, header, recorded, float(settings.guidance or 0), progress,
+        {"against": against.name, "prompts": prompts,
          "settings": {"steps": settings.steps, "guidance": settings.guidance, "seed": settings.seed}},
     )  # fmt: skip
 
 
 def _replay(
-    unet: nn.Module, quantized: nn.Module, header: Header, recorded: Sequence[Sequence[dict[str, Any]]],
+    network: nn.Module, quantized: nn.Module, header: Header, recorded: Sequence[Sequence[dict[str, Any]]],
     guidance: float, progress: Progress, about: dict[str, Any],
 ) -> Measurement:  # fmt: skip
     """Replay the calls with every probe in place."""
     steps = len(recorded[0])
-    layers, attention = _probes(unet, quantized, header, steps)
+    layers, attention = _probes(network, quantized, header, steps)
     run = Run()
     output = Energies(steps)
     generator = torch.Generator().manual_seed(0)
     calls = [(step, call) for group in recorded for step, call in enumerate(group)]
-    wanted = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
-    handles = _hooks(unet, run, layers, attention)
+    wanted = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     try:
-        unet.requires_grad_(False)
-        for done, (step, call) in enumerate(calls):
-            run.step = step
-            with torch.no_grad():  # this also tells the paper recipe's layers their step
-                rounded = quantized(**call)[0]
-            y = unet(**call)[0]
-            probe = torch.randn(y.shape[1:], generator=generator).to(y.device)
-            weights = _guidance_weights(len(y), guidance).to(y.device)
-            guided = combine(weights, y.detach())
-            output.add(step, guided, combine(weights, rounded) - guided)
-            y.backward(weights[:, None, None, None] * probe)
-            progress("measure", done + 1, len(calls), f"step {step + 1}")
+        network.requires_grad_(False)
+        with hooked(_hooks(network, run, layers, attention)):
+            for done, (step, call) in enumerate(calls):
+                run.step = step
+                with torch.no_grad():  # this also tells the paper recipe's layers their step
+                    rounded = quantized(**call)[0]
+                y = network(**call)[0]
+                probe = torch.randn(y.shape[1:], generator=generator).to(y.device)
+                weights = _guidance_weights(len(y), guidance).to(y.device)
+                guided = combine(weights, y.detach())
+                output.add(step, guided, combine(weights, rounded) - guided)
+                y.backward(over_samples(weights, y) * probe)
+                progress("measure", done + 1, len(calls), f"step {step + 1}")
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
     for name in (probe.name for probe in layers):
@@ -148,34 +146,36 @@ def _guidance_weights(batch: int, guidance: float) -> Tensor:
 
 
 def _probes(
-    unet: nn.Module, quantized: nn.Module, header: Header, steps: int
+    network: nn.Module, quantized: nn.Module, header: Header, steps: int
 ) -> tuple[list[LayerProbe], list[AttentionProbe]]:
-    """A probe for every quantized layer, and for every attention layer."""
-    names = {name: plan.owner(name) for name, plan in header.layers.items()}
-    if header.paper is not None:
-        names = {name: name for name, plan in header.paper["layers"].items() if plan["kind"] != "attention"}
+    """A probe for every quantized layer, and for every attention layer that has a start token or is quantized."""
     layers = []
-    for name, owner in names.items():
+    for name, facts in header.method.layers(header).items():
+        if facts.kind == "attention":
+            continue
         layer: Any = quantized.get_submodule(name)
         try:
-            module: Any = unet.get_submodule(owner)
+            module: Any = network.get_submodule(facts.owner)
             outputs, inputs = module.weight.shape[:2]
         except (AttributeError, ValueError):
             outputs, inputs = 0, 0
-        plan = header.layers.get(name)
-        own = layer.weight_shape[:2] if plan is None else (plan.out_features, plan.in_features)
+        plan, own = header.layers.get(name), facts.shape[:2]
         if outputs != own[0] or (inputs < plan.columns[1] if plan and plan.columns else inputs != own[1]):
-            raise DgqError(f"{owner}: the float model has no such layer of {tuple(own)}", "check --against")
-        layers.append(LayerProbe(name, module, layer, steps))
-    attention = []
-    for name, module in unet.named_modules():
+            raise DgqError(f"{facts.owner}: the float model has no such layer of {own}", "check --against")
+        layers.append(LayerProbe(name, module, layer, header.method.rounded_input, steps))
+    attention, start_token = [], family_of(network).start_token
+    for name, module in network.named_modules():
         if hasattr(module, "processor") and hasattr(module, "to_out"):
             twin: Any = quantized.get_submodule(name)
-            attention.append(AttentionProbe(name, twin.processor, steps))
+            probe = AttentionProbe(name, twin.processor, steps, start_token)
+            if start_token or probe.processor is not None:  # else there is nothing to tell of it
+                attention.append(probe)
     return layers, attention
 
 
-def _hooks(unet: nn.Module, run: Run, layers: Sequence[LayerProbe], attention: Sequence[AttentionProbe]) -> list[Any]:
+def _hooks(
+    network: nn.Module, run: Run, layers: Sequence[LayerProbe], attention: Sequence[AttentionProbe]
+) -> list[Any]:
     """Put the probes in place."""
     by_owner: dict[nn.Module, list[LayerProbe]] = {}
     for probe in layers:
@@ -206,5 +206,5 @@ def _hooks(unet: nn.Module, run: Run, layers: Sequence[LayerProbe], attention: S
 
     handles: list[Any] = [module.register_forward_hook(on_layer(own)) for module, own in by_owner.items()]
     for one in attention:
-        handles.append(unet.get_submodule(one.name).register_forward_hook(on_attention(one), with_kwargs=True))
+        handles.append(network.get_submodule(one.name).register_forward_hook(on_attention(one), with_kwargs=True))
     return handles

@@ -17,8 +17,8 @@ class LayerMeasurement:
         name: as in the checkpoint; of the parts of a joined input each has its own.
         sqnr_db: of the output without its bias, signal to quantization noise, over all steps; sqnr_db_by_step.
         input_sqnr_db: the same where only the input is rounded and the weight is float.
-        noise: the noise it causes in the UNet's output, relative to the output's energy (see the module); the same of
-            each step alone, noise_by_step.
+        noise: the noise it causes in the network's output, relative to the output's energy (see the module); the same
+            of each step alone, noise_by_step.
         input_noise: what would be left of it with a float weight.
         kurtosis: of the input's values (3 for a normal distribution).
         channel_ratio: of a sample's channels, the largest absolute maximum over the median one; mean over samples.
@@ -48,11 +48,11 @@ class AttentionMeasurement:
     """One attention layer with the float model's projections. Lists have one entry a sampler step.
 
     Attributes:
-        name: its place in the UNet.
+        name: its place in the network.
         cross: whether it reads the text.
         sqnr_db: of the output with quantized probabilities (and what else of q, k and v the recipe rounds) and float
             projections; None where the checkpoint's attention is float. sqnr_db_by_step, noise: as of a layer.
-        start_mass: cross-attention: the mean probability of the start token; else empty.
+        start_mass: cross-attention: the mean probability of the start token, where there is one; else empty.
     """
 
     name: str
@@ -65,12 +65,12 @@ class AttentionMeasurement:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `measure` found.
+    """What `measure_checkpoint` found.
 
     Attributes:
         against: the float model; prompts, settings: of the pictures.
         timesteps: of the sampler's steps.
-        output_sqnr_db: of the UNet's guided output on the float model's inputs; output_sqnr_db_by_step.
+        output_sqnr_db: of the network's guided output on the float model's inputs; output_sqnr_db_by_step.
         layers, attention: in the order they run.
     """
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint.header import Header
-from ..integer.stored import buffer_specs
-from ..recipe import LayerPlan
+from ..integer.plan import packed_bytes
 from .measurement import Measurement, decibels
 
-# Share of the UNet file that the suggested overrides may add
+# Share of the network's file that the suggested overrides may add
 DEFAULT_BUDGET = 0.02
 
 
@@ -30,8 +29,8 @@ class Suggestion:
         overrides: "name=8", or "name=float" where a rounded input does the harm, as `dgq calibrate --override` takes
             them: worst first by the recorded SQNR (8 bits only), or where layers were measured, by the output noise
             that a byte takes away.
-        extra_bytes: what they add to the UNet file; budget_bytes: what they were allowed to add.
-        predicted_sqnr_db: of the UNet's output with them, by the measured layers' noise; None where not measured.
+        extra_bytes: what they add to the network's file; budget_bytes: what they were allowed to add.
+        predicted_sqnr_db: of the network's output with them, by the measured layers' noise; None where not measured.
     """
 
     overrides: list[str]
@@ -58,15 +57,11 @@ def _growth(header: Header) -> dict[str, dict[int, int]]:
     found: dict[str, Counter[int]] = {}
     for name, plan in header.layers.items():
         sizes = found.setdefault(plan.owner(name), Counter())
-        stored = _packed_bytes(plan)
+        stored = packed_bytes(plan)
         sizes[0] += 2 * plan.out_features * (plan.reduction + plan.bias) - stored
         if plan.wbits == 4:
-            sizes[8] += _packed_bytes(dataclasses.replace(plan, wbits=8)) - stored
+            sizes[8] += packed_bytes(dataclasses.replace(plan, wbits=8)) - stored
     return {name: dict(sizes) for name, sizes in found.items()}
-
-
-def _packed_bytes(plan: LayerPlan) -> int:
-    return sum(count_of(shape) * dtype.itemsize for shape, dtype in buffer_specs(plan).values())
 
 
 def suggest(order: Iterable[str], header: Header, budget: int) -> Suggestion | None:

@@ -56,9 +56,9 @@ def draw(found: Inspection, file: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     settings = measurement.settings
     figure.suptitle(
-        f"{Path(found.base_model).name}, {found.label}, {found.ratio:.0%} of float16: the UNet's output SQNR is "
-        f"{measurement.output_sqnr_db:.1f} dB (prompts: {len(measurement.prompts)}, steps: {settings['steps']}, "
-        f"guidance: {settings['guidance']:g})"
+        f"{Path(found.base_model).name}, {found.label}, {found.ratio:.0%} of float16: the {found.network}'s output "
+        f"SQNR is {measurement.output_sqnr_db:.1f} dB (prompts: {len(measurement.prompts)}, "
+        f"steps: {settings['steps']}, guidance: {settings['guidance']:g})"
     )
     halves: Any = figure.subfigures(1, 2, width_ratios=[1.15, 1])
     left, right = halves
@@ -111,7 +111,7 @@ def _worst(axes: Any, measurement: Measurement) -> None:
     axes.set_yticks(places, [_label(one.name) for one in worst], fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set(title="worst layers: % of the UNet's output noise; own SQNR")
+    axes.set(title="worst layers: % of the output's noise; own SQNR")
     axes.legend(fontsize=7, loc="lower right")
 
 
@@ -127,7 +127,7 @@ def _blocks(axes: Any, measurement: Measurement) -> None:
         extent=(0.5, len(values[0]) + 0.5, len(values) - 0.5, -0.5),
     )  # fmt: skip
     axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
-    axes.set(title="SQNR of the UNet's output by each block's noise alone (dB)", xlabel="step")
+    axes.set(title="SQNR of the output by each block's noise alone (dB)", xlabel="step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.figure.colorbar(image, ax=axes, extend="both").set_label("dB")
 
@@ -170,13 +170,13 @@ def _outliers(axes: Any, measurement: Measurement) -> None:
 
 def _steps(axes: Any, measurement: Measurement) -> None:
     steps = range(1, len(measurement.timesteps) + 1)
-    axes.plot(steps, measurement.output_sqnr_db_by_step, "k", linewidth=2, label="UNet output")
+    axes.plot(steps, measurement.output_sqnr_db_by_step, "k", linewidth=2, label="output")
     for cross, style, label in ((False, "--", "log attention, self"), (True, "-", "log attention, cross")):
         curves = [one.sqnr_db_by_step for one in measurement.attention if one.cross == cross and one.sqnr_db_by_step]
         for i, curve in enumerate(curves):
             colour = "tab:blue" if cross else "tab:green"
             axes.plot(steps, curve, style, color=colour, linewidth=0.8, label="" if i else label)
-    axes.set(title="output SQNR of the UNet and of quantized attention alone (dB)", xlabel="step")
+    axes.set(title="output SQNR of the network and of quantized attention alone (dB)", xlabel="step")
     axes.set_ylim(bottom=min(0.0, *measurement.output_sqnr_db_by_step))
     axes.legend(fontsize=7)
     axes.xaxis.get_major_locator().set_params(integer=True)

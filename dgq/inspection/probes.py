@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..integer.attention import LogAttnProcessor
-from ..integer.channels import fake_quantize_input
 from ..integer.layer import IntegerLayer
-from ..paper.layers import PaperAttnProcessor, image_to_pixels_last, pixels_last_to_image
+from ..paper.layers import image_to_pixels_last
 from ..paper.quantizers import AxisRanges, axis_spread
 from .measurement import AttentionMeasurement, LayerMeasurement, decibels
 
@@ -114,8 +112,10 @@ class Run:
 class LayerProbe:
     """One quantized layer (or part of one) beside its float layer."""
 
-    def __init__(self, name: str, owner: nn.Module, layer: Any, steps: int) -> None:
-        self.name, self.owner, self.layer = name, owner, layer
+    def __init__(
+        self, name: str, owner: nn.Module, layer: Any, rounded_input: Callable[[Any, Tensor], Tensor], steps: int
+    ) -> None:
+        self.name, self.owner, self.layer, self.rounded_input = name, owner, layer, rounded_input
         self.columns: list[int] = layer.plan.columns if isinstance(layer, IntegerLayer) else []
         self.rounded, self.input_rounded = Energies(steps), Energies(steps)
         self.outliers = _Outliers(name, steps)
@@ -145,30 +145,14 @@ class LayerProbe:
         result = self.layer(x)
         if not self.columns or self.layer.plan.bias:
             result = result - _bias(owner, output)
-        error, input_error = result - target, product(self._rounded_input(x) - x)
+        error, input_error = result - target, product(self.rounded_input(self.layer, x) - x)
         self.rounded.add(step, target, error)
         self.input_rounded.add(step, target, input_error)
         self.outliers.add(step, x)
         return [(error, self._add_noise), (input_error, self._add_input_noise)]
 
-    def _rounded_input(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        if not isinstance(layer, IntegerLayer):
-            if x.dim() != 4:
-                rounded: Tensor = layer.input(x)
-                return rounded
-            return pixels_last_to_image(layer.input(image_to_pixels_last(x)), x.shape[-2:])
-        plan = layer.plan
-        ones = torch.ones(plan.in_features, device=x.device)
-        divisor = ones if plan.channels == "none" else 1 / layer.inv_divisor
-        if plan.kind == "conv2d":
-            return fake_quantize_input(x, plan.abits, divisor)
-        rows = x.permute(0, 2, 3, 1) if plan.kind == "pointwise" else x
-        rows = fake_quantize_input(rows.reshape(-1, plan.in_features), plan.abits, divisor).view(rows.shape)
-        return rows.permute(0, 3, 1, 2) if plan.kind == "pointwise" else rows
-
     def found(self, energy: list[float]) -> LayerMeasurement:
-        """The result, given the energy of the UNet's outputs at each step."""
+        """The result, given the energy of the network's outputs at each step."""
         outliers, steps = self.outliers, self.outliers.ranges.steps
         exponents: dict[int, int] = {}
         if isinstance(self.layer, IntegerLayer) and self.layer.plan.channels == "shift":
@@ -193,9 +177,9 @@ def _bias(owner: Any, output: Tensor) -> Tensor | float:
 class AttentionProbe:
     """One attention layer: its start token's mass, and its output under the checkpoint's processor."""
 
-    def __init__(self, name: str, processor: Any, steps: int) -> None:
-        self.name = name
-        self.processor = processor if isinstance(processor, LogAttnProcessor | PaperAttnProcessor) else None
+    def __init__(self, name: str, processor: Any, steps: int, start_token: bool = True) -> None:
+        self.name, self.start_token = name, start_token
+        self.processor = processor if getattr(processor, "quantizes", False) else None
         self.energies = Energies(steps)
         self.noise = 0.0
         self.cross = False
@@ -208,7 +192,7 @@ class AttentionProbe:
         self, step: int, attention: Any, x: Tensor, context: Tensor | None, output: Tensor
     ) -> list[tuple[Tensor, Callable[[float], None]]]:
         self.cross = context is not None
-        if context is not None:
+        if context is not None and self.start_token:
             self._mass[step] += _start_mass(attention, x, context)
             self._calls[step] += 1
         if self.processor is None:
@@ -221,12 +205,13 @@ class AttentionProbe:
         return [(error, self._add_noise)]
 
     def found(self, energy: list[float]) -> AttentionMeasurement:
-        """The result, given the energy of the UNet's outputs at each step."""
+        """The result, given the energy of the network's outputs at each step."""
         quantized = self.processor is not None
         mass = [mass / max(count, 1) for mass, count in zip(self._mass, self._calls, strict=True)]
         return AttentionMeasurement(
             self.name, self.cross, self.energies.db if quantized else None,
-            self.energies.db_by_step if quantized else [], self.noise / sum(energy), mass if self.cross else [],
+            self.energies.db_by_step if quantized else [], self.noise / sum(energy),
+            mass if any(self._calls) else [],
         )  # fmt: skip
 
 
@@ -247,4 +232,10 @@ def _start_mass(attention: Any, x: Tensor, context: Tensor) -> float:
 
 
 def combine(weights: Tensor, y: Tensor) -> Tensor:
-    return (weights[:, None, None, None] * y).sum(0)
+    """The guided output of a call's samples."""
+    return (over_samples(weights, y) * y).sum(0)
+
+
+def over_samples(weights: Tensor, y: Tensor) -> Tensor:
+    """Weights (B,) as factors of y (B, ...)."""
+    return weights.view(-1, *(1,) * (y.dim() - 1))

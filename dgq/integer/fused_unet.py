@@ -2,12 +2,14 @@
 
 The layers can normalize and activate while they quantize, and gate their output or add a residual while the sums are
 still in the cache (on the CPU a time embedding too); diffusers' modules do each as a pass over memory of its own.
-`fuse` changes the class of the modules that can do better, and nothing of their parameters: names, state_dict and
-results stay (results up to the rounding of what is no longer stored between).
+`skeleton.fuse` changes the class of the modules that can do better, by `FUSED`, and nothing of their parameters:
+names, state_dict and results stay (results up to the rounding of what is no longer stored between). `after_norm` of a
+class are the layers that take in the norm or the activation before them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from diffusers.models.activations import GEGLU
@@ -24,6 +26,8 @@ from .layer import is_direct
 class FusedGEGLU(GEGLU):
     """GEGLU whose projection gates its own output, and normalizes its input."""
 
+    after_norm = ("proj",)
+
     def forward(self, hidden_states: Tensor, *args: Any, norm: nn.Module | None = None, **kwargs: Any) -> Tensor:
         layer: Any = self.proj
         if not is_direct(layer, "linear"):
@@ -36,6 +40,8 @@ class FusedGEGLU(GEGLU):
 
 class FusedTransformerBlock(BasicTransformerBlock):
     """A transformer block whose first layers normalize and whose last ones add the residuals."""
+
+    after_norm = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "ff.net.2")
 
     def forward(
         self,
@@ -77,6 +83,8 @@ def _attend(attention: Any, norm: nn.Module, x: Tensor, context: Tensor | None) 
 class FusedTransformer(Transformer2DModel):
     """A transformer over pixels whose projections normalize and add the residual; pixels stay channels-last."""
 
+    after_norm = ("proj_in",)
+
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         layer: Any = self.proj_in
         if not is_direct(layer):
@@ -103,6 +111,8 @@ class FusedTransformer(Transformer2DModel):
 
 class FusedResnetBlock(ResnetBlock2D):
     """A residual block whose convolutions normalize, and add the time embedding and the residual."""
+
+    after_norm = ("conv1", "conv2", "time_emb_proj")
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         if self.training or not (is_direct(self.conv1, "conv2d") and is_direct(self.conv2, "conv2d")):
@@ -132,6 +142,8 @@ class FusedResnetBlock(ResnetBlock2D):
 class FusedTimestepEmbedding(TimestepEmbedding):
     """An embedding of the time whose second layer activates its input."""
 
+    after_norm = ("linear_2",)
+
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
         first: Any = self.linear_1
         last: Any = self.linear_2
@@ -144,32 +156,31 @@ class FusedTimestepEmbedding(TimestepEmbedding):
         return out if post is None else post(out)
 
 
-def _fused_class(module: Any) -> type[nn.Module] | None:
-    """The class to change to. Exact types only: a subclass has a forward of its own."""
-    kind = type(module)
-    if kind is GEGLU and is_direct(module.proj, "linear"):
-        return FusedGEGLU
-    if kind is TimestepEmbedding and type(module.act) is nn.SiLU and is_direct(module.linear_2, "linear"):
-        return FusedTimestepEmbedding
-    if kind is BasicTransformerBlock:
-        plain = module.norm_type == "layer_norm" and module.pos_embed is None and not module.only_cross_attention
-        layers = [x for x in module.ff.net if not isinstance(x, nn.Dropout)] if type(module.ff) is FeedForward else []
-        return FusedTransformerBlock if plain and layers and is_direct(layers[-1], "linear") else None
-    if kind is Transformer2DModel:
-        return FusedTransformer if module.is_input_continuous and is_direct(module.proj_out) else None
-    if kind is ResnetBlock2D:
-        plain = (
-            module.time_embedding_norm == "default" and module.output_scale_factor == 1
-            and module.upsample is None and module.downsample is None and type(module.nonlinearity) is nn.SiLU
-        )  # fmt: skip
-        both = is_direct(module.conv1, "conv2d") and is_direct(module.conv2, "conv2d")
-        return FusedResnetBlock if plain and both else None
-    return None
+def _timestep_embedding(module: Any) -> bool:
+    return type(module.act) is nn.SiLU and is_direct(module.linear_2, "linear")
 
 
-def fuse(unet: nn.Module) -> None:
-    """Change the class of every module of a quantized UNet that can leave work to its quantized layers, in place."""
-    for module in unet.modules():
-        fused = _fused_class(module)
-        if fused is not None:
-            module.__class__ = fused
+def _transformer_block(module: Any) -> bool:
+    plain = module.norm_type == "layer_norm" and module.pos_embed is None and not module.only_cross_attention
+    layers = [x for x in module.ff.net if not isinstance(x, nn.Dropout)] if type(module.ff) is FeedForward else []
+    return plain and bool(layers) and is_direct(layers[-1], "linear")
+
+
+def _resnet_block(module: Any) -> bool:
+    plain = (
+        module.time_embedding_norm == "default" and module.output_scale_factor == 1
+        and module.upsample is None and module.downsample is None and type(module.nonlinearity) is nn.SiLU
+    )  # fmt: skip
+    return plain and is_direct(module.conv1, "conv2d") and is_direct(module.conv2, "conv2d")
+
+
+# diffusers' class -> (whether a module can leave work to its quantized layers, the class that does)
+FUSED: dict[type[nn.Module], tuple[Callable[[Any], bool], Any]] = {
+    GEGLU: (lambda module: is_direct(module.proj, "linear"), FusedGEGLU),
+    TimestepEmbedding: (_timestep_embedding, FusedTimestepEmbedding),
+    BasicTransformerBlock: (_transformer_block, FusedTransformerBlock),
+    Transformer2DModel: (
+        lambda module: module.is_input_continuous and is_direct(module.proj_out), FusedTransformer,
+    ),
+    ResnetBlock2D: (_resnet_block, FusedResnetBlock),
+}  # fmt: skip

@@ -6,10 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import DgqError
+from ..family import family_of
 from ..recipe import LayerPlan, Recipe
+from .stored import buffer_specs
 
 # A layer's samples for choosing its channel handling: rows of a linear layer, pictures of a convolution.
 SAMPLE_ROWS = 512
@@ -52,18 +55,19 @@ class Layer:
         return 4 * ((k * k if k <= GPTQ_MAX_REDUCTION else k) + SAMPLE_ROWS * self.plan.in_features)
 
 
-def quantizable(unet: nn.Module) -> tuple[dict[str, nn.Linear | nn.Conv2d], dict[str, str]]:
+def quantizable(network: nn.Module) -> tuple[dict[str, nn.Linear | nn.Conv2d], dict[str, str]]:
     """Layers the method quantizes, and those it cannot with the reason: ({name: module}, {name: reason}).
 
-    Every Linear and Conv2d except conv_in and conv_out (DGQ paper, section 5.1).
+    Every Linear and Conv2d except its family's `float_layers`, the first and the last one (DGQ paper, section 5.1).
     """
+    stay = family_of(network).float_layers
     layers: dict[str, nn.Linear | nn.Conv2d] = {}
     skipped: dict[str, str] = {}
-    for name, module in unet.named_modules():
+    for name, module in network.named_modules():
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             continue
-        if name in ("conv_in", "conv_out"):
-            skipped[name] = "first and last convolution stay float"
+        if name in stay:
+            skipped[name] = stay[name]
         elif isinstance(module, nn.Conv2d) and (reason := _unsupported(module)):
             skipped[name] = reason
         else:
@@ -82,40 +86,19 @@ def _unsupported(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def joined_inputs(unet: nn.Module) -> dict[str, int]:
-    """The 1x1 shortcuts of a UNet's up path, which read hidden state and skip joined along the channels.
-
-    Returns:
-        {name: channels of the hidden state}, the skip's follow.
-    """
-    found: dict[str, int] = {}
-    blocks: Any = getattr(unet, "up_blocks", ())
-    before: Any = getattr(unet, "mid_block", None) or (unet.down_blocks[-1] if blocks else None)  # type: ignore[index]
-    if before is None or not hasattr(before, "resnets"):
-        return found
-    hidden = before.resnets[-1].out_channels
-    for i, block in enumerate(blocks):
-        for j, resnet in enumerate(getattr(block, "resnets", ())):
-            shortcut = getattr(resnet, "conv_shortcut", None)
-            if isinstance(shortcut, nn.Conv2d) and shortcut.kernel_size == (1, 1) and hidden < shortcut.in_channels:
-                found[f"up_blocks.{i}.resnets.{j}.conv_shortcut"] = hidden
-            hidden = resnet.out_channels
-    return found
-
-
-def plan_layers(unet: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
+def plan_layers(network: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
     """The plan of every layer before its channel handling is chosen, and the layers that stay float.
 
     Raises:
         DgqError: an override's pattern matches no layer, or nothing is left to quantize.
     """
-    modules, skipped = quantizable(unet)
+    modules, skipped = quantizable(network)
     if lost := recipe.unmatched_overrides(list(modules)):
         raise DgqError(
             f"override pattern {lost[0]!r} matches no layer", f"layers look like {next(iter(modules), 'none')!r}"
         )
     layers = []
-    joined = joined_inputs(unet)
+    joined = family_of(network).joined_inputs(network)
     for name, module in modules.items():
         bits = recipe.weight_bits(name)
         if bits == 0:
@@ -153,3 +136,8 @@ def geometry(module: nn.Linear | nn.Conv2d) -> dict[str, Any]:
         return fields
     taps = {"kernel_size": module.kernel_size[0], "stride": module.stride[0], "padding": int(module.padding[0])}
     return {**fields, **taps, "kind": "pointwise" if taps.items() <= fields.items() else "conv2d"}
+
+
+def packed_bytes(plan: LayerPlan) -> int:
+    """Stored bytes of one quantized layer."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in buffer_specs(plan).values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..errors import DgqError
+from ..family import family_of
 from ..recipe import LayerPlan
 from .layer import IntegerLayer
 from .stored import buffer_specs
@@ -38,7 +39,7 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, module)
 
 
-def place(unet: nn.Module, layers: dict[str, IntegerLayer]) -> None:
+def place(network: nn.Module, layers: dict[str, IntegerLayer]) -> None:
     """Swap layers of a float model for integer layers, in place; the parts of one layer come in their order.
 
     Raises:
@@ -49,23 +50,36 @@ def place(unet: nn.Module, layers: dict[str, IntegerLayer]) -> None:
         if layer.plan.columns:
             joined.setdefault(layer.plan.owner(name), []).append(layer)
         else:
-            replace_module(unet, name, layer)
+            replace_module(network, name, layer)
     for owner, parts in joined.items():
         ends = [0, *(part.plan.columns[1] for part in parts)]
         starts = [part.plan.columns[0] for part in parts]
-        channels = getattr(unet.get_submodule(owner), "in_channels", 0)
+        channels = getattr(network.get_submodule(owner), "in_channels", 0)
         if starts != ends[:-1] or ends[-1] != channels or any(part.plan.kind != "pointwise" for part in parts):
             raise DgqError(f"{owner}: parts that end at {ends[1:]} are not its {channels} input channels")
-        replace_module(unet, owner, SplitLayer(parts))
+        replace_module(network, owner, SplitLayer(parts))
 
 
-def build_skeleton(unet: nn.Module, plans: dict[str, LayerPlan]) -> None:
+def build_skeleton(network: nn.Module, plans: dict[str, LayerPlan]) -> None:
     """Swap the planned layers of a float model for empty integer layers, in place.
 
     Raises:
         DgqError: as `place`.
     """
-    place(unet, {name: IntegerLayer(plan) for name, plan in plans.items()})
+    place(network, {name: IntegerLayer(plan) for name, plan in plans.items()})
+
+
+def fuse(network: nn.Module) -> None:
+    """Change the class of every module of a quantized network that can leave work to its quantized layers, in place.
+
+    Exact types only: a subclass has a forward of its own.
+    """
+    known = family_of(network).fused
+    for module in network.modules():
+        if type(module) in known:
+            leaves_work, fused = known[type(module)]
+            if leaves_work(module):
+                module.__class__ = fused
 
 
 def stored_names(network: nn.Module) -> set[str]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..devices import to_device
 from ..progress import silent
 from ..recipe import LayerPlan
+from ..replay import replay
 from .plan import GPTQ_MAX_REDUCTION, SAMPLE_PICTURES, SAMPLE_ROWS
 
 if TYPE_CHECKING:
@@ -85,21 +85,11 @@ def gather(
     unet: nn.Module, layers: Iterable[Layer], calls: Sequence[dict[str, Any]], progress: Progress = silent
 ) -> dict[str, Statistics]:
     """Replay recorded calls, on any device, through the float UNet and gather the statistics of some layers."""
-    device = next(unet.parameters()).device
     gathered = {layer.name: Statistics(layer.plan, len(calls)) for layer in layers}
-    handles = []
-    try:
-        for layer in layers:
 
-            def hook(_: nn.Module, args: Any, one: Layer = layer) -> None:
-                gathered[one.name].add(one.own(args[0]))
+    def hook(layer: Layer) -> Any:
+        return layer.module.register_forward_pre_hook(lambda _, args: gathered[layer.name].add(layer.own(args[0])))
 
-            handles.append(layer.module.register_forward_pre_hook(hook))
-        with torch.no_grad():
-            for i, call in enumerate(calls):
-                unet(**to_device(call, device))
-                progress("statistics", i + 1, len(calls), f"call {i + 1}")
-    finally:
-        for handle in handles:
-            handle.remove()
+    told: Any = lambda done, total: progress("statistics", done, total, f"call {done}")  # noqa: E731
+    replay(unet, calls, map(hook, layers), told)
     return gathered

@@ -1,4 +1,4 @@
-"""Calibration of the ``paper`` recipe: stream the activations' ranges, then quantize a UNet in place."""
+"""Calibration of the ``paper`` recipe: stream the activations' ranges, then quantize a network in place."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from dgq.devices import to_device
 from dgq.errors import DgqError
+from dgq.family import family_of
 from dgq.paper.layers import (
     ATTENTION_PARTS,
     LAYER_TYPES,
@@ -26,16 +26,14 @@ from dgq.paper.layers import (
     split_heads,
 )
 from dgq.paper.quantizers import AxisRanges, group_activation
-
-FLOAT_LAYERS = ("conv_in", "conv_out")  # the paper keeps the first and the last convolution in float
-
+from dgq.replay import replay
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 @torch.no_grad()
 def calibrate_paper(
-    unet: nn.Module,
+    network: nn.Module,
     recorded_inputs: Sequence[Sequence[dict[str, Any]]],
     *,
     wbits: int,
@@ -43,16 +41,16 @@ def calibrate_paper(
     groups: int,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Quantize a UNet in place by the ``paper`` recipe: rounded weights, grouped activations, log2 attention.
+    """Quantize a network in place by the ``paper`` recipe: rounded weights, grouped activations, log2 attention.
 
-    Every Linear and Conv2d becomes a PaperLinear or PaperConv2d, but for conv_in and conv_out; every
+    Every Linear and Conv2d becomes a PaperLinear or PaperConv2d, but for its family's `float_layers`; every
     attention layer gets a PaperAttnProcessor; a forward pre-hook keeps their shared step. With one group, the
     published baseline, attention probabilities are an activation like others: rounded in equal steps over one
     calibrated range, the start token with them.
 
     Args:
-        unet: a diffusers UNet2DConditionModel in eval mode.
-        recorded_inputs: per prompt, per sampler step, the keyword arguments of one ``unet(**kwargs)`` call:
+        network: of diffusers, in eval mode.
+        recorded_inputs: per prompt, per sampler step, the keyword arguments of one ``network(**kwargs)`` call:
             sample (B, C, H, W), timestep, encoder_hidden_states (B, S, D), ... All of one image size, on any
             device.
         wbits: weight code width, 4 or 8.
@@ -75,13 +73,13 @@ def calibrate_paper(
         )
     calls = [kwargs for prompt in recorded_inputs for kwargs in prompt]
     if not calls:
-        raise DgqError("no recorded UNet inputs to calibrate with")
+        raise DgqError("no recorded inputs to calibrate with")
     state = StepState(sorted({_timestep(kwargs) for kwargs in calls}, reverse=True))
-    layers = _quantizable_layers(unet)
-    attentions = _attention_layers(unet)
+    layers = quantizable_layers(network)
+    attentions = _attention_layers(network)
     geometries = {name: layer_geometry(module, name) for name, module in (layers | attentions).items()}
     parts = (*ATTENTION_PARTS, PROBABILITIES) if groups == 1 else ATTENTION_PARTS
-    ranges = _record_ranges(unet, calls, state, layers, attentions, parts, progress)
+    ranges = _record_ranges(network, calls, state, layers, attentions, parts, progress)
     groupings = {name: group_activation(recorded, abits, groups) for name, recorded in ranges.items()}
 
     plans: dict[str, Plan] = {}
@@ -92,7 +90,7 @@ def calibrate_paper(
             layer_type = LAYER_TYPES[plan["kind"]]
             # Popped: each float weight is freed as soon as its codes exist.
             quantized = layer_type.from_float(layers.pop(name), plan, groupings[name], name, state)
-            unet.set_submodule(name, quantized)
+            network.set_submodule(name, quantized)
         else:
             own = {part: groupings[f"{name}.{part}"] for part in parts}
             plan = {**geometry, "abits": abits}
@@ -102,35 +100,35 @@ def calibrate_paper(
         plans[name] = plan
         if progress is not None:
             progress("quantize", len(plans), len(geometries))
-    unet.register_forward_pre_hook(state.before_unet, with_kwargs=True)
+    network.register_forward_pre_hook(state.before_network, with_kwargs=True)
     return {"timesteps": list(state.timesteps), "layers": plans}
 
 
-def build_paper_skeleton(unet: nn.Module, table: dict[str, Any]) -> StepState:
-    """Turn a float UNet into the empty quantized model of a table, in place, ready for a strict load.
+def build_paper_skeleton(network: nn.Module, table: dict[str, Any]) -> StepState:
+    """Turn a float network into the empty quantized model of a table, in place, ready for a strict load.
 
     Args:
-        unet: of the same architecture as the calibrated one, on any device, meta included; new buffers lie
+        network: of the same architecture as the calibrated one, on any device, meta included; new buffers lie
             where the weights they replace did.
         table: what ``calibrate_paper`` returned.
 
     Returns:
-        the model's step state (a hook on the UNet keeps it up to date).
+        the model's step state (a hook on the network keeps it up to date).
 
     Raises:
-        DgqError: the table's layers are not the UNet's, by name or by geometry; or the table is damaged.
+        DgqError: the table's layers are not the network's, by name or by geometry; or the table is damaged.
     """
     try:
         timesteps = table["timesteps"]
         if not timesteps or not all(type(t) in (int, float) and math.isfinite(t) for t in timesteps):
             raise DgqError("table of the paper recipe: damaged (timesteps)")
-        return _build_skeleton(unet, StepState(timesteps), table["layers"])
+        return _build_skeleton(network, StepState(timesteps), table["layers"])
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
         raise DgqError(f"table of the paper recipe: damaged ({type(error).__name__}: {error})") from error
 
 
-def _build_skeleton(unet: nn.Module, state: StepState, plans: dict[str, Plan]) -> StepState:
-    layers, attentions = _quantizable_layers(unet), _attention_layers(unet)
+def _build_skeleton(network: nn.Module, state: StepState, plans: dict[str, Plan]) -> StepState:
+    layers, attentions = quantizable_layers(network), _attention_layers(network)
     strays = plans.keys() ^ (layers.keys() | attentions.keys())
     if strays:
         name = min(strays)
@@ -142,11 +140,11 @@ def _build_skeleton(unet: nn.Module, state: StepState, plans: dict[str, Plan]) -
         quantized = LAYER_TYPES[plan["kind"]](plan, name, state, module.weight.device)
         if quantized.bias is not None:
             quantized.bias = quantized.bias.to(module.weight.dtype)
-        unet.set_submodule(name, quantized)
+        network.set_submodule(name, quantized)
     for name, attn in attentions.items():
         processor = PaperAttnProcessor(plans[name], name, state, attn.to_q.weight.device)
         attn.set_processor(processor)  # type: ignore[arg-type]  # too narrow a hint
-    unet.register_forward_pre_hook(state.before_unet, with_kwargs=True)
+    network.register_forward_pre_hook(state.before_network, with_kwargs=True)
     return state
 
 
@@ -181,16 +179,16 @@ def _check_plan(name: str, plan: Plan, module: nn.Linear | nn.Conv2d | Attention
             raise DgqError(f"{name}: {field} has no groups of {plan[field]}")
 
 
-def _quantizable_layers(unet: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+def quantizable_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {
         name: module
-        for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and name not in FLOAT_LAYERS
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and name not in family_of(network).float_layers
     }
 
 
-def _attention_layers(unet: nn.Module) -> dict[str, Attention]:
-    return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
+def _attention_layers(network: nn.Module) -> dict[str, Attention]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, Attention)}
 
 
 def _timestep(kwargs: dict[str, Any]) -> float:
@@ -210,7 +208,7 @@ class _ProbabilityWatcher(PlainAttnProcessor):
 
 
 def _record_ranges(
-    unet: nn.Module,
+    network: nn.Module,
     calls: Sequence[dict[str, Any]],
     state: StepState,
     layers: dict[str, nn.Linear | nn.Conv2d],
@@ -218,7 +216,7 @@ def _record_ranges(
     parts: Sequence[str],
     progress: Progress | None,
 ) -> dict[str, AxisRanges]:
-    """Run the calls through the float UNet: ranges of each layer's input and of each attention's parts."""
+    """Run the calls through the float network: ranges of each layer's input and of each attention's parts."""
     ranges: dict[str, AxisRanges] = {}
     handles = []
     processors = {name: attn.processor for name, attn in attentions.items()}
@@ -260,16 +258,11 @@ def _record_ranges(
         if PROBABILITIES in parts:
             watcher = _ProbabilityWatcher(name, attn.is_cross_attention, watch(f"{name}.{PROBABILITIES}"))
             attn.set_processor(watcher)  # type: ignore[arg-type]  # too narrow a hint
-    handles.append(unet.register_forward_pre_hook(state.before_unet, with_kwargs=True))
-    device = next(unet.parameters()).device
+    handles.append(network.register_forward_pre_hook(state.before_network, with_kwargs=True))
     try:
-        for done, kwargs in enumerate(calls, start=1):
-            unet(**to_device(kwargs, device))
-            if progress is not None:
-                progress("calibrate", done, len(calls))
+        told = progress or (lambda stage, done, total: None)
+        replay(network, calls, handles, lambda done, total: told("calibrate", done, total))
     finally:
-        for handle in handles:
-            handle.remove()
         for name, attn in attentions.items():
             attn.set_processor(processors[name])
     return ranges

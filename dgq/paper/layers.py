@@ -17,7 +17,7 @@ and how many groups and indices it has. Attention without "probabilities" rounds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -26,6 +26,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from dgq.errors import DgqError
+from dgq.family import family_of
 from dgq.paper.quantizers import (
     AXIS_DIMS,
     Grouping,
@@ -36,6 +37,7 @@ from dgq.paper.quantizers import (
     quantize_weight,
     unpack_nibbles,
 )
+from dgq.range_search import SMALLEST_SCALE
 
 Plan = dict[str, Any]
 
@@ -78,9 +80,10 @@ class StepState:
             )
         self.index = min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - values[0]))
 
-    def before_unet(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook (with kwargs) of a diffusers UNet: reads the call's ``timestep``."""
-        self.set_timestep(kwargs["timestep"] if "timestep" in kwargs else args[1])
+    def before_network(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook (with kwargs) of a diffusers network: reads the call's ``timestep``."""
+        named = dict(zip(family_of(network).arguments, args, strict=False)) | kwargs
+        self.set_timestep(named["timestep"])
 
 
 class _Float32Buffers(nn.Module):
@@ -134,6 +137,12 @@ class PaperActivation(_Float32Buffers):
         self.scale.copy_(grouping.scale)
         self.zero_point.copy_(grouping.zero_point)
 
+    def value_checks(self) -> Iterator[tuple[str, Tensor, str]]:
+        """As of `checkpoint.values`: (buffer, where it is right, what it is elsewhere)."""
+        yield "index", self.index < self.scale.shape[1], "a group that there is not"
+        yield "scale", self.scale >= SMALLEST_SCALE, "a scale that is not positive"
+        yield "zero_point", self.zero_point == self.zero_point.round(), "a zero point that is no whole number"
+
     def forward(self, x: Tensor) -> Tensor:
         """Quantize x, (B, C) or (..., pixels or tokens, channels), any float dtype.
 
@@ -141,7 +150,7 @@ class PaperActivation(_Float32Buffers):
             DgqError: the current step was never set; or pixels are grouped and x has another number of them.
         """
         if self.state.index is None:
-            raise DgqError(f"{self.name}: the sampler step is not set", hint="call the UNet as a whole")
+            raise DgqError(f"{self.name}: the sampler step is not set", hint="call the network as a whole")
         dim = AXIS_DIMS.get(self.axis, -1)
         if self.axis == "pixel" and x.shape[dim] != len(self.index):
             raise DgqError(
@@ -248,6 +257,12 @@ class _PaperWeighted(_Float32Buffers):
             layer.bias = module.bias.detach().clone()
         layer.input.load(grouping)
         return layer
+
+    def value_checks(self) -> Iterator[tuple[str, Tensor, str]]:
+        """As of `PaperActivation`."""
+        zero_point = self.weight_zero_point
+        yield "weight_scale", self.weight_scale >= SMALLEST_SCALE, "a scale that is not positive"
+        yield "weight_zero_point", zero_point == zero_point.round(), "a zero point that is no whole number"
 
     def float_weight(self) -> Tensor:
         """W^, float32 (weight_shape)."""
@@ -382,7 +397,7 @@ class PlainAttnProcessor(nn.Module):
             attention_mask = attention_mask.view(batch, attn.heads, -1, tokens).float()
 
         output = torch.empty_like(query)
-        for i in range(batch):  # one sample at a time: the probabilities are the largest tensor of a UNet
+        for i in range(batch):  # one sample at a time: the probabilities are the largest tensor of a network
             logits = query[i] @ key[i].transpose(-1, -2) * attn.scale
             if attention_mask is not None:
                 logits = logits + attention_mask[i]
@@ -413,6 +428,7 @@ class PaperAttnProcessor(PlainAttnProcessor):
         device: of the empty buffers.
     """
 
+    quantizes = True  # as measurement asks
     query: PaperActivation
     key: PaperActivation
     value: PaperActivation

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import inspect
 import logging
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,9 @@ from torch import nn
 
 from ..checkpoint.apply import apply_header
 from ..checkpoint.reading import (
+    component_at,
     components,
+    family_at,
     read_header,
     read_json,
     tensor_table,
@@ -33,16 +34,31 @@ from ..errors import DgqError
 _HARMLESS = re.compile(r"(^|\.)position_ids$|^text_projection\.weight$|^logit_scale$")
 
 
-def assemble(folder: Path, dtype: torch.dtype) -> Any:
-    """The pipeline of a folder that `check_folder` has seen, on the CPU; every component is loaded strictly."""
-    import diffusers
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars of the libraries, whose switches are the process's."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    shown: Any = [one for one in (diffusers_logging, transformers_logging) if one.is_progress_bar_enabled()]
+    for one in shown:
+        one.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for one in shown:
+            one.enable_progress_bar()
+
+
+@_without_bars()
+def assemble(folder: Path, dtype: torch.dtype) -> Any:
+    """The pipeline of a folder that `check_folder` has seen, on the CPU; every component is loaded strictly."""
+    import diffusers
+
     index = folder / "model_index.json"
-    pipeline: Any = getattr(diffusers, read_json(index)["_class_name"])
+    # transformers announces that torchvision is missing; no picture here goes through its image processors
+    with _quiet("transformers.utils.import_utils"):
+        pipeline: Any = getattr(diffusers, read_json(index)["_class_name"])
     taken = inspect.signature(pipeline.__init__).parameters
     parts = {
         name: _component(folder, name, library, kind, dtype)
@@ -50,9 +66,10 @@ def assemble(folder: Path, dtype: torch.dtype) -> Any:
         if name in taken
     }
     _check_together(folder, parts)
+    left_out = {name: None for name, entry in read_json(index).items() if entry == [None, None] and name in taken}
     # what the libraries would say of parts given to them is that they cannot tell the safety checker's class
     with one_line(index), _quiet("diffusers.pipelines.pipeline_loading_utils"):
-        return pipeline.from_pretrained(folder, local_files_only=True, **parts)
+        return pipeline.from_pretrained(folder, local_files_only=True, **left_out, **parts)
 
 
 def _component(folder: Path, name: str, library: str, kind: str, dtype: torch.dtype) -> Any:
@@ -117,7 +134,7 @@ def _check_shapes(place: Path, kind: Any, files: list[Path]) -> None:
     """
     file, weights = place / "config.json", weights_place(files)
     config = {name: value for name, value in read_json(file).items() if name != "quantization_config"}
-    header = read_header(place.parent) if place.name == "unet" else None
+    header = read_header(place.parent) if place == component_at(place.parent) else None
     with one_line(file), _quiet("diffusers"), torch.device("meta"):
         if hasattr(kind, "config_class"):
             network = kind(kind.config_class.from_pretrained(str(place), local_files_only=True))
@@ -149,7 +166,8 @@ def _try(scheduler: Any) -> None:
     scheduler.set_timesteps(10)  # PNDM cannot do with fewer
     sample = torch.zeros(1, 4, 8, 8)
     step = scheduler.timesteps[0]
-    after = scheduler.step(scheduler.scale_model_input(sample, step), step, sample).prev_sample
+    scaled = scheduler.scale_model_input(sample, step) if hasattr(scheduler, "scale_model_input") else sample
+    after = scheduler.step(scaled, step, sample).prev_sample
     if not bool(torch.isfinite(after).all()):
         raise ValueError("a step is not finite")
 
@@ -158,23 +176,12 @@ def _check_together(folder: Path, parts: dict[str, Any]) -> None:
     """Refuse components that load one by one and fail only while they draw.
 
     Raises:
-        DgqError: the VAE's latents, or the text's width, are not the UNet's; or a tokenizer has tokens, or as many of
-            them in a prompt, as the text encoder beside it does not know.
+        DgqError: the VAE's latents, or the text's width, are not the network's; or a tokenizer has tokens, or as many
+            of them in a prompt, as the text encoder beside it does not know.
     """
-    vae, unet = parts["vae"].config, parts["unet"].config
-    scale = vae.get("scaling_factor")
-    if not isinstance(scale, int | float) or not 0 < scale < math.inf:
-        raise DgqError(f"{folder / 'vae' / 'config.json'}: scaling_factor {scale!r} is not positive")
-    sizes = unet.sample_size if isinstance(unet.sample_size, list | tuple) else [unet.sample_size]
-    if not sizes or any(type(size) is not int or size < 1 for size in sizes):
-        raise DgqError(f"{folder / 'unet' / 'config.json'}: sample_size is {unet.sample_size!r}")
-    if vae.latent_channels != unet.in_channels:
-        raise DgqError(f"{folder}: latents of {vae.latent_channels} channels, but the unet takes {unet.in_channels}")
-    encoders = {suffix: parts.get(f"text_encoder{suffix}") for suffix in ("", "_2")}
-    width = sum(encoder.config.hidden_size for encoder in encoders.values() if encoder is not None)
-    if unet.encoder_hid_dim is None and isinstance(unet.cross_attention_dim, int) and unet.cross_attention_dim != width:
-        raise DgqError(f"{folder}: text of width {width}, but the unet takes {unet.cross_attention_dim}")
-    for suffix, encoder in encoders.items():
+    family_at(folder).check_parts(folder, parts)
+    for suffix in ("", "_2", "_3"):
+        encoder = parts.get(f"text_encoder{suffix}")
         tokenizer, place = parts.get(f"tokenizer{suffix}"), folder / f"tokenizer{suffix}"
         if tokenizer is None or encoder is None:
             continue

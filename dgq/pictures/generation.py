@@ -16,11 +16,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoint.reading import read_header
 from ..errors import DgqError
+from ..family import family_of, network_of
 from ..outputs import atomic_file, claim
-from . import embedded
-from .pipelines import DEFAULT_GENERATION
+from .pipelines import Model, described
 
 MAX_SEED = 2**63 - 1
 
@@ -35,7 +34,7 @@ class Settings:
         negative: negative prompt.
         width, height: pixels.
         seed: seed of the first picture; picture i of a call takes seed + i.
-        batch: pictures per UNet call.
+        batch: pictures per call of the network.
     """
 
     steps: int | None = None
@@ -46,17 +45,13 @@ class Settings:
     seed: int = 0
     batch: int = 1
 
-    def resolved(self, folder: Path) -> Settings:
-        """With steps and guidance filled in from the model's own defaults.
+    def resolved(self, model: Model | Path) -> Settings:
+        """With steps and guidance filled in from the own defaults of a model, or of that in a folder.
 
         Raises:
             DgqError: a value out of range.
         """
-        defaults = dict(DEFAULT_GENERATION)
-        if folder == embedded.FOLDER:
-            defaults |= embedded.GENERATION
-        elif header := read_header(folder):
-            defaults |= header.generation
+        defaults = (model if isinstance(model, Model) else described(model)).generation
         steps = int(defaults["steps"]) if self.steps is None else self.steps
         guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
         checks = {
@@ -154,30 +149,16 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
             )
 
 
-def check_text_to_image(channels: int, latent_channels: int) -> None:
-    """Refuse a UNet that takes more than the latents, such as the mask and the picture of inpainting.
-
-    Raises:
-        DgqError: it does.
-    """
-    if channels != latent_channels:
-        raise DgqError(
-            f"the UNet takes {channels} channels, the latents have {latent_channels}: it draws from a picture too",
-            "dgq calibrates and draws from prompts alone: name a text-to-image model",
-        )
-
-
 def check_size(pipe: Any, settings: Settings) -> tuple[int, int]:
     """(width, height) in pixels.
 
     Raises:
-        DgqError: a side is not divisible by the VAE's factor, or out of range.
+        DgqError: a side is not divisible by what the model asks for, or out of range.
     """
-    factor = pipe.vae_scale_factor
-    size = pipe.unet.config.sample_size
-    rows, columns = (size, size) if isinstance(size, int) else size
-    width = columns * factor if settings.width is None else settings.width
-    height = rows * factor if settings.height is None else settings.height
+    family = family_of(network_of(pipe))
+    factor, (columns, rows) = family.size_factor(pipe), family.default_size(pipe)
+    width = columns if settings.width is None else settings.width
+    height = rows if settings.height is None else settings.height
     for name, value in (("width", width), ("height", height)):
         if value % factor or not factor <= value <= 4096:
             raise DgqError(f"{name} {value} must be a multiple of {factor}, from {factor} to 4096")
@@ -199,7 +180,7 @@ def generate(
     for rounding) on the batch it is made in, on the device or on the pipeline's dtype.
 
     Args:
-        pipe: a Stable Diffusion pipeline.
+        pipe: a text-to-image pipeline.
         prompts: what to draw.
         settings: resolved settings (`Settings.resolved`).
         label: the recipe, for the metadata.
@@ -210,7 +191,8 @@ def generate(
         DgqError: a bad prompt or size, a pipeline that draws from more than a prompt, or a picture with values that are
             not finite.
     """
-    check_text_to_image(pipe.unet.config.in_channels, pipe.vae.config.latent_channels)
+    network = network_of(pipe)
+    family_of(network).check_configs(network.config, pipe.vae.config)
     check_prompts(pipe, prompts)
     width, height = check_size(pipe, settings)
     assert settings.steps is not None
@@ -264,14 +246,14 @@ def _noise_in_float32(scheduler: Any) -> Iterator[None]:
 
 
 def start_noise(pipe: Any, generators: Sequence[torch.Generator], width: int, height: int) -> Tensor:
-    """What sampling starts from, (B, C, h, w) in the UNet's dtype on the CPU: sample i drawn from generator i.
+    """What sampling starts from, (B, C, h, w) in the network's dtype on the CPU: sample i drawn from generator i.
 
     In float32 these are the numbers that diffusers' own pipelines draw from the generators.
     """
-    factor = pipe.vae_scale_factor
-    shape = (1, pipe.unet.config.in_channels, height // factor, width // factor)
+    network = network_of(pipe)
+    shape = (1, *family_of(network).latent_shape(pipe, width, height))
     samples = [torch.randn(shape, generator=one, dtype=torch.float32, device="cpu") for one in generators]
-    return torch.cat(samples).to(pipe.unet.dtype)
+    return torch.cat(samples).to(network.dtype)
 
 
 @torch.no_grad()
@@ -288,10 +270,8 @@ def _sample(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with _noise_in_float32(pipe.scheduler):
         latents = pipe(
-            prompt=prompts,
-            negative_prompt=[settings.negative] * len(prompts),
+            **family_of(network_of(pipe)).pipeline_arguments(prompts, settings.negative, settings.guidance or 0.0),
             num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
             width=width,
             height=height,
             generator=generators,
@@ -306,8 +286,8 @@ def _sample(
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
-    """Pictures of latents (B, C, h, w)."""
-    pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+    """Pictures of latents as the pipeline returns them."""
+    pixels = family_of(network_of(pipe)).decode(pipe, latents)
     if not bool(torch.isfinite(pixels).all()):
         raise DgqError("the decoder's picture is not finite", "load the pipeline in float32")
     return pipe.image_processor.postprocess(pixels, output_type="pil")

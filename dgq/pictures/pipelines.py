@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 
 from dgq_kernels import backend, native
 
+from ..checkpoint.header import Header
 from ..checkpoint.reading import check_folder, read_header
 from ..devices import check_device
 from ..errors import DgqError
+from ..family import network_of
 from ..integer.shared_input import prepare_all
 from . import embedded
 from .components import assemble
@@ -20,8 +23,56 @@ from .components import assemble
 DEFAULT_GENERATION = {"steps": 25, "guidance": 7.5}
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model at hand, and what its files say of it.
+
+    Attributes:
+        folder: local.
+        name: the embedded model's, else as it was asked for.
+        header: of a checkpoint; None for a float model.
+        generation: its own defaults, "steps" and "guidance".
+    """
+
+    folder: Path
+    name: str
+    header: Header | None
+    generation: dict[str, Any]
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it is the one that ships with dgq."""
+        return self.folder == embedded.FOLDER
+
+    @property
+    def label(self) -> str:
+        """Its recipe's, or "float"."""
+        return "float" if self.header is None else self.header.recipe.label
+
+
+def described(folder: Path, said: object = None) -> Model:
+    """The model in a folder that was asked for as `said`.
+
+    Raises:
+        DgqError: its header is damaged.
+    """
+    header = read_header(folder)
+    own = embedded.GENERATION if folder == embedded.FOLDER else header.generation if header else {}
+    name = embedded.NAME if folder == embedded.FOLDER else str(said or folder)
+    return Model(folder, name, header, {**DEFAULT_GENERATION, **own})
+
+
+def find_model(model: str | os.PathLike[str] | None) -> Model:
+    """A model: None for the embedded one, a folder, or a hub id (downloaded to its cache).
+
+    Raises:
+        DgqError: no such model, or the folder is not a usable pipeline.
+    """
+    return described(resolve(model), model)
+
+
 def resolve(model: str | os.PathLike[str] | None) -> Path:
-    """The local folder of a model: None for the embedded one, a folder, or a hub id (downloaded to its cache).
+    """The folder of a model that may be named as for `find_model`.
 
     Raises:
         DgqError: no such model, or the folder is not a usable pipeline.
@@ -84,7 +135,7 @@ def float_base(folder: Path, against: str | None = None) -> Path | None:
 
 
 def load(
-    model: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | Model | None = None,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -92,7 +143,7 @@ def load(
     """Load a text-to-image pipeline, quantized or float, strictly.
 
     Args:
-        model: checkpoint folder, hub id, or None for the embedded model.
+        model: checkpoint folder, hub id, or None for the embedded model; or what `find_model` found.
         device: default CUDA where there is one, else CPU.
         dtype: dtype of everything that is not quantized; default float16 on CUDA, float32 on the CPU.
 
@@ -104,7 +155,7 @@ def load(
             tensor.
     """
     place = check_device(device)
-    folder = resolve(model)
+    folder = model.folder if isinstance(model, Model) else resolve(model)
     if dtype is None:
         dtype = torch.float16 if place.type == "cuda" else torch.float32
     try:
@@ -115,5 +166,5 @@ def load(
     pipe = assemble(folder, dtype)
     pipe.set_progress_bar_config(disable=True)
     pipe = pipe.to(place)
-    prepare_all(pipe.unet, place)
+    prepare_all(network_of(pipe), place)
     return pipe

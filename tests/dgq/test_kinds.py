@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from tiny_pipelines import BUILDERS, inpainting
 
 from dgq.bench import Options as BenchOptions
-from dgq.bench import bench_step, files, unet, worker
+from dgq.bench import bench_step, files, steps, worker
 from dgq.bench.systems import System
 from dgq.calibration.estimate import estimate
 from dgq.calibration.run import Options, calibrate
 from dgq.checkpoint.header import Header
-from dgq.checkpoint.reading import read_header, unet_bytes, weight_files
+from dgq.checkpoint.reading import network_bytes, read_header, weight_files
 from dgq.errors import DgqError
 from dgq.inspection.inspect import inspect
 from dgq.pictures.generation import Settings, generate
@@ -78,7 +78,7 @@ def test_a_checkpoint_draws_what_the_float_model_draws(kind: tuple[Path, Path]) 
     assert fidelity["latent_sqnr_db"] > 12
     found = inspect(checkpoint)
     assert len(found.layers) == len(header(checkpoint).layers)
-    assert inspect(source).unet_bytes == unet_bytes(source)
+    assert inspect(source).unet_bytes == network_bytes(source)
     pictures = [generate(load(folder), ["a cat"], Settings(steps=2, guidance=3.0))[0] for folder in kind]
     assert pictures[0].image.size == (16, 16)
     error = pictures[1].latents - pictures[0].latents
@@ -110,15 +110,15 @@ def test_the_systems_of_a_bench_run_its_calls(kind: tuple[Path, Path], monkeypat
             call = files.load_calls(Path(spec.calls))[0]
             dtype = getattr(torch, spec.dtype)
             outputs[system.name] = step({key: worker.cast(value, dtype, CPU) for key, value in call.items()}).float()
-            assert system.stored_bytes == unet_bytes(Path(spec.folder))
+            assert system.stored_bytes == network_bytes(Path(spec.folder))
         return [], []
 
     def written(task: str, target: Path, source: Path, **arguments: Any) -> None:
         files.TASKS[task](target=str(target), source=str(source), **arguments)
 
-    monkeypatch.setattr(unet, "RECORDED_STEPS", 2)
-    monkeypatch.setattr(unet, "measure", measured)
-    monkeypatch.setattr(unet, "write", written)
+    monkeypatch.setattr(steps, "RECORDED_STEPS", 2)
+    monkeypatch.setattr(steps, "measure", measured)
+    monkeypatch.setattr(steps, "write", written)
     with torch.no_grad():
         bench_step(source, 8, BenchOptions(1, CPU, compiled=False))
     assert list(outputs) == ["float32", "bfloat16", "dgq W8A8"]

@@ -18,7 +18,7 @@ from dgq.bench.worker import Spec
 from dgq.calibration.run import Options, calibrate
 from dgq.checkpoint.header import Header
 from dgq.evaluation import evaluate
-from dgq.inspection.measure import MeasureOptions, measure
+from dgq.inspection.measure import MeasureOptions, measure_checkpoint
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.shared_input import prepare_all
 from dgq.pictures.generation import Settings, generate
@@ -95,8 +95,8 @@ def error(got, expected):
 
 def test_calibrate_compares_on_the_device(made):
     assert {device for _, device in made.ran} == {SECOND}
-    assert made.header.calibration["fidelity"]["latent_sqnr_db"] > (0 if made.header.paper else 10)
-    if made.header.paper is None:
+    assert made.header.calibration["fidelity"]["latent_sqnr_db"] > (0 if made.header.table else 10)
+    if made.header.table is None:
         product = "int4" if made.header.recipe.wbits == 4 else "int8"
         assert {f"linear_{product}", "quantize_samples", "log_attention"} <= operators(made.ran, SECOND)
 
@@ -113,7 +113,7 @@ def test_a_loaded_model_runs_on_its_device(made, monkeypatch):
         assert all(tensor.device == place for tensor in pipe.unet.state_dict().values())
         got = got.cpu()
     assert {device for _, device in mode.ran} == {place}
-    if made.header.paper is None:
+    if made.header.table is None:
         assert all(one.fuses for one in packed)
         assert {"group_norm_quantize_samples", "layer_norm_quantize_rows"} <= operators(mode.ran, place)
         monkeypatch.setenv("DGQ_BACKEND", "reference")
@@ -136,10 +136,10 @@ def test_moving_between_devices(made):
 
 def test_measure_and_evaluate(made, monkeypatch):
     with pretend(monkeypatch, SECOND) as mode:
-        measured = measure(made.folder, MeasureOptions(prompts=1, steps=1))
+        measured = measure_checkpoint(made.folder, MeasureOptions(prompts=1, steps=1))
         report = evaluate.evaluate(str(made.folder), None, evaluate.Options("2", floor=1, settings=Settings(steps=1)))
     assert {device for _, device in mode.ran} == {SECOND}
-    expected = measure(made.folder, MeasureOptions(prompts=1, steps=1, device="cpu"))
+    expected = measure_checkpoint(made.folder, MeasureOptions(prompts=1, steps=1, device="cpu"))
     assert measured.output_sqnr_db == pytest.approx(expected.output_sqnr_db, abs=1.5)
     assert report["floor"]["dtype"] == "float16"
     assert report["fidelity"]["latent_mse"]["mean"] < 10 * report["floor"]["latent_mse"]["mean"] + 1

@@ -96,7 +96,7 @@ def test_random_models_of_two_dtypes_have_the_same_weights(
     half = load_file(tmp_path / "half" / "unet" / WEIGHTS_NAME)
     assert full.keys() == half.keys()
     assert all(torch.equal(full[name].to(torch.bfloat16), half[name]) for name in full)
-    unet = files.load_unet(float_model, torch.float32)
+    unet = files.load_network(float_model, torch.float32)
     assert torch.equal(unet.conv_in.weight, full["conv_in.weight"])
     assert 0.5 < float(unet.conv_in.weight.detach().std() * (4 * 9) ** 0.5) < 1.5
 
@@ -109,8 +109,8 @@ def test_a_quantized_model_holds_the_float_models_weights(
     header = read_header(tmp_path / "quantized")
     assert header is not None
     assert header.recipe.wbits == wbits
-    source = files.load_unet(float_model, torch.float32)
-    unet = files.load_unet(tmp_path / "quantized", torch.float32)  # strict: names, shapes and types of all tensors
+    source = files.load_network(float_model, torch.float32)
+    unet = files.load_network(tmp_path / "quantized", torch.float32)  # strict: names, shapes and types of all tensors
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, IntegerLayer)}
     assert {name: layer.plan for name, layer in layers.items()} == header.layers
     source.requires_grad_(False)
@@ -138,9 +138,11 @@ def test_absmax_weights_are_as_near_as_their_steps(wbits: int) -> None:
 
 
 def test_a_failed_task_is_told_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DgqError, match=r"writing the dgq files failed: .*nowhere") as caught:
-        files.write("dgq", source=tmp_path / "nowhere", target=tmp_path / "out", wbits=8, search=False)
+    with pytest.raises(DgqError, match=r"writing the random files failed: .*nosuch") as caught:
+        files.write("random", config={}, target=tmp_path / "out", dtype="nosuch")
     assert "\n" not in caught.value.message
+    with pytest.raises(DgqError, match=r"nowhere: has no unet$"):
+        files.write("dgq", source=tmp_path / "nowhere", target=tmp_path / "out", wbits=8, search=False)
     with pytest.raises(DgqError, match=r"^the UNet's configuration cannot be used"):
         files.write("random", config={"down_block_types": ["NoBlock"]}, target=tmp_path / "out", dtype="float32")
     assert list(tmp_path.iterdir()) == []
@@ -165,7 +167,7 @@ def test_nothing_is_imported_from_the_working_folder(tmp_path: Path, monkeypatch
         (tmp_path / f"{name}.py").write_text(f"open('{name}-was-here', 'w')\nraise SystemExit('poisoned')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # as in an interactive Python
-    with pytest.raises(DgqError, match=r"^writing the dgq files failed: .*nosuch"):
+    with pytest.raises(DgqError, match=r"nosuch: has no unet$"):
         files.write("dgq", source=tmp_path / "nosuch", target=tmp_path / "out", wbits=8, search=False)
     spec = Spec("torch", str(tmp_path / "nosuch"), "float32", str(tmp_path / "nosuch"))
     with pytest.raises(DgqError, match="nosuch"):

@@ -25,7 +25,9 @@ def ideal():
     """(architecture, device) -> ideal milliseconds of each system."""
     devices = ("a6000", "rtx4090", "a100", "h100")
     return {
-        (name, item.device): item.ideal for name in ("sd-v1.4", "sdxl-turbo") for item in predict.predict(name, devices)
+        (name, item.device): item.ideal
+        for name in ("sd-v1.4", "sdxl-turbo")
+        for item in predict.predict_step(name, devices)
     }
 
 
@@ -189,7 +191,7 @@ def test_an_installed_wheel_predicts_the_same(tmp_path):
         [sys.executable, "-m", "dgq_cli", "bench", "--predict", "sd-v1.4", "--json"], cwd=tmp_path, check=True,
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
     )  # fmt: skip
-    expected = predict.to_dict(predict.predict("sd-v1.4"))
+    expected = predict.to_dict(predict.predict_step("sd-v1.4"))
     assert json.loads(run.stdout) == json.loads(json.dumps(expected))
 
 
@@ -197,13 +199,13 @@ def test_larger_pictures():
     small, large = (sum(work.macs for work in predict.works("sd-v1.4", pixels)) for pixels in (512, 1024))
     assert small == sum(work.macs for work in predict.works("sd-v1.4"))
     assert large > 4 * small  # self-attention grows with the square
-    (item,) = predict.predict("pixart-alpha", ["h100"], 1024)
+    (item,) = predict.predict_step("pixart-alpha", ["h100"], 1024)
     assert item.architecture == "pixart-alpha 1024px"
 
 
 def test_refusals_and_labels():
     with pytest.raises(DgqError, match="device"):
-        predict.predict("sd-v1.4", ["abacus"])
+        predict.predict_step("sd-v1.4", ["abacus"])
     with pytest.raises(DgqError, match=r"not one of sd-v1\.4, sdxl-turbo, pixart-alpha"):
         predict.works("sd-9")
     with pytest.raises(DgqError, match="1000 pixels"):

@@ -34,7 +34,7 @@ def spec(small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Spec:
 
 def test_a_worker_loads_answers_and_tells_when_it_dies(spec: Spec) -> None:
     with Worker(spec) as process:
-        unet = files.load_unet(Path(spec.folder), torch.float32)
+        unet = files.load_network(Path(spec.folder), torch.float32)
         with torch.no_grad():
             expected = torch.stack([unet(**call).sample for call in files.load_calls(Path(spec.calls))])
         assert process.output.shape == (2, 2, 4, 16, 16)

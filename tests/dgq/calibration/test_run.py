@@ -13,7 +13,7 @@ import dgq
 from dgq.calibration import run as quantize
 from dgq.calibration.estimate import estimate
 from dgq.calibration.run import Options, calibrate
-from dgq.checkpoint.reading import read_header, unet_bytes
+from dgq.checkpoint.reading import network_bytes, read_header
 from dgq.checkpoint.writing import WEIGHTS_NAME
 from dgq.errors import DgqError
 from dgq.inspection.inspect import inspect
@@ -187,7 +187,7 @@ def test_estimate_agrees_with_the_file(tiny_pipeline, tmp_path, wbits, ratio):
     recipe = Recipe(wbits=wbits, channels="none", rounding="nearest")
     before = estimate(tiny_pipeline, recipe, Options(**FAST))
     calibrate(tiny_pipeline, tmp_path / "out", recipe, Options(**FAST))
-    size = unet_bytes(tmp_path / "out")
+    size = network_bytes(tmp_path / "out")
     assert before.packed_bytes <= size < before.packed_bytes + 100_000  # the difference is the file's own header
     assert before.packed_bytes < ratio * before.float16_bytes
     assert before.seconds > 0
@@ -206,7 +206,7 @@ def test_overrides_and_float_attention_reach_the_file(tiny_pipeline, tmp_path):
 @pytest.mark.parametrize("groups", [1, 16])
 def test_paper_recipe_makes_a_checkpoint(tiny_pipeline, tmp_path, groups):
     header = calibrate(tiny_pipeline, tmp_path / "out", Recipe(name="paper", groups=groups), Options(**FAST))
-    assert header.paper is not None
+    assert header.table is not None
     pipe = dgq.load(tmp_path / "out")
     pipe("a cat", num_inference_steps=2)
     shown = [layer.channels for layer in inspect(tmp_path / "out").layers if layer.kind == "attention"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import dgq
 from dgq.calibration.run import Options, calibrate
 from dgq.checkpoint.header import FORMAT_VERSION, Header
-from dgq.checkpoint.reading import check_folder, float16_bytes, read_header, unet_bytes, weight_files, weight_variant
+from dgq.checkpoint.reading import check_folder, float16_bytes, network_bytes, read_header, weight_files, weight_variant
 from dgq.checkpoint.writing import component_files, copied_files, index_shards
 from dgq.errors import DgqError
 from dgq.outputs import atomic_folder
@@ -229,8 +229,8 @@ def test_place_that_cannot_be_written():
 
 
 def test_sizes(tiny_checkpoint, tiny_pipeline):
-    packed, full = unet_bytes(tiny_checkpoint), float16_bytes(tiny_checkpoint)
-    assert full == pytest.approx(unet_bytes(tiny_pipeline) / 2, rel=0.1)
+    packed, full = network_bytes(tiny_checkpoint), float16_bytes(tiny_checkpoint)
+    assert full == pytest.approx(network_bytes(tiny_pipeline) / 2, rel=0.1)
     assert packed < 0.4 * full  # tiny layers: headers, scales and biases weigh more than in a real model
 
 

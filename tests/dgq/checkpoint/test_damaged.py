@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import dgq
-from dgq.bench.files import absmax_weight, load_unet
+from dgq.bench.files import absmax_weight, load_network
 from dgq.checkpoint.header import Header
 from dgq.checkpoint.writing import write_checkpoint
 from dgq.errors import DgqError
@@ -23,6 +23,7 @@ from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import plan_layers
 from dgq.integer.skeleton import place
 from dgq.paper.calibration import calibrate_paper
+from dgq.paper.plan import PaperTable
 from dgq.recipe import LayerPlan, Recipe
 
 UNET, TEXT, VAE = (
@@ -35,7 +36,7 @@ BASES = ("w4", "w8", "shift4", "shift8", "paper")
 
 def build(tiny_pipeline: Path, name: str, out: Path) -> None:
     """A checkpoint without calibration: rounded to nearest, with made-up outlier channels."""
-    unet = load_unet(tiny_pipeline, torch.float32)
+    unet = load_network(tiny_pipeline, torch.float32)
     wbits = 8 if name.endswith("8") else 4
     if name == "paper":
         torch.manual_seed(0)
@@ -44,7 +45,7 @@ def build(tiny_pipeline: Path, name: str, out: Path) -> None:
             "encoder_hidden_states": torch.randn(2, 24, 32),
         }  # fmt: skip
         table = calibrate_paper(unet, [[call]], wbits=4, abits=8, groups=4)
-        header = Header(Recipe("paper", groups=8), paper=table)
+        header = Header(Recipe("paper", groups=8), table=PaperTable.from_dict(table))
     else:
         recipe = Recipe(wbits=wbits, rounding="nearest")
         layers = {}

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dgq.calibration.estimate import packed_bytes
-from dgq.checkpoint.reading import read_header, tensor_table, unet_bytes
+from dgq.checkpoint.reading import network_bytes, read_header, tensor_table
 from dgq.errors import DgqError
 from dgq.inspection.inspect import Inspection, inspect, split_name
 from dgq.inspection.measurement import AttentionMeasurement, LayerMeasurement, Measurement, decibels
 from dgq.inspection.plot import draw
+from dgq.integer.plan import packed_bytes
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def float16_bytes(folder: Path) -> int:
 
 def test_sizes_are_those_of_the_files(found: Inspection, tiny_checkpoint: Path, tiny_pipeline: Path) -> None:
     assert found.quantized
-    assert found.unet_bytes == unet_bytes(tiny_checkpoint)
+    assert found.unet_bytes == network_bytes(tiny_checkpoint)
     assert found.float16_bytes == float16_bytes(tiny_pipeline)
     header_bytes = found.unet_bytes - found.float_bytes - sum(layer.bytes for layer in found.layers)
     assert 0 < header_bytes < 64 * 1024  # what is left of the file is its header

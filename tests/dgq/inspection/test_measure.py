@@ -8,20 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dgq.calibration.replay import record_inputs
 from dgq.checkpoint.header import Header
 from dgq.checkpoint.reading import read_header
 from dgq.errors import DgqError
 from dgq.inspection import measure as measurement
-from dgq.inspection.measure import MeasureOptions, measure
+from dgq.inspection.measure import MeasureOptions, measure_checkpoint
 from dgq.inspection.measurement import SQNR_MAX, AttentionMeasurement, LayerMeasurement, Measurement, decibels
 from dgq.inspection.probes import AttentionProbe, LayerProbe, _Outliers
 from dgq.integer.layer import IntegerLayer
+from dgq.method import METHODS
 from dgq.pictures import embedded
 from dgq.pictures.generation import Settings, generate
 from dgq.pictures.pipelines import load
 from dgq.pictures.prompts import calibration_prompts, evaluation_prompts
 from dgq.recipe import LayerPlan
+from dgq.replay import record_inputs
 
 OPTIONS = MeasureOptions(prompts=2, steps=3, guidance=3.0, seed=7)
 CONV, LINEAR = "down_blocks.0.downsamplers.0.conv", "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
@@ -30,7 +31,7 @@ POINTWISE = "down_blocks.0.attentions.0.proj_in"
 
 @pytest.fixture(scope="module")
 def measured(tiny_checkpoint: Path) -> Measurement:
-    return measure(tiny_checkpoint, OPTIONS)
+    return measure_checkpoint(tiny_checkpoint, OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +242,7 @@ def test_exponents_of_shift_groups() -> None:
     plan = LayerPlan("linear", 4, 2, 4, 8, False, channels="shift", class_ends=[4], reordered=True)
     layer = IntegerLayer(plan)
     layer.set_stored("inv_divisor", torch.tensor([1.0, 0.25, 0.5, 1.0]))
-    probe = LayerProbe("layer", nn.Linear(4, 2), layer, 1)
+    probe = LayerProbe("layer", nn.Linear(4, 2), layer, METHODS["integer"].rounded_input, 1)
     probe.outliers.add(0, torch.ones(2, 3, 4))
     assert probe.found([1.0]).exponents == {0: 2, 1: 1, 2: 1}
 
@@ -259,11 +260,11 @@ def test_a_paper_checkpoint_is_measured(tiny_pipeline: Path, tmp_path: Path) -> 
 
     out = tmp_path / "paper"
     calibrate(tiny_pipeline, out, Recipe(name="paper", groups=8), Options(prompts=["a cat"], steps=2, evaluate=0))
-    found = measure(out, MeasureOptions(prompts=1))  # the checkpoint's own two steps
+    found = measure_checkpoint(out, MeasureOptions(prompts=1))  # the checkpoint's own two steps
     header = read_header(out)
     assert header is not None
-    assert header.paper is not None
-    planned = {name: plan for name, plan in header.paper["layers"].items() if plan["kind"] != "attention"}
+    assert header.table is not None
+    planned = {name: plan for name, plan in header.table.layers.items() if plan.kind != "attention"}
     assert sorted(by_name(found)) == sorted(planned)
     assert len(found.timesteps) == 2
     assert all(0 < layer.sqnr_db < layer.input_sqnr_db + 3 for layer in found.layers)
@@ -275,10 +276,10 @@ def test_a_paper_checkpoint_is_measured(tiny_pipeline: Path, tmp_path: Path) -> 
 
 def test_models_that_cannot_be_measured(tiny_checkpoint: Path, tiny_pipeline: Path) -> None:
     with pytest.raises(DgqError, match="is a float model, nothing in it is quantized"):
-        measure(tiny_pipeline)
+        measure_checkpoint(tiny_pipeline)
     with pytest.raises(DgqError, match="is quantized"):
-        measure(tiny_checkpoint, MeasureOptions(against=str(tiny_checkpoint)))
+        measure_checkpoint(tiny_checkpoint, MeasureOptions(against=str(tiny_checkpoint)))
     with pytest.raises(DgqError, match="the float model has no such layer"):
-        measure(tiny_checkpoint, MeasureOptions(prompts=1, steps=1, against=embedded.NAME))
+        measure_checkpoint(tiny_checkpoint, MeasureOptions(prompts=1, steps=1, against=embedded.NAME))
     with pytest.raises(DgqError, match="at least one"):
-        measure(tiny_checkpoint, MeasureOptions(prompts=0))
+        measure_checkpoint(tiny_checkpoint, MeasureOptions(prompts=0))

@@ -22,11 +22,10 @@ from dgq.integer.fused_unet import (
     FusedTimestepEmbedding,
     FusedTransformer,
     FusedTransformerBlock,
-    fuse,
 )
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import plan_layers
-from dgq.integer.skeleton import place
+from dgq.integer.skeleton import fuse, place
 from dgq.recipe import Recipe
 
 FUSED = {

@@ -8,15 +8,16 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from dgq import architectures
-from dgq.calibration.replay import spread
 from dgq.errors import DgqError
+from dgq.family import family_of
 from dgq.integer.channels import WORTH, candidates, to_matrix
 from dgq.integer.layer import IntegerLayer
-from dgq.integer.plan import Layer, joined_inputs, plan_layer, plan_layers
+from dgq.integer.plan import Layer, plan_layer, plan_layers
 from dgq.integer.rounding import choose_rounded, passes, quantize_unet, round_layer
 from dgq.integer.skeleton import build_skeleton
 from dgq.integer.statistics import Statistics, gather
 from dgq.recipe import Recipe
+from dgq.replay import spread
 
 
 class Net(nn.Module):
@@ -71,7 +72,7 @@ def test_joined_inputs_are_where_the_up_blocks_join_them(arch, monkeypatch):
     monkeypatch.setattr(torch, "cat", cat)
     with torch.no_grad():
         unet(**architectures.call(unet, 1, torch.device("meta")))
-    found = joined_inputs(unet)
+    found = family_of(unet).joined_inputs(unet)
     assert [(first, unet.get_submodule(name).in_channels - first) for name, first in found.items()] == expected
     assert len(found) == sum(len(block.resnets) for block in unet.up_blocks)
 
@@ -88,7 +89,7 @@ def test_a_joined_input_has_a_scale_for_each_part(wbits):
     ).eval()  # fmt: skip
     name, reference = "up_blocks.0.resnets.1.conv_shortcut", copy.deepcopy(unet)
     shortcut = reference.get_submodule(name)
-    hidden = joined_inputs(unet)[name]
+    hidden = family_of(unet).joined_inputs(unet)[name]
     shortcut.weight[:, :hidden] = 0  # the output is the skip's alone
     unet.load_state_dict(reference.state_dict())
     g = torch.Generator().manual_seed(0)

@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,6 +78,21 @@ def test_half_precision_files_alone(tiny_pipeline, tmp_path, shards):
     extra.unlink()
     with pytest.raises(DgqError, match="half"):
         dgq.load(tmp_path / "half", device="cpu")
+
+
+def test_a_process_is_left_as_it_was(tiny_pipeline):
+    """Neither a word on stderr, nor a filter or a switch of another library that stays."""
+    code = """
+import logging, sys, dgq
+dgq.load(sys.argv[1], device="cpu")
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+assert diffusers_logging.is_progress_bar_enabled() and transformers_logging.is_progress_bar_enabled()
+log = logging.getLogger("transformers.utils.import_utils")
+assert log.filters == [] and log.level == logging.NOTSET
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_pipeline)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_safety_checker_loads_strictly_and_quietly(tiny_pipeline, tmp_path, caplog):

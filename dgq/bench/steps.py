@@ -1,4 +1,4 @@
-"""Whole UNet steps, of a model folder or of a well-known architecture: which systems run, and on which files."""
+"""Whole steps, of a model folder or of a well-known architecture: which systems run, and on which files."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from typing import Any
 import torch
 
 from .. import architectures, doctor
-from ..calibration.replay import record_inputs
-from ..checkpoint.reading import read_header, read_json
+from ..checkpoint.reading import family_at, network_config, read_header
 from ..errors import DgqError
+from ..family import network_of
 from ..machine import isa_flags
 from ..pictures.generation import Settings, generate
 from ..pictures.pipelines import load, resolve
 from ..pictures.prompts import evaluation_prompts
 from ..progress import Progress, silent
+from ..replay import record_inputs
 from ..version import __version__
 from .files import Call, save_calls, write
 from .rows import Row, dtype_name, half_dtype, verdicts
 from .systems import PEERS, Size, System, measure
 from .worker import Spec
 
-# Sampler steps run to get real UNet inputs; the calls of all of them measure the error.
+# Sampler steps run to get real inputs; the calls of all of them measure the error.
 RECORDED_STEPS = 4
 # Random calls, and their timesteps, that int8 ranges are calibrated on; others than the one measured.
 CALIBRATION_TIMESTEPS = (100, 300, 600, 900)
@@ -182,10 +183,10 @@ def _folder(work: Path | None, name: str) -> Iterator[Path]:
 def bench_architecture(
     name: str, bits: Sequence[int], options: Options, progress: Progress = silent
 ) -> tuple[list[Row], list[str]]:
-    """Time whole UNet calls of an architecture with random weights, at its default size.
+    """Time whole calls of an architecture with random weights, at its default size.
 
     Args:
-        name: of `architectures.ARCHITECTURES`, or a UNet's config.json.
+        name: of `architectures.ARCHITECTURES`, or a network's config.json.
         bits: weight bits of the dgq systems.
         options: how.
         progress: told of "files", "load" and "step".
@@ -197,22 +198,21 @@ def bench_architecture(
         DgqError: no such architecture, too little memory or disk, or float32 or the files of a dgq system failed.
     """
     which = architectures.architecture(name)
-    unet = architectures.skeleton(which.config)
-    size = Size.of(unet)
+    network = architectures.network(which)
+    size = Size.of(network)
     half = dtype_name(half_dtype(options.device))
     host = torch.device("cpu")
-    call = architectures.call(unet, which.batch, host)
+    call = architectures.call(network, which.batch, host)
     calibration = [
-        architectures.call(unet, which.batch, host, timestep=timestep, seed=i + 1)
+        architectures.call(network, which.batch, host, timestep=timestep, seed=i + 1)
         for i, timestep in enumerate(CALIBRATION_TIMESTEPS)
     ]
     content = json.dumps([__version__, which.config, which.batch], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
     with _folder(options.work, f"{Path(name).stem}-{digest}") as root:
         plan = _Plan(root, options.device)
-        full, lower = (
-            plan.file(dtype, "random", config=which.config, dtype=dtype) for dtype in ("float32", half)
-        )  # fmt: skip
+        config = {**which.config, "_class_name": which.network}
+        full, lower = (plan.file(dtype, "random", config=config, dtype=dtype) for dtype in ("float32", half))
         plan.floats(full, lower, options)
         for wbits in bits:
             folder = plan.file(f"dgq-w{wbits}a8", "dgq", source=full, wbits=wbits, search=False)
@@ -235,7 +235,7 @@ def bench_architecture(
 def bench_step(
     folder: Path, bits: int | None, options: Options, progress: Progress = silent
 ) -> tuple[list[Row], list[str]]:
-    """Time whole UNet calls with guidance, on inputs recorded from the model's own sampler.
+    """Time whole calls with guidance, on inputs recorded from the model's own sampler.
 
     Args:
         folder: checkpoint, or float model that is quantized on the fly.
@@ -250,7 +250,7 @@ def bench_step(
         DgqError: the model cannot be loaded, too little memory or disk, or float32 failed.
     """
     header = read_header(folder)
-    paper = header is not None and header.recipe.name == "paper"
+    simulated = header is not None and header.method.simulated
     notes: list[str] = []
     float_folder: Path | None = folder
     if header is not None:
@@ -262,9 +262,8 @@ def bench_step(
                 f"the float model {header.base_model!r} is not at hand: the float systems run with random weights "
                 f"(their speed is the same), and the error of {header.recipe.label} was not measured"
             )
-    config = read_json(folder / "unet" / "config.json")
-    config.pop("quantization_config", None)
-    size = Size.of(architectures.skeleton(config))
+    config = network_config(folder)
+    size = Size.of(family_at(folder).skeleton(config))
     # what `dgq.load` takes by default
     work_dtype = dtype_name(half_dtype(options.device) if options.device.type == "cuda" else torch.float32)
     with _folder(None, "") as root:
@@ -286,7 +285,7 @@ def bench_step(
         plan.systems.append(
             System(
                 label, (plan.spec("torch", quantized, work_dtype),), comparable=float_folder is not None,
-                bytes_per_parameter=10.0 if paper else DGQ_BYTES[8],
+                bytes_per_parameter=10.0 if simulated else DGQ_BYTES[8],
             )
         )  # fmt: skip
         free = plan.check(size, str(folder))
@@ -294,20 +293,20 @@ def bench_step(
         save_calls(calls, root / "calls.safetensors")
         save_calls(calls, root / "calibration.safetensors")
         notes += [*_peer_notes(options.peers), *plan.write(progress)]
-        rows, more = measure(plan.systems, "UNet step", size, options.repeats, free, progress)
-    if paper:
-        notes.append("the paper recipe is simulated in float: it is never faster than the float model")
+        rows, more = measure(plan.systems, f"{family_at(folder).title} step", size, options.repeats, free, progress)
+    if header is not None and simulated:
+        notes.append(f"the {header.recipe.name} recipe is simulated in float: it is never faster than the float model")
     return rows, [*notes, *more, *_cpu_notes(options.device), *verdicts(rows, options.device)]
 
 
 def _record(folder: Path, device: torch.device) -> list[Call]:
-    """The UNet calls of one picture of `RECORDED_STEPS` steps."""
+    """The network's calls of one picture of `RECORDED_STEPS` steps."""
     pipe = load(folder, device=device, dtype=torch.float32)
     settings = Settings(RECORDED_STEPS).resolved(folder)
     settings = dataclasses.replace(settings, guidance=max(settings.guidance or 0, 1.5))
     prompts = evaluation_prompts(folder, 1)
     run: Callable[[str, int], Any] = lambda prompt, _: generate(pipe, [prompt], settings)  # noqa: E731
-    (calls,) = record_inputs(run, pipe.unet, prompts)
+    (calls,) = record_inputs(run, network_of(pipe), prompts)
     return calls
 
 

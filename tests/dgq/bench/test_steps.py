@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dgq import doctor
-from dgq.bench import Options, bench, bench_architecture, bench_step, unet
+from dgq.bench import Options, bench, bench_architecture, bench_step, steps
 from dgq.bench.systems import Size, System
 from dgq.checkpoint.reading import read_header
 from dgq.errors import DgqError
@@ -44,8 +44,8 @@ def test_rows_of_an_architecture_and_its_files_for_a_second_run(
     def unexpected(task: str, **arguments: Any) -> None:
         raise AssertionError(f"{task} was written again")
 
-    monkeypatch.setattr(unet, "write", unexpected)
-    monkeypatch.setattr(unet, "measure", lambda *args: ([], []))
+    monkeypatch.setattr(steps, "write", unexpected)
+    monkeypatch.setattr(steps, "measure", lambda *args: ([], []))
     bench_architecture(str(small_config), (8,), Options(1, CPU, work=tmp_path))
 
 
@@ -58,8 +58,8 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         seen["systems"] += systems
         return [], []
 
-    monkeypatch.setattr(unet, "write", lambda task, **arguments: seen["written"].append(task))
-    monkeypatch.setattr(unet, "measure", measured)
+    monkeypatch.setattr(steps, "write", lambda task, **arguments: seen["written"].append(task))
+    monkeypatch.setattr(steps, "measure", measured)
     return seen
 
 
@@ -86,7 +86,7 @@ def test_a_peer_whose_files_fail_is_a_note(
         if task == "NNCF":
             raise DgqError("writing the NNCF files failed: no such thing")
 
-    monkeypatch.setattr(unet, "write", fails)
+    monkeypatch.setattr(steps, "write", fails)
     _, notes = bench_architecture(str(small_config), (8,), Options(1, CPU, PEERS))
     assert "NNCF failed: writing the NNCF files failed: no such thing" in notes
     names = [system.name for system in planned["systems"]]
@@ -98,7 +98,7 @@ def test_files_that_float32_needs_are_no_note(small_config: Path, monkeypatch: p
     def fails(task: str, **arguments: Any) -> None:
         raise DgqError("no")
 
-    monkeypatch.setattr(unet, "write", fails)
+    monkeypatch.setattr(steps, "write", fails)
     with pytest.raises(DgqError, match=r"^no$"):
         bench_architecture(str(small_config), (8,), Options(1, CPU))
 
@@ -141,8 +141,8 @@ def test_checkpoint_with_its_float_model_gone_measures_no_error(
     header = read_header(tiny_checkpoint)
     assert header is not None
     header.base_model = "/nowhere/model"
-    monkeypatch.setattr(unet, "RECORDED_STEPS", 2)
-    monkeypatch.setattr(unet, "read_header", lambda folder: header)
+    monkeypatch.setattr(steps, "RECORDED_STEPS", 2)
+    monkeypatch.setattr(steps, "read_header", lambda folder: header)
     _, notes = bench_step(tiny_checkpoint, None, Options(1, CPU, compiled=False))
     assert planned["written"] == ["random"]  # the float systems' weights
     assert [(system.name, system.comparable) for system in planned["systems"]] == [

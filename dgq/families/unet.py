@@ -1,0 +1,127 @@
+"""The UNet of Stable Diffusion 1 and 2, SDXL and their kin: all that dgq knows of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DgqError
+from ..family import TOKENS, Architecture, Family, check_scale, noise
+from ..integer.fused_unet import FUSED
+
+NETWORK = "UNet2DConditionModel"
+
+
+class UNet(Family):
+    """`UNet2DConditionModel`, in pipelines whose text encoders are CLIP's."""
+
+    network = NETWORK
+    title = "UNet"
+    component = "unet"
+    pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+    needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    arguments = ("sample", "timestep", "encoder_hidden_states")
+    start_token = True
+    fused = FUSED
+    block = re.compile(r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.\w+\.\d+")
+    shortened = (
+        ("down_blocks", "down"), ("up_blocks", "up"), ("mid_block", "mid"), ("attentions", "attention"),
+        ("resnets", "resnet"), ("samplers", "sample"),
+    )  # fmt: skip
+    architectures = {  # noqa: RUF012 (read only); at 512 pixels
+        "sd-v1.4": Architecture({"cross_attention_dim": 768, "sample_size": 64}, 2, NETWORK),
+        "sdxl-turbo": Architecture(
+            {
+                "sample_size": 64,
+                "block_out_channels": (320, 640, 1280),
+                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                "transformer_layers_per_block": (1, 2, 10),
+                "attention_head_dim": (5, 10, 20),
+                "cross_attention_dim": 2048,
+                "use_linear_projection": True,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": 2816,
+            },
+            1,
+            NETWORK,
+        ),
+    }
+
+    def joined_inputs(self, network: Any) -> dict[str, int]:
+        """The shortcuts of the up path, which read hidden state and skip side by side; the skip's channels follow."""
+        found: dict[str, int] = {}
+        before = network.mid_block or network.down_blocks[-1]
+        if not hasattr(before, "resnets"):
+            return found
+        hidden = before.resnets[-1].out_channels
+        for i, block in enumerate(network.up_blocks):
+            for j, resnet in enumerate(getattr(block, "resnets", ())):
+                shortcut = getattr(resnet, "conv_shortcut", None)
+                if isinstance(shortcut, nn.Conv2d) and shortcut.kernel_size == (1, 1) and hidden < shortcut.in_channels:
+                    found[f"up_blocks.{i}.resnets.{j}.conv_shortcut"] = hidden
+                hidden = resnet.out_channels
+        return found
+
+    def check_configs(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+        """Inpainting's takes a mask and a picture too."""
+        channels, latent_channels = network.get("in_channels", 4), vae.get("latent_channels", 4)
+        if channels != latent_channels:
+            raise DgqError(
+                f"the UNet takes {channels} channels, the latents have {latent_channels}: it draws from a picture too",
+                "dgq calibrates and draws from prompts alone: name a text-to-image model",
+            )
+
+    def check_parts(self, folder: Path, parts: Mapping[str, Any]) -> None:
+        vae, unet = parts["vae"].config, parts["unet"].config
+        check_scale(folder, parts["vae"])
+        sizes = unet.sample_size if isinstance(unet.sample_size, list | tuple) else [unet.sample_size]
+        if not sizes or any(type(size) is not int or size < 1 for size in sizes):
+            raise DgqError(f"{folder / 'unet' / 'config.json'}: sample_size is {unet.sample_size!r}")
+        if vae.latent_channels != unet.in_channels:
+            raise DgqError(
+                f"{folder}: latents of {vae.latent_channels} channels, but the unet takes {unet.in_channels}"
+            )
+        encoders = (parts.get("text_encoder"), parts.get("text_encoder_2"))
+        width, taken = sum(one.config.hidden_size for one in encoders if one is not None), unet.cross_attention_dim
+        if unet.encoder_hid_dim is None and isinstance(taken, int) and taken != width:
+            raise DgqError(f"{folder}: text of width {width}, but the unet takes {taken}")
+
+    def doubled(self, config: Any, guidance: float) -> bool:
+        """One that is told the guidance scale (LCM) is called once for it."""
+        return guidance > 1 and config.time_cond_proj_dim is None
+
+    def call(
+        self, config: Any, batch: int, device: torch.device, *, tokens: int = TOKENS, timestep: int = 500, seed: int = 0
+    ) -> dict[str, Any]:
+        """sample (batch, channels, height, width), timestep (scalar int64), encoder_hidden_states (batch, tokens,
+        width), added_cond_kwargs where it takes a text embedding and sizes, and timestep_cond (batch, width) where it
+        takes the guidance scale (LCM)."""
+        if config.addition_embed_type not in (None, "text_time") or config.class_embed_type is not None:
+            raise DgqError("the UNet takes conditions whose shapes are not in its configuration")
+        width = config.cross_attention_dim
+        widths = {width} if isinstance(width, int) else {*(width or ())}  # or one for each level
+        if config.sample_size is None or len(widths) != 1 or config.encoder_hid_dim_type is not None:
+            raise DgqError("the UNet's configuration lacks a sample_size or a single cross_attention_dim")
+        generator = torch.Generator().manual_seed(seed)
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        arguments: dict[str, Any] = {
+            "sample": noise((batch, config.in_channels, height, width), device, generator),
+            "timestep": torch.full((), timestep, device=device),
+            "encoder_hidden_states": noise((batch, tokens, *widths), device, generator),
+        }
+        if config.addition_embed_type == "text_time":
+            ids = torch.tensor([8.0 * height, 8.0 * width, 0, 0, 8.0 * height, 8.0 * width], device=device)
+            pooled = config.projection_class_embeddings_input_dim - ids.numel() * config.addition_time_embed_dim
+            embedding = noise((batch, pooled), device, generator)
+            arguments["added_cond_kwargs"] = {"text_embeds": embedding, "time_ids": ids.repeat(batch, 1)}
+        if config.time_cond_proj_dim is not None:
+            arguments["timestep_cond"] = noise((batch, config.time_cond_proj_dim), device, generator)
+        return arguments

@@ -1,0 +1,224 @@
+"""What dgq asks of a kind of network. One file of `dgq.families` answers for each kind; nothing else knows its class.
+
+`family_of` finds the family of a network, `network_of` the network of a pipeline, `family_at` the family of a folder.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DgqError
+
+TOKENS = 77
+
+FIRST_AND_LAST = dict.fromkeys(("conv_in", "conv_out"), "first and last convolution stay float")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network and how it is called.
+
+    Attributes:
+        config: of diffusers' class, where it differs from the defaults.
+        batch: samples of a call (two with guidance).
+        network: diffusers' class.
+        tokens: of the text.
+    """
+
+    config: dict[str, Any]
+    batch: int
+    network: str
+    tokens: int = TOKENS
+
+
+class Family:
+    """A kind of network that diffusers has, quantized, loaded, drawn with and measured by what is said here.
+
+    The defaults are those of a network that nothing is known of. A family is a subclass, of which `FAMILIES` holds an
+    instance.
+
+    Attributes:
+        network: its class in diffusers, the `_class_name` of its configuration.
+        title: what people call it.
+        component: its name in a pipeline and the folder of its files.
+        pipelines: diffusers' classes that draw with it from a text alone; none where it cannot be quantized yet.
+        needed: the components that these cannot do without.
+        arguments: a call's arguments in the order they may be given by position.
+        float_layers: layers that stay float, and why.
+        start_token: whether the first key of cross-attention is a start token, which takes most of the probability:
+            then attention may be the logarithmic one, else it is float.
+        fused: exact type of a module -> (whether one of them can leave work to its quantized layers, the class that
+            does, whose `after_norm` names the layers that take in a norm or an activation).
+        block: what a layer's name begins with where it lies in one of the repeated blocks.
+        shortened: (long, short) of the words in such a block's name, for tables.
+        architectures: well-known networks by name, which `dgq bench --arch` runs with random weights.
+        predicted: those that `dgq bench --predict` draws and nothing runs.
+    """
+
+    network = ""
+    title = "network"
+    component = ""
+    pipelines: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    float_layers: Mapping[str, str] = FIRST_AND_LAST
+    start_token = False
+    fused: Mapping[type[nn.Module], tuple[Callable[[Any], bool], Any]] = {}
+    block = re.compile(r"(?!)")
+    shortened: tuple[tuple[str, str], ...] = ()
+    architectures: Mapping[str, Architecture] = {}
+    predicted: Mapping[str, Architecture] = {}
+
+    def network_class(self) -> Any:
+        """diffusers' class."""
+        import diffusers
+
+        return getattr(diffusers, self.network)
+
+    def skeleton(self, config: Mapping[str, Any]) -> Any:
+        """The float network of a configuration without weights, on the meta device.
+
+        Raises:
+            DgqError: diffusers refuses the configuration.
+        """
+        plain = {key: value for key, value in config.items() if key != "quantization_config"}
+        try:
+            with torch.device("meta"):
+                return self.network_class().from_config(plain).eval()
+        except (ValueError, TypeError, NotImplementedError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DgqError(f"the {self.title}'s configuration cannot be used ({reason})") from None
+
+    def joined_inputs(self, network: nn.Module) -> dict[str, int]:
+        """1x1 convolutions that read two tensors joined along the channels: {name: channels of the first}."""
+        return {}
+
+    def after_norm(self, network: nn.Module) -> set[str]:
+        """Layers whose input comes straight from a norm or an activation, which the quantizing op takes in."""
+        return {
+            f"{name}.{layer}"
+            for name, module in network.named_modules()
+            if type(module) in self.fused
+            for layer in self.fused[type(module)][1].after_norm
+        }
+
+    def check_configs(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+        """Refuse, by the configurations of network and VAE, what does not draw from a text alone.
+
+        Raises:
+            DgqError: it takes more than latents.
+        """
+
+    def check_parts(self, folder: Path, parts: Mapping[str, Any]) -> None:
+        """Refuse components of a folder's pipeline that load one by one and fail only while they draw.
+
+        Raises:
+            DgqError: the latents or the text are not the network's.
+        """
+
+    def default_size(self, pipe: Any) -> tuple[int, int]:
+        """(width, height) in pixels of the pictures it was trained on."""
+        size = getattr(pipe, self.component).config.sample_size
+        rows, columns = (size, size) if isinstance(size, int) else size
+        return columns * pipe.vae_scale_factor, rows * pipe.vae_scale_factor
+
+    def size_factor(self, pipe: Any) -> int:
+        """What a picture's width and height are multiples of."""
+        return int(pipe.vae_scale_factor)
+
+    def latent_shape(self, pipe: Any, width: int, height: int) -> tuple[int, ...]:
+        """Of one sample's latents, without the batch, as the pipeline takes and returns them."""
+        factor = pipe.vae_scale_factor
+        return getattr(pipe, self.component).config.in_channels, height // factor, width // factor
+
+    def pipeline_arguments(self, prompts: Sequence[str], negative: str, guidance: float) -> dict[str, Any]:
+        """What the pipeline is called with for prompts and guidance."""
+        return {"prompt": list(prompts), "negative_prompt": [negative] * len(prompts), "guidance_scale": guidance}
+
+    def doubled(self, config: Any, guidance: float) -> bool:
+        """Whether a call computes both halves of the guidance."""
+        return guidance > 1
+
+    def decode(self, pipe: Any, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) of latents as the pipeline returns them."""
+        config = pipe.vae.config
+        plain = latents.to(pipe.vae.dtype) / config.scaling_factor
+        shift = config.get("shift_factor")
+        pixels: Tensor = pipe.vae.decode(plain if shift is None else plain + shift).sample
+        return pixels
+
+    def call(
+        self, config: Any, batch: int, device: torch.device, *, tokens: int = TOKENS, timestep: int = 500, seed: int = 0
+    ) -> dict[str, Any]:
+        """Keyword arguments of one call of a network of this configuration at its default size, float32 noise.
+
+        Raises:
+            DgqError: the configuration does not tell them.
+        """
+        raise DgqError(f"how a {self.title} is called is not known")
+
+
+FAMILIES: list[Family] = []
+
+# Of networks that are in no family: every Linear and Conv2d but a first and a last convolution is quantized.
+UNKNOWN = Family()
+
+
+def named(network: str) -> Family:
+    """The family of a class of diffusers, or `UNKNOWN`."""
+    return next((family for family in FAMILIES if family.network == network), UNKNOWN)
+
+
+def family_of(network: Any) -> Family:
+    """The family of a network, which may be of a subclass, or `UNKNOWN`."""
+    names = [kind.__name__ for kind in type(network).__mro__]
+    return next((family for family in FAMILIES if family.network in names), UNKNOWN)
+
+
+def network_of(pipe: Any) -> Any:
+    """The network of a pipeline that dgq quantizes, or has quantized.
+
+    Raises:
+        DgqError: it has none.
+    """
+    for family in FAMILIES:
+        network = getattr(pipe, family.component, None)
+        if network is not None and family_of(network) is family:
+            return network
+    raise DgqError(f"{type(pipe).__name__} has no network that dgq works with", f"dgq works with {working()}")
+
+
+def working() -> str:
+    """The pipelines that dgq works with, for messages."""
+    return ", ".join(name for family in FAMILIES for name in family.pipelines)
+
+
+def drawing(pipeline: Any) -> Family | None:
+    """The family that pipelines of this class draw with."""
+    return next((family for family in FAMILIES if pipeline in family.pipelines), None)
+
+
+def noise(shape: Sequence[int], device: torch.device, generator: torch.Generator) -> Tensor:
+    """Normal float32 numbers drawn on the CPU; on the meta device none."""
+    if device.type == "meta":
+        return torch.empty(tuple(shape), device=device)
+    return torch.randn(tuple(shape), generator=generator).to(device)
+
+
+def check_scale(folder: Path, vae: Any) -> None:
+    """Refuse a VAE whose latents' scale is no positive number.
+
+    Raises:
+        DgqError: it is not.
+    """
+    scale = vae.config.get("scaling_factor")
+    if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise DgqError(f"{folder / 'vae' / 'config.json'}: scaling_factor {scale!r} is not positive")

@@ -1,0 +1,122 @@
+"""The integer recipe as the rest of dgq asks for it (`dgq.method`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DgqError
+from ..family import family_of
+from ..method import Cost, LayerCost, LayerFacts, Made, Method, Work
+from ..recipe import LayerPlan, Recipe
+from .attention import AttentionPlan, use_log_attention
+from .channels import fake_quantize_input
+from .plan import GPTQ_MAX_REDUCTION, Layer, geometry, packed_bytes, plan_layers, quantizable
+from .rounding import passes, quantize_unet
+from .skeleton import build_skeleton, fuse
+
+if TYPE_CHECKING:
+    from .layer import IntegerLayer
+
+
+def _calibrate(work: Work) -> Made:
+    layers, sqnr = quantize_unet(
+        work.network, work.calls, work.recipe, progress=work.progress, store=work.store, done=dict(work.done),
+        budget=work.budget,
+    )  # fmt: skip
+    attention = None
+    if work.recipe.attention == "log" and family_of(work.network).start_token:
+        attention = AttentionPlan.for_activations(work.recipe.abits)
+        use_log_attention(work.network, attention)
+    facts = {"calls": len(work.calls), "sqnr_db": {name: round(value, 2) for name, value in sqnr.items()}}
+    return Made(layers, attention, facts=facts)
+
+
+def _skeleton(network: nn.Module, header: Any) -> None:
+    check_plans(network, header.layers)
+    build_skeleton(network, header.layers)
+    fuse(network)
+    if header.attention is not None:
+        use_log_attention(network, header.attention)
+
+
+def check_plans(network: nn.Module, plans: dict[str, LayerPlan]) -> None:
+    """Hold plans against the float model: layers, their kinds, sizes and biases, and the parts of split ones.
+
+    Raises:
+        DgqError: the first plan that is not of this model.
+    """
+    modules, skipped = quantizable(network)
+    parts: dict[str, list[int]] = {}  # of split layers: where the parts so far end
+    for name, plan in plans.items():
+        owner = plan.owner(name)
+        if owner not in modules:
+            why = f"cannot be quantized ({skipped[owner]})" if owner in skipped else "is none of the model's"
+            raise DgqError(f"layer {name!r} {why}")
+        expected = geometry(modules[owner])
+        if plan.columns:
+            ends = parts.setdefault(owner, [])
+            start = ends[-1] if ends else 0
+            if name != f"{owner}.{len(ends)}" or plan.columns[0] != start or owner in plans:
+                raise DgqError(f"layer {name!r}: columns {plan.columns} do not follow {start}")
+            ends.append(plan.columns[1])
+            expected |= {"kind": "pointwise", "in_features": plan.in_features, "bias": expected["bias"] and not start}
+        for key, value in expected.items():
+            if getattr(plan, key) != value:
+                found = f"{key} is {getattr(plan, key)}, {value} in the model"
+                raise DgqError(f"layer {name!r}: {found}")
+    for owner, ends in parts.items():
+        whole = geometry(modules[owner])
+        if whole["kind"] != "pointwise" or ends[-1] != whole["in_features"]:
+            what = f"the {whole['in_features']} input channels of a {whole['kind']} layer"
+            raise DgqError(f"layer {owner!r}: parts that end at {ends} are not {what}")
+
+
+def _layers(header: Any) -> dict[str, LayerFacts]:
+    found = {}
+    for name, plan in header.layers.items():
+        taps = () if plan.kernel_size == 1 else (plan.kernel_size, plan.kernel_size)
+        shape = (plan.out_features, plan.in_features, *taps)
+        found[name] = LayerFacts(plan.kind, shape, plan.wbits, plan.abits, plan.channels, plan.owner(name), name)
+    return found
+
+
+def _rounded_input(layer: IntegerLayer, x: Tensor) -> Tensor:
+    plan = layer.plan
+    ones = torch.ones(plan.in_features, device=x.device)
+    divisor = ones if plan.channels == "none" else 1 / layer.inv_divisor
+    if plan.kind == "conv2d":
+        return fake_quantize_input(x, plan.abits, divisor)
+    rows = x.permute(0, 2, 3, 1) if plan.kind == "pointwise" else x
+    rows = fake_quantize_input(rows.reshape(-1, plan.in_features), plan.abits, divisor).view(rows.shape)
+    return rows.permute(0, 3, 1, 2) if plan.kind == "pointwise" else rows
+
+
+def _cost(network: nn.Module, recipe: Recipe, budget: int) -> Cost:
+    layers, kept = plan_layers(network, recipe)
+    groups = passes(layers, budget)
+    peak = max(sum(layer.moment_bytes for layer in group) for group in groups)
+    return Cost({layer.name: _layer_cost(layer) for layer in layers}, kept, peak, len(groups))
+
+
+def _layer_cost(layer: Layer) -> LayerCost:
+    plan = layer.plan
+    n, k = plan.out_features, plan.reduction
+    gptq = k <= GPTQ_MAX_REDUCTION  # second moments, their Cholesky factor, and columns' errors carried on
+    return LayerCost(
+        layer.module, n * k, n, layer.weight.numel() + plan.bias * n, packed_bytes(plan),
+        lambda rows: rows * k * k + k**3 + 2 * n * k * k if gptq else 0,
+    )  # fmt: skip
+
+
+def _words(recipe: Recipe, attention: Any) -> dict[str, str]:
+    steps = attention and f"log2, {attention['bits']} bits, {2 ** attention['fraction_bits']} steps per octave"
+    return {"rounding": recipe.rounding, "attention": steps or "float"}
+
+
+INTEGER = Method(
+    "integer", "int8 products", _calibrate, _skeleton, _layers, _rounded_input, _cost, lambda recipe: "integer",
+    plans=lambda network, recipe: {layer.name: layer.plan for layer in plan_layers(network, recipe)[0]}, words=_words,
+)  # fmt: skip

@@ -1,0 +1,157 @@
+"""What dgq asks of a quantization method. A file of the method's room answers; `dgq.methods` lists them.
+
+Nothing but the entries of `METHODS` knows a method's name: a recipe's checks and label, calibration and its estimate,
+the header, loading, reports, measurement and benchmarks look it up here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+Calls = Sequence[dict[str, Any]]  # a network's, as keyword arguments
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One quantized layer of a checkpoint, as reports tell of it.
+
+    Attributes:
+        kind: "linear", "pointwise", "conv2d", or "attention" where its operands are quantized.
+        shape: of the weight, (N, C) or (N, C, kh, kw); () for attention.
+        wbits: bits of the weight, 0 for attention; abits: of the activations, 0 where they stay float.
+        channels: how input channels are handled, in a word or two.
+        owner: the float layer that it stands for, or is a part of.
+        prefix: what the names of its tensors begin with.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    wbits: int
+    abits: int
+    channels: str
+    owner: str
+    prefix: str
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer before its calibration.
+
+    Attributes:
+        module: the float layer.
+        macs: multiply-accumulates of a row (token or pixel) of its output; outputs: values of such a row.
+        parameters: of the float layer that are stored otherwise; stored_bytes: what takes their place.
+        work: multiply-accumulates of its calibration, beside the network's own, given the rows of all replayed calls.
+    """
+
+    module: nn.Module
+    macs: int
+    outputs: int
+    parameters: int
+    stored_bytes: int
+    work: Callable[[int], int] = lambda rows: 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a calibration of a network takes.
+
+    Attributes:
+        layers: by name; kept: {name: reason} of layers that stay float.
+        statistics_bytes: peak of what is kept of the replayed calls; passes: how often they are replayed.
+        whole: whether every recorded call is replayed, or at most as many as the user says.
+    """
+
+    layers: Mapping[str, LayerCost]
+    kept: Mapping[str, str]
+    statistics_bytes: int = 0
+    passes: int = 1
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a calibration hands to its method.
+
+    Attributes:
+        network: the float model's; becomes the quantized one.
+        recorded: its calls, by prompt and step; calls: those of them to replay.
+        recipe: `recipe.Recipe`.
+        budget: bytes for statistics held at one time.
+        progress: told of stages.
+        store: called with the name and the result of every finished layer that a later run may take from `done`.
+        done: such results of an earlier run.
+    """
+
+    network: nn.Module
+    recorded: Sequence[Calls]
+    calls: Calls
+    recipe: Any
+    budget: int
+    progress: Callable[[str, int, int, str], None]
+    store: Callable[[str, Any], None]
+    done: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a method made of a network; all of it goes into the header.
+
+    Attributes:
+        layers: plans of integer layers (`recipe.LayerPlan`); attention: of logarithmic attention.
+        table: whatever else its skeleton is built from.
+        facts: for the header's `calibration`.
+    """
+
+    layers: dict[str, Any] = field(default_factory=dict)
+    attention: Any = None
+    table: Any = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A quantization method. A recipe is a `recipe.Recipe`, a header a `checkpoint.header.Header`.
+
+    Attributes:
+        name: a recipe's, and the table's in a header.
+        help: for `dgq calibrate --help`.
+        calibrate: quantizes a network in place.
+        skeleton: skeleton(network, header) turns a float network (usually on the meta device) into the empty quantized
+            one. Raises a DgqError where the header's plans are not of this network.
+        layers: the quantized layers of a header, in the model's order.
+        rounded_input: rounded_input(layer, x): the float values that a quantized layer makes of its input.
+        cost: cost(network, recipe, budget), with a float network on any device and bytes for statistics.
+        label: short name of a recipe, without its bits.
+        check: raises a DgqError for options that the method does not take.
+        plans: plans of the layers whose results an interrupted run may have stored. Raises a DgqError where the recipe
+            does not fit the network.
+        read_table: the table of a header from its JSON; None where the method has none. A table has `to_dict`, or is
+            JSON.
+        words: words(recipe, attention): its "rounding" and "attention" as `dgq inspect` says it.
+        simulated: it runs in float, and is never faster than the float model.
+    """
+
+    name: str
+    help: str
+    calibrate: Callable[[Work], Made]
+    skeleton: Callable[[nn.Module, Any], None]
+    layers: Callable[[Any], dict[str, LayerFacts]]
+    rounded_input: Callable[[Any, Tensor], Tensor]
+    cost: Callable[[nn.Module, Any, int], Cost]
+    label: Callable[[Any], str]
+    check: Callable[[Any], None] = lambda recipe: None
+    plans: Callable[[nn.Module, Any], dict[str, Any]] = lambda network, recipe: {}
+    read_table: Callable[[Any], Any] | None = None
+    words: Callable[[Any, Any], dict[str, str]] = lambda recipe, attention: {
+        "rounding": "nearest",
+        "attention": "float",
+    }
+    simulated: bool = False
+
+
+METHODS: dict[str, Method] = {}
