@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import architectures
 from ..checkpoint.reading import read_json
 from ..integer.plan import GPTQ_MAX_REDUCTION, Layer, plan_layers
-from ..integer.rounding import passes
+from ..integer.rounding import pass_bytes, passes
 from ..integer.stored import buffer_specs
 from ..pictures.generation import Settings
 from ..recipe import LayerPlan, Recipe
@@ -30,7 +30,7 @@ class Estimate:
     Attributes:
         layers: quantized layers; kept: {name: reason} of layers that stay float.
         float16_bytes, packed_bytes: UNet file before and after.
-        statistics_bytes: peak of second moments and samples; passes: runs over the recorded calls.
+        statistics_bytes: peak of second moments, samples and rounding; passes: runs over the recorded calls.
         memory_bytes: rough peak of the process (float32 model, statistics, packed layers).
         calls: UNet calls: recorded and replayed.
         macs_per_call: multiply-accumulates of the quantized layers in one UNet call, of both halves where the guidance
@@ -76,7 +76,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     parameters = sum(p.numel() for p in unet.parameters())
     quantized = sum(layer.weight.numel() + layer.plan.bias * layer.plan.out_features for layer in layers)
     packed = sum(packed_bytes(layer.plan) for layer in layers)
-    statistics = max(sum(layer.moment_bytes for layer in group) for group in groups)
+    statistics = max(map(pass_bytes, groups))
     assert settings.guidance is not None
     # a UNet that is told the guidance scale (LCM) is called once for it
     doubled = settings.guidance > 1 and unet.config.time_cond_proj_dim is None
