@@ -10,7 +10,7 @@ DEMO := build/demo
 DOCS_VENV := build/docs
 DOCS_BIN := $(DOCS_VENV)/bin
 
-.PHONY: demo test test-all lint types docs gpu aot sanitize sanitize-native bench fidelity embedded-data embedded-train \
+.PHONY: demo test test-all lint types docs gpu aot sanitize sanitize-native bench fidelity tables embedded-data embedded-train \
 	clean
 
 demo: $(VENV)/ready
@@ -72,6 +72,10 @@ fidelity: $(VENV)/ready
 	$(BIN)/python benchmarks/fidelity.py --work build/fidelity --out benchmarks/fidelity-embedded \
 		--grid docs/images/grid.png --grid-prompts "a cat" "a red heart" "a pizza" \
 		"a smiling face with sunglasses" "a house on a blue background" "a car" "a tree" "the sun"
+
+# The tables of README.md and docs/ that come from files of the repository.
+tables: $(VENV)/ready
+	$(BIN)/python benchmarks/tables.py
 
 # The embedded model; training resumes where it stopped. WORK holds data and checkpoints, outside the repository.
 embedded-data: $(VENV)/ready

@@ -191,7 +191,7 @@ def gptq(
     Args:
         second_moment: float32 (K, K), sum or mean of x x^T over the layer's inputs; only its ratios count.
         damping: share of the mean diagonal added to the diagonal. Calibration inputs are few and alike: ten times the
-            usual 0.01 does better in convolutions and on unseen prompts (docs/fidelity.md).
+            usual 0.01 does better in convolutions and on unseen prompts (docs/studies.md).
         sweeps: passes of the descent over the columns.
         order: int64 (K,), which row and column of the moments is each weight column's, where they are sorted otherwise.
         scale: float32 (K,), by which the inputs of each weight column are larger than those of the moments.
