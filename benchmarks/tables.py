@@ -79,16 +79,22 @@ def memory(mib: str) -> str:
     return f"{float(mib) / 1024:.1f} GiB" if float(mib) >= 1024 else f"{float(mib):.0f} MiB"
 
 
-def fidelity() -> str:
-    """Every row of the embedded model's fidelity report."""
-    rows = (
+def fidelity_table(rows: Iterable[dict[str, Any]]) -> str:
+    """The rows of a fidelity report."""
+    lines = (
         (
             row["system"], f"{row['psnr_db']:.2f}", f"{row['latent_mse']:.2e}", f"{row['latent_sqnr_db']:.2f}",
-            f"{row['unet_mib']:.1f}", f"{row['of_float16']:.0%}",
+            "-" if row["unet_mib"] is None else f"{row['unet_mib']:.1f}",
+            "-" if row["of_float16"] is None else f"{row['of_float16']:.0%}",
         )
-        for row in report("fidelity-embedded")["rows"]
+        for row in rows
     )  # fmt: skip
-    return table(("system", "PSNR (dB)", "latent MSE", "latent SQNR (dB)", "UNet (MiB)", "of float16"), rows)
+    return table(("system", "PSNR (dB)", "latent MSE", "latent SQNR (dB)", "UNet (MiB)", "of float16"), lines)
+
+
+def fidelity() -> str:
+    """The embedded model's report."""
+    return fidelity_table(report("fidelity-embedded")["rows"])
 
 
 def fidelity_short() -> str:
