@@ -18,7 +18,7 @@ GLIBC := 2.28
 WHEEL_CXX ?= $(abspath $(TOOLS_BIN))/python-zig c++
 
 .PHONY: demo test test-all test-aarch64 lint types docs wheel wheel-aarch64 sdist gpu aot sanitize sanitize-native bench fidelity \
-	embedded-data embedded-train clean
+	tables embedded-data embedded-train clean
 
 demo: $(VENV)/ready
 	$(BIN)/dgq calibrate --out $(DEMO)/dgq-emoji-w4a8 --wbits 4 --abits 8 --overwrite
@@ -100,6 +100,10 @@ fidelity: $(VENV)/ready
 	$(BIN)/python benchmarks/fidelity.py --work build/fidelity --out benchmarks/fidelity-embedded \
 		--grid docs/images/grid.png --grid-prompts "a cat" "a red heart" "a pizza" \
 		"a smiling face with sunglasses" "a house on a blue background" "a car" "a tree" "the sun"
+
+# The tables of README.md and docs/ that come from files of the repository.
+tables: $(VENV)/ready
+	$(BIN)/python benchmarks/tables.py
 
 # The embedded model; training resumes where it stopped. WORK holds data and checkpoints, outside the repository.
 embedded-data: $(VENV)/ready

@@ -1,4 +1,4 @@
-"""How attention probabilities fare under each quantizer, on a model's own attention maps (docs/fidelity.md).
+"""How attention probabilities fare under each quantizer, on a model's own attention maps (docs/studies.md).
 
     python benchmarks/attention_study.py [--model MODEL] [--out PREFIX]
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from tables import fidelity_table
 
 import dgq
 from dgq.calibration.run import Options, calibrate
@@ -126,22 +127,6 @@ def system(recipe: Recipe) -> str:
     return recipe.label + (" (per tensor)" if recipe.name == "paper" and recipe.groups == 1 else "")
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The README's table."""
-    lines = [
-        "| system | PSNR (dB) | latent MSE | latent SQNR (dB) | UNet (MiB) | of float16 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        size = "-" if row["unet_mib"] is None else f"{row['unet_mib']:.1f}"
-        share = "-" if row["of_float16"] is None else f"{row['of_float16']:.0%}"
-        lines.append(
-            f"| {row['system']} | {row['psnr_db']:.2f} | {row['latent_mse']:.2e} | {row['latent_sqnr_db']:.2f} "
-            f"| {size} | {share} |"
-        )
-    return "\n".join(lines)
-
-
 def earlier_rows(file: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of an earlier report, to which those of a new one can be added.
 
@@ -235,13 +220,13 @@ def main() -> None:
     if args.grid:
         write_png(labelled(sheets, args.grid_scale), args.grid)
         say(f"wrote {args.grid}")
-    table, text = markdown(report["rows"]), json.dumps(report, indent=2)
+    table, text = fidelity_table(report["rows"]), json.dumps(report, indent=2)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+        args.out.with_suffix(".md").write_text(table, encoding="utf-8")
         args.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     else:
-        print(f"{table}\n\n{text}")
+        print(f"{table}\n{text}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How each way to quantize does on real activations, layer by layer: SQNR of the layers' outputs (docs/fidelity.md).
+"""How each way to quantize does on real activations, layer by layer: SQNR of the layers' outputs (docs/studies.md).
 
     python benchmarks/layer_study.py [--model MODEL] [--out PREFIX]
 

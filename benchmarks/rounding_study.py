@@ -1,4 +1,4 @@
-"""What weight rounding, rotations and low-rank branches give, layer by layer, and their time (docs/fidelity.md).
+"""What weight rounding, rotations and low-rank branches give, layer by layer, and their time (docs/studies.md).
 
     python benchmarks/rounding_study.py [--model MODEL] [--every 4] [--iterations 300] [--out PREFIX]
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 DEFAULT_WORK = Path("~/.cache/dgq/embedded")
@@ -137,8 +136,3 @@ class Log:
         rate = self.images / spent
         self.emit(f"{time.strftime('%H:%M:%S')} step {step} {seconds / 60:.1f} min {means} {rate:.1f} images/s")
         self.reset()
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of arrays in [0, 1]."""
-    return float(-10 * np.log10(np.mean((a - b) ** 2) + 1e-12))

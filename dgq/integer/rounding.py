@@ -109,29 +109,35 @@ def _round_weight(
     weight: Tensor, groups: ChannelGroups, statistics: Statistics, plan: LayerPlan, recipe: Recipe
 ) -> IntegerWeight:
     """Fold the divisor into the weight, sort the channels, and round on the second moments of what x becomes."""
-    order, matrix = groups.stored_order, groups.fold(weight)
-    taps = torch.arange(plan.kernel_size**2)[:, None] * plan.in_features
-    index = (taps + order).flatten()
-    inverse = (1 / groups.folded)[order].repeat(plan.kernel_size**2)
+    taps, matrix = plan.kernel_size**2, groups.fold(weight)
+    inverse = (1 / groups.folded)[groups.stored_order].repeat(taps)
     if statistics.moment is None or recipe.rounding == "nearest":
-        channel = statistics.mean_square.cpu()[order].repeat(plan.kernel_size**2)
-        importance = (channel * inverse.square()).clamp(min=1e-12)
+        square = statistics.mean_square.cpu()[groups.stored_order].repeat(taps)
+        importance = (square * inverse.square()).clamp(min=1e-12)
         return quantize_weight(matrix, plan.wbits, plan.weight_group, importance, nearest(importance))
-    moment = statistics.moment.cpu()[index][:, index] / statistics.count * torch.outer(inverse, inverse)
-    importance = moment.diagonal().clamp(min=1e-12)
-    return quantize_weight(matrix, plan.wbits, plan.weight_group, importance, gptq(moment))
+    moment, order = statistics.moment.cpu(), None
+    square = moment.diagonal() / statistics.count
+    if groups.order is not None:
+        order = (torch.arange(taps)[:, None] * plan.in_features + groups.order).flatten()
+        square = square[order]
+    importance = (square * inverse.square()).clamp(min=1e-12)
+    rounding = gptq(moment, order=order, scale=inverse)
+    return quantize_weight(matrix, plan.wbits, plan.weight_group, importance, rounding)
+
+
+def pass_bytes(layers: Sequence[Layer]) -> int:
+    """Memory of layers whose statistics are gathered together, while the one that takes most is rounded."""
+    return sum(layer.moment_bytes for layer in layers) + max(layer.rounding_bytes for layer in layers)
 
 
 def passes(layers: Sequence[Layer], budget: int) -> list[list[Layer]]:
-    """Split the layers into runs whose statistics fit the memory budget (bytes) together."""
+    """Split the layers into runs whose statistics and rounding fit the memory budget (bytes), or of one layer."""
     groups: list[list[Layer]] = []
-    room = 0
     for layer in layers:
-        if not groups or layer.moment_bytes > room:
-            groups.append([])
-            room = budget
-        groups[-1].append(layer)
-        room -= layer.moment_bytes
+        if groups and pass_bytes([*groups[-1], layer]) <= budget:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
     return groups
 
 
@@ -154,7 +160,7 @@ def quantize_unet(
         progress: told of stage "statistics" (calls) and "quantize" (layers, with the layer's SQNR).
         store: called with each finished layer (for resuming).
         done: layers finished earlier, kept as they are.
-        budget: bytes for second moments and samples; more layers than fit are gathered in further passes.
+        budget: bytes for statistics and rounding; more layers than fit are gathered in further passes.
 
     Returns:
         The plan of every quantized layer, and its output SQNR in dB on the calibration samples.

@@ -6,6 +6,7 @@ run of input channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,14 @@ SUBSCALE_MAX = 15
 
 # Elements of the temporary that tries all sub-scales at once.
 SEARCH_ELEMENTS = 2**23
+
+
+# Columns that GPTQ rounds before it tells all others.
+BLOCK = 64
+
+
+# Rows of a (K, K) matrix: rows(start, end) -> (end - start, K).
+Rows = Callable[[int, int], Tensor]
 
 
 @dataclass
@@ -164,80 +173,122 @@ def nearest(importance: Tensor) -> Rounding:
     return run
 
 
-def gptq(second_moment: Tensor, damping: float = 0.1, sweeps: int = 2) -> Rounding:
+def gptq(
+    second_moment: Tensor,
+    damping: float = 0.1,
+    sweeps: int = 2,
+    *,
+    order: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Rounding:
     """GPTQ: round column by column and spread each column's error over those not yet rounded (arXiv 2210.17323).
 
     Then coordinate descent on the codes: GPTQ looks only ahead, and each code is set to the best one given all others.
 
+    With H = R R^T and R upper triangular, an error E of the weight costs |E R|^2, and no column of E R depends on a
+    later column of E: GPTQ is the descent on R. It needs no inverse, and beside the moments holds one (K, K) factor.
+
     Args:
-        second_moment: float (K, K), mean of x x^T over the layer's inputs.
+        second_moment: float32 (K, K), sum or mean of x x^T over the layer's inputs; only its ratios count.
         damping: share of the mean diagonal added to the diagonal. Calibration inputs are few and alike: ten times the
-            usual 0.01 does better in convolutions and on unseen prompts (docs/fidelity.md).
+            usual 0.01 does better in convolutions and on unseen prompts (docs/studies.md).
         sweeps: passes of the descent over the columns.
+        order: int64 (K,), which row and column of the moments is each weight column's, where they are sorted otherwise.
+        scale: float32 (K,), by which the inputs of each weight column are larger than those of the moments.
 
     Raises:
         DgqError: the damped matrix cannot be factored (inputs that are not finite).
     """
-    diagonal = second_moment.diagonal()
-    if not torch.isfinite(diagonal).all():
+    k = len(second_moment)
+
+    def rows(start: int, end: int) -> Tensor:
+        """Rows of H, in the order and at the scale of the weight's columns, not damped: (end - start, K)."""
+        part = second_moment[start:end] if order is None else second_moment[order[start:end]][:, order]
+        return part if scale is None else (part * scale).mul_(scale[start:end, None])
+
+    diagonal = second_moment.diagonal() if order is None else second_moment.diagonal()[order]
+    importance = diagonal if scale is None else diagonal * scale.square()
+    if not torch.isfinite(importance).all():
         raise DgqError("the layer's calibration inputs are not finite", "check the model in float first")
-    damped = second_moment.double().clone()
-    damped.diagonal().add_(damping * float(diagonal.double().mean().clamp(min=1e-12)))
-    lower, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
-        raise DgqError("the layer's second moments are not positive definite", "use more calibration prompts")
-    inverse_upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
-    importance, moment = diagonal.float(), damped.float()
+    damp = damping * float(importance.double().mean().clamp(min=1e-12))
+    factor, factor_diagonal = _upper_factor(rows, k, damp)
 
     def run(weight: Tensor, grid: Grid) -> IntegerWeight:
-        target, weight = weight, weight.clone()
-        k = weight.shape[1]
-        codes, steps = torch.empty_like(weight), torch.empty_like(weight)
-        block = min(grid.group, 64)
-        step = torch.empty(0)
-        for start in range(0, k, block):
-            end = min(start + block, k)
-            if start % grid.group == 0:
-                part = slice(start, start + grid.group)
-                step = grid.start_group(weight[:, part], importance[part])
-            steps[:, start:end] = step[:, None]
-            local = inverse_upper[start:end, start:end]
-            errors = torch.empty(weight.shape[0], end - start, device=weight.device)
-            for i in range(end - start):
-                column = weight[:, start + i]
-                code = grid.round(column, step)
-                codes[:, start + i] = code
-                error = (column - code * step) / local[i, i]
-                weight[:, start + i + 1 : end] -= torch.outer(error, local[i, i + 1 :])
-                errors[:, i] = error
-            weight[:, end:] -= errors @ inverse_upper[start:end, end:]
+        steps: list[Tensor] = []
+        rounded, slope = weight.clone(), torch.zeros_like(weight)
+
+        def next_step(start: int) -> Tensor:
+            if start % grid.group:
+                steps.append(steps[-1])
+                return steps[-1]
+            end = min(start + grid.group, k)
+            columns = weight[:, start:end]
+            if start:
+                # where the errors made so far would have these columns
+                local = factor(start, end)[:, start:end]
+                columns = columns - torch.linalg.solve_triangular(local, slope[:, start:end], upper=True, left=False)
+            steps.append(grid.start_group(columns, importance[start:end]))
+            return steps[-1]
+
+        block = min(grid.group, BLOCK)
+        _sweep(rounded, slope, factor, factor_diagonal, next_step, grid)
         for _ in range(sweeps):
-            _descend(target, codes, steps, moment, grid)
-        return grid.result(codes)
+            error = rounded - weight
+            slope = damp * error
+            for start in range(0, k, 2 * BLOCK):
+                end = min(start + 2 * BLOCK, k)
+                slope.addmm_(error[:, start:end], rows(start, end))
+            _sweep(rounded, slope, rows, importance + damp, lambda start: steps[start // block], grid)
+        for i, step in enumerate(steps):
+            rounded[:, i * block : (i + 1) * block] /= step[:, None]
+        return grid.result(rounded.round_())
 
     return run
 
 
-def _descend(weight: Tensor, codes: Tensor, steps: Tensor, moment: Tensor, grid: Grid) -> None:
-    """One pass of coordinate descent on tr(E H E^T), E the weight's error, in place; steps (N, K) stay as they are.
+def _upper_factor(rows: Rows, k: int, damp: float) -> tuple[Rows, Tensor]:
+    """R, upper triangular, with R R^T = H + damp * I: its rows, and its diagonal (K,).
+
+    Cholesky's factor of the matrix read from its last row and column to its first is R read so.
+    """
+    backward = torch.empty(k, k)
+    for start in range(0, k, 2 * BLOCK):
+        end = min(start + 2 * BLOCK, k)
+        backward[k - end : k - start] = rows(start, end).flip(0, 1)
+    backward.diagonal().add_(damp)
+    # LAPACK writes over a matrix whose columns lie together
+    lower, info = torch.linalg.cholesky_ex(backward.t(), out=(backward.t(), torch.empty(0, dtype=torch.int32)))
+    if int(info):
+        raise DgqError("the layer's second moments are not positive definite", "use more calibration prompts")
+    return lambda start, end: lower[k - end : k - start].flip(0, 1), lower.diagonal().flip(0)
+
+
+def _sweep(
+    rounded: Tensor, slope: Tensor, rows: Rows, diagonal: Tensor, step_at: Callable[[int], Tensor], grid: Grid
+) -> None:
+    """Set each column in turn to the point of the grid nearest to its least error, in place.
 
     Args:
-        weight, codes, steps: float32 (N, K).
-        moment: H, float32 (K, K), positive definite.
-        grid: whose `round` clamps the codes.
+        rounded: float32 (N, K), the weight or what it was rounded to; then what it is rounded to.
+        slope: float32 (N, K), how far the columns' errors pull at each other; only what lies ahead is kept up to date.
+        rows: rows of a matrix (K, K) by which a change of one column pulls at the columns after it.
+        diagonal: float32 (K,), of that matrix.
+        step_at: the grid's step (N,) for the block of columns that starts here; asked once a block, in order.
+        grid: whose `round` gives the codes.
     """
-    k = weight.shape[1]
-    slope = (codes * steps - weight) @ moment
-    for start in range(0, k, 64):
-        end = min(start + 64, k)
-        changes = torch.empty(len(weight), end - start, device=weight.device)
-        for i in range(start, end):
-            before, step = codes[:, i] * steps[:, i], steps[:, i]
-            codes[:, i] = grid.round(before - slope[:, i] / moment[i, i], step)
-            change = codes[:, i] * step - before
-            changes[:, i - start] = change
-            slope[:, i + 1 : end] += torch.outer(change, moment[i, i + 1 : end])
-        slope[:, end:] += changes @ moment[start:end, end:]
+    k = rounded.shape[1]
+    block = min(grid.group, BLOCK)
+    for start in range(0, k, block):
+        end = min(start + block, k)
+        step, ahead = step_at(start), rows(start, end)[:, start:]
+        # a column's values side by side
+        before, pull = rounded[:, start:end].t().contiguous(), slope[:, start:end].t().contiguous()
+        after = torch.empty_like(before)
+        for i in range(end - start):
+            torch.mul(grid.round(before[i] - pull[i] / diagonal[start + i], step), step, out=after[i])
+            pull[i + 1 :].addr_(ahead[i, i + 1 : end - start], after[i] - before[i])
+        rounded[:, start:end] = after.t()
+        slope[:, end:].addmm_((after - before).t(), ahead[:, end - start :])
 
 
 def quantize_weight(weight: Tensor, bits: int, group: int, importance: Tensor, rounding: Rounding) -> IntegerWeight:

@@ -83,6 +83,50 @@ def noise(count: int, seed: int) -> list[Image.Image]:
     ]
 
 
+class Backbone(torch.nn.Module):
+    """Random features of a picture's coarse pixels, in place of Inception's."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = torch.nn.Linear(3 * 4 * 4, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.uint8
+        return self.project(torch.nn.functional.adaptive_avg_pool2d(x / 255, 4).flatten(1))
+
+
+@torch.no_grad()
+def test_fid_is_the_frechet_distance_of_a_networks_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small random backbone, against the formula with the square root of the product of the covariances."""
+    network = Backbone(5)
+    monkeypatch.setattr(features, "_inception", lambda *_: network)
+    a, b = noise(12, 1), noise(12, 2)
+    x, y = (torch.cat([network(features.pixels(image)[None]) for image in part]).double() for part in (a, b))
+    root = torch.linalg.eigvals(torch.cov(x.T) @ torch.cov(y.T)).real.clamp(min=0).sqrt().sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + torch.cov(x.T).trace() + torch.cov(y.T).trace() - 2 * root
+    assert features.inception_distance(a, b, Path("w")) == pytest.approx(float(expected), rel=1e-6)
+    assert features.inception_distance(a, a, Path("w")) == pytest.approx(0, abs=1e-9)
+
+
+@torch.no_grad()
+def test_the_inception_score_is_that_of_a_networks_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three pictures in each of ten splits; where a split is one picture the score is 1."""
+    network = Backbone(4)
+    network.project.weight *= 20
+    monkeypatch.setattr(features, "_inception", lambda *_: network)
+    pictures = noise(30, 1)
+    assert features.inception_score(pictures[:10], Path("w")) == pytest.approx(1)
+    p = torch.cat([network(features.pixels(image)[None]) for image in pictures]).double().softmax(1)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    scores = []
+    for part in p[order].split(3):
+        mean = part.mean(0)
+        scores.append(float(torch.exp(sum((row * (row / mean).log()).sum() for row in part) / 3)))
+    assert features.inception_score(pictures, Path("w")) == pytest.approx(sum(scores) / 10, rel=1e-6)
+    assert sum(scores) / 10 > 1.01
+
+
 @torch.no_grad()
 def test_fid_is_the_distance_of_inceptions_features(inception: Any) -> None:
     file, kind = inception

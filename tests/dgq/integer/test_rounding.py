@@ -1,6 +1,7 @@
 """Statistics and the walk over the layers."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from torch import nn
 from dgq import architectures
 from dgq.errors import DgqError
 from dgq.family import family_of
-from dgq.integer.channels import WORTH, candidates, to_matrix
+from dgq.integer.channels import WORTH, candidates, form_groups, to_matrix
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import Layer, plan_layer, plan_layers
-from dgq.integer.rounding import choose_rounded, passes, quantize_unet, round_layer
+from dgq.integer.rounding import choose_rounded, pass_bytes, passes, quantize_unet, round_layer
 from dgq.integer.skeleton import build_skeleton
 from dgq.integer.statistics import Statistics, gather
 from dgq.recipe import Recipe
@@ -159,6 +160,35 @@ def test_passes_keep_to_the_budget(net):
     groups = passes(layers, 1)
     assert [len(group) for group in groups] == [1] * len(layers)
     assert len(passes(layers, 2**40)) == 1
+    for budget in (40_000, 60_000, 100_000):
+        groups = passes(layers, budget)
+        assert [layer for group in groups for layer in group] == layers
+        assert all(len(group) == 1 or pass_bytes(group) <= budget for group in groups)
+    assert [pass_bytes(group) > sum(layer.moment_bytes for layer in group) for group in groups] == [True] * len(groups)
+
+
+def most_bytes_held(run) -> int:
+    """The most memory that torch had taken at one time in `run`, less what it had before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("mode", ["none", "smooth", "shift"])
+def test_rounding_takes_the_memory_that_the_estimate_counts(mode):
+    """A sum of 11,520 has moments of half a gigabyte: every copy of them counts."""
+    module = nn.Conv2d(96, 8, 3, padding=1)
+    layer = Layer("one", module, plan_layer(module, 4, Recipe()))
+    seen = Statistics(layer.plan, 1)
+    x = torch.randn(1, 96, 4, 4)
+    x[:, :10] *= 8
+    seen.add(x)
+    groups = form_groups(mode, seen.mean_square.sqrt(), 4)
+    assert groups.mode == mode
+    held = most_bytes_held(lambda: round_layer(layer, seen, Recipe(), groups))
+    assert 4 * layer.plan.reduction**2 < held < 1.7 * layer.rounding_bytes
 
 
 @pytest.mark.parametrize("wbits, abits, floor", [(8, 8, 33), (4, 8, 20), (4, 6, 18)])
