@@ -139,10 +139,25 @@ class IntegerLayer(nn.Module):
     @property
     def natural_weight(self) -> Tensor:
         """The int8 matrix W' (N, K) with the input channels in natural order."""
-        matrix = self.integer_weight()
+        return self._natural(self.integer_weight())
+
+    def natural_rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of `natural_weight`, made from the form that the weight is in; start is a multiple of
+        16."""
+        plan, ready = self.plan, self._prepared
+        if ready is not None and ready.engine is not None:
+            return ready.engine.rows(start, stop)
+        stored = self.stored.detach()[start:stop]
+        if plan.wbits == 8:
+            return self._natural(to_matrix(stored))
+        subscales = self.subscales[start:stop]
+        return self._natural(packing.expand_two_level(stored, subscales, plan.reduction, plan.weight_group))
+
+    def _natural(self, matrix: Tensor) -> Tensor:
+        """A matrix (rows, K) of stored order in natural order."""
         if not self.plan.reordered:
             return matrix
-        by_channel = matrix.view(self.out_features, -1, self.in_features)
+        by_channel = matrix.reshape(len(matrix), -1, self.in_features)
         natural = torch.empty_like(by_channel)
         natural[:, :, self.order.long()] = by_channel
         return natural.view_as(matrix)

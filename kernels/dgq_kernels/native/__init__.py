@@ -341,8 +341,12 @@ class Layer:
 
     def weight(self) -> Tensor:
         """The int8 matrix (N, K) the layer was made of, from its blocks."""
-        blocks = self.packed.view(-(-self.n // (2 * BLOCK)) * 2, -1, BLOCK, 4)
-        return blocks.transpose(1, 2).reshape(len(blocks) * BLOCK, -1)[: self.n, : self.k].contiguous()
+        return self.rows(0, self.n)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the int8 matrix, from their blocks alone; start is a multiple of BLOCK."""
+        blocks = self.packed.view(-(-self.n // (2 * BLOCK)) * 2, -1, BLOCK, 4)[start // BLOCK : -(-stop // BLOCK)]
+        return blocks.transpose(1, 2).reshape(len(blocks) * BLOCK, -1)[: stop - start, : self.k].contiguous()
 
     @staticmethod
     def _check_input(channels: int, expected: int, x: Tensor, *others: Tensor | None) -> None:
