@@ -65,6 +65,7 @@ class IntegerLayer(nn.Module):
         self._prepared: Prepared | None = None
         self._stored_name = "weight" if plan.wbits == 8 else "packed"
         self._norm: tuple[Any, native.Norm] | None = None  # its state, the engine's form of it
+        self._tuned: tuple[Tensor, Tensor | None] | None = None  # what `set_scales` was given
         for name, (shape, dtype) in buffer_specs(plan).items():
             self.set_stored(name, torch.empty(shape, dtype=dtype))
         if not plan.bias:
@@ -202,7 +203,7 @@ class IntegerLayer(nn.Module):
             weight = native.TwoLevel(self._stored(), self.subscales, plan.reduction, plan.weight_group)
         try:
             engine = native.Layer(
-                weight, self.weight_scale, self.bias, self._inv_divisor(), plan.abits, plan.kernel_size, plan.stride,
+                weight, self._scale(), self.bias, self._inv_divisor(), plan.abits, plan.kernel_size, plan.stride,
                 plan.padding, self.order if plan.reordered else None,
             )  # fmt: skip
         except OverflowError as error:
@@ -354,7 +355,7 @@ class IntegerLayer(nn.Module):
         known: Any = norm
         silu = activation == "silu"
         kind_fits = (
-            type(norm) is nn.GroupNorm and known.affine and not engine.divided
+            type(norm) is nn.GroupNorm and known.affine
             if kind == "conv2d"
             else kind == "linear" and type(norm) is nn.LayerNorm and known.bias is not None and not silu
         )
@@ -433,7 +434,7 @@ class IntegerLayer(nn.Module):
         ready = self._prepared
         assert ready is not None
         weight = None if ready.onednn is not None else self.operand()
-        after = (self.weight_scale, ready.column_sum, bias)
+        after = (self._scale(), ready.column_sum, bias)
         if plan.kind == "conv2d":
             if ready.onednn is not None:
                 return dgq_kernels.conv2d_prepacked(
@@ -455,7 +456,33 @@ class IntegerLayer(nn.Module):
             *codes, self.packed, self.subscales, *after, dtype, plan.weight_group, residual, gated
         )
 
+    def set_scales(self, weight_scale: Tensor, inv_divisor: Tensor | None) -> None:
+        """Run with other scales than the stored ones, which stay as they are; nothing is packed anew.
+
+        Args:
+            weight_scale: float32 (N,).
+            inv_divisor: float32 (C,), what the input is multiplied by; None: nothing. Layers that are to share a
+                quantized input are given the same tensor.
+        """
+        self._tuned = weight_scale, inv_divisor
+        self._rescale()
+
+    def clear_scales(self) -> None:
+        """Run with the stored scales again."""
+        self._tuned = None
+        self._rescale()
+
+    def _rescale(self) -> None:
+        ready = self._prepared
+        if ready is not None and ready.engine is not None:
+            ready.engine.set_scales(self._scale(), self._inv_divisor())
+
+    def _scale(self) -> Tensor:
+        return self.weight_scale if self._tuned is None else self._tuned[0]
+
     def _inv_divisor(self) -> Tensor | None:
+        if self._tuned is not None:
+            return self._tuned[1]
         return self.inv_divisor if self.plan.channels != "none" else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLayer:
@@ -470,6 +497,9 @@ class IntegerLayer(nn.Module):
             moved = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
             return moved.contiguous(memory_format=torch.channels_last) if moved.dim() == 4 else moved
 
+        if self._tuned is not None:
+            scale, divisor = self._tuned
+            self._tuned = move(scale), None if divisor is None else move(divisor)
         return super()._apply(move, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

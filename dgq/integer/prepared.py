@@ -63,6 +63,10 @@ class Joined:
     column_sum: Tensor
     bias: Tensor | None
 
+    def rescale(self) -> None:
+        """Take the layers' scales anew, after `IntegerLayer.set_scales` or `clear_scales` of any of them."""
+        self.weight_scale = torch.cat([layer._scale() for layer in self.layers])
+
     def fits(self, layers: Sequence[IntegerLayer]) -> bool:
         """Whether these are the layers, and none was loaded or moved since."""
         return len(layers) == len(self.layers) and all(

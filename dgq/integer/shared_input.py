@@ -62,7 +62,7 @@ def join(layers: Sequence[nn.Module], device: torch.device) -> None:
         bias = torch.cat([
             torch.zeros_like(layer.weight_scale) if layer.bias is None else layer.bias for layer in own
         ])  # fmt: skip
-    scales = torch.cat([layer.weight_scale for layer in own])
+    scales = torch.cat([layer._scale() for layer in own])
     sums = torch.cat([one.column_sum for one in ready])
     ready[0].joined = Joined(own, ready, sizes, weight, subscales, scales, sums, bias)
 

@@ -86,7 +86,7 @@ def differentiable(unet: Any, experts: Experts) -> Iterator[None]:
     The layers keep their packed weights; afterwards they are what they were."""
     layers, processors = integer_layers(unet), unet.attn_processors
     for name, layer in layers.items():
-        layer.forward = _Layer(name, layer, experts)  # type: ignore[method-assign]
+        layer.__dict__["forward"] = _Layer(name, layer, experts)
     unet.set_attn_processor(AttnProcessor2_0())
     try:
         yield

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from .reference import along
 
@@ -87,7 +88,7 @@ class _Conv2d:
     def backward(self, gradient: Tensor, x: Tensor) -> Tensor:
         result: Tensor | None = None
         for part, tile in self._tiles(x):
-            one = torch.nn.grad.conv2d_input(x.shape, tile, gradient[:, part], self.stride, self.padding)
+            one = conv2d_input(x.shape, tile, gradient[:, part], self.stride, self.padding)
             result = one if result is None else result.add_(one)
         assert result is not None
         return result
@@ -103,7 +104,7 @@ class _Scaled(torch.autograd.Function):
         return unscaled * along(d_out, unscaled, product.axis).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         x, d_in, d_out, unscaled = ctx.saved_tensors
         axis = ctx.product.axis
         for_x, for_in, for_out, _ = ctx.needs_input_grad

@@ -16,10 +16,9 @@ from dgq.tuning.layout import Layout
 class Unet(nn.Module):
     """Something with layers, as `differentiable` sees a UNet."""
 
-    attn_processors: dict = {}
-
     def __init__(self, layer):
         super().__init__()
+        self.attn_processors = {}
         self.layer = layer
 
     def set_attn_processor(self, processor):
