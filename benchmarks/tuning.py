@@ -1,13 +1,12 @@
 """Personalisation by scales: subjects that no model here ever saw, tuned and judged.
 
-    python benchmarks/tuning.py draw --out build/subjects          # the subjects' pictures
-    python benchmarks/tuning.py run --checkpoint DIR --out build/tuning   # tune, draw, judge; baselines beside it
+python benchmarks/tuning.py draw --out build/subjects          # the subjects' pictures
+python benchmarks/tuning.py run --checkpoint DIR --out build/tuning   # tune, draw, judge; baselines beside it
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from PIL import Image, ImageDraw
 

@@ -17,8 +17,9 @@ logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "t
 from .checkpoint.diffusers import register  # noqa: E402
 from .errors import DgqError  # noqa: E402
 from .pictures.pipelines import load  # noqa: E402
+from .tuning.apply import load_tuned, set_tuned, unload_tuned  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register()
 
-__all__ = ["DgqError", "__version__", "load"]
+__all__ = ["DgqError", "__version__", "load", "load_tuned", "set_tuned", "unload_tuned"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,11 +158,6 @@ def write(file: Path, tuned: Tuned, layout: Layout) -> None:
     parts = {name: part.half().contiguous() for name, part in layout.split(tuned.vectors.cpu()).items()}
     with atomic_file(file) as handle:
         save_tensors(parts, Path(handle.name), {"format": "pt", KEY: tuned.about.to_json()})
-
-
-def is_tuned_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a file, as tuned scales are, and no model's folder or name."""
-    return os.path.isfile(path)
 
 
 def _open(file: Path) -> tuple[Description, dict[str, Tensor]]:
