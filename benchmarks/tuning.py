@@ -1,14 +1,34 @@
 """Personalisation by scales: subjects that no model here ever saw, tuned and judged.
 
-python benchmarks/tuning.py draw --out build/subjects          # the subjects' pictures
-python benchmarks/tuning.py run --checkpoint DIR --out build/tuning   # tune, draw, judge; baselines beside it
+    python benchmarks/tuning.py --checkpoint DIR --out build/tuning
+
+tunes, draws and judges dgq's scales (two experts), PEQA, and on the float model DreamBooth and a LoRA of rank 4, which
+share objective, batches and noise. A line of JSON for each in rows.jsonl, a strip of pictures beside it.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import multiprocessing
+import resource
+import time
+from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
+
+from dgq.evaluation.features import efficientnet_available, efficientnet_features
+from dgq.evaluation.scorer import Scorer
+from dgq.pictures import embedded
+from dgq.pictures.generation import Settings, check_size, generate, grid
+from dgq.pictures.pipelines import load
+from dgq.tuning.apply import load_tuned
+from dgq.tuning.objective import Objective, encode_pictures, encode_texts
+from dgq.tuning.pictures import read_subject
+from dgq.tuning.train import Options, batch_of, generator, tune
 
 BACKGROUNDS = {
     "white": (255, 255, 255), "red": (222, 60, 56), "orange": (246, 150, 52), "yellow": (250, 216, 82),
@@ -79,3 +99,153 @@ TRAINING = (
     ("white", 0, 0, 1.0), ("yellow", 2, 1, 0.95), ("grey", -2, 1, 1.0), ("red", 1, -1, 0.9), ("black", 0, 2, 0.95),
 )  # fmt: skip
 HELD_OUT = tuple((name, 0, 0, 0.97) for name in ("white", "blue", "green", "purple", "pink", "orange"))
+
+
+def pictures(name: str, which: tuple[tuple[str, float, float, float], ...]) -> list[Image.Image]:
+    """A subject on backgrounds, moved and scaled."""
+    return [SUBJECTS[name][0](*one) for one in which]
+
+
+# The float baselines run the same objective, batches and noise as `dgq tune`: other parameters are trained.
+FLOAT_RATES = {"dreambooth": 2e-4, "lora": 2e-3}
+
+
+def tune_float(kind: str, pairs: list[tuple[Path, str]], steps: int, rate: float, seed: int) -> tuple[Any, int]:
+    """The embedded float pipeline with its UNet trained whole ("dreambooth") or by a LoRA of rank 4 on its attention
+    layers ("lora"), and the bytes in float16 of what was trained."""
+    pipe = load(None, device="cpu", dtype=torch.float32)
+    unet = pipe.unet
+    if kind == "lora":
+        from peft import LoraConfig
+
+        unet.requires_grad_(False)
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=targets))
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    width, height = check_size(pipe, Settings())
+    texts = encode_texts(pipe, [prompt for _, prompt in pairs], width, height)
+    items = [
+        item
+        for number, (folder, _) in enumerate(pairs)
+        for item in encode_pictures(pipe, read_subject(folder), number, width, height)
+    ]
+    objective = Objective(pipe, texts, None, 1.0)
+    batch = Options().batch
+    for step in range(steps):
+        chosen = batch_of(items, step, batch, seed, 0)
+        latents, noise, times = objective.draw(chosen, generator(seed, 2, step))
+        optimizer.zero_grad(set_to_none=True)
+        objective.loss(chosen, batch, latents, noise, times).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, Options().max_grad_norm)
+        optimizer.step()
+    return pipe, 2 * sum(parameter.numel() for parameter in parameters)
+
+
+class Judge:
+    """How much pictures look like a subject, and whether they have the background that was asked for."""
+
+    def __init__(self, name: str) -> None:
+        self.scorer = Scorer()
+        real = pictures(name, HELD_OUT)
+        self.networks = ["scorer", *(["efficientnet"] if efficientnet_available() else [])]
+        self.real = {network: self.features(real, network) for network in self.networks}
+
+    def features(self, images: list[Image.Image], network: str) -> torch.Tensor:
+        """Unit features (N, d)."""
+        found = self.scorer(images)[3] if network == "scorer" else efficientnet_features(images)
+        return torch.nn.functional.normalize(found, dim=1)
+
+    def __call__(self, images: list[Image.Image], asked: list[str]) -> dict[str, float]:
+        found = {
+            network: float((self.features(images, network) @ real.t()).mean()) for network, real in self.real.items()
+        }
+        names = [self.scorer.backgrounds[int(row.argmax())] for row in self.scorer(images)[2]]
+        hits = [name == wanted for name, wanted in zip(names, asked, strict=True)]
+        return {**found, "background": sum(hits) / len(hits)}
+
+    def ceiling(self) -> dict[str, float]:
+        """Of real pictures to each other, without each to itself."""
+        found = {}
+        for key, real in self.real.items():
+            table = real @ real.t()
+            found[key] = float((table.sum() - table.trace()) / (len(real) * (len(real) - 1)))
+        return found
+
+
+ASKED = ("white", "blue", "green", "purple", "pink", "orange")
+
+
+def draw_and_judge(pipe: Any, judge: Judge, noun: str, seeds: int) -> tuple[dict[str, float], list[Image.Image]]:
+    """Pictures of the subject on backgrounds that training did not show, but for white."""
+    prompts = [
+        f"a picture of a {noun}" + ("" if background == "white" else f" on a {background} background")
+        for background in ASKED
+    ]
+    images, asked = [], []
+    for seed in range(seeds):
+        settings = Settings(seed=1000 * seed, batch=len(prompts)).resolved(embedded.FOLDER)
+        images += [picture.image for picture in generate(pipe, prompts, settings)]
+        asked += ASKED
+    return judge(images, asked), images[: len(ASKED)]
+
+
+def memory() -> int:
+    """The process's peak of resident memory in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def one(system: str, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train one system on one subject, draw and judge: in a process of its own, so that memory is its own."""
+    folder, noun = arguments.out / "subjects" / name, SUBJECTS[name][1]
+    judge, pairs = Judge(name), [(folder, f"a picture of a {noun}")]
+    file = arguments.out / f"{name}-{system}.safetensors"
+    begin, size = time.process_time(), 0
+    before = memory()
+    if system in ("untuned", "tuneqdm", "peqa"):
+        kinds = {"tuneqdm": {}, "peqa": {"experts": 1, "input_scales": False}}
+        if system in kinds:
+            options = Options(steps=arguments.steps, seed=arguments.seed, overwrite=True, **kinds[system])
+            tune(arguments.checkpoint, pairs, file, options)
+            size = file.stat().st_size
+        spent, peak = time.process_time() - begin, memory() - before
+        pipe = load(arguments.checkpoint, device="cpu")
+        if system in kinds:
+            load_tuned(pipe, file)
+    else:
+        pipe, size = tune_float(system, pairs, arguments.steps, FLOAT_RATES[system], arguments.seed)
+        spent, peak = time.process_time() - begin, memory() - before
+    found, images = draw_and_judge(pipe, judge, noun, arguments.seeds)
+    grid(images, len(images), 1).save(arguments.out / f"{name}-{system}.png")
+    row = {"system": system, "subject": name, **found, "cpu_seconds": round(spent), "bytes": size, "peak_bytes": peak}
+    return {**row, **{f"real_{key}": value for key, value in judge.ceiling().items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--systems", default="untuned,tuneqdm,peqa,dreambooth,lora")
+    parser.add_argument("--subjects", default=",".join(SUBJECTS))
+    parser.add_argument("--steps", type=int, default=Options().steps)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rows = arguments.out / "rows.jsonl"
+    for name in arguments.subjects.split(","):
+        folder = arguments.out / "subjects" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(pictures(name, TRAINING)):
+            image.save(folder / f"{number}.png")
+        for system in arguments.systems.split(","):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                row = pool.apply(one, (system, name, arguments))
+            print(json.dumps(row), flush=True)
+            with rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,7 @@ def command(
     steps: Annotated[int, typer.Option(min=1, max=10**6, help="Optimizer steps.")] = 400,
     learning_rate: Annotated[
         float, typer.Option(min=0, max=10, callback=finite, help="Of the scales' relative changes.")
-    ] = 0.003,
+    ] = 0.01,
     lr_scheduler: Annotated[
         str, typer.Option(help="constant, constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial.")
     ] = "constant",

@@ -77,7 +77,7 @@ class Options:
     """
 
     steps: int = 400
-    learning_rate: float = 0.003
+    learning_rate: float = 0.01
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 0
     batch: int = 4
@@ -120,7 +120,7 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         """What the result depends on."""
-        data = dataclasses.asdict(self)
+        data = {**dataclasses.asdict(self), "class_prompts": list(self.class_prompts)}
         return {name: value for name, value in data.items() if name not in _INCIDENTAL}
 
 
@@ -285,8 +285,9 @@ class _Run:
         total = 0.0
         for part in range(options.gradient_accumulation):
             number = step * options.gradient_accumulation + part
-            items = self._batch(self.instances, number, 0) + self._batch(self.priors, number, 1)
-            latents, noise, times = self.objective.draw(items, _generator(options.seed, 2, number))
+            items = batch_of(self.instances, number, options.batch, options.seed, 0)
+            items += batch_of(self.priors, number, options.batch, options.seed, 1)
+            latents, noise, times = self.objective.draw(items, generator(options.seed, 2, number))
             self.experts.choose(times.tolist())
             loss = self.objective.loss(items, options.batch, latents, noise, times) / options.gradient_accumulation
             self._check(step, float(loss.detach()), "loss")
@@ -296,15 +297,6 @@ class _Run:
         self._check(step, float(norm), "gradient")
         self.optimizer.step()
         self.progress("tune", step + 1, options.steps, f"loss {total:.4f}")
-
-    def _batch(self, items: Sequence[Item], number: int, stream: int) -> list[Item]:
-        """The items of a forward pass: each once, in an order of its own, before any comes again."""
-        chosen = []
-        for place in range(number * self.options.batch, (number + 1) * self.options.batch) if items else ():
-            epoch, index = divmod(place, len(items))
-            order = torch.randperm(len(items), generator=_generator(self.options.seed, stream, epoch))
-            chosen.append(items[int(order[index])])
-        return chosen
 
     def _check(self, step: int, value: float, what: str) -> None:
         """Refuse to go on from a value that is not finite; nothing of it is in the scales yet."""
@@ -350,7 +342,18 @@ class _Run:
             unload_tuned(self.pipe, "validation")
 
 
-def _generator(seed: int, stream: int, number: int) -> torch.Generator:
+def batch_of(items: Sequence[Item], number: int, size: int, seed: int, stream: int) -> list[Item]:
+    """The items of a forward pass, none where there are none: each once, in an order of its own, before any comes
+    again."""
+    chosen = []
+    for place in range(number * size, (number + 1) * size) if items else ():
+        epoch, index = divmod(place, len(items))
+        order = torch.randperm(len(items), generator=generator(seed, stream, epoch))
+        chosen.append(items[int(order[index])])
+    return chosen
+
+
+def generator(seed: int, stream: int, number: int) -> torch.Generator:
     """Random numbers of one purpose and place alone: a run that is resumed draws what it would have drawn."""
     digest = hashlib.sha256(f"{seed}/{stream}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % MAX_SEED)
