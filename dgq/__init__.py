@@ -12,8 +12,9 @@ from __future__ import annotations
 from .checkpoint.diffusers import register
 from .errors import DgqError
 from .pictures.pipelines import load
+from .tuning.apply import load_tuned, set_tuned, unload_tuned
 from .version import __version__
 
 register()
 
-__all__ = ["DgqError", "__version__", "load"]
+__all__ = ["DgqError", "__version__", "load", "load_tuned", "set_tuned", "unload_tuned"]

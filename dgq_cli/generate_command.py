@@ -26,6 +26,14 @@ def _file_name(prompt: str, seed: int) -> str:
     return f"{slug}-{seed}.png"
 
 
+def _tuned(text: str) -> tuple[Path, float]:
+    """FILE or FILE:STRENGTH; a file's own name may hold colons."""
+    name, _, strength = text.rpartition(":")
+    if name and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", strength):
+        return Path(name), float(strength)
+    return Path(text), 1.0
+
+
 def command(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
     model: ModelOption = None,
@@ -43,6 +51,10 @@ def command(
     seed: SeedOption = None,
     batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures a call of the network.")] = 1,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one sheet, grid.png.")] = False,
+    tuned: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:STRENGTH]", help="Draw with scales of dgq tune; repeatable, they add up."),
+    ] = None,
     device: DeviceOption = None,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="Write settings into the PNG.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures of the same name.")] = False,
@@ -62,6 +74,7 @@ def command(
     from dgq.pictures.generation import Settings, generate, write_png
     from dgq.pictures.generation import grid as sheet
     from dgq.pictures.pipelines import find_model, load
+    from dgq.tuning.apply import load_tuned
 
     if single:
         check_output(out, overwrite)
@@ -74,11 +87,15 @@ def command(
     if (found.folder / "concepts.json").is_file():
         _hint(prompts, found.folder)
     pipe = load(found, device=device)
+    label = found.label
+    for number, (file, strength) in enumerate(map(_tuned, tuned or [])):
+        load_tuned(pipe, file, strength, f"{file.stem}-{number}")
+        label += f", Tuned: {file.stem}:{strength:g}"
     name = found.header.base_model if found.header else found.name if found.embedded else found.folder.name
     wanted = [prompt for prompt in prompts for _ in range(count)]
     with StageProgress({"generate": "generate"}) as progress:
         pictures = generate(
-            pipe, wanted, settings, label=found.label, name=name,
+            pipe, wanted, settings, label=label, name=name,
             progress=lambda done, total: progress("generate", done, total, f"seed {chosen}"),
         )  # fmt: skip
     files = []

@@ -22,7 +22,11 @@ LABEL_WIDTH = 20
 
 def command(
     checkpoint: Annotated[
-        str | None, typer.Argument(metavar="[CKPT]", help="Checkpoint folder or hub id; the embedded model if none.")
+        str | None,
+        typer.Argument(
+            metavar="[CKPT|FILE]",
+            help="Checkpoint folder or hub id, or a file of dgq tune; the embedded model if none.",
+        ),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="List every quantized layer.")] = False,
     worst: Annotated[int, typer.Option(min=0, max=1_000_000, metavar="N", help="List the N worst layers.")] = 10,
@@ -57,6 +61,11 @@ def command(
         raise typer.BadParameter(f"--png {png} is not a .png file")
     if against != "float" and not measure and png is None:
         raise typer.BadParameter("--against needs --measure")
+    if checkpoint is not None and Path(checkpoint).is_file():
+        if measure or png is not None:
+            raise typer.BadParameter(f"{checkpoint} is a file: --measure and --png are of checkpoints")
+        _tuned(Path(checkpoint), json)
+        return
     from dgq.devices import check_device
     from dgq.inspection.inspect import inspect
 
@@ -90,6 +99,35 @@ def command(
         _print(found, layers, worst)
     if png is not None:
         err.print(f"wrote {png}", soft_wrap=True)
+
+
+def _tuned(file: Path, json: bool) -> None:
+    """What is in a file of `dgq tune`."""
+    import dataclasses
+
+    from dgq.tuning.file import describe
+
+    about, shapes = describe(file)
+    size = file.stat().st_size
+    values = sum(shape[1] for shape in shapes.values())
+    if json:
+        print_json({"file": str(file), "bytes": size, "values": values, **dataclasses.asdict(about)})
+        return
+    rows = [
+        ("tuned scales", str(file)),
+        ("of checkpoint", f"{about.base.name}, {about.base.recipe}, content {about.base.content[:12]}"),
+        ("dgq", about.dgq_version),
+        ("file", mib(size)),
+        ("experts", f"{about.experts} of {about.timesteps} timesteps, {values:,} scales each"),
+        ("scales", "output and input" if about.input_scales else "output"),
+        ("steps", str(about.steps)),
+        ("options", ", ".join(f"{key} {value}" for key, value in about.options.items() if value not in (None, []))),
+    ]
+    for subject in about.subjects:
+        kept = f"; {subject.class_pictures} of {subject.class_prompt!r}" if subject.class_prompt else ""
+        rows.append(("subject", f"{subject.prompt!r}, {subject.pictures} pictures{kept}"))
+    for name, value in rows:
+        typer.echo(f"{name:<18}{value}")
 
 
 def _print(found: Inspection, layers: bool, worst: int) -> None:

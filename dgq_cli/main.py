@@ -15,12 +15,12 @@ from .common import err
 
 app = typer.Typer(
     name="dgq",
-    help="Low-bit text-to-image diffusion: quantize a model by DGQ, make pictures with it, measure it.",
+    help="Low-bit text-to-image diffusion: quantize a model by DGQ, draw with it, teach it subjects, measure it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _name in ("calibrate", "generate", "bench", "eval", "inspect", "doctor"):
+for _name in ("calibrate", "generate", "tune", "bench", "eval", "inspect", "doctor"):
     _module = importlib.import_module(f"dgq_cli.{_name}_command")
     app.command(_name)(_module.command)
 

@@ -56,6 +56,7 @@ class IntegerLayer(nn.Module):
         self.in_features, self.out_features = plan.in_features, plan.out_features
         self._prepared: Prepared | None = None
         self._stored_name = "weight" if plan.wbits == 8 else "packed"
+        self._tuned: tuple[Tensor, Tensor | None] | None = None  # what `set_scales` was given
         for name, (shape, dtype) in buffer_specs(plan).items():
             self.set_stored(name, torch.empty(shape, dtype=dtype))
         if not plan.bias:
@@ -130,10 +131,24 @@ class IntegerLayer(nn.Module):
     @property
     def natural_weight(self) -> Tensor:
         """The int8 matrix W' (N, K) with the input channels in natural order."""
-        matrix = self.integer_weight()
+        return self._natural(self.integer_weight())
+
+    def natural_rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of `natural_weight`, made from the form that the weight is in; start is a multiple of
+        16."""
+        if self._prepared is not None and (rows := self._prepared.rows(start, stop)) is not None:
+            return rows
+        stored = self.stored.detach()[start:stop]
+        if self.plan.wbits == 8:
+            return self._natural(to_matrix(stored))
+        subscales = self.subscales[start:stop]
+        return self._natural(packing.expand_two_level(stored, subscales, self.plan.reduction, self.plan.weight_group))
+
+    def _natural(self, matrix: Tensor) -> Tensor:
+        """A matrix (rows, K) of stored order in natural order."""
         if not self.plan.reordered:
             return matrix
-        by_channel = matrix.view(self.out_features, -1, self.in_features)
+        by_channel = matrix.reshape(len(matrix), -1, self.in_features)
         natural = torch.empty_like(by_channel)
         natural[:, :, self.order.long()] = by_channel
         return natural.view_as(matrix)
@@ -222,7 +237,32 @@ class IntegerLayer(nn.Module):
         """value * gelu(gate) (..., N / 2) of the two halves (..., N) that `forward` gives for x (..., C)."""
         return self.prepare(x.device).gated(self, x, norm)
 
+    def set_scales(self, weight_scale: Tensor, inv_divisor: Tensor | None) -> None:
+        """Run with other scales than the stored ones, which stay as they are; nothing is packed anew.
+
+        Args:
+            weight_scale: float32 (N,).
+            inv_divisor: float32 (C,), what the input is multiplied by; None: nothing. Layers that are to share a
+                quantized input are given the same tensor.
+        """
+        self._tuned = weight_scale, inv_divisor
+        self._rescale()
+
+    def clear_scales(self) -> None:
+        """Run with the stored scales again."""
+        self._tuned = None
+        self._rescale()
+
+    def _rescale(self) -> None:
+        if self._prepared is not None:
+            self._prepared.rescale(self)
+
+    def _scale(self) -> Tensor:
+        return self.weight_scale if self._tuned is None else self._tuned[0]
+
     def _inv_divisor(self) -> Tensor | None:
+        if self._tuned is not None:
+            return self._tuned[1]
         return self.inv_divisor if self.plan.channels != "none" else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLayer:
@@ -237,6 +277,9 @@ class IntegerLayer(nn.Module):
             moved = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
             return moved.contiguous(memory_format=torch.channels_last) if moved.dim() == 4 else moved
 
+        if self._tuned is not None:
+            scale, divisor = self._tuned
+            self._tuned = move(scale), None if divisor is None else move(divisor)
         return super()._apply(move, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

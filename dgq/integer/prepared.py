@@ -87,6 +87,14 @@ class Prepared:
         value, gate = self.run(layer, x, None, None, norm, "none", None).chunk(2, dim=-1)
         return value * nn.functional.gelu(gate)
 
+    def rows(self, start: int, stop: int) -> Tensor | None:
+        """Rows [start, stop) of the int8 matrix in natural order where they come from this form; start is a multiple
+        of 16."""
+        return None
+
+    def rescale(self, layer: IntegerLayer) -> None:
+        """Take the layer's scales anew."""
+
     def together(
         self, layers: Sequence[IntegerLayer], ready: Sequence[Prepared], x: Tensor, norm: nn.Module | None
     ) -> list[Tensor] | None:
@@ -111,7 +119,7 @@ class Engine(Prepared):
             weight = native.TwoLevel(stored, layer.subscales, plan.reduction, plan.weight_group)
         try:
             self.engine = native.Layer(
-                weight, layer.weight_scale, layer.bias, layer._inv_divisor(), plan.abits, plan.kernel_size, plan.stride,
+                weight, layer._scale(), layer.bias, layer._inv_divisor(), plan.abits, plan.kernel_size, plan.stride,
                 plan.padding, layer.order if plan.reordered else None,
             )  # fmt: skip
         except OverflowError as error:
@@ -161,12 +169,18 @@ class Engine(Prepared):
         x = x if norm is None or before is not None else norm(x)
         return native.linear(engines, x, norm=before)
 
+    def rows(self, start: int, stop: int) -> Tensor | None:
+        return self.engine.rows(start, stop)
+
+    def rescale(self, layer: IntegerLayer) -> None:
+        self.engine.set_scales(layer._scale(), layer._inv_divisor())
+
     def _norm_of(self, kind: str, norm: nn.Module, activation: Activation) -> native.Norm | None:
         """The norm, and SiLU, as the engine takes them; None where it does not."""
         known: Any = norm
         silu = activation == "silu"
         fits = (
-            type(norm) is nn.GroupNorm and known.affine and not self.engine.divided
+            type(norm) is nn.GroupNorm and known.affine
             if kind == "conv2d"
             else kind == "linear" and type(norm) is nn.LayerNorm and known.bias is not None and not silu
         )
@@ -337,7 +351,7 @@ class OneDnn(ByOps):
         self, layer: IntegerLayer, codes: Codes, dtype: torch.dtype, residual: Tensor | None, gated: bool = False
     ) -> Tensor:
         plan = layer.plan
-        parts = (*codes, self.tensors, plan.class_ends, self.split, layer.weight_scale, self.column_sum, layer.bias)
+        parts = (*codes, self.tensors, plan.class_ends, self.split, layer._scale(), self.column_sum, layer.bias)
         if plan.kind == "conv2d":
             return dgq_kernels.conv2d_prepacked(*parts, plan.kernel_size, plan.stride, dtype)
         return dgq_kernels.linear_prepacked(*parts, dtype)
@@ -357,7 +371,7 @@ class Packed(ByOps):
         self, layer: IntegerLayer, codes: Codes, dtype: torch.dtype, residual: Tensor | None, gated: bool = False
     ) -> Tensor:
         plan = layer.plan
-        parts = (*codes, layer.packed, layer.subscales, layer.weight_scale, self.column_sum, layer.bias)
+        parts = (*codes, layer.packed, layer.subscales, layer._scale(), self.column_sum, layer.bias)
         if plan.kind == "conv2d":
             return dgq_kernels.conv2d_int4(*parts, plan.kernel_size, plan.stride, dtype, plan.weight_group, residual)
         return dgq_kernels.linear_int4(*parts, dtype, plan.weight_group, residual, gated)
@@ -385,7 +399,7 @@ class Dense(ByOps):
         self, layer: IntegerLayer, codes: Codes, dtype: torch.dtype, residual: Tensor | None, gated: bool = False
     ) -> Tensor:
         plan = layer.plan
-        parts = (*codes, self.operand(layer), layer.weight_scale, self.column_sum, layer.bias)
+        parts = (*codes, self.operand(layer), layer._scale(), self.column_sum, layer.bias)
         if plan.kind == "conv2d":
             return dgq_kernels.conv2d(*parts, plan.stride, dtype, plan.class_ends, residual)
         return dgq_kernels.linear_int8(*parts, dtype, plan.class_ends, residual, gated)
@@ -412,6 +426,10 @@ class Joined:
     weight_scale: Tensor
     column_sum: Tensor
     bias: Tensor | None
+
+    def rescale(self) -> None:
+        """Take the layers' scales anew, after `IntegerLayer.set_scales` or `clear_scales` of any of them."""
+        self.weight_scale = torch.cat([layer._scale() for layer in self.layers])
 
     def fits(self, layers: Sequence[IntegerLayer]) -> bool:
         """Whether these are the layers, and none was loaded or moved since."""

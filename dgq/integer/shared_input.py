@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,9 +56,17 @@ def join(layers: Sequence[nn.Module], device: torch.device) -> None:
         bias = torch.cat([
             torch.zeros_like(layer.weight_scale) if layer.bias is None else layer.bias for layer in own
         ])  # fmt: skip
-    scales = torch.cat([layer.weight_scale for layer in own])
+    scales = torch.cat([layer._scale() for layer in own])
     sums = torch.cat([one.column_sum for one in ready])
     ready[0].joined = Joined(own, ready, sizes, weight, subscales, scales, sums, bias)
+
+
+def rescale_joined(layers: Iterable[IntegerLayer]) -> None:
+    """Take the scales of joined layers anew, after `IntegerLayer.set_scales` or `clear_scales` of any of them."""
+    for layer in layers:
+        ready = layer._prepared
+        if isinstance(ready, ByOps) and ready.joined is not None:
+            ready.joined.rescale()
 
 
 def project(layers: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = None) -> list[Tensor]:

@@ -21,6 +21,7 @@ from .quantize_activation import (
     quantize_samples,
     silu_quantize_rows,
 )
+from .scaled_product import scaled_conv2d, scaled_linear
 
 __all__ = [
     "conv2d",
@@ -41,5 +42,7 @@ __all__ = [
     "log_attention_running",
     "quantize_rows",
     "quantize_samples",
+    "scaled_conv2d",
+    "scaled_linear",
     "silu_quantize_rows",
 ]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from dgq_cli import common
@@ -18,6 +19,11 @@ from dgq_cli.main import main
 
 LONG = "x" * 300
 HUGE = "9" * 5000
+
+
+def _tune(images="good", *more, prompt="a cat", checkpoint="{quantized}"):
+    return ("tune", checkpoint, "--images", images, "--prompt", prompt, "--out", "x.safetensors", *more)
+
 
 # Arguments, with {names} of what the fixture `place` makes; the exit code; a part of the message.
 CASES = [
@@ -117,6 +123,31 @@ CASES = [
     (("bench", "--arch", "[/x]"), 1, "[/x]"),
     (("bench", "--arch", "sd-v1.4", "--work", "file/work"), 1, "cannot be written"),
     (("bench", "--predict", "sd-v1.4", "--pixels", HUGE), 2, "--pixels"),
+    (_tune("folder"), 1, "no pictures"),
+    (_tune("nowhere"), 1, "no such folder"),
+    (_tune("fifos"), 1, "not a regular file"),
+    (_tune("broken"), 1, "broken/x.png"),
+    (_tune("tiny"), 1, "is 1 x 1 pixels"),
+    (_tune(prompt=" "), 1, "prompt is empty"),
+    (_tune(prompt="a cat " * 30), 1, "tokens"),
+    (_tune("good", "--images", "good"), 2, "in pairs"),
+    (_tune("good", "--out", "here.png"), 2, "here.png"),
+    (_tune("good", "--out", "file/x.safetensors"), 1, "cannot be written"),
+    (_tune("good", "--out", "there.safetensors"), 1, "already exists"),
+    (_tune("good", "--lr-scheduler", "[/x]"), 2, "[/x]"),
+    (_tune("good", "--learning-rate", "nan"), 2, "--learning-rate"),
+    (_tune("good", "--experts", "0"), 2, "--experts"),
+    (_tune("good", "--resolution", "63"), 1, "multiple"),
+    (_tune("good", "--device", "mps"), 1, "device"),
+    (_tune(checkpoint="{float}"), 1, "no integer checkpoint"),
+    (_tune(checkpoint="[/x]"), 1, "[/x]"),
+    (("tune", "{quantized}", "--images", "good", "--out", "x.safetensors"), 2, "--prompt"),
+    (("generate", "a cat", "--tuned", "nowhere.safetensors"), 1, "nowhere.safetensors: no such file"),
+    (("generate", "a cat", "--tuned", "there.safetensors"), 1, "not a readable safetensors file"),
+    (("generate", "a cat", "--tuned", "fifo"), 1, "not a regular file"),
+    (("generate", "a cat", "--tuned", "[/x]:0.5"), 1, "[/x]: no such file"),
+    (("inspect", "there.safetensors"), 1, "not a readable safetensors file"),
+    (("inspect", "there.safetensors", "--measure"), 2, "is a file"),
     (("doctor", "[/x]"), 2, "[/x]"),
     (("nosuch[/x]",), 2, "nosuch[/x]"),
 ]
@@ -130,6 +161,11 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "folder" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").touch()
     (tmp_path / "here.png").write_bytes(b"a picture")
+    (tmp_path / "there.safetensors").write_bytes(b"years of work")
+    for name in ("good", "broken", "tiny"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (1, 1) if name == "tiny" else (32, 32)).save(tmp_path / name / "a.png")
+    (tmp_path / "broken" / "x.png").write_bytes((tmp_path / "broken" / "a.png").read_bytes()[:40])
     (tmp_path / "link").symlink_to("folder")
     for name in ("fifo", "fifos/a.png", "fifos/b.png"):
         os.mkfifo(tmp_path / name)

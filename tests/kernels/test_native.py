@@ -447,3 +447,54 @@ def test_the_environment_chooses(wish):
         assert done.stdout.strip() == expected[wish]
     else:
         assert "DGQ_CPU_ENGINE=no-such-cpu is not one of off, portable" in done.stderr
+
+
+def test_other_scales_are_those_of_a_layer_made_with_them():
+    g = torch.Generator().manual_seed(0)
+    weight, scale, _, bias = weights(48, 70, g)
+    layer = native.Layer(weight, scale, bias, None, 8)
+    x, divisor = torch.randn(33, 70, generator=g), torch.rand(70, generator=g) + 0.5
+    plain = layer.linear(x)
+    layer.set_scales(scale * 2, divisor)
+    assert torch.equal(layer.linear(x), native.Layer(weight, scale * 2, bias, divisor, 8).linear(x))
+    layer.set_scales(scale, None)
+    assert torch.equal(layer.linear(x), plain)
+    for wrong in ((scale[:-1], None), (scale, divisor[:-1]), (scale.half(), None)):
+        with pytest.raises(ValueError, match="expected"):
+            layer.set_scales(*wrong)
+    assert torch.equal(layer.linear(x), plain)
+
+
+def test_layers_of_one_divisor_share_an_input():
+    g = torch.Generator().manual_seed(0)
+    made = [weights(48, 70, g) for _ in range(3)]
+    divisor = torch.rand(70, generator=g) + 0.5
+    layers = [native.Layer(weight, scale, bias, divisor, 8) for weight, scale, _, bias in made]
+    x, norm = torch.randn(2, 33, 70, generator=g), norm_of(70, g)
+    assert native.can_share(layers)
+    for before in (None, norm):
+        together = native.linear(layers, x, norm=before)
+        assert all(torch.equal(y, layer.linear(x, norm=before)) for y, layer in zip(together, layers, strict=True))
+    assert not native.can_share([layers[0], native.Layer(*made[0][:2], made[0][3], divisor.clone(), 8)])
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("channels", [1, 24, 40])
+def test_a_norm_before_a_divisor(silu, channels, isa):
+    """As many taps as channels carry the codes out: they are those of the normalized input times the divisor."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.eye(channels, dtype=torch.int8)
+    divisor = torch.rand(channels, generator=g) * 4 - 1  # tuned ones may be negative
+    layer = native.Layer(weight, torch.ones(channels), None, divisor, 8, 1, 1, 0)
+    norm = norm_of(channels, g, groups=1, silu=silu)
+    x = torch.randn(2, channels, 9, 5, generator=g) * 3
+    expected = torch.nn.functional.group_norm(x, 1, norm.gain, norm.shift, norm.eps)
+    expected = (torch.nn.functional.silu(expected) if silu else expected) * divisor[:, None, None]
+    got = layer.conv2d(x, norm=norm)
+    # the range of SiLU is a bound where no value is at its minimum
+    least = torch.minimum(expected.amin(dim=(1, 2, 3)), torch.tensor(0.0)) - 0.28 * 4 * silu
+    step = (expected.amax(dim=(1, 2, 3)).clamp(min=0) - least) / 255
+    assert bool(((got - expected).abs().amax(dim=(1, 2, 3)) <= 0.51 * step + 1e-5).all())
+    plain = native.Layer(weight, torch.ones(channels), None, None, 8, 1, 1, 0)
+    ones = native.Layer(weight, torch.ones(channels), None, torch.ones(channels), 8, 1, 1, 0)
+    assert torch.equal(plain.conv2d(x, norm=norm), ones.conv2d(x, norm=norm))

@@ -345,16 +345,23 @@ class Layer:
         n, channels = column_sum.shape[0], k // kernel**2 if kernel > 0 else 0
         self.n, self.k, self.channels = n, k, channels
         self.bits, self.kernel, self.stride, self.padding = bits, kernel, stride, padding
-        self.divided = inv_divisor is not None
         self.packed = _checked("packed", packed, torch.int8, engine.library.dgq_packed_bytes(n, k))
-        self.weight_scale = _checked("weight_scale", weight_scale, torch.float32, n)
         self.column_sum = _checked("column_sum", column_sum, torch.int32, n)
         self.bias = None if bias is None else _checked("bias", bias, torch.float32, n)
-        self.inv_divisor = (
-            None if inv_divisor is None else _checked("inv_divisor", inv_divisor, torch.float32, channels)
-        )
+        self.set_scales(weight_scale, inv_divisor)
+
+    def set_scales(self, weight_scale: Tensor, inv_divisor: Tensor | None) -> None:
+        """Take other scales, as the constructor's; the packed weight stays. Raises ValueError as it."""
+        engine = _engine()
+        n, k, channels = self.n, self.k, self.channels
+        weight_scale = _checked("weight_scale", weight_scale, torch.float32, n)
+        if inv_divisor is not None:
+            inv_divisor = _checked("inv_divisor", inv_divisor, torch.float32, channels)
+        self.weight_scale, self.inv_divisor = weight_scale, inv_divisor
         tensors = (self.packed, self.weight_scale, self.column_sum, self.bias, self.inv_divisor)
         addresses = [None if x is None else x.data_ptr() for x in tensors]
+        bits, kernel, stride, padding = self.bits, self.kernel, self.stride, self.padding
+        self.divisor_address = addresses[-1]
         self._struct = _Layer(*addresses, n, k, channels, bits, kernel, stride, padding)
         self._address = ctypes.addressof(self._struct)
         self._addresses = (_Pointer * 1)(self._address)
@@ -363,8 +370,12 @@ class Layer:
 
     def weight(self) -> Tensor:
         """The int8 matrix (N, K) the layer was made of, from its blocks."""
-        blocks = self.packed.view(-(-self.n // (2 * BLOCK)) * 2, -1, BLOCK, 4)
-        return blocks.transpose(1, 2).reshape(len(blocks) * BLOCK, -1)[: self.n, : self.k].contiguous()
+        return self.rows(0, self.n)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the int8 matrix, from their blocks alone; start is a multiple of BLOCK."""
+        blocks = self.packed.view(-(-self.n // (2 * BLOCK)) * 2, -1, BLOCK, 4)[start // BLOCK : -(-stop // BLOCK)]
+        return blocks.transpose(1, 2).reshape(len(blocks) * BLOCK, -1)[: stop - start, : self.k].contiguous()
 
     @property
     def can_gate(self) -> bool:
@@ -398,8 +409,7 @@ class Layer:
 
         Raises:
             ValueError: x is not 4-D, has other channels, or is smaller than the kernel; a tensor is not on the CPU;
-                `sample_bias` has another shape; a norm without groups or of other channels, or before a layer with
-                divisors.
+                `sample_bias` has another shape; a norm without groups or of other channels.
         """
         if torch.compiler.is_compiling():
             y: Tensor = torch.ops.dgq.engine_conv2d(
@@ -490,8 +500,8 @@ def linear(
 
 def can_share(layers: Sequence[Layer]) -> bool:
     """Whether layers can share the codes of one input."""
-    kinds = {(layer.n, layer.k, layer.bits) for layer in layers}
-    return len(kinds) == 1 and not any(layer.divided for layer in layers)
+    kinds = {(layer.n, layer.k, layer.bits, layer.divisor_address) for layer in layers}
+    return len(kinds) == 1
 
 
 def attention(

@@ -306,7 +306,7 @@ static std::vector<const uint8_t*> evenly_spaced(const uint8_t* a, ptrdiff_t str
     return groups;
 }
 
-// Layers of the same sizes and bits on the same input share its codes; only where there is one may it have divisors.
+// Layers of the same sizes, bits and divisors on the same input share its codes.
 static void linear(
     const Layer* const* layers, int64_t count, const void* x, int64_t ldx, int64_t m, int dtype, const Norm* norm,
     const Finish* finishes, int threads) {
@@ -361,8 +361,8 @@ struct Affine {
     std::vector<Range> ranges;  // (batch,)
 };
 static Affine group_norm(
-    const Norm& norm, const char* x, int64_t batch, int64_t height, int64_t width, int64_t channels, int dtype,
-    int threads) {
+    const Norm& norm, const float* inv_divisor, const char* x, int64_t batch, int64_t height, int64_t width,
+    int64_t channels, int dtype, int threads) {
     const int64_t line_bytes = width * channels * element_bytes(dtype), size = channels / norm.groups;
     std::vector<float> all(batch * height * 4 * channels);
     const auto of_line = [&](int64_t line) -> Moments {
@@ -388,6 +388,7 @@ static Affine group_norm(
         }
         float *factors = affine.values.data() + b * 2 * channels, *offsets = factors + channels;
         float low = INFINITE, high = -INFINITE;
+        Range divided;
         bool finite = true;
         for (int64_t start = 0; start < channels; start += size) {
             double total = 0.0, squares = 0.0;
@@ -404,10 +405,19 @@ static Affine group_norm(
                 low = std::fmin(low, std::fmin(p, q));
                 high = std::fmax(high, std::fmax(p, q));
                 finite &= is_finite(p) && is_finite(q);
+                if (!inv_divisor) continue;
+                const float least = std::fmin(p, q), most = std::fmax(p, q);
+                const Range one = norm.silu ? silu_range(least, most) : Range{least, most};
+                const float u = one.low * inv_divisor[c], v = one.high * inv_divisor[c];
+                divided.low = std::fmin(divided.low, std::fmin(u, v));
+                divided.high = std::fmax(divided.high, std::fmax(u, v));
+                finite &= is_finite(u) && is_finite(v);
             }
         }
         if (!finite)
             affine.ranges[b] = {-INFINITE, INFINITE};
+        else if (inv_divisor)
+            affine.ranges[b] = divided;
         else
             affine.ranges[b] = norm.silu ? silu_range(low, high) : Range{std::fmin(low, 0.0f), std::fmax(high, 0.0f)};
     }
@@ -430,7 +440,7 @@ static void convolve(
     std::vector<Codes> sample(batch);
     Affine affine;
     if (norm) {
-        affine = group_norm(*norm, source, batch, height, width, channels, dtype, threads);
+        affine = group_norm(*norm, layer.inv_divisor, source, batch, height, width, channels, dtype, threads);
         for (int64_t b = 0; b < batch; ++b) sample[b] = codes_of(affine.ranges[b], layer.bits);
     } else {
         std::vector<Range> ranges(batch * height);
@@ -463,7 +473,7 @@ static void convolve(
         if (norm) {
             const float* factor = affine.values.data() + b * 2 * channels;
             kernels->quantize_affine(
-                in, dtype, width, channels, factor, factor + channels, norm->silu, sample[b], out);
+                in, dtype, width, channels, factor, factor + channels, norm->silu, layer.inv_divisor, sample[b], out);
             return;
         }
         if (!layer.inv_divisor) {
@@ -779,7 +789,7 @@ int32_t dgq_linear(
             check_layer(*layers[i]);
             const Layer &one = *layers[0], &other = *layers[i];
             const bool same = other.n == one.n && other.k == one.k && other.bits == one.bits;
-            expect(count == 1 || (same && !other.inv_divisor && !residual), UNEQUAL);
+            expect(count == 1 || (same && other.inv_divisor == one.inv_divisor && !residual), UNEQUAL);
             expect(other.channels == other.k, NOT_LINEAR);
         }
         const int64_t n = layers[0]->n, k = layers[0]->k;
@@ -805,7 +815,7 @@ int32_t dgq_conv2d(
         const int64_t tall = height + 2 * pad, wide = width + 2 * pad;
         expect(tall >= layer->kernel && wide >= layer->kernel, WINDOW);
         expect(fits({batch, tall, wide, channels, 4}) && fits({batch, tall, wide, layer->n, 4}), INPUT_SIZES);
-        if (norm) check_norm(*norm, norm->groups >= 1 && channels % norm->groups == 0 && !layer->inv_divisor);
+        if (norm) check_norm(*norm, norm->groups >= 1 && channels % norm->groups == 0);
         convolve(*layer, x, batch, height, width, dtype, norm, {sample_bias, residual, 0, y}, threads);
     });
 }

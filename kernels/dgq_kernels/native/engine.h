@@ -102,10 +102,11 @@ struct Kernels {
     void (*layer_norm)(const void* x, int dtype, int64_t n, const Norm& norm, float* out);
     // Of every channel over at least one pixel.
     void (*moments)(const void* x, int dtype, int64_t pixels, int64_t channels, const Moments& out);
-    // Codes of x * factor + offset per channel, with x * sigmoid(x) behind it where silu says so.
+    // Codes of x * factor + offset per channel, with x * sigmoid(x) behind it where silu says so, times inv_divisor (or
+    // 1 where null).
     void (*quantize_affine)(
         const void* x, int dtype, int64_t pixels, int64_t channels, const float* factor, const float* offset, bool silu,
-        const Codes& codes, uint8_t* out);
+        const float* inv_divisor, const Codes& codes, uint8_t* out);
     // What columns [col, col + n) of a panel's rows become: (sum - zero * column_sum) * (scale * weight_scale) + bias +
     // residual; sums in rows of 32.
     void (*epilogue)(

@@ -1,0 +1,1 @@
+"""Personalising an integer checkpoint by its scales alone: the work behind `dgq tune` (docs/tuning.md)."""

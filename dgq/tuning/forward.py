@@ -1,0 +1,97 @@
+"""A quantized UNet whose scales take gradients: float activations, integer weights read in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+
+from dgq_kernels import scaled_conv2d, scaled_linear
+from dgq_kernels.scaled_product import Weight
+
+from ..integer.layer import IntegerLayer
+from .layout import Layout, fixed_divisor, integer_layers
+
+
+def expert_of(timestep: float, experts: int, timesteps: int) -> int:
+    """Which of the experts has a timestep of 0 .. timesteps - 1: each an equal part of them, the first the last steps
+    of a picture."""
+    return min(max(int(timestep * experts // timesteps), 0), experts - 1)
+
+
+class Experts:
+    """The tuned scales, one parameter an expert, so that an expert that a step did not use has no gradient at all.
+
+    Args:
+        layout: of the UNet.
+        count: of experts.
+        timesteps: of the noise schedule.
+        device: of the parameters, float32 (layout.size,), zero at first.
+
+    Attributes:
+        vectors: the parameters.
+    """
+
+    def __init__(self, layout: Layout, count: int, timesteps: int, device: torch.device) -> None:
+        self.layout, self.timesteps = layout, timesteps
+        self.vectors = [nn.Parameter(torch.zeros(layout.size, device=device)) for _ in range(count)]
+        self.chosen: dict[str, Tensor] = {}
+
+    def choose(self, timesteps: Sequence[int]) -> None:
+        """Take the scales for the samples of the next forward pass: `chosen` is {part: (values,)}, or (B, values) where
+        their experts differ."""
+        numbers = [expert_of(t, len(self.vectors), self.timesteps) for t in timesteps]
+        used = sorted(set(numbers))
+        if len(used) == 1:
+            self.chosen = self.layout.split(self.vectors[used[0]])
+            return
+        places = torch.tensor([used.index(number) for number in numbers], device=self.vectors[0].device)
+        stacked = self.layout.split(torch.stack([self.vectors[number] for number in used]))
+        self.chosen = {name: part[places] for name, part in stacked.items()}
+
+
+class _Layer:
+    """What an integer layer does while its scales are tuned."""
+
+    def __init__(self, name: str, layer: IntegerLayer, experts: Experts) -> None:
+        self.layer, self.experts, self.out = layer, experts, f"{name}.out"
+        owner = f"{experts.layout.owners[name]}.in"
+        self.input = owner if owner in experts.layout.parts else None
+        self.divisor = fixed_divisor(layer)
+        self.weight = Weight(layer.out_features, layer.plan.reduction, layer.natural_rows)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        layer, plan = self.layer, self.layer.plan
+        d_in = self.divisor
+        if self.input is not None:
+            change = 1 + self.experts.chosen[self.input]
+            d_in = change if d_in is None else change * d_in
+        d_out = layer.weight_scale.detach() * (1 + self.experts.chosen[self.out])
+        bias = None if layer.bias is None else layer.bias.detach()
+        if plan.kind == "linear":
+            y = scaled_linear(x, self.weight, d_in, d_out, bias)
+        else:
+            size = (plan.kernel_size, plan.stride, plan.padding)
+            y = scaled_conv2d(x, self.weight, d_in, d_out, bias, *size)
+        return y if residual is None else y + residual
+
+
+@contextmanager
+def differentiable(unet: Any, experts: Experts) -> Iterator[None]:
+    """Within the block every integer layer multiplies float activations by the `chosen` scales, and attention is float.
+    The layers keep their packed weights; afterwards they are what they were."""
+    layers, processors = integer_layers(unet), unet.attn_processors
+    for name, layer in layers.items():
+        layer.__dict__["forward"] = _Layer(name, layer, experts)
+    unet.set_attn_processor(AttnProcessor2_0())
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            del layer.__dict__["forward"]
+        unet.set_attn_processor(processors)
+        experts.chosen = {}

@@ -1,0 +1,92 @@
+"""Which scales of a quantized UNet are tuned: their names, sizes and places in one vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DgqError
+from ..integer.layer import IntegerLayer
+
+
+def integer_layers(unet: nn.Module) -> dict[str, IntegerLayer]:
+    """The integer layers of a UNet by name.
+
+    Raises:
+        DgqError: it has none.
+    """
+    layers = {name: module for name, module in unet.named_modules() if isinstance(module, IntegerLayer)}
+    if not layers:
+        raise DgqError(
+            "the model has no integer layer, so there are no scales to tune",
+            "dgq tune works on checkpoints of dgq calibrate --recipe integer",
+        )
+    return layers
+
+
+def input_owners(unet: nn.Module) -> dict[str, str]:
+    """{layer: the layer whose input scale it uses}: layers of an attention that read the same input share one, so that
+    its quantized form serves them all."""
+    layers = integer_layers(unet)
+    owners = {name: name for name in layers}
+    for name, module in unet.named_modules():
+        if not (hasattr(module, "to_q") and hasattr(module, "to_k") and hasattr(module, "to_v")):
+            continue
+        known: Any = module
+        parts = ("to_k", "to_v") if known.is_cross_attention else ("to_q", "to_k", "to_v")
+        shared = [f"{name}.{part}" for part in parts if f"{name}.{part}" in layers]
+        for other in shared:
+            owners[other] = shared[0]
+    return owners
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tuned scales of a UNet, as parts of one vector: their relative changes, 0 where nothing is tuned.
+
+    Attributes:
+        parts: {tensor name: values}; "LAYER.out" of (N,), and "LAYER.in" of (C,) where input scales are tuned.
+        owners: as of `input_owners`.
+    """
+
+    parts: dict[str, int]
+    owners: dict[str, str]
+
+    @classmethod
+    def of(cls, unet: nn.Module, input_scales: bool) -> Layout:
+        """The layout of a quantized UNet. Raises DgqError as `integer_layers`."""
+        owners = input_owners(unet)
+        parts = {}
+        for name, layer in integer_layers(unet).items():
+            parts[f"{name}.out"] = layer.out_features
+            if input_scales and owners[name] == name:
+                parts[f"{name}.in"] = layer.in_features
+        return cls(parts, owners)
+
+    @property
+    def size(self) -> int:
+        """Values of an expert."""
+        return sum(self.parts.values())
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """The parts of a vector (..., size) by name, (..., values)."""
+        return dict(zip(self.parts, vector.split(list(self.parts.values()), dim=-1), strict=True))
+
+
+def fixed_divisor(layer: IntegerLayer) -> Tensor | None:
+    """float32 (C,), what the integers' inputs are multiplied by, in natural order: the reciprocal of the divisor times
+    the shift that the accumulator adds; None where it is one everywhere."""
+    plan = layer.plan
+    if plan.channels == "none":
+        return None
+    factor: Tensor = layer.inv_divisor.detach()
+    if len(plan.class_ends) > 1:
+        place = torch.arange(plan.in_features, device=factor.device)
+        ends = torch.tensor(plan.class_ends[:-1], device=factor.device)
+        shift = torch.empty_like(factor)
+        shift[layer.order.long()] = 2.0 ** torch.bucketize(place, ends, right=True)
+        factor = factor * shift
+    return None if bool((factor == 1).all()) else factor

@@ -1,0 +1,35 @@
+"""Definition of the product that is trained by its scales: y = d_out * (W' (d_in * x)) + bias (docs/tuning.md)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def along(scale: Tensor, like: Tensor, axis: int) -> Tensor:
+    """scale (C,), or (B, C) of each sample, shaped to broadcast along one axis of `like`, which starts with samples."""
+    shape = [1] * like.dim()
+    shape[axis] = scale.shape[-1]
+    if scale.dim() == 2:
+        shape[0] = scale.shape[0]
+    return scale.view(shape)
+
+
+def scaled_linear(x: Tensor, weight: Tensor, d_in: Tensor | None, d_out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `dgq_kernels.scaled_linear`; weight is the whole integer matrix (N, K)."""
+    scaled = x if d_in is None else x * along(d_in, x, -1)
+    y = scaled @ weight.to(x.dtype).t()
+    y = y * along(d_out, y, -1)
+    return y if bias is None else y + bias
+
+
+def scaled_conv2d(
+    x: Tensor, weight: Tensor, d_in: Tensor | None, d_out: Tensor, bias: Tensor | None = None, kernel: int = 1,
+    stride: int = 1, padding: int = 0,
+) -> Tensor:  # fmt: skip
+    """See `dgq_kernels.scaled_conv2d`; weight is the whole integer matrix (N, kernel^2 * C)."""
+    scaled = x if d_in is None else x * along(d_in, x, 1)
+    taps = weight.to(x.dtype).view(weight.shape[0], kernel, kernel, -1).permute(0, 3, 1, 2)
+    y = torch.nn.functional.conv2d(scaled, taps, stride=stride, padding=padding)
+    y = y * along(d_out, y, 1)
+    return y if bias is None else y + bias[:, None, None]

@@ -1,0 +1,223 @@
+"""A whole run: what is learned, what is resumed, and what is refused."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import dgq
+from dgq.errors import DgqError
+from dgq.tuning import train
+from dgq.tuning.file import describe, read
+from dgq.tuning.layout import Layout
+from dgq.tuning.objective import Objective, encode_texts
+from dgq.tuning.pictures import read_subject, to_tensor
+from dgq.tuning.state import State
+from dgq.tuning.train import Options, tune
+
+SHORT = {"steps": 4, "batch": 2, "checkpoint_every": 2, "learning_rate": 0.01}
+
+
+@pytest.fixture(scope="session")
+def subject(tmp_path_factory):
+    """A folder of four pictures, of several sizes and modes."""
+    folder = tmp_path_factory.mktemp("subject")
+    for i, (mode, size) in enumerate((("RGB", (64, 64)), ("RGBA", (40, 64)), ("L", (64, 48)), ("P", (80, 80)))):
+        image = Image.new("RGB", size, "white")
+        ImageDraw.Draw(image).ellipse((8, 8, 30, 36), "teal")
+        image.convert(mode).save(folder / f"{i}.png")
+    return folder
+
+
+def digest(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_run_lowers_the_loss_and_moves_the_scales(tiny_checkpoint, subject, tmp_path):
+    losses = []
+    options = Options(steps=40, learning_rate=0.02, batch=4, checkpoint_every=0)
+    out = tmp_path / "sks.safetensors"
+
+    def progress(stage, done, total, detail):
+        if stage == "tune":
+            losses.append(float(detail.removeprefix("loss ")))
+
+    about = tune(tiny_checkpoint, [(subject, "a photo of sks cat")], out, options, progress)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert about == describe(out)[0]
+    assert (about.experts, about.steps, about.subjects[0].pictures) == (2, 40, 4)
+    pipe = dgq.load(tiny_checkpoint)
+    vectors = read(out, pipe.unet).vectors
+    for part in Layout.of(pipe.unet, True).split(vectors).values():
+        assert float(part.abs().max()) > 0
+    assert not (tmp_path / ".sks.safetensors.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"gradient_accumulation": 2, "class_prompts": ["a cat"], "class_images": 2, "gradient_checkpointing": True},
+        {"experts": 1, "input_scales": False, "snr_gamma": 5.0, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
+    ],
+)
+def test_a_run_that_was_killed_goes_on_bit_for_bit(tiny_checkpoint, subject, tmp_path, more, monkeypatch):
+    pairs = [(subject, "a photo of sks cat"), (subject, "a photo of zwx dog")]
+    whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
+    tune(tiny_checkpoint, pairs, whole, Options(**SHORT, **more))
+    step = train._Run._step
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(run, number):
+        if number == 3:
+            raise KilledError
+        step(run, number)
+
+    monkeypatch.setattr(train._Run, "_step", killed)
+    with pytest.raises(KilledError):
+        tune(tiny_checkpoint, pairs, part, Options(**SHORT, **more))
+    assert not part.exists()
+    done = []
+    monkeypatch.setattr(train._Run, "_step", lambda run, number: (done.append(number), step(run, number)))
+    tune(tiny_checkpoint, pairs, part, Options(**SHORT, **more, resume=True))
+    assert done == [2, 3]
+    assert digest(part) == digest(whole)
+
+
+def test_checkpointed_gradients_are_the_same(tiny_checkpoint, subject, tmp_path):
+    files = []
+    for checkpointing in (False, True):
+        files.append(tmp_path / f"{checkpointing}.safetensors")
+        options = Options(**SHORT, gradient_checkpointing=checkpointing)
+        tune(tiny_checkpoint, [(subject, "a cat")], files[-1], options)
+    pipe = dgq.load(tiny_checkpoint)
+    assert torch.equal(*(read(file, pipe.unet).vectors for file in files))
+
+
+def test_another_run_is_not_resumed(tiny_checkpoint, subject, tmp_path):
+    out = tmp_path / "x.safetensors"
+    partial = tmp_path / ".x.safetensors.partial"
+    partial.mkdir()
+    state = State(partial, lambda *_: None)
+    state.start("another", resume=False)
+    with pytest.raises(DgqError, match="other pictures or with other settings"):
+        tune(tiny_checkpoint, [(subject, "a cat")], out, Options(**SHORT, resume=True))
+    state.file.write_bytes(b"cut")
+    (partial / "fingerprint").unlink()
+    told = []
+    tune(
+        tiny_checkpoint, [(subject, "a cat")], out, Options(**SHORT, resume=True),
+        lambda stage, done, total, detail: told.append((stage, detail)),
+    )  # fmt: skip
+    assert any(stage == "resume" and "begins anew" in detail for stage, detail in told)
+    assert out.is_file()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_state(tiny_checkpoint, subject, tmp_path, monkeypatch):
+    loss = Objective.loss
+    calls = []
+
+    def broken(objective, *arguments):
+        calls.append(None)
+        return loss(objective, *arguments) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(Objective, "loss", broken)
+    out, two = tmp_path / "x.safetensors", tmp_path / "two.safetensors"
+    with pytest.raises(DgqError, match="loss of step 3 is not finite") as raised:
+        tune(tiny_checkpoint, [(subject, "a cat")], out, Options(**{**SHORT, "checkpoint_every": 0}))
+    assert "holds the state after step 2" in raised.value.hint
+    assert describe(out)[0].steps == 2
+    tune(tiny_checkpoint, [(subject, "a cat")], two, Options(**{**SHORT, "steps": 2, "checkpoint_every": 0}))
+    pipe = dgq.load(tiny_checkpoint)
+    assert torch.equal(read(out, pipe.unet).vectors, read(two, pipe.unet).vectors)
+
+
+def test_validation_changes_nothing(tiny_checkpoint, subject, tmp_path):
+    plain, drawn = tmp_path / "plain.safetensors", tmp_path / "drawn.safetensors"
+    tune(tiny_checkpoint, [(subject, "a cat")], plain, Options(**SHORT))
+    options = Options(**SHORT, validation_prompts=["a dog"], validate_every=3)
+    tune(tiny_checkpoint, [(subject, "a cat")], drawn, options)
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["drawn-step3-1.png", "drawn-step4-1.png"]
+    assert digest(plain) == digest(drawn)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_the_loss_is_the_schedulers(tiny_checkpoint, predicts, gamma):
+    """Of a prediction that is right the loss is 0; and its weights are those of the clean picture's error."""
+    pipe = dgq.load(tiny_checkpoint)
+    pipe.scheduler.register_to_config(prediction_type=predicts)
+    objective = Objective(pipe, encode_texts(pipe, ["a cat"], 16, 16), gamma, 1.0)
+    latents, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    times = torch.tensor([10, 400, 900])
+    alpha = objective.schedule.alphas_cumprod[times].view(-1, 1, 1, 1)
+    right = {
+        "epsilon": noise, "sample": latents, "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * latents,
+    }[predicts]  # fmt: skip
+    seen = []
+
+    class Unet:
+        device = torch.device("cpu")
+
+        def __call__(self, sample, t, **kwargs):
+            seen.append(sample)
+            return type("Output", (), {"sample": right + 0.1})
+
+    objective.unet = Unet()
+    items = [type("Item", (), {"text": 0})] * 3
+    loss = float(objective.loss(items, 3, latents, noise, times))
+    torch.testing.assert_close(seen[0], alpha.sqrt() * latents + (1 - alpha).sqrt() * noise)
+    ratio = (alpha / (1 - alpha)).flatten()
+    clean = ratio.clamp(max=5.0)
+    weight = {"epsilon": clean / ratio, "sample": clean, "v_prediction": clean / (ratio + 1)}[predicts]
+    assert loss == pytest.approx(0.01 * (1.0 if gamma is None else float(weight.mean())), rel=1e-4)
+
+
+def test_sdxl_is_tuned_too(tmp_path, subject):
+    from dgq.calibration.run import Options as Calibration
+    from dgq.calibration.run import calibrate
+    from dgq.recipe import Recipe
+    from tests.tiny_pipelines import sdxl
+
+    base = sdxl(tmp_path / "xl")
+    recipe = Recipe(wbits=8, rounding="nearest", channels="none")
+    calibrate(base, tmp_path / "w8", recipe, Calibration(prompts=["a cat"], steps=1, evaluate=0))
+    about = tune(tmp_path / "w8", [(subject, "a photo of sks cat")], tmp_path / "x.safetensors", Options(**SHORT))
+    assert about.steps == 4
+
+
+def test_pictures_are_fitted(subject):
+    images = read_subject(subject)
+    assert {image.mode for image in images} == {"RGB"}
+    tensor = to_tensor(images, 32, 16)
+    assert tensor.shape == (4, 3, 16, 32)
+    assert float(tensor.max()) == pytest.approx(1, abs=0.05)
+
+
+def test_killed_by_a_signal_and_resumed(tiny_checkpoint, subject, tmp_path):
+    """The real command, killed without warning."""
+    out = tmp_path / "x.safetensors"
+    command = [
+        sys.executable, "-m", "dgq_cli", "tune", str(tiny_checkpoint), "--images", str(subject), "--prompt", "a cat",
+        "--steps", "30", "--batch", "1", "--checkpoint-every", "1", "--out",
+    ]  # fmt: skip
+    environment = {**os.environ, "NO_COLOR": "1"}
+    subprocess.run([*command, str(tmp_path / "whole.safetensors")], check=True, env=environment, capture_output=True)
+    process = subprocess.Popen([*command, str(out)], env=environment, stderr=subprocess.DEVNULL)
+    state = tmp_path / ".x.safetensors.partial" / "state.safetensors"
+    deadline = time.monotonic() + 200
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    subprocess.run([*command, str(out), "--resume"], check=True, env=environment, capture_output=True)
+    assert digest(out) == digest(tmp_path / "whole.safetensors")

@@ -1,0 +1,55 @@
+"""dgq tune, and drawing with what it makes, as a person runs them."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from dgq_cli.generate_command import _tuned
+
+
+@pytest.mark.parametrize("text, name, strength", [
+    ("x.safetensors", "x.safetensors", 1), ("x.safetensors:0.5", "x.safetensors", 0.5), ("a:b/x:-1", "a:b/x", -1),
+    ("C:x.safetensors", "C:x.safetensors", 1), ("x:nan", "x:nan", 1), (":1", ":1", 1), ("x:.5", "x", 0.5),
+])  # fmt: skip
+def test_file_and_strength(text, name, strength):
+    found = _tuned(text)
+    assert (str(found[0]), found[1]) == (name, strength)
+
+
+def test_tune_draw_and_inspect(dgq_command, tiny_checkpoint, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32), "teal").save(tmp_path / name / "1.png")
+    file = tmp_path / "pets.safetensors"
+    run = dgq_command(
+        "tune", tiny_checkpoint, "--images", tmp_path / "cat", "--prompt", "a photo of sks cat",
+        "--images", tmp_path / "dog", "--prompt", "a photo of zwx dog", "--out", file, "--steps", 3, "--learning-rate",
+        0.1, "--validation-prompt", "a cat", "--json",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert [one["prompt"] for one in result["subjects"]] == ["a photo of sks cat", "a photo of zwx dog"]
+    assert result["bytes"] == file.stat().st_size
+    names = ["cat", "dog", "pets-step3-1.png", "pets.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+    def draw(name, *more):
+        out = tmp_path / name
+        draws = ("generate", "a cat", "--model", tiny_checkpoint, "--seed", 1, "--steps", 2, "--out", out)
+        run = dgq_command(*draws, *more)
+        assert run.returncode == 0, run.stderr
+        with Image.open(out) as image:
+            return image.tobytes(), image.text["parameters"]
+
+    plain, tuned = draw("plain.png"), draw("tuned.png", "--tuned", file)
+    assert plain[0] != tuned[0]
+    assert "Tuned: pets:1" in tuned[1]
+    assert draw("zero.png", "--tuned", f"{file}:0")[0] == plain[0]
+    assert draw("two.png", "--tuned", f"{file}:0.5", "--tuned", f"{file}:0.5")[0] != plain[0]
+
+    run = dgq_command("inspect", file)
+    assert run.returncode == 0, run.stderr
+    for text in ("integer W4A8", "2 of 1000 timesteps", "'a photo of zwx dog', 1 pictures"):
+        assert text in run.stdout
+    assert json.loads(dgq_command("inspect", file, "--json").stdout)["experts"] == 2
