@@ -14,7 +14,7 @@ from .. import architectures
 from ..checkpoint.reading import read_json
 from ..integer.plan import GPTQ_MAX_REDUCTION, Layer, plan_layers
 from ..integer.rounding import passes
-from ..integer.stored import buffer_specs
+from ..integer.stored import stored_shapes
 from ..pictures.generation import Settings
 from ..recipe import LayerPlan, Recipe
 from .run import float_folder
@@ -52,7 +52,7 @@ class Estimate:
 
 def packed_bytes(plan: LayerPlan) -> int:
     """Stored bytes of one quantized layer."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in buffer_specs(plan).values())
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in stored_shapes(plan).values())
 
 
 def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Options) -> Estimate:

@@ -2,7 +2,7 @@
 
     DIR/model_index.json, scheduler/, text_encoder/, tokenizer/, vae/   as the base model has them
     DIR/unet/config.json                          the float config plus "quantization_config" (see `Header`)
-    DIR/unet/diffusion_pytorch_model.safetensors  per integer layer the tensors of `layers.buffer_specs`,
+    DIR/unet/diffusion_pytorch_model.safetensors  per integer layer the tensors of `integer.stored.stored_shapes`,
                                                   under the layer's name; everything else as in the float model
     DIR/README.md                                 generated model card
 

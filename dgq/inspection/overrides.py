@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint.header import Header
-from ..integer.stored import buffer_specs
+from ..integer.stored import stored_shapes
 from ..recipe import LayerPlan
 from .measurement import Measurement, decibels
 
@@ -66,7 +66,7 @@ def _growth(header: Header) -> dict[str, dict[int, int]]:
 
 
 def _packed_bytes(plan: LayerPlan) -> int:
-    return sum(count_of(shape) * dtype.itemsize for shape, dtype in buffer_specs(plan).values())
+    return sum(count_of(shape) * dtype.itemsize for shape, dtype in stored_shapes(plan).values())
 
 
 def suggest(order: Iterable[str], header: Header, budget: int) -> Suggestion | None:

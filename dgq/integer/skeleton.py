@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..errors import DgqError
 from ..recipe import LayerPlan
 from .layer import IntegerLayer
-from .stored import buffer_specs
+from .stored import stored_shapes
 
 
 class SplitLayer(nn.ModuleList):
@@ -31,11 +31,9 @@ class SplitLayer(nn.ModuleList):
         return list(self)  # type: ignore[arg-type]
 
 
-def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the dotted path `name` below `root`, on the device of the module it replaces."""
-    parent, _, child = name.rpartition(".")
-    module.to(next(root.get_submodule(name).parameters()).device)
-    setattr(root.get_submodule(parent), child, module)
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    """`set_submodule`, on the device of the module it replaces."""
+    root.set_submodule(name, module.to(next(root.get_submodule(name).parameters()).device))
 
 
 def place(unet: nn.Module, layers: dict[str, IntegerLayer]) -> None:
@@ -49,14 +47,14 @@ def place(unet: nn.Module, layers: dict[str, IntegerLayer]) -> None:
         if layer.plan.columns:
             joined.setdefault(layer.plan.owner(name), []).append(layer)
         else:
-            replace_module(unet, name, layer)
+            _replace(unet, name, layer)
     for owner, parts in joined.items():
         ends = [0, *(part.plan.columns[1] for part in parts)]
         starts = [part.plan.columns[0] for part in parts]
         channels = getattr(unet.get_submodule(owner), "in_channels", 0)
         if starts != ends[:-1] or ends[-1] != channels or any(part.plan.kind != "pointwise" for part in parts):
             raise DgqError(f"{owner}: parts that end at {ends[1:]} are not its {channels} input channels")
-        replace_module(unet, owner, SplitLayer(parts))
+        _replace(unet, owner, SplitLayer(parts))
 
 
 def build_skeleton(unet: nn.Module, plans: dict[str, LayerPlan]) -> None:
@@ -72,4 +70,4 @@ def stored_names(network: nn.Module) -> set[str]:
     """Names, in the state_dict, of the tensors that integer layers store. They keep their dtypes whatever the model is
     cast to."""
     layers = [(name, module) for name, module in network.named_modules() if isinstance(module, IntegerLayer)]
-    return {f"{name}.{leaf}" for name, module in layers for leaf in buffer_specs(module.plan)}
+    return {f"{name}.{leaf}" for name, module in layers for leaf in stored_shapes(module.plan)}
