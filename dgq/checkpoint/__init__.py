@@ -2,7 +2,7 @@
 
     DIR/model_index.json, scheduler/, text_encoder/, tokenizer/, vae/   as the base model has them
     DIR/COMPONENT/config.json                          the float config plus "quantization_config" (see `Header`)
-    DIR/COMPONENT/diffusion_pytorch_model.safetensors  per integer layer the tensors of `stored.buffer_specs`,
+    DIR/COMPONENT/diffusion_pytorch_model.safetensors  per integer layer the tensors of `stored.stored_shapes`,
                                                        under the layer's name; everything else as in the float model
     DIR/README.md                                 generated model card
 

@@ -15,7 +15,7 @@ from dgq_kernels import backend, native, packing
 from ..recipe import LayerPlan
 from .channels import ChannelGroups, to_matrix
 from .prepared import Activation, Prepared, form_of, shaped
-from .stored import StoredWeight, buffer_specs
+from .stored import StoredWeight, stored_shapes
 from .weights import IntegerWeight
 
 # Layers may be used from several threads, and packing takes the stored form away.
@@ -57,7 +57,7 @@ class IntegerLayer(nn.Module):
         self._prepared: Prepared | None = None
         self._stored_name = "weight" if plan.wbits == 8 else "packed"
         self._tuned: tuple[Tensor, Tensor | None] | None = None  # what `set_scales` was given
-        for name, (shape, dtype) in buffer_specs(plan).items():
+        for name, (shape, dtype) in stored_shapes(plan).items():
             self.set_stored(name, torch.empty(shape, dtype=dtype))
         if not plan.bias:
             self.register_parameter("bias", None)
@@ -75,7 +75,7 @@ class IntegerLayer(nn.Module):
             assert weight.subscales is not None
             tensors["packed"] = packing.pack_int4(weight.codes, plan.weight_group)
             tensors["subscales"] = packing.pack_subscales(weight.subscales)
-        for name, (shape, dtype) in buffer_specs(plan).items():
+        for name, (shape, dtype) in stored_shapes(plan).items():
             value = tensors[name]
             assert value is not None
             layer.set_stored(name, value.detach().to(dtype).contiguous())
@@ -84,7 +84,7 @@ class IntegerLayer(nn.Module):
         return layer
 
     def set_stored(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor in the place of a stored one: shaped as `stored.buffer_specs` has it, or the weight as a matrix
+        """Take a tensor in the place of a stored one: shaped as `stored_shapes` has it, or the weight as a matrix
         (N, kh * kw * C), as files of format 1 have it."""
         self._prepared = None
         self._hold(name, shaped(tensor, self.plan) if name == "weight" else tensor)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import DgqError
 from ..family import family_of
 from ..recipe import LayerPlan, Recipe
-from .stored import buffer_specs
+from .stored import stored_shapes
 
 # A layer's samples for choosing its channel handling: rows of a linear layer, pictures of a convolution.
 SAMPLE_ROWS = 512
@@ -146,4 +146,4 @@ def geometry(module: nn.Linear | nn.Conv2d) -> dict[str, Any]:
 
 def packed_bytes(plan: LayerPlan) -> int:
     """Stored bytes of one quantized layer."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in buffer_specs(plan).values())
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in stored_shapes(plan).values())

@@ -19,7 +19,7 @@ from .layer import IntegerLayer
 from .plan import plan_layers
 from .skeleton import place
 from .statistics import gather
-from .weights import IntegerWeight, gptq, nearest, quantize_weight
+from .weights import IntegerWeight, column_sum, gptq, nearest, quantize_weight
 
 if TYPE_CHECKING:
     from ..progress import Progress
@@ -99,7 +99,8 @@ def quantize_layer(layer: Layer, statistics: Statistics, recipe: Recipe) -> Quan
         rounded = choose_rounded(layer, statistics, recipe)
         bias = None if layer.bias is None else layer.bias.cpu()
         module = IntegerLayer.from_quantized(rounded.plan, rounded.weight, rounded.groups, bias)
-        module.prepare(torch.device("cpu"))
+        classes = rounded.groups.class_of() if rounded.groups.shifts_accumulator else None
+        column_sum(rounded.weight.integer(), None if classes is None else classes.repeat(rounded.plan.kernel_size**2))
     except DgqError as error:
         raise DgqError(f"{layer.name}: {error.message}", error.hint) from None
     return QuantizedLayer(module, -20 * math.log10(max(rounded.error, 1e-20)))

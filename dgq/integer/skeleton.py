@@ -8,7 +8,7 @@ from ..errors import DgqError
 from ..family import family_of
 from ..recipe import LayerPlan
 from .layer import IntegerLayer
-from .stored import buffer_specs
+from .stored import stored_shapes
 
 
 class SplitLayer(nn.ModuleList):
@@ -32,11 +32,9 @@ class SplitLayer(nn.ModuleList):
         return list(self)  # type: ignore[arg-type]
 
 
-def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the dotted path `name` below `root`, on the device of the module it replaces."""
-    parent, _, child = name.rpartition(".")
-    module.to(next(root.get_submodule(name).parameters()).device)
-    setattr(root.get_submodule(parent), child, module)
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    """`set_submodule`, on the device of the module it replaces."""
+    root.set_submodule(name, module.to(next(root.get_submodule(name).parameters()).device))
 
 
 def place(network: nn.Module, layers: dict[str, IntegerLayer]) -> None:
@@ -50,14 +48,14 @@ def place(network: nn.Module, layers: dict[str, IntegerLayer]) -> None:
         if layer.plan.columns:
             joined.setdefault(layer.plan.owner(name), []).append(layer)
         else:
-            replace_module(network, name, layer)
+            _replace(network, name, layer)
     for owner, parts in joined.items():
         ends = [0, *(part.plan.columns[1] for part in parts)]
         starts = [part.plan.columns[0] for part in parts]
         channels = getattr(network.get_submodule(owner), "in_channels", 0)
         if starts != ends[:-1] or ends[-1] != channels or any(part.plan.kind != "pointwise" for part in parts):
             raise DgqError(f"{owner}: parts that end at {ends[1:]} are not its {channels} input channels")
-        replace_module(network, owner, SplitLayer(parts))
+        _replace(network, owner, SplitLayer(parts))
 
 
 def build_skeleton(network: nn.Module, plans: dict[str, LayerPlan]) -> None:
@@ -86,4 +84,4 @@ def stored_names(network: nn.Module) -> set[str]:
     """Names, in the state_dict, of the tensors that integer layers store. They keep their dtypes whatever the model is
     cast to."""
     layers = [(name, module) for name, module in network.named_modules() if isinstance(module, IntegerLayer)]
-    return {f"{name}.{leaf}" for name, module in layers for leaf in buffer_specs(module.plan)}
+    return {f"{name}.{leaf}" for name, module in layers for leaf in stored_shapes(module.plan)}

@@ -15,7 +15,7 @@ from ..errors import DgqError
 from ..recipe import LayerPlan
 
 
-def buffer_specs(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def stored_shapes(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> (shape, dtype) of everything a layer stores; the file format of one layer.
 
     weight (int8) is shaped as the float layer's; packed and subscales (int4, see `dgq_kernels.packing`) hold the matrix

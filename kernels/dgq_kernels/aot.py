@@ -12,6 +12,8 @@ import argparse
 import collections
 import csv
 import functools
+import importlib
+import importlib.util
 import multiprocessing
 import re
 import subprocess
@@ -26,12 +28,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .conv2d import triton as conv2d
-from .linear import tiles
-from .linear import triton as linear
-from .log_attention import triton as attention
-from .packing import GROUP_SIZES
-from .quantize_activation import triton as quantize
+from .aot_case import Case
+from .backend import folders
 
 NVIDIA_TARGETS = ("80", "86", "89", "90", "100", "120")
 TARGETS = (*NVIDIA_TARGETS, "gfx942")
@@ -45,25 +43,6 @@ _INTEGER_MMA = re.compile(r"IMMA|IGMMA|v_mfma_i32|v_wmma_i32")
 _INSTRUCTION = re.compile(r"^\s+(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b.*;")
 _LABEL = re.compile(r"^(\.L_\w+|\.LBB\w+):")
 _BRANCH = re.compile(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.L_?\w+)")
-
-
-# Byte permutes that a main loop may hold: more mean that int8 operands are taken apart.
-PRMT_BUDGETS = {
-    "linear_int8_kernel": 0, "conv2d_int8_kernel": 0, "linear_int4_kernel": 24, "conv2d_int4_kernel": 24,
-    "linear_float_groups_kernel": 24, "log_attention_kernel": 64, "running_kernel": 64,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel with its parameter types, constants and launch options; `integer`: it must hold int8 products."""
-
-    kernel: Any
-    config: str
-    types: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    integer: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,171 +83,12 @@ class Row:
     other: int
 
 
-def _case(
-    kernel: Any, config: tuple[int, ...], pointers: dict[str, str], constants: dict[str, Any], warps: int,
-    stages: int = 3, note: str = "", integer: bool = True,
-) -> Case:  # fmt: skip
-    """A case whose remaining parameters are int32 sizes, or float where the name says scale or eps."""
-    types = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            types[name] = "constexpr"
-        else:
-            types[name] = pointers.get(name, "fp32" if name.endswith("_scale") or name == "eps" else "i32")
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-    label = "x".join(str(value) for value in config) + (f" {note}" if note else "")
-    return Case(kernel, label, types, constants, options, integer)
-
-
-_EPILOGUE = {
-    "codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32", "weight_scale_ptr": "*fp32",
-    "column_sum_ptr": "*i32", "bias_ptr": "*fp32", "residual_ptr": "*fp16", "out_ptr": "*fp16",
-    "weight_ptr": "*i8", "ends_ptr": "*i32", "packed_ptr": "*u8", "subscale_ptr": "*u8",
-    "partial_ptr": "*i32",
-}  # fmt: skip
-
-
-def _product_cases(major: int) -> Iterator[Case]:
-    """The linear layers and convolutions: every tile, gated and with a split reduction where that may be chosen."""
-    window = {"CHANNELS": 320, "STRIDE": 1}
-    square = {"KERNEL_HEIGHT": 3, "KERNEL_WIDTH": 3}
-
-    def case(kernel: Any, config: tiles.Config, note: str, constants: dict[str, Any], **mode: bool) -> Case:
-        every = {
-            "HAS_BIAS": True, "HAS_RESIDUAL": True, "GATED": False, "SPLIT": False, "ASSEMBLY": major > 0,
-            "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "HALF": config.half, **window, **constants,
-            **mode,
-        }  # fmt: skip
-        if every["GATED"]:
-            every |= {"HAS_RESIDUAL": False, "residual_ptr": None}
-        if not every["SPLIT"]:
-            every |= {"partial_ptr": None}
-        mine = {name: value for name, value in every.items() if name in kernel.arg_names}
-        note = " ".join((note, *(name.lower() for name, on in mode.items() if on)))
-        return _case(kernel, config, _EPILOGUE, mine, config.warps, config.stages, note)
-
-    for kind, classes in (("int8", 1), ("shifted", 3)):
-        constants: dict[str, Any] = {"CLASSES": classes, **({"ends_ptr": None} if classes == 1 else {}), **square}
-        for config in tiles.tiles_of(kind, major):
-            for kernel in (linear.linear_int8_kernel, conv2d.conv2d_int8_kernel):
-                yield case(kernel, config, f"classes={classes}", constants)
-                yield case(kernel, config, f"classes={classes}", constants, SPLIT=True)
-            yield case(linear.linear_int8_kernel, config, f"classes={classes}", constants, GATED=True)
-    for group in GROUP_SIZES:
-        constants = {"GROUP": group, "KERNEL_SIZE": 3}
-        for config in tiles.tiles_of("int4", major):
-            for kernel in (linear.linear_int4_kernel, conv2d.conv2d_int4_kernel):
-                yield case(kernel, config, f"group={group}", constants)
-                yield case(kernel, config, f"group={group}", constants, SPLIT=True)
-            yield case(linear.linear_int4_kernel, config, f"group={group}", constants, GATED=True)
-    if major == 8:  # what unpacking costs: int8 in the tile of int4
-        config = tiles.tiles_of("int4", major)[0]
-        constants = {"CLASSES": 1, "ends_ptr": None, **square}
-        for kernel in (linear.linear_int8_kernel, conv2d.conv2d_int8_kernel):
-            yield case(kernel, config, "classes=1 beside int4", constants)
-    config = tiles.FLOAT_GROUPS
-    constants = {
-        "HAS_BIAS": True, "ASSEMBLY": major > 0, "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels,
-        "HALF": config.half,
-    }  # fmt: skip
-    yield _case(linear.linear_float_groups_kernel, config, _EPILOGUE, constants, config.warps, config.stages)
-    for gated in (False, True):
-        constants = {
-            "HAS_BIAS": True, "HAS_RESIDUAL": not gated, "GATED": gated, "BLOCK_ROWS": linear.SUM_ROWS,
-            "BLOCK_CHANNELS": linear.SUM_CHANNELS, **({"residual_ptr": None} if gated else {}),
-        }  # fmt: skip
-        yield _case(
-            linear.sum_splits_kernel, (linear.SUM_ROWS, linear.SUM_CHANNELS, 4), _EPILOGUE, constants, 4,
-            note="gated" if gated else "", integer=False,
-        )  # fmt: skip
-
-
-def _quantize_cases() -> Iterator[Case]:
-    pointers = {
-        "x_ptr": "*fp16", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32", "inv_divisor_ptr": "*fp32",
-        "position_ptr": "*i32", "codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
-        **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "shift", "centre", "gain")},
-        "below_ptr": "*i32", "above_ptr": "*i32",
-    }  # fmt: skip
-    flags = {"DIVIDE": True, "PLACE": True, "OFFSET": True, "GAIN": True, "SMALLEST": 1e-30, "TOP": 255}
-
-    def case(kernel: Any, config: quantize.Config, note: str, **constants: Any) -> Case:
-        tile = {"BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels}
-        every = {**flags, **tile, **constants}
-        mine = {name: value for name, value in every.items() if name in kernel.arg_names}
-        return _case(kernel, config, pointers, mine, config.warps, 3, note, integer=False)
-
-    for mode, note in enumerate(("plain", "layer norm", "geglu", "silu", "group norm")):
-        for channels in (320, 1280, 5120):
-            if channels == 5120 and note not in ("plain", "geglu"):
-                continue
-            yield case(quantize.quantize_rows_kernel, quantize.config_for(channels), note, INPUT=mode)
-    long = quantize.Config(1, 4096, 8)
-    yield case(quantize.quantize_long_rows_kernel, long, "plain")
-    for pixels, channels in ((4096, 320), (256, 1280)):
-        tile = quantize.sample_config_for(2, pixels, channels)
-        group = channels // 32
-        width = 16 if group < 16 else 64
-        yield case(quantize.sample_statistics_kernel, tile, "")
-        whole = quantize.Config(32, width, 4)
-        yield case(quantize.group_statistics_kernel, whole, f"group={group}", GROUP=group, SHIFT=True)
-        for norm, note in ((False, "plain"), (True, "norm silu")):
-            fused = {"NORM": norm, "SILU": norm, "OFFSET": norm}
-            yield case(quantize.sample_range_kernel, tile, note, **fused)
-            yield case(quantize.quantize_samples_kernel, tile, note, BLOCK_RANGES=256, **fused)
-
-
-def _attention_cases(major: int) -> Iterator[Case]:
-    for head_dim in (40, 64, 80, 128, 160):
-        width = attention.padded_width(head_dim)
-        tiles = attention.config_for(width, major)
-        for start in (False, True):
-            yield _case(
-                attention.log_attention_kernel, tiles,
-                {"q_ptr": "*fp16", "k_ptr": "*i8", "v_ptr": "*i8", "v_scale_ptr": "*fp32", "v_sum_ptr": "*i32",
-                 "key_step_ptr": "*fp32", "start_k_ptr": "*fp32", "start_v_ptr": "*fp32", "out_ptr": "*fp16"},
-                {"HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys,
-                 "FRACTION_BITS": 4, "TOP": 255, "QK_TOP": 127, "START": start,
-                 **({} if start else {"start_k_ptr": None, "start_v_ptr": None})},
-                tiles.warps, tiles.stages, f"d={head_dim} {'cross' if start else 'self'}",
-            )  # fmt: skip
-        if width <= 128:
-            tiles = attention.running_config_for(width, major)
-            yield _case(
-                attention.running_kernel, tiles,
-                {"q_ptr": "*fp16", "k_ptr": "*i8", "v_ptr": "*i8", "v_scale_ptr": "*fp32", "v_prefix_ptr": "*i32",
-                 "key_step_ptr": "*fp32", "out_ptr": "*fp16"},
-                {"HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys,
-                 "FRACTION_BITS": 4, "TOP": 255, "QK_TOP": 127},
-                tiles.warps, tiles.stages, f"d={head_dim} self",
-            )  # fmt: skip
-        tile = (attention.config_for(width, major).keys, width)
-        halves = {f"{name}_ptr": "*fp16" for name in ("k", "v")}
-        floats = {f"{name}_ptr": "*fp32" for name in ("statistics", "v_scale", "key_step", "start_k", "start_v")}
-        codes = {"k_codes_ptr": "*i8", "v_codes_ptr": "*i8", "v_sum_ptr": "*i32"}
-        for kernel in (attention.key_statistics_kernel, attention.key_codes_kernel):
-            constants = {"HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_KEYS": tile[0], "START": 1}
-            constants |= {"QK_TOP": 127, "V_TOP": 127} if kernel is attention.key_codes_kernel else {}
-            warps = attention.key_warps(*tile)
-            yield _case(kernel, (*tile, warps), {**halves, **floats, **codes}, constants, warps,
-                        note=f"d={head_dim} cross", integer=False)  # fmt: skip
-        tiles = attention.base2_config_for(width, major)
-        halves = {f"{name}_ptr": "*fp16" for name in ("q", "k", "v", "out")}
-        floats = {f"{name}_ptr": "*fp32" for name in ("normaliser", "peak", "reference")}
-        for kernel in (attention.base2_rows_kernel, attention.base2_kernel):
-            constants = {"HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys}
-            constants |= {"START": True, **({"TOP": 255} if kernel is attention.base2_kernel else {})}
-            yield _case(
-                kernel, tiles, {**halves, **floats}, constants, tiles.warps, tiles.stages, f"d={head_dim} cross",
-                integer=False,
-            )  # fmt: skip
-
-
 def cases(target: str) -> Iterator[Case]:
-    """Every kernel in every configuration that a device of this target can be given."""
-    yield from _product_cases(major_of(target))
-    yield from _quantize_cases()
-    yield from _attention_cases(major_of(target))
+    """Every kernel in every configuration that a device of this target can be given: `cases(major)` of the file
+    `aot.py` in the folders of the operators."""
+    for folder in folders():
+        if importlib.util.find_spec(f"{folder}.aot"):
+            yield from importlib.import_module(f"{folder}.aot").cases(major_of(target))
 
 
 def major_of(target: str) -> int:
@@ -368,7 +188,7 @@ def _tool(*command: str) -> str:
 def faults(row: Row, case: Case) -> list[str]:
     """What is wrong with a row: a spill, no int8 product, too many byte permutes."""
     found = []
-    limit = PRMT_BUDGETS.get(row.kernel)
+    limit = case.permutes
     if limit is not None and row.target.isdigit() and row.prmt > limit:
         found.append(f"{row.prmt} byte permutes in the loop, {limit} allowed")
     if row.spills:

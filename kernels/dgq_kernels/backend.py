@@ -51,6 +51,9 @@ class Backend:
     kernels: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
+# Every operator by its name, as `operator` enters them, and the module of its folder.
+OPERATORS: dict[str, torch.library.CustomOpDef] = {}
+FOLDERS: dict[str, str] = {}
 _BACKENDS: dict[str, Backend] = {}
 _OWN: dict[str, str] = {}  # a device's type -> the backend whose own it is
 _FOUND: dict[tuple[Callable[..., Any], str], Callable[..., Any]] = {}  # (reference, backend) -> implementation
@@ -69,6 +72,11 @@ def unregister(name: str) -> None:
     for device in [device for device, own in _OWN.items() if own == name]:
         del _OWN[device]
     _FOUND.clear()
+
+
+def folders() -> list[str]:
+    """The modules that define operators, each once."""
+    return list(dict.fromkeys(FOLDERS.values()))
 
 
 def device_types() -> list[str]:
@@ -143,7 +151,11 @@ def operator(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOp
                 return function(first, *args, **kwargs)
 
         schema = torch.library.infer_schema(function, mutates_args=())
-        return torch.library.custom_op(name, on_its_device, mutates_args=(), schema=schema)
+        made = OPERATORS[function.__name__] = torch.library.custom_op(
+            name, on_its_device, mutates_args=(), schema=schema
+        )
+        FOLDERS[function.__name__] = function.__module__
+        return made
 
     return register
 

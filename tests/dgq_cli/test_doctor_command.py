@@ -9,14 +9,12 @@ import pytest
 import torch
 import typer
 
-import dgq_kernels
 from dgq import doctor
 from dgq.self_test import relative_error
 from dgq_cli import doctor_command
-from dgq_kernels import native
+from dgq_kernels import backend, native
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-OPS = ["quantize_rows", "quantize_samples", "linear_int8", "linear_int4", "conv2d", "log_attention"]
 
 
 def test_json_of_a_healthy_machine(dgq_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +24,12 @@ def test_json_of_a_healthy_machine(dgq_command: Run, monkeypatch: pytest.MonkeyP
     assert "hf_secret" not in run.stdout
     data = json.loads(run.stdout)
     assert data["ok"] is True
-    assert [check["name"] for check in data["self_test"]] == OPS + ["engine"] * native.available()
+    # every operator but those on opaque weights, which "prepacked" tests
+    every = {name for name in backend.OPERATORS if not name.endswith("_prepacked")}
+    every |= {"prepacked"} if backend.cpu_path() != "reference" else set()
+    every |= {"engine"} if native.available() else set()
+    assert {check["name"] for check in data["self_test"]} == every
+    assert len(data["self_test"]) == len(every)
     assert all(check["ok"] for check in data["self_test"])
     assert torch.__version__.startswith(data["versions"]["torch"].split("+")[0])
     assert data["devices"][0]["device"] == "cpu"
@@ -37,8 +40,8 @@ def test_json_of_a_healthy_machine(dgq_command: Run, monkeypatch: pytest.MonkeyP
 
 
 def test_a_wrong_op_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    right = dgq_kernels.linear_int8
-    monkeypatch.setattr(dgq_kernels, "linear_int8", lambda *args: right(*args) + 0.01)
+    right = backend.OPERATORS["linear_int8"]
+    monkeypatch.setitem(backend.OPERATORS, "linear_int8", lambda *args: right(*args) + 0.01)
     with pytest.raises(typer.Exit) as stop:
         doctor_command.command()
     assert stop.value.exit_code == 1

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from dgq.checkpoint.header import FORMAT_VERSION, Header
 from dgq.integer.attention import AttentionPlan
-from dgq.integer.stored import buffer_specs
+from dgq.integer.stored import stored_shapes
 from dgq.method import METHODS
 from dgq.paper.plan import Conv2dPlan, GroupsPlan, LinearPlan, PaperAttentionPlan
 from dgq.recipe import LayerPlan, Recipe
@@ -75,5 +75,5 @@ def test_every_field_and_tensor_is_on_the_page():
         LayerPlan("conv2d", 8, 8, 8, 8, True, kernel_size=3, channels="shift", class_ends=[4, 8], reordered=True),
         LayerPlan("linear", 8, 8, 4, 8, True, class_ends=[8]),
     ):
-        assert not buffer_specs(plan).keys() - named
+        assert not stored_shapes(plan).keys() - named
     assert PAGE.startswith(f"# The checkpoint format\n\nVersion {FORMAT_VERSION}.")

@@ -6,56 +6,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import dgq_kernels
-from dgq_kernels import native, packing
+from dgq_kernels import native
+from dgq_kernels.samples import samples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Their weights are oneDNN's opaque tensors, which cannot be copied: test_linear and test_conv2d trace them instead.
 OPAQUE = {"linear_prepacked", "conv2d_prepacked"}
 
 
-def cases():
-    """(operator, arguments) of small operands, with every optional tensor given."""
-    g = torch.Generator().manual_seed(0)
-
-    def floats(*size):
-        return torch.randn(*size, generator=g).to(DEVICE)
-
-    rows, image, order = floats(5, 32), floats(2, 32, 4, 4), torch.randperm(32, generator=g).to(torch.int32).to(DEVICE)
-    gain, offset, divisor, embedding = floats(32), floats(32), floats(32).abs() + 0.5, floats(2, 32)
-    yield "quantize_rows", (rows, 8, divisor, order)
-    yield "layer_norm_quantize_rows", (rows, gain, offset, 1e-5, 8, divisor, order)
-    yield "geglu_quantize_rows", (floats(5, 64), 8, divisor, order)
-    yield "silu_quantize_rows", (rows, 8, divisor, order)
-    yield "group_norm_quantize_rows", (image, 4, gain, offset, 1e-5, 8, divisor, order)
-    yield "quantize_samples", (image, 8, divisor, 1, order)
-    yield "group_norm_quantize_samples", (image, 4, gain, offset, 1e-5, True, 8, divisor, 1, order, embedding)
-
-    codes = torch.randint(0, 256, (5, 32), dtype=torch.uint8, generator=g).to(DEVICE)
-    scale, zero = floats(5).abs() / 100, torch.full((5,), 7, dtype=torch.int32, device=DEVICE)
-    weight = torch.randint(-8, 8, (6, 288), dtype=torch.int8, generator=g)
-    packed = packing.pack_int4(weight).to(DEVICE)
-    subscales = packing.pack_subscales(torch.ones(6, 9, dtype=torch.uint8)).to(DEVICE)
-    sums, weight = weight.sum(1, dtype=torch.int32).to(DEVICE), weight.to(DEVICE)
-    after, half = (floats(6).abs(), sums, floats(6)), torch.float16
-    small = weight[:, :32].contiguous()
-    yield "linear_int8", (codes, scale, zero, small, *after, half, [10, 32], floats(5, 6))
-    grouped = (codes, scale[:2], zero[:2], small, after[0], torch.stack([sums, sums]), after[2])
-    yield "linear_float_groups", (*grouped, half, [10, 32])
-    yield "linear_int4", (
-        codes, scale, zero, packed[:, :16].contiguous(), subscales[:, :1].contiguous(), *after, half, 32, floats(5, 6),
-    )  # fmt: skip
-    pixels = torch.randint(0, 256, (2, 6, 6, 32), dtype=torch.uint8, generator=g).to(DEVICE).permute(0, 3, 1, 2)
-    head, kernel = (pixels, scale[:2], zero[:2]), weight.view(6, 3, 3, 32).permute(0, 3, 1, 2)
-    yield "conv2d", (*head, kernel, *after, 1, half, [10, 32], floats(2, 6, 4, 4))
-    yield "conv2d_int4", (*head, packed, subscales, *after, 3, 1, half, 32, floats(2, 6, 4, 4))
-
-    q, k, v = floats(1, 2, 5, 16), floats(1, 2, 7, 16), floats(1, 2, 7, 16)
-    yield "log_attention", (q, k, v, 0.25, 8, 4, True)
-    yield "log_attention_running", (q, k, v, 0.25, 8, 4)
-    yield "log_attention_base2", (q, k, v, 0.25, 8, True)
-
-
-CASES = dict(cases())
+# The operators' own samples (`dgq_kernels/*/samples.py`), the last one of each.
+CASES = {
+    name: tuple(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
+    for name, arguments, _ in samples()
+}
 
 
 def engine_cases():

@@ -12,7 +12,7 @@ from dgq.integer.plan import Layer, plan_layer
 from dgq.integer.prepared import Dense, Engine
 from dgq.integer.rounding import quantize_layer
 from dgq.integer.statistics import Statistics
-from dgq.integer.stored import StoredWeight, buffer_specs
+from dgq.integer.stored import StoredWeight, stored_shapes
 from dgq.recipe import LayerPlan, Recipe
 from dgq_kernels import backend, native, quantize_rows, quantize_samples
 from dgq_kernels.conv2d import cpu as conv_cpu
@@ -209,7 +209,7 @@ def test_reference_backend_agrees(monkeypatch):
 
 def test_buffer_sizes_are_what_the_format_says():
     plan = LayerPlan("conv2d", 320, 640, 4, 8, True, kernel_size=3, padding=1, class_ends=[320])
-    specs = buffer_specs(plan)
+    specs = stored_shapes(plan)
     assert specs["packed"] == ((640, 1440), torch.uint8)
     assert specs["subscales"] == ((640, 45), torch.uint8)
     with torch.device("meta"):

@@ -14,7 +14,7 @@ from dgq.family import family_of
 from dgq.integer.channels import WORTH, candidates, form_groups, to_matrix
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import Layer, plan_layer, plan_layers
-from dgq.integer.rounding import choose_rounded, pass_bytes, passes, quantize_unet, round_layer
+from dgq.integer.rounding import choose_rounded, pass_bytes, passes, quantize_layer, quantize_unet, round_layer
 from dgq.integer.skeleton import build_skeleton
 from dgq.integer.statistics import Statistics, gather
 from dgq.recipe import Recipe
@@ -49,6 +49,23 @@ def net():
 def calls():
     g = torch.Generator().manual_seed(1)
     return [{"sample": torch.randn(2, 4, 6, 6, generator=g)} for _ in range(6)]
+
+
+def test_sums_that_could_overflow_are_refused_without_packing(monkeypatch):
+    """255 codes times 127, 66,000 times, stay in int32; 70,000 times do not."""
+    monkeypatch.setattr(IntegerLayer, "prepare", lambda *_: pytest.fail("packed"))
+    recipe = Recipe(wbits=8, rounding="nearest", channels="none")
+    for channels in (66_000, 70_000):
+        module = nn.Linear(channels, 1, bias=False)
+        nn.init.ones_(module.weight)
+        layer = Layer("wide", module, plan_layer(module, 8, recipe))
+        statistics = Statistics(layer.plan, 1)
+        statistics.add(torch.ones(2, channels))
+        if channels == 70_000:
+            with pytest.raises(DgqError, match="wide: a sum over 70000 products could overflow int32"):
+                quantize_layer(layer, statistics, recipe)
+        else:
+            assert quantize_layer(layer, statistics, recipe).layer.weight.min() == 127
 
 
 def test_plan_covers_what_can_be_quantized_and_says_why_not(net):

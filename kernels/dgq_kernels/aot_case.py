@@ -1,0 +1,40 @@
+"""What `aot` compiles: a kernel in one configuration. The operators' folders list theirs in a file `aot.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with its parameter types, constants and launch options.
+
+    Attributes:
+        integer: it must hold int8 products.
+        permutes: byte permutes that its main loop may hold: more mean that int8 operands are taken apart.
+    """
+
+    kernel: Any
+    config: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    integer: bool = True
+    permutes: int | None = None
+
+
+def case(
+    kernel: Any, config: tuple[int, ...], pointers: dict[str, str], constants: dict[str, Any], warps: int,
+    stages: int = 3, note: str = "", integer: bool = True, permutes: int | None = None,
+) -> Case:  # fmt: skip
+    """A case whose remaining parameters are int32 sizes, or float where the name says scale or eps."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        else:
+            types[name] = pointers.get(name, "fp32" if name.endswith("_scale") or name == "eps" else "i32")
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    label = "x".join(str(value) for value in config) + (f" {note}" if note else "")
+    return Case(kernel, label, types, constants, options, integer, permutes)

@@ -1,0 +1,45 @@
+"""What `dgq_kernels.aot` compiles of activation quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .. import aot_case
+from . import triton as quantize
+
+
+def cases(major: int) -> Iterator[aot_case.Case]:
+    """On any major compute capability."""
+    pointers = {
+        "x_ptr": "*fp16", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32", "inv_divisor_ptr": "*fp32",
+        "position_ptr": "*i32", "codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
+        **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "shift", "centre", "gain")},
+        "below_ptr": "*i32", "above_ptr": "*i32",
+    }  # fmt: skip
+    flags = {"DIVIDE": True, "PLACE": True, "OFFSET": True, "GAIN": True, "SMALLEST": 1e-30, "TOP": 255}
+
+    def case(kernel: Any, config: quantize.Config, note: str, **constants: Any) -> aot_case.Case:
+        tile = {"BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels}
+        every = {**flags, **tile, **constants}
+        mine = {name: value for name, value in every.items() if name in kernel.arg_names}
+        return aot_case.case(kernel, config, pointers, mine, config.warps, 3, note, integer=False)
+
+    for mode, note in enumerate(("plain", "layer norm", "geglu", "silu", "group norm")):
+        for channels in (320, 1280, 5120):
+            if channels == 5120 and note not in ("plain", "geglu"):
+                continue
+            yield case(quantize.quantize_rows_kernel, quantize.config_for(channels), note, INPUT=mode)
+    long = quantize.Config(1, 4096, 8)
+    yield case(quantize.quantize_long_rows_kernel, long, "plain")
+    for pixels, channels in ((4096, 320), (256, 1280)):
+        tile = quantize.sample_config_for(2, pixels, channels)
+        group = channels // 32
+        width = 16 if group < 16 else 64
+        yield case(quantize.sample_statistics_kernel, tile, "")
+        whole = quantize.Config(32, width, 4)
+        yield case(quantize.group_statistics_kernel, whole, f"group={group}", GROUP=group, SHIFT=True)
+        for norm, note in ((False, "plain"), (True, "norm silu")):
+            fused = {"NORM": norm, "SILU": norm, "OFFSET": norm}
+            yield case(quantize.sample_range_kernel, tile, note, **fused)
+            yield case(quantize.quantize_samples_kernel, tile, note, BLOCK_RANGES=256, **fused)
