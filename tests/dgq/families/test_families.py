@@ -191,3 +191,15 @@ def test_a_subclass_is_of_its_class_family() -> None:
     with torch.device("meta"):
         own = Own(block_out_channels=(32, 64), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
     assert family_of(own) is FAMILIES[0]
+
+
+def test_fused_classes_name_the_layers_that_take_in_what_precedes_them() -> None:
+    net = architectures.network(architectures.architecture("sd-v1.4"))
+    layers = {name for name, one in net.named_modules() if isinstance(one, torch.nn.Linear | torch.nn.Conv2d)}
+    after = family_of(net).after_norm(net)
+    assert after <= layers
+    ends = (
+        "attn2.to_k", "attn2.to_v", "to_out.0", "proj_out", "conv_shortcut", "conv", "conv_in", "conv_out", "linear_1",
+    )  # fmt: skip
+    assert [name for name in layers - after if not name.endswith(ends)] == []
+    assert not any(name.endswith(ends) for name in after)
