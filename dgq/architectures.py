@@ -23,7 +23,7 @@ PREDICTED = {name: one for family in FAMILIES for name, one in family.predicted.
 
 
 # Of a configuration that names no class.
-DEFAULT = FAMILIES[0].network
+DEFAULT_NETWORK = FAMILIES[0].network
 
 
 def drawn(name: str, pixels: int | None = None) -> Architecture:
@@ -53,7 +53,7 @@ def architecture(name: str, names: tuple[str, ...] = ()) -> Architecture:
     if name.endswith(".json"):
         config = read_json(Path(name))
         config.pop("quantization_config", None)
-        return Architecture(config, 2, config.get("_class_name", DEFAULT))
+        return Architecture(config, 2, config.get("_class_name", DEFAULT_NETWORK))
     if name not in ARCHITECTURES:
         raise DgqError(
             f"architecture {name!r} is not one of {', '.join(names or ARCHITECTURES)}",
@@ -68,7 +68,7 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
     Raises:
         DgqError: diffusers refuses the configuration.
     """
-    return network(Architecture(config, 1, config.get("_class_name", DEFAULT)))
+    return network(Architecture(config, 1, config.get("_class_name", DEFAULT_NETWORK)))
 
 
 def network(which: Architecture) -> nn.Module:

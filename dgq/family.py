@@ -134,10 +134,18 @@ class Family:
         """What a picture's width and height are multiples of."""
         return int(pipe.vae_scale_factor)
 
-    def latent_shape(self, pipe: Any, width: int, height: int) -> tuple[int, ...]:
-        """Of one sample's latents, without the batch, as the pipeline takes and returns them."""
+    def latent_shape(self, pipe: Any, width: int, height: int) -> tuple[int, int, int]:
+        """Channels, height and width of one sample's latents."""
         factor = pipe.vae_scale_factor
         return getattr(pipe, self.component).config.in_channels, height // factor, width // factor
+
+    def packed(self, pipe: Any, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) as the pipeline takes and returns them."""
+        return latents
+
+    def unpacked(self, pipe: Any, latents: Tensor, width: int, height: int) -> Tensor:
+        """Inverse of `packed`, for pictures of this width and height in pixels."""
+        return latents
 
     def pipeline_arguments(self, prompts: Sequence[str], negative: str, guidance: float) -> dict[str, Any]:
         """What the pipeline is called with for prompts and guidance."""
@@ -148,7 +156,7 @@ class Family:
         return guidance > 1
 
     def decode(self, pipe: Any, latents: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) of latents as the pipeline returns them."""
+        """Pixels (B, 3, H, W) of latents (B, C, h, w)."""
         config = pipe.vae.config
         plain = latents.to(pipe.vae.dtype) / config.scaling_factor
         shift = config.get("shift_factor")

@@ -12,7 +12,7 @@ from session import Session
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dgq.architectures import ARCHITECTURES, Architecture, architecture, call, skeleton
+from dgq.architectures import ARCHITECTURES, DEFAULT_NETWORK, Architecture, architecture, call, skeleton
 from dgq.bench.files import absmax_weight
 from dgq.bench.worker import cast
 from dgq.integer.attention import AttentionPlan, use_log_attention
@@ -36,7 +36,7 @@ TINY = {
 
 def networks(session: Session) -> dict[str, Architecture]:
     """What a report measures."""
-    return {"tiny": Architecture(TINY, 2)} if session.kind == "cpu" else ARCHITECTURES
+    return {"tiny": Architecture(TINY, 2, DEFAULT_NETWORK)} if session.kind == "cpu" else ARCHITECTURES
 
 
 def embedded_network() -> Architecture:

@@ -48,7 +48,7 @@ class Estimate:
     calls: int
     macs_per_call: int
     seconds: float
-    network: str
+    network: str = ""
 
 
 def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Options) -> Estimate:

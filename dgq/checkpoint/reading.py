@@ -248,8 +248,11 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> Header | None:
     """Check a local pipeline folder before any weight is loaded.
+
+    Returns:
+        Its header, or None for a float model.
 
     Raises:
         DgqError: no model_index.json, or of a pipeline that dgq does not work with; a component that is not plainly
@@ -258,7 +261,7 @@ def check_folder(folder: Path) -> None:
     """
     for name in components(folder):
         _check_component(folder / name)
-    read_header(folder)
+    return read_header(folder)
 
 
 def _check_component(component: Path) -> None:

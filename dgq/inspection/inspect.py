@@ -76,12 +76,11 @@ class Inspection:
         channel_modes: how many layers handle their channels in which way.
         attention: log attention as "bits" and "fraction_bits", or None for float attention or the paper's.
         calibration: how it was made and what was measured then, without the per-layer errors.
-        words: the method's "rounding" and "attention", for people.
         layers: every quantized layer in the model's order.
         worst: those with the lowest recorded SQNR, worst first; where measured, those with the most output noise.
         suggestion: None where no per-layer error is known or no 4-bit layer fits the budget.
         measurement: what each layer and step was found to do, where that was measured.
-        network: what its kind of network is called.
+        network: what its kind of network is called; words: the method's "rounding" and "attention", for people.
     """
 
     path: str
@@ -99,12 +98,12 @@ class Inspection:
     channel_modes: dict[str, int] = field(default_factory=dict)
     attention: dict[str, int] | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
-    words: dict[str, str] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     worst: list[LayerReport] = field(default_factory=list)
     suggestion: Suggestion | None = None
     measurement: Measurement | None = None
     network: str = ""
+    words: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object; "suggestion" also holds the "command_line"."""

@@ -69,7 +69,7 @@ def suggest(order: Iterable[str], header: Header, budget: int) -> Suggestion | N
     growth = _growth(header)
     chosen, spent = [], 0
     for owner in order:
-        if 8 in growth[owner] and spent + growth[owner][8] <= budget:
+        if 8 in growth.get(owner, {}) and spent + growth[owner][8] <= budget:  # another method's takes no overrides
             chosen.append(owner)
             spent += growth[owner][8]
     return Suggestion([f"{owner}=8" for owner in chosen], spent, budget) if chosen else None

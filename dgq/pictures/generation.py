@@ -208,7 +208,7 @@ def generate(
                 progress(first + step, total)
 
         latents = _sample(pipe, [prompts[i] for i in batch], seeds, settings, width, height, on_step)
-        for i, seed, latent, image in zip(batch, seeds, latents, decode(pipe, latents), strict=True):
+        for i, seed, latent, image in zip(batch, seeds, latents, decode(pipe, latents, width, height), strict=True):
             text = _parameters(pipe, prompts[i], settings, seed, width, height, label, name)
             pictures.append(Picture(image, prompts[i], seed, text, latent))
     return pictures
@@ -246,14 +246,16 @@ def _noise_in_float32(scheduler: Any) -> Iterator[None]:
 
 
 def start_noise(pipe: Any, generators: Sequence[torch.Generator], width: int, height: int) -> Tensor:
-    """What sampling starts from, (B, C, h, w) in the network's dtype on the CPU: sample i drawn from generator i.
+    """What sampling starts from in the network's dtype on the CPU, as the pipeline takes it: sample i drawn from
+    generator i.
 
     In float32 these are the numbers that diffusers' own pipelines draw from the generators.
     """
     network = network_of(pipe)
-    shape = (1, *family_of(network).latent_shape(pipe, width, height))
+    family = family_of(network)
+    shape = (1, *family.latent_shape(pipe, width, height))
     samples = [torch.randn(shape, generator=one, dtype=torch.float32, device="cpu") for one in generators]
-    return torch.cat(samples).to(network.dtype)
+    return family.packed(pipe, torch.cat(samples)).to(network.dtype)
 
 
 @torch.no_grad()
@@ -261,7 +263,7 @@ def _sample(
     pipe: Any, prompts: list[str], seeds: list[int], settings: Settings, width: int, height: int,
     on_step: Callable[[int], None],
 ) -> Tensor:  # fmt: skip
-    """Final latents (B, C, h, w) of one batch."""
+    """Final latents of one batch, as the pipeline returns them."""
 
     def after(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         on_step(step + 1)
@@ -285,9 +287,10 @@ def _sample(
 
 
 @torch.no_grad()
-def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
-    """Pictures of latents as the pipeline returns them."""
-    pixels = family_of(network_of(pipe)).decode(pipe, latents)
+def decode(pipe: Any, latents: Tensor, width: int, height: int) -> list[Image.Image]:
+    """Pictures, of this size, of latents as the pipeline returns them."""
+    family = family_of(network_of(pipe))
+    pixels = family.decode(pipe, family.unpacked(pipe, latents, width, height))
     if not bool(torch.isfinite(pixels).all()):
         raise DgqError("the decoder's picture is not finite", "load the pipeline in float32")
     return pipe.image_processor.postprocess(pixels, output_type="pil")

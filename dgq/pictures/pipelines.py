@@ -50,33 +50,43 @@ class Model:
         return "float" if self.header is None else self.header.recipe.label
 
 
-def described(folder: Path, said: object = None) -> Model:
-    """The model in a folder that was asked for as `said`.
-
-    Raises:
-        DgqError: its header is damaged.
-    """
-    header = read_header(folder)
-    own = embedded.GENERATION if folder == embedded.FOLDER else header.generation if header else {}
-    name = embedded.NAME if folder == embedded.FOLDER else str(said or folder)
-    return Model(folder, name, header, {**DEFAULT_GENERATION, **own})
-
-
 def find_model(model: str | os.PathLike[str] | None) -> Model:
     """A model: None for the embedded one, a folder, or a hub id (downloaded to its cache).
 
     Raises:
         DgqError: no such model, or the folder is not a usable pipeline.
     """
-    return described(resolve(model), model)
+    folder = _place(model)
+    return _model(folder, check_folder(folder), model)
+
+
+def described(folder: Path) -> Model:
+    """The model in a folder, which is not checked.
+
+    Raises:
+        DgqError: its header is damaged.
+    """
+    return _model(folder, read_header(folder), folder)
 
 
 def resolve(model: str | os.PathLike[str] | None) -> Path:
-    """The folder of a model that may be named as for `find_model`.
+    """The folder that `find_model` finds.
 
     Raises:
-        DgqError: no such model, or the folder is not a usable pipeline.
+        DgqError: as it does.
     """
+    return find_model(model).folder
+
+
+def _model(folder: Path, header: Header | None, said: object) -> Model:
+    own = header.generation if header else {}
+    if folder == embedded.FOLDER:
+        return Model(folder, embedded.NAME, header, {**DEFAULT_GENERATION, **own, **embedded.GENERATION})
+    return Model(folder, str(said), header, {**DEFAULT_GENERATION, **own})
+
+
+def _place(model: str | os.PathLike[str] | None) -> Path:
+    """Where a model's folder is."""
     if model is None or str(model) == embedded.NAME:
         folder = embedded.FOLDER
         if not folder.is_dir():
@@ -85,7 +95,6 @@ def resolve(model: str | os.PathLike[str] | None) -> Path:
         folder = Path(model)
     else:
         folder = _download(str(model))
-    check_folder(folder)
     return folder
 
 

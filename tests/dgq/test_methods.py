@@ -55,7 +55,7 @@ def quantize(work: Work) -> Made:
         work.network.set_submodule(name, rounded)
         work.progress("quantize", i + 1, len(layers), name)
     sizes = {name: [one.in_features, one.out_features] for name, one in layers.items()}
-    return Made(table={"sizes": sizes}, facts={"rounded": len(sizes)})
+    return Made(table={"sizes": sizes}, facts={"rounded": len(sizes), "sqnr_db": dict.fromkeys(sizes, 40.0)})
 
 
 def skeleton(network: nn.Module, header: Header) -> None:
@@ -107,6 +107,9 @@ def test_a_method_calibrates_loads_draws_and_is_reported(toy: Method, tiny_pipel
     error = pictures[1].latents - pictures[0].latents
     assert 0 < float(error.norm() / pictures[0].latents.norm()) < 0.02
 
+    told = inspect(out)
+    assert [layer.sqnr_db for layer in told.worst] == [40.0] * 10
+    assert told.suggestion is None  # there is no layer whose bits an override could raise
     found = inspect(out, measurement=measure_checkpoint(out, MeasureOptions(prompts=1, steps=1, device="cpu")))
     assert found.label == "toy W8A8"
     assert found.words == {"rounding": "nearest", "attention": "float"}

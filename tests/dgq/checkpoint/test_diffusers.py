@@ -27,7 +27,9 @@ def test_from_pretrained_gives_no_warnings(tiny_checkpoint):
         capture_output=True, text=True, check=True, env=None,
     )  # fmt: skip
     assert run.stdout.split() == ["IntegerConv2d", "torch.float32"]
-    noise = [line for line in run.stderr.splitlines() if line and "it/s]" not in line]
+    # transformers says of itself that torchvision is missing, with dgq or without
+    own = [line for line in run.stderr.splitlines() if "it/s]" not in line and "requires torchvision" not in line]
+    noise = [line for line in own if line]
     assert noise == []
 
 

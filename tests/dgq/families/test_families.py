@@ -133,14 +133,22 @@ def test_a_family_is_calibrated_loaded_drawn_inspected_and_measured(toy: Toy, fo
     assert (short_block(block), place) == ("block 1", "attn.to_q")
 
 
-def test_a_pipeline_decodes_as_the_family_does(toy: Toy, folder: Path) -> None:
-    """The VAE's shift is part of it: the picture is the one that diffusers' pipeline makes of the same latents."""
+def test_a_picture_is_the_one_that_diffusers_makes(toy: Toy, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same noise, the latents' shift included; also where the family packs latents otherwise."""
     pipe = dgq.load(folder, device="cpu")
-    picture = generate(pipe, ["a cat"], Settings(steps=2, guidance=3.0))[0]
-    decoded = toy.decode(pipe, picture.latents[None])
-    config = pipe.vae.config
-    expected = pipe.vae.decode(picture.latents[None] / config.scaling_factor + config.shift_factor).sample
-    assert torch.equal(decoded, expected)
+    picture = generate(pipe, ["a cat"], Settings(steps=2, guidance=3.0, seed=7))[0]
+    plain = pipe(
+        "a cat", negative_prompt="", num_inference_steps=2, guidance_scale=3.0, width=16, height=16,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]  # fmt: skip
+    assert picture.image.tobytes() == plain.tobytes()
+
+    seen = []
+    monkeypatch.setattr(toy, "packed", lambda pipe, latents: latents.flip(-1), raising=False)
+    monkeypatch.setattr(toy, "unpacked", lambda pipe, latents, *size: (seen.append(size), latents.flip(-1))[1])
+    other = generate(pipe, ["a cat"], Settings(steps=2, guidance=3.0, seed=7))[0]
+    assert seen == [(16, 16)]
+    assert other.image.tobytes() != plain.tobytes()
 
 
 def test_a_family_is_benched_by_its_configuration(toy: Toy, folder: Path, tmp_path: Path) -> None:
@@ -183,3 +191,15 @@ def test_a_subclass_is_of_its_class_family() -> None:
     with torch.device("meta"):
         own = Own(block_out_channels=(32, 64), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
     assert family_of(own) is FAMILIES[0]
+
+
+def test_fused_classes_name_the_layers_that_take_in_what_precedes_them() -> None:
+    net = architectures.network(architectures.architecture("sd-v1.4"))
+    layers = {name for name, one in net.named_modules() if isinstance(one, torch.nn.Linear | torch.nn.Conv2d)}
+    after = family_of(net).after_norm(net)
+    assert after <= layers
+    ends = (
+        "attn2.to_k", "attn2.to_v", "to_out.0", "proj_out", "conv_shortcut", "conv", "conv_in", "conv_out", "linear_1",
+    )  # fmt: skip
+    assert [name for name in layers - after if not name.endswith(ends)] == []
+    assert not any(name.endswith(ends) for name in after)
