@@ -14,11 +14,11 @@ TOOLS_VENV := build/tools
 TOOLS_BIN := $(TOOLS_VENV)/bin
 # Wheels run with this glibc or a newer one: torch's own ask for it too.
 GLIBC := 2.28
-# the compiler of the wheels' engine, without -target; empty for the machine's own
+# the compiler of the wheels' engine; it takes -target
 WHEEL_CXX ?= $(abspath $(TOOLS_BIN))/python-zig c++
 
-.PHONY: demo test test-all test-aarch64 lint types docs wheel wheel-aarch64 sdist gpu aot sanitize sanitize-native bench fidelity \
-	tables embedded-data embedded-train clean
+.PHONY: demo test test-all test-aarch64 test-wheel test-no-compiler lint types docs wheel wheel-aarch64 sdist gpu aot \
+	sanitize sanitize-native bench fidelity tables embedded-data embedded-train clean
 
 demo: $(VENV)/ready
 	$(BIN)/dgq calibrate --out $(DEMO)/dgq-emoji-w4a8 --wbits 4 --abits 8 --overwrite
@@ -48,7 +48,7 @@ docs: $(DOCS_VENV)/ready
 wheel: MACHINE := x86_64
 wheel-aarch64: MACHINE := aarch64
 wheel wheel-aarch64: $(TOOLS_VENV)/ready
-	rm -rf build/wheel-$(MACHINE)
+	rm -rf build/wheel-$(MACHINE) dist/*_$(MACHINE).whl
 	CXX="$(WHEEL_CXX) -target $(MACHINE)-linux-gnu.$(GLIBC) -s" _PYTHON_HOST_PLATFORM=linux-$(MACHINE) \
 		$(TOOLS_BIN)/python -m hatchling build --target wheel --directory build/wheel-$(MACHINE)
 	PATH="$(abspath $(TOOLS_BIN)):$$PATH" SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
@@ -56,7 +56,18 @@ wheel wheel-aarch64: $(TOOLS_VENV)/ready
 		build/wheel-$(MACHINE)/*.whl
 
 sdist: $(TOOLS_VENV)/ready
+	rm -f dist/*.tar.gz
 	$(TOOLS_BIN)/python -m hatchling build --target sdist --directory dist
+
+# The tests against the installed wheel, and against the source archive installed without a compiler, in a temporary
+# folder and a new environment. TESTS are pytest's options.
+TESTS ?= -m "not slow" --numprocesses 2
+test-wheel: wheel
+	OMP_NUM_THREADS=1 $(PYTHON) tests/installed.py dist/*_x86_64.whl --constraint $(CONSTRAINTS) $(TESTS)
+
+test-no-compiler: sdist
+	OMP_NUM_THREADS=1 CXX=/nonexistent $(PYTHON) tests/installed.py dist/*.tar.gz --no-engine \
+		--constraint $(CONSTRAINTS) $(TESTS)
 
 # The engine on aarch64, from GCC and from Zig, in an emulator of three CPUs against this machine's results.
 test-aarch64: $(VENV)/ready $(TOOLS_VENV)/ready
