@@ -172,6 +172,13 @@ def test_the_hash_is_of_content_and_of_no_form(pipe, tiny_checkpoint, monkeypatc
     assert content_hash(other.unet) != first
 
 
+def test_equal_scales_are_equal_files(pipe, file, tmp_path):
+    for i in range(12):
+        other = tmp_path / f"{i}.safetensors"
+        write(other, tuned_scales(pipe.unet), Layout.of(pipe.unet, True))
+        assert other.read_bytes() == file.read_bytes()
+
+
 def test_a_file_tells_what_it_holds(pipe, file):
     about, shapes = describe(file)
     assert about == dataclasses.replace(tuned_scales(pipe.unet).about)
