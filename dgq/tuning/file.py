@@ -156,8 +156,8 @@ def write(file: Path, tuned: Tuned, layout: Layout) -> None:
         DgqError: it cannot be written.
     """
     parts = {name: part.half().contiguous() for name, part in layout.split(tuned.vectors.cpu()).items()}
-    with atomic_file(file) as handle:
-        save_tensors(parts, Path(handle.name), {"format": "pt", KEY: tuned.about.to_json()})
+    with atomic_file(file) as handle:  # one key: safetensors writes several in an order that changes from file to file
+        save_tensors(parts, Path(handle.name), {KEY: tuned.about.to_json()})
 
 
 def _open(file: Path) -> tuple[Description, dict[str, Tensor]]:

@@ -13,12 +13,13 @@ from ..integer.layer import IntegerLayer
 
 
 def integer_layers(unet: nn.Module) -> dict[str, IntegerLayer]:
-    """The integer layers of a UNet by name.
+    """The integer layers of a UNet by name, that of the checkpoint where an adapter holds the layer.
 
     Raises:
         DgqError: it has none.
     """
-    layers = {name: module for name, module in unet.named_modules() if isinstance(module, IntegerLayer)}
+    named = ((name, module) for name, module in unet.named_modules() if isinstance(module, IntegerLayer))
+    layers = {name.removesuffix(".base_layer"): module for name, module in named}
     if not layers:
         raise DgqError(
             "the model has no integer layer, so there are no scales to tune",

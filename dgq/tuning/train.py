@@ -162,7 +162,7 @@ def tune(
             "make one: dgq calibrate MODEL --out DIR",
         )
     device = check_device(options.device)
-    check_output(out, options.overwrite or options.resume)
+    check_output(out, options.overwrite)
     with workplace(out) as work:
         # float16 has no room for small gradients
         pipe = load(folder, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)

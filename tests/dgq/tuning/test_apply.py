@@ -144,6 +144,17 @@ def test_layers_of_one_input_share_its_scale_and_its_codes(pipe, file, monkeypat
     assert plain[-1] == 3
 
 
+def test_beside_a_lora(pipe, file):
+    from peft import LoraConfig
+
+    dgq.load_tuned(pipe, file)
+    tuned = draw(pipe)
+    dgq.unload_tuned(pipe)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))  # begins as a change of nothing
+    dgq.load_tuned(pipe, file)
+    assert torch.allclose(draw(pipe), tuned, atol=1e-2)
+
+
 def test_moving_the_model_keeps_the_scales(pipe, file):
     dgq.load_tuned(pipe, file)
     tuned = draw(pipe)
@@ -170,6 +181,13 @@ def test_the_hash_is_of_content_and_of_no_form(pipe, tiny_checkpoint, monkeypatc
     with torch.no_grad():
         layer.weight_scale[0] *= 1.001
     assert content_hash(other.unet) != first
+
+
+def test_equal_scales_are_equal_files(pipe, file, tmp_path):
+    for i in range(12):
+        other = tmp_path / f"{i}.safetensors"
+        write(other, tuned_scales(pipe.unet), Layout.of(pipe.unet, True))
+        assert other.read_bytes() == file.read_bytes()
 
 
 def test_a_file_tells_what_it_holds(pipe, file):
