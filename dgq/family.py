@@ -55,6 +55,7 @@ class Family:
         float_layers: layers that stay float, and why.
         start_token: whether the first key of cross-attention is a start token, which takes most of the probability:
             then attention may be the logarithmic one, else it is float.
+        tuned: whether `dgq tune` knows what it predicts and reads, and where latents come from.
         fused: exact type of a module -> (whether one of them can leave work to its quantized layers, the class that
             does, whose `after_norm` names the layers that take in a norm or an activation).
         block: what a layer's name begins with where it lies in one of the repeated blocks.
@@ -71,6 +72,7 @@ class Family:
     arguments: tuple[str, ...] = ()
     float_layers: Mapping[str, str] = FIRST_AND_LAST
     start_token = False
+    tuned = False
     fused: Mapping[type[nn.Module], tuple[Callable[[Any], bool], Any]] = {}
     block = re.compile(r"(?!)")
     shortened: tuple[tuple[str, str], ...] = ()

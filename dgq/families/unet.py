@@ -27,6 +27,7 @@ class UNet(Family):
     needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     arguments = ("sample", "timestep", "encoder_hidden_states")
     start_token = True
+    tuned = True
     fused = FUSED
     block = re.compile(r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.\w+\.\d+")
     shortened = (

@@ -18,6 +18,7 @@ from PIL import Image
 from ..checkpoint.reading import read_header
 from ..devices import check_device
 from ..errors import DgqError
+from ..family import family_of, network_of
 from ..outputs import check_output, workplace
 from ..pictures import embedded
 from ..pictures.generation import (
@@ -25,7 +26,6 @@ from ..pictures.generation import (
     Settings,
     check_prompts,
     check_size,
-    check_text_to_image,
     generate,
     write_png,
 )
@@ -184,7 +184,10 @@ class _Run:
     ) -> None:  # fmt: skip
         self.pipe, self.folder, self.base, self.out, self.options = pipe, folder, base, out, options
         self.subjects, self.pictures, self.state, self.progress = subjects, pictures, state, progress
-        check_text_to_image(pipe.unet.config.in_channels, pipe.vae.config.latent_channels)
+        family = family_of(network_of(pipe))
+        if not family.tuned:
+            raise DgqError(f"a {family.title} cannot be tuned yet", "dgq tune works on UNet2DConditionModel")
+        family.check_configs(pipe.unet.config, pipe.vae.config)
         if pipe.unet.config.time_cond_proj_dim is not None:
             raise DgqError(
                 "the UNet is distilled to few steps (LCM), which tuning would undo", "tune the model it was made of"
