@@ -220,13 +220,14 @@ def second_device():
 
 def step(name, dtypes=(torch.float16,)):
     """A step of a whole quantized UNet, its float operators on the CPU, on rubbish."""
-    import dgq.embedded
-    from dgq import architectures, recipe, worker
+    from dgq import architectures, recipe
+    from dgq.bench import worker
     from dgq.integer import attention
+    from dgq.pictures import embedded
 
     which = architectures.ARCHITECTURES.get(name)
     if which is None:
-        which = architectures.architecture(str(dgq.embedded.FOLDER / "unet" / "config.json"))
+        which = architectures.architecture(str(embedded.FOLDER / "unet" / "config.json"))
     for wbits, dtype in ((wbits, dtype) for wbits in (8, 4) for dtype in dtypes):
         unet, plan = architectures.skeleton(which.config), attention.AttentionPlan.for_activations(8)
         found, _ = plan_layers(unet, recipe.Recipe(wbits=wbits, rounding="nearest", channels="none"))
