@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from networks import (
     Step,
     embedded_network,
@@ -33,9 +31,9 @@ from networks import (
     quantized_steps,
     step_of,
 )
+from pretend import HOPPER, MOST_SHARED, MOST_STACK, pretend
 from session import Session, clocks, reason
 from torch.profiler import ProfilerActivity
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.jit import JITFunction
 
@@ -51,16 +49,11 @@ from dgq.integer.shared_input import prepare_all
 from dgq.pictures import generation
 from dgq.recipe import Recipe
 from dgq.self_test import relative_error
-from dgq_kernels import backend
 from dgq_kernels.conv2d import triton as conv2d
 from dgq_kernels.linear import tiles as table
 from dgq_kernels.linear import triton as linear
-from dgq_kernels.log_attention import triton as log_attention
 
 PEAK_TOPS = 1979.0  # dense int8 of an H100 or H200 SXM, by the data sheet
-HOPPER = table.Machine((9, 0), 132, 50 * 2**20, 12.8)
-MOST_SHARED = 227 * 1024  # bytes a block may ask for on 9.0
-MOST_STACK = 16  # bytes; more is a spill
 
 
 def doctor(session: Session) -> None:
@@ -114,37 +107,20 @@ def shard(session: Session) -> None:
     really = JITFunction._do_compile
 
     def share(self: Any, key: Any, signature: Any, *rest: Any) -> Any:
-        self.device_caches[0][0][key] = idle
-        if zlib.crc32(f"{self.__name__}{key}".encode()) % shards != number:
-            return idle
-        begin = time.monotonic()
-        try:
-            kernel = really(self, key, signature, *rest)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                Path(file.name).write_bytes(kernel.asm["cubin"])
-                ask = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-                said = subprocess.run(ask, capture_output=True, text=True).stdout
-            used = re.search(r"REG:(\d+) STACK:(\d+)", said)
-            assert used is not None, said
-            session.say(
-                "shard", kernel=self.__name__, registers=int(used[1]), stack=int(used[2]),
-                shared=kernel.metadata.shared, seconds=round(time.monotonic() - begin, 2),
-            )  # fmt: skip
-            if shutil.which("nvidia-smi"):  # also the launcher that the device will want: it links with the driver
-                CudaLauncher(kernel.src, kernel.metadata)
-        except Exception as error:
-            session.say("shard", kernel=self.__name__, error=reason(error), signature=str(signature))
+        if zlib.crc32(f"{self.__name__}{key}".encode()) % shards == number:
+            try:
+                kernel = really(self, key, signature, *rest)
+                if shutil.which("nvidia-smi"):  # also the launcher that the device will want: it links with the driver
+                    CudaLauncher(kernel.src, kernel.metadata)
+                return kernel
+            except Exception as error:
+                session.say("shard", kernel=self.__name__, error=reason(error), signature=str(signature))
         self.device_caches[0][0][key] = idle
         return idle
 
     JITFunction._do_compile = share
     torch.set_num_threads(1)
-    driver = types.SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda *_: 0)
-    driver.get_current_target = lambda: GPUTarget("cuda", 90, 32)
-    triton.runtime.driver.set_active(driver)
-    table._machine = lambda _: HOPPER  # type: ignore[assignment]
-    log_attention._major = lambda _: 9  # type: ignore[assignment]
-    backend.launches = lambda _: True  # type: ignore[assignment]
+    pretend(functools.partial(session.say, "shard"))
     todo = [(name, which, torch.float16) for name, which in networks(session).items()]
     if session.kind != "cpu":  # and what the stage `model` runs
         small = embedded_network()

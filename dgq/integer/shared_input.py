@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import IntegerLayer, is_direct
-from .prepared import ByOps, Dense, Joined
+from .prepared import ByOps, Dense, Joined, Packed
 
 
 def _same(tensors: Sequence[Tensor | None]) -> bool:
@@ -33,7 +33,8 @@ def join(layers: Sequence[nn.Module], device: torch.device) -> None:
     own = [layer for layer in layers if isinstance(layer, IntegerLayer) and layer.plan.kind == "linear"]
     if len(own) < len(layers) or len(own) < 2:
         return
-    ready = [one for layer in own if isinstance(one := layer.prepare(device), ByOps) and one.fuses]
+    forms = [layer.prepare(device) for layer in own]
+    ready: list[ByOps] = [one for one in forms if isinstance(one, Dense | Packed) and one.fuses]
     formats = {(layer.plan.wbits, layer.plan.weight_group, tuple(layer.plan.class_ends)) for layer in own}
     if len(ready) < len(own) or len(formats) > 1 or not _share_codes(own, ready):
         return

@@ -12,61 +12,27 @@ import contextlib
 import functools
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
+from pathlib import Path
 
 import torch
 
 os.environ.pop("TRITON_INTERPRET", None)
-import triton
-from triton.backends.compiler import GPUTarget
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+from pretend import CURRENT, MOST_STACK, pretend
 
 import dgq_kernels
 from dgq.checkpoint.apply import apply_header
 from dgq.checkpoint.header import Header
 from dgq.integer.plan import plan_layers
 from dgq.integer.shared_input import prepare_all
-from dgq_kernels import backend, packing
-from dgq_kernels.linear import tiles
-from dgq_kernels.log_attention import triton as log_attention
+from dgq_kernels import packing
 
-CURRENT = [0]  # the device that is current
-SHARED = 232448  # bytes of shared memory that a block of 9.0 can have
 LAUNCHES: list[tuple[str, int]] = []
 
 
 def say(**facts):
     print(json.dumps(facts), flush=True)
-
-
-class Driver:
-    """What Triton asks of a device, but for running: loading a kernel tells what it needs, launching it is noted."""
-
-    def __init__(self):
-        self.utils = self
-        self.get_current_device = lambda: CURRENT[0]
-        self.get_current_stream = lambda device: 0
-        self.get_current_target = lambda: GPUTarget("cuda", 90, 32)
-        self.get_device_properties = lambda device: {"max_shared_mem": SHARED}
-
-    def load_binary(self, name, binary, shared, device):
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary)
-            file.flush()
-            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            used = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups())
-        # a frame of 16 bytes or less holds arguments of calls, no spilled registers
-        say(kernel=name, registers=registers, spilled=stack if stack > 16 else 0, shared=shared)
-        return object(), name, registers, 0, 1024
-
-    def launcher_cls(self, source, metadata):
-        return lambda x, y, z, stream, name, *rest: LAUNCHES.append((name, CURRENT[0]))
-
-    def unload_module(self, module):
-        pass
 
 
 @contextlib.contextmanager
@@ -86,17 +52,8 @@ class OnDevice1(torch.Tensor):
     device = torch.device("cuda", 1)
 
 
-def pretend():
-    """From here on torch and Triton see the device, and operators launch there whatever device their tensors are on."""
-    triton.runtime.driver.set_active(Driver())
-    os.environ["DGQ_BACKEND"] = "triton"
-    backend.launches = lambda device: True
-    tiles._machine = lambda device: tiles.Machine((9, 0), 132, 50 * 2**20, 12.8)
-    log_attention._major = lambda device: 9
-    torch.cuda.device = current
-    for name in ("empty", "tensor"):
-        really = getattr(torch, name)
-        setattr(torch, name, lambda *args, device=None, really=really, **kwargs: really(*args, **kwargs))
+def compiled(kernel, registers, stack, shared):
+    say(kernel=kernel, registers=registers, spilled=stack if stack > MOST_STACK else 0, shared=shared)
 
 
 def calls():
@@ -220,13 +177,14 @@ def second_device():
 
 def step(name, dtypes=(torch.float16,)):
     """A step of a whole quantized UNet, its float operators on the CPU, on rubbish."""
-    import dgq.embedded
-    from dgq import architectures, recipe, worker
+    from dgq import architectures, recipe
+    from dgq.bench import worker
     from dgq.integer import attention
+    from dgq.pictures import embedded
 
     which = architectures.ARCHITECTURES.get(name)
     if which is None:
-        which = architectures.architecture(str(dgq.embedded.FOLDER / "unet" / "config.json"))
+        which = architectures.architecture(str(embedded.FOLDER / "unet" / "config.json"))
     for wbits, dtype in ((wbits, dtype) for wbits in (8, 4) for dtype in dtypes):
         unet, plan = architectures.skeleton(which.config), attention.AttentionPlan.for_activations(8)
         found, _ = plan_layers(unet, recipe.Recipe(wbits=wbits, rounding="nearest", channels="none"))
@@ -239,7 +197,11 @@ def step(name, dtypes=(torch.float16,)):
 
 
 def main(parts):
-    pretend()
+    pretend(compiled, lambda name, device: LAUNCHES.append((name, device)))
+    torch.cuda.device = current
+    for name in ("empty", "tensor"):
+        really = getattr(torch, name)
+        setattr(torch, name, lambda *args, device=None, really=really, **kwargs: really(*args, **kwargs))
     with torch.no_grad():
         for part in parts:
             if part in ("operators", "second_device"):
