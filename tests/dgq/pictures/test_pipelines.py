@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import dgq
+from dgq.checkpoint.header import Header
 from dgq.devices import check_device, default_device
 from dgq.errors import DgqError
-from dgq.pictures.pipelines import resolve
+from dgq.pictures.generation import Settings
+from dgq.pictures.pipelines import described, find_model, resolve
 
 
 @pytest.mark.parametrize("device", ["", "xyz", "mps", "meta", "CPU", " cpu", "cpu:3", "cuda:", "cuda:1e9", 0])
@@ -78,6 +80,22 @@ def test_half_precision_files_alone(tiny_pipeline, tmp_path, shards):
     extra.unlink()
     with pytest.raises(DgqError, match="half"):
         dgq.load(tmp_path / "half", device="cpu")
+
+
+def test_a_model_is_described_once(tiny_checkpoint, monkeypatch):
+    """Its header is parsed where it is found, and again where diffusers and the strict loading build its network."""
+    parsed, plain = [], Header.from_dict
+    monkeypatch.setattr(Header, "from_dict", classmethod(lambda cls, data: (parsed.append(1), plain(data))[1]))
+    found = find_model(tiny_checkpoint)
+    assert (found.name, found.label, found.embedded) == (str(tiny_checkpoint), "integer W4A8", False)
+    assert Settings(guidance=2.0).resolved(found).steps == found.generation["steps"] == 3
+    assert len(parsed) == 1
+    assert dgq.load(found, device="cpu").unet is not None
+    assert len(parsed) == 3
+    own = find_model(None)
+    assert (own.name, own.label, own.embedded) == ("dgq-emoji", "float", True)
+    assert described(own.folder) == own
+    assert described(tiny_checkpoint).header.to_dict() == found.header.to_dict()
 
 
 def test_a_process_is_left_as_it_was(tiny_pipeline):
