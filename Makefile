@@ -31,12 +31,12 @@ test: $(VENV)/ready
 test-all: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2
 
-lint: $(VENV)/ready
+lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
 
-types: $(VENV)/ready
+types: $(VENV)/lint
 	$(BIN)/mypy
 
 # The pages of docs/ and the API from the docstrings, to build/site. Sources are read, not imported: no torch is needed.
@@ -130,14 +130,20 @@ $(VENV)/ready: pyproject.toml $(filter-out /dev/null,$(CONSTRAINTS))
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev,plots]"
 	touch $@
 
-# an environment with one of the optional groups of pyproject.toml, without the package
-$(DOCS_VENV)/ready: GROUP := docs
-$(TOOLS_VENV)/ready: GROUP := wheel
+# the requirements of an optional group of pyproject.toml, without the package: $(call group,NAME,ENVIRONMENT)
+define group
+	$(2)/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*project['optional-dependencies']['$(1)'], sep='\n')" > $(2)/needs-$(1).txt
+	$(2)/bin/pip install --quiet --constraint constraints.txt --requirement $(2)/needs-$(1).txt
+endef
+
+$(VENV)/lint: $(VENV)/ready
+	$(call group,lint,$(VENV))
+	touch $@
+
 $(DOCS_VENV)/ready $(TOOLS_VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-		print(*project['optional-dependencies']['$(GROUP)'], sep='\n')" > $(@D)/needs.txt
-	$(@D)/bin/pip install --quiet --constraint constraints.txt --requirement $(@D)/needs.txt
+	$(call group,$(if $(filter $(DOCS_VENV)/%,$@),docs,wheel),$(@D))
 	touch $@
 
 clean:
