@@ -31,6 +31,7 @@ from ..pictures.generation import (
 )
 from ..pictures.pipelines import load, resolve
 from ..progress import Progress, silent
+from ..version import __version__
 from .apply import attach, unload_tuned
 from .file import MAX_EXPERTS, Base, Description, Subject, Tuned, content_hash, write
 from .forward import Experts, differentiable
@@ -204,7 +205,13 @@ class _Run:
     def _fingerprint(self) -> str:
         """Of everything that the result depends on."""
         digest = hashlib.sha256()
-        parts = [self.base.content, [prompt for _, prompt in self.subjects], self.options.to_dict(), self.width]
+        parts = [
+            __version__,
+            self.base.content,
+            [prompt for _, prompt in self.subjects],
+            self.options.to_dict(),
+            self.width,
+        ]
         digest.update(json.dumps(parts, sort_keys=True).encode())
         for images in self.pictures:
             for image in images:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .build import LIBRARY
 
-ABI = 5
+ABI = 6
 ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx", "neon-dot", "neon-i8mm")
 BLOCK = 16  # output channels in a block of the packed weight
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}

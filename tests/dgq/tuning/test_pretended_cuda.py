@@ -51,9 +51,8 @@ def test_the_kernels_take_tuned_scales(tiny_checkpoint):
         got = unet(*arguments).sample.cpu()
         dgq.set_tuned(Pipe, {"x": 0.0})
         again = unet(*arguments).sample.cpu()
-    # the untuned model's own difference is 0.03: single codes of so small a network weigh
-    assert error(first, plain) < 0.05
-    assert error(got, expected) < 0.1 < 0.4 < error(got, plain)
+    # one step of a code is up to 3% of this model's outputs
+    assert error(got, expected) < 0.06 < 0.2 < error(got, plain)
     assert torch.equal(first, again)
     assert "linear_int4" in {op.__name__.split(".")[0] for op, _ in mode.ran if op.namespace == "dgq"}
 
