@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -15,10 +16,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # What is compared with the CPU must not be rounded to ten bits on the way.
 torch.backends.cudnn.allow_tf32 = False
+# Memory that nobody wrote shows: torch.empty is NaN, or the largest integer.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say why Triton's tests fail where they cannot run."""
+    """Say which tests did not run, and why Triton's fail where they cannot run."""
+    skipped = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in skipped.most_common():
+        terminalreporter.write_line(f"not run, {count}: {reason.removeprefix('Skipped: ')}", yellow=True)
     numpy = tuple(map(int, metadata.version("numpy").split(".")[:2]))
     try:
         old = metadata.version("triton").startswith("3.6.")
