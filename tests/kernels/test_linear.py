@@ -64,6 +64,19 @@ def test_one_product_suffices_where_the_split_is_skipped(bits, top_weight):
     assert torch.equal(got.long(), reference.accumulate(codes, weight, [256]))
 
 
+@pytest.mark.skipif(backend.cpu_path() == "reference", reason="no exact oneDNN product on this CPU")
+def test_sums_above_two_to_the_24_are_rounded_once():
+    """oneDNN gives its int32 sums as float32, which docs/cpu.md says."""
+    weight = torch.randint(100, 128, (8, 1025), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    codes = torch.full((4, 1025), 255, dtype=torch.uint8)
+    exact = reference.accumulate(codes, weight, [1025])
+    assert int(exact.min()) > 2**24
+    got = cpu.accumulate(codes, cpu.prepack(weight, [1025]), [1025], 8, cpu.needs_split(8, weight))
+    away = (got.double() - exact).abs()
+    assert (away <= exact * 2.0**-24 * (2 if backend.cpu_path() == "split" else 1)).all()
+    assert away.any()
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 90), st.integers(1, 40), st.integers(0, 2**31), st.booleans())
 def test_cpu_equals_reference(m, k, n, seed, with_bias):
