@@ -155,9 +155,10 @@ def test_nothing_runs_before_a_quantized_layer(run):
     assert run.times("dgq.log_attention") == 2 * blocks
 
 
+@pytest.mark.parametrize(
+    "checkpoint", ["tiny_w8_checkpoint"], indirect=True
+)  # others may not
 def test_queries_keys_and_values_are_one_product(run, checkpoint):
-    if "w8a8" not in checkpoint.name:
-        pytest.skip("layers with channel handling of their own may not share codes")
     plans = [module.plan for module in run.unet.modules() if isinstance(module, IntegerLayer)]
     pairs = sum(isinstance(getattr(m, "processor", None), LogAttnProcessor) for m in run.unet.modules()) // 2
     rows = sum(plan.kind in ("linear", "pointwise") for plan in plans)
@@ -191,11 +192,10 @@ def test_joined_layers_are_saved_and_loaded_apart(checkpoint, monkeypatch):
     assert torch.equal(project(layers, x, norm)[1], after[1])
 
 
+@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint"], indirect=True)  # one takes long enough
 @torch.no_grad()
 def test_a_unet_compiles_in_one_graph(run, checkpoint, monkeypatch):
     """No graph break, hence no value read back by the host: Dynamo traces a step on fake tensors."""
-    if "w8a8" in checkpoint.name:
-        pytest.skip("one of them takes long enough")
     unet, call = on_triton(checkpoint, monkeypatch)
     graphs = []
 
