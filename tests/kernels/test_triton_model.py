@@ -155,9 +155,7 @@ def test_nothing_runs_before_a_quantized_layer(run):
     assert run.times("dgq.log_attention") == 2 * blocks
 
 
-@pytest.mark.parametrize(
-    "checkpoint", ["tiny_w8_checkpoint"], indirect=True
-)  # others may not
+@pytest.mark.parametrize("checkpoint", ["tiny_w8_checkpoint"], indirect=True)  # others may not
 def test_queries_keys_and_values_are_one_product(run, checkpoint):
     plans = [module.plan for module in run.unet.modules() if isinstance(module, IntegerLayer)]
     pairs = sum(isinstance(getattr(m, "processor", None), LogAttnProcessor) for m in run.unet.modules()) // 2
