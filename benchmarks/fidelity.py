@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tables import fidelity_table
 
 import dgq
@@ -39,7 +39,7 @@ BITS = ((8, 8), (4, 8), (4, 6))
 FIRST_SEED = 20_000
 GRID_ROWS = ("float32", "integer W8A8", "integer W4A8", "integer W4A6")
 GRID_PROMPTS = 6
-LABEL_WIDTH = 110
+LABEL_WIDTH, LABEL_SIZE = 190, 24
 
 
 def configurations() -> list[Recipe]:
@@ -115,10 +115,10 @@ def labelled(rows: dict[str, list[Image.Image]], scale: int) -> Image.Image:
     sheet = grid([image for images in rows.values() for image in images], columns, scale)
     canvas = Image.new("RGB", (sheet.width + LABEL_WIDTH, sheet.height), "white")
     canvas.paste(sheet, (LABEL_WIDTH, 0))
-    draw = ImageDraw.Draw(canvas)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(LABEL_SIZE)
     height = sheet.height / len(rows)
     for i, name in enumerate(rows):
-        draw.text((6, int((i + 0.5) * height) - 6), name, fill="black")
+        draw.text((6, int((i + 0.5) * height)), name, fill="black", font=font, anchor="lm")
     return canvas
 
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import tiny_pipelines
 import torch
 
 # Triton decides at its import, which diffusers causes, whether kernels run in its interpreter.
@@ -15,10 +17,19 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # What is compared with the CPU must not be rounded to ten bits on the way.
 torch.backends.cudnn.allow_tf32 = False
+# Memory that nobody wrote shows: torch.empty is NaN, or the largest integer.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+TOKENS = 24  # of a prompt, as the embedded model has them
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say why Triton's tests fail where they cannot run."""
+    """Say which tests did not run, and why Triton's fail where they cannot run."""
+    skipped = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in skipped.most_common():
+        terminalreporter.write_line(f"not run, {count}: {reason.removeprefix('Skipped: ')}", yellow=True)
     numpy = tuple(map(int, metadata.version("numpy").split(".")[:2]))
     try:
         old = metadata.version("triton").startswith("3.6.")
@@ -30,46 +41,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def build_tiny_pipeline(folder: Path) -> Path:
     """Save a tiny pipeline with outlier channels in its norms to `folder`."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    from embedded.tokenizer import build_tokenizer
-
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
+    unet = tiny_pipelines.unet()
     with torch.no_grad():
         for name, module in unet.named_modules():
             if "norm" in name and getattr(module, "weight", None) is not None:
                 module.weight[3] *= 4
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=16,
-    )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=24, bos_token_id=598, eos_token_id=599, pad_token_id=599,
-        )
-    )  # fmt: skip
     pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=build_tokenizer(["a cat", "a dog on a blue background"], 600),
+        vae=tiny_pipelines.vae(),
+        text_encoder=tiny_pipelines.text_encoder(tokens=TOKENS),
+        tokenizer=tiny_pipelines.tokenizer(TOKENS),
         unet=unet,
         scheduler=DDIMScheduler(
             clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1

@@ -1,4 +1,4 @@
-"""Tiny pipelines of the kinds that people bring, with random weights: SDXL and its kin, LCM, fp16 files, shards.
+"""Parts of tiny pipelines with random weights, and pipelines of the kinds that people bring: SDXL, LCM, fp16, shards.
 
 Each builder saves a pipeline to a folder that does not exist yet, and returns the folder.
 """
@@ -29,23 +29,23 @@ def vae() -> Any:
     )
 
 
-def text_encoder(projection: bool = False) -> Any:
+def text_encoder(projection: bool = False, tokens: int = TOKENS) -> Any:
     """CLIP's text model of one layer, with its projection to the pooled embedding or without."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=600, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=TOKENS, bos_token_id=598, eos_token_id=599, pad_token_id=599, projection_dim=WIDTH,
+        max_position_embeddings=tokens, bos_token_id=598, eos_token_id=599, pad_token_id=599, projection_dim=WIDTH,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
-def tokenizer() -> Any:
+def tokenizer(tokens: int = TOKENS) -> Any:
     """Of 600 entries."""
     from embedded.tokenizer import build_tokenizer
 
     made = build_tokenizer(["a cat", "a dog on a blue background"], 600)
-    made.model_max_length = TOKENS
+    made.model_max_length = tokens
     return made
 
 

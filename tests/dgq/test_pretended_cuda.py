@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import assert_close
 from pretended_devices import Pretended
 
 import dgq
@@ -89,10 +90,6 @@ def latents(folder, device):
     return pipe, draw(pipe)
 
 
-def error(got, expected):
-    return float((got - expected).norm() / expected.norm())
-
-
 def test_calibrate_compares_on_the_device(made):
     assert {device for _, device in made.ran} == {SECOND}
     assert made.header.calibration["fidelity"]["latent_sqnr_db"] > (0 if made.header.table else 10)
@@ -118,7 +115,7 @@ def test_a_loaded_model_runs_on_its_device(made, monkeypatch):
         assert {"group_norm_quantize_samples", "layer_norm_quantize_rows"} <= operators(mode.ran, place)
         monkeypatch.setenv("DGQ_BACKEND", "reference")
     # one code's step is up to 3% of this model's latents
-    assert error(got, latents(made.folder, "cpu")[1]) < 0.06
+    assert_close("output", got, latents(made.folder, "cpu")[1], 0.06)
 
 
 def test_moving_between_devices(made):
@@ -130,7 +127,7 @@ def test_moving_between_devices(made):
             prepare_all(pipe.unet, torch.device(place))
             again = draw(pipe)
             assert again.device == torch.device(place)
-            assert error(again.cpu(), first.cpu()) < 0.06
+            assert_close("output", again.cpu(), first.cpu(), 0.06)
     assert {device for _, device in mode.ran} == {SECOND, torch.device("cuda:0")}
 
 

@@ -1,13 +1,15 @@
 """Which backend a device gets, and what is said where there is none."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from dgq_kernels import backend
+from dgq_kernels import backend, native
+from dgq_kernels.native import build
 
 
 def device(kind):
@@ -48,3 +50,9 @@ def test_triton_without_a_gpu_is_one_clear_line(command, tmp_path):
     assert "Traceback" not in run.stderr
     if command[0] == "generate":
         assert run.stderr.startswith("error: DGQ_BACKEND=triton")
+
+
+def test_the_engine_is_built_where_there_is_a_compiler():
+    """Its tests are left out without it, and a build that fails is only a warning of the installation."""
+    if shutil.which(build.compiler()[0]) and os.environ.get("DGQ_CPU_ENGINE") != "off":
+        assert native.available(), native.describe()

@@ -1,6 +1,5 @@
 """The CPU engine: every instruction set gives the bits of the references."""
 
-import math
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from comparing import assert_close, sqnr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -256,10 +256,6 @@ def test_a_convolution_takes_a_bias_for_every_sample():
         layer.conv2d(x, sample_bias=each[:2])
 
 
-def relative(got, expected):
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
-
-
 def norm_of(channels, g, **options):
     return native.Norm(torch.rand(channels, generator=g) + 0.5, torch.randn(channels, generator=g), 1e-5, **options)
 
@@ -276,7 +272,7 @@ def test_linear_normalizes_its_input(isa, k, dtype):
     got = layer.linear(x, norm=norm)
     assert got.dtype == dtype
     # a value on the edge of two codes may fall to either side
-    assert relative(got, layer.linear(normal)) < (0.002 if dtype == torch.float32 else 0.005)
+    assert_close("output", got, layer.linear(normal), 0.002 if dtype == torch.float32 else 0.005)
 
 
 @pytest.mark.parametrize("sizes", [(2, 64, 6, 32, 40, 32), (1, 20, 7, 5, 33, 4), (3, 160, 4, 4, 16, 1)])
@@ -292,7 +288,7 @@ def test_conv2d_normalizes_its_input(isa, sizes, silu, dtype):
     normal = torch.nn.functional.group_norm(x.float(), groups, norm.gain, norm.shift, norm.eps)
     normal = torch.nn.functional.silu(normal) if silu else normal
     got = layer.conv2d(x, norm=norm)
-    assert relative(got, layer.conv2d(normal.to(dtype))) < (0.002 if dtype == torch.float32 else 0.01)
+    assert_close("output", got, layer.conv2d(normal.to(dtype)), 0.002 if dtype == torch.float32 else 0.01)
 
 
 def test_silu_of_extremes(isa):
@@ -391,11 +387,6 @@ def heads(g, batch, heads, tokens, width, dtype=torch.float32):
     return torch.randn(batch, tokens, heads, width, generator=g).to(dtype).transpose(1, 2)
 
 
-def sqnr(got, expected):
-    noise = (got.double() - expected.double()).square().sum()
-    return 10 * math.log10(float(expected.double().square().sum() / noise.clamp(min=1e-30)))
-
-
 @pytest.mark.parametrize(
     "shape", [(2, 4, 64, 64, 32, False), (2, 3, 33, 77, 40, True), (1, 2, 50, 131, 160, False), (1, 1, 5, 2, 16, True)]
 )
@@ -409,7 +400,7 @@ def test_attention_equals_the_reference(isa, shape, bits, fraction_bits):
     got = native.attention(q, k, v, width**-0.5 * attention_cpu.LOG2_E, *args)
     expected = attention_reference.log_attention(q, k, v, width**-0.5, *args)
     assert got.shape == expected.shape
-    assert sqnr(got, expected) > 60
+    assert sqnr(expected, got) > 60
 
 
 def test_attention_is_exact_where_the_operands_are(isa):
@@ -433,7 +424,7 @@ def test_the_engine_equals_attention_carried_by_floats():
     args = (8, 4, True, 8, 8)
     got = native.attention(q, k, v, 40**-0.5 * attention_cpu.LOG2_E, *args)
     assert got.dtype == torch.bfloat16
-    assert sqnr(got, attention_cpu.carried_by_floats(q, k, v, 40**-0.5, *args)) > 45  # bfloat16 outputs
+    assert sqnr(attention_cpu.carried_by_floats(q, k, v, 40**-0.5, *args), got) > 45  # bfloat16 outputs
 
 
 @pytest.mark.parametrize("wish", ["off", "portable", "no-such-cpu"])

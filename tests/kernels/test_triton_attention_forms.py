@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparing import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,10 +25,6 @@ def run(name, q, k, v, *arguments):
     return getattr(kernels, name)(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), *arguments, out=out).cpu()
 
 
-def rms_error(got, expected):
-    return float((got - expected).double().norm() / expected.double().norm())
-
-
 def decibels(exact, got):
     return float(10 * torch.log10(exact.pow(2).sum() / (exact - got).pow(2).sum()))
 
@@ -46,8 +43,8 @@ def rising(rows, keys, width):
 def test_one_pass_equals_its_reference(rows, keys, width, bits, fraction, block, make):
     q, k, v = make(rows, keys, width)
     arguments = (width**-0.5, bits, fraction, block)
-    assert rms_error(run("log_attention_running", q, k, v, *arguments),
-                     reference.log_attention_running(q, k, v, *arguments)) < 1e-6  # fmt: skip
+    expected = reference.log_attention_running(q, k, v, *arguments)
+    assert_close("output", run("log_attention_running", q, k, v, *arguments), expected, 1e-6)
 
 
 @settings(max_examples=6, deadline=None)
@@ -59,7 +56,7 @@ def test_one_pass_any_shape(rows, keys, width, fraction, bits, seed, spread):
     q, k, v = operands(rows, keys, width, heads=(1, 1), spread=spread, seed=seed)
     arguments = (width**-0.5, bits, min(fraction, bits - 1), 64)
     expected = reference.log_attention_running(q, k, v, *arguments)
-    assert rms_error(run("log_attention_running", q, k, v, *arguments), expected) < 1e-6
+    assert_close("output", run("log_attention_running", q, k, v, *arguments), expected, 1e-6)
 
 
 def test_one_pass_extremes():
@@ -71,7 +68,7 @@ def test_one_pass_extremes():
         arguments = (q * factor, k, v, 40**-0.5, 8, 4, 32)
         out = run("log_attention_running", *arguments)
         assert out.isfinite().all()
-        assert rms_error(out, reference.log_attention_running(*arguments)) < 1e-6
+        assert_close("out", out, reference.log_attention_running(*arguments), 1e-6)
     ones = torch.ones(1, 1, 4160, 32)
     out = run("log_attention_running", torch.zeros(1, 1, 6, 32), 0 * ones, ones, 1.0, 8, 4, 64)
     torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-6, atol=0)
@@ -111,7 +108,7 @@ def test_the_published_form(rows, keys, width, start, bits, dtype):
     expected = reference.log_attention_base2(q.float(), k.float(), v.float(), *arguments)
     got = run("log_attention_base2", q, k, v, *arguments).float()
     # a logit in the last digit of a rounding boundary may take the other code: a factor of two for that key
-    assert rms_error(got, expected) < (2e-3 if dtype is torch.float16 else 1e-3)
+    assert_close("output", got, expected, 2e-3 if dtype is torch.float16 else 1e-3)
     for sample in range(2):
         alone = run("log_attention_base2", *(x[sample : sample + 1] for x in (q, k, v)), *arguments)
         torch.testing.assert_close(alone.float(), got[sample : sample + 1], rtol=1e-5, atol=1e-6)
@@ -123,7 +120,7 @@ def test_the_published_form_with_a_dominant_start_token():
         k[:, :, 0] = q.mean(2) * sign
         got = run("log_attention_base2", q, k, v, 40**-0.5, 8, True)
         assert got.isfinite().all()
-        assert rms_error(got, reference.log_attention_base2(q, k, v, 40**-0.5, 8, True)) < 1e-3
+        assert_close("output", got, reference.log_attention_base2(q, k, v, 40**-0.5, 8, True), 1e-3)
 
 
 def test_refusals():

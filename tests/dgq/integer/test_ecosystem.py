@@ -107,7 +107,8 @@ def test_a_hook_on_a_layer_is_called_and_changes_nothing_else(unet):
 
 def test_lora_of_every_layer_is_what_it_is_around_float_layers(unet):
     """y = layer(x) + B A x: of layers that are fused with their neighbours as of all others."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     plain, fused = plain_call(unet), call(unet)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
                "time_emb_proj", "linear_1", "linear_2", "conv"]  # fmt: skip

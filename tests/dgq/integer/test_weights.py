@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from comparing import sqnr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgq.errors import DgqError
 from dgq.integer.weights import Int8Grid, TwoLevelGrid, column_sum, gptq, nearest, quantize_weight
 from dgq_kernels import packing
-
-
-def sqnr(a, b):
-    return float(20 * torch.log10(a.norm() / (a - b).norm()))
 
 
 @settings(max_examples=20, deadline=None)

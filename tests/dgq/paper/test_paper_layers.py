@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import sqnr
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
@@ -52,10 +53,6 @@ def quick() -> Iterator[None]:
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def sqnr(reference: torch.Tensor, x: torch.Tensor) -> float:
-    return float(10 * torch.log10(reference.square().mean() / (x - reference).square().mean()))
 
 
 def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
