@@ -15,6 +15,7 @@ from .method import METHODS
 WEIGHT_BITS = (4, 8)
 ACTIVATION_BITS = (4, 5, 6, 7, 8)
 PAPER_GROUPS = (1, 8, 16)
+ROTATIONS = (16, 64, 256)  # channels of a rotated block
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Recipe:
     wbits: int = 4
     abits: int = 8
     rounding: Literal["gptq", "nearest"] = "gptq"
-    channels: Literal["auto", "none", "smooth", "shift"] = "auto"
+    channels: Literal["auto", "none", "smooth", "shift", "rotate"] = "auto"
     attention: Literal["log", "float"] = "log"
     groups: int = 16
     weight_group: int = 32
@@ -48,7 +49,7 @@ class Recipe:
             ("wbits", self.wbits, WEIGHT_BITS),
             ("abits", self.abits, ACTIVATION_BITS),
             ("rounding", self.rounding, ("gptq", "nearest")),
-            ("channels", self.channels, ("auto", "none", "smooth", "shift")),
+            ("channels", self.channels, ("auto", "none", "smooth", "shift", "rotate")),
             ("attention", self.attention, ("log", "float")),
             ("groups", self.groups, PAPER_GROUPS),
             ("weight_group", self.weight_group, (32, 64)),
@@ -109,6 +110,7 @@ class LayerPlan:
         channels: "none", "smooth" or "shift".
         class_ends: shift classes of the sorted input channels; [in_features] where there are none.
         reordered: whether input channels are stored sorted by their shift exponent.
+        rotation: channels of a block that is rotated after the division (16, 64 or 256), 0 for none.
         weight_group: values per int4 sub-scale.
         columns: [start, end] of the float layer's input channels where this is one of its parts, else [].
     """
@@ -125,6 +127,7 @@ class LayerPlan:
     channels: Literal["none", "smooth", "shift"] = "none"
     class_ends: list[int] = field(default_factory=list)
     reordered: bool = False
+    rotation: int = 0
     weight_group: int = 32
     columns: list[int] = field(default_factory=list)
 
@@ -169,6 +172,11 @@ class LayerPlan:
         if plan.reordered != (plan.channels == "shift") or (len(ends) > 1 and (not plan.reordered or plan.wbits != 8)):
             what = f"reordered {plan.reordered}, {len(ends)} shift classes and {plan.wbits} bits"
             raise DgqError(f"channels {plan.channels!r} with {what}: no such layer")
+        if plan.rotation and (
+            plan.rotation not in ROTATIONS or plan.in_features % plan.rotation or plan.channels == "shift"
+        ):
+            what = f"{plan.in_features} channels, {plan.channels!r}"
+            raise DgqError(f"rotation {plan.rotation} of {what}: no such layer")
         start, *end = plan.columns or (0, plan.in_features)
         if start < 0 or end != [start + plan.in_features]:
             raise DgqError(f"columns {plan.columns} are not {plan.in_features} channels")

@@ -3,6 +3,9 @@
 Three ways, one is chosen per layer by the measured error of its output:
 - none: channels stay as they are; the row-wise scale alone carries outliers.
 - smooth: x[k] / c[k] and W[:, k] * c[k] with c = max(1, rms / median rms)^0.5, before weights are quantized.
+- rotate: not by channel but by blocks of them: x and the rows of W times one orthogonal matrix, which spreads what
+  is large in one channel over its block (a regular Hadamard matrix, as ConvRot has it, arXiv 2512.03673). Alone, or
+  after "smooth" has divided.
 - shift: c[k] = 2^e[k], e = round(log2(rms / median rms)) in 0..2; the channels of one e form one DGQ group.
   With int8 weights the grid of W is untouched and a group's products are shifted by e in the accumulator; with int4
   weights W * 2^e is quantized with the channels sorted by e, so that no sub-scale serves two groups.
@@ -10,6 +13,7 @@ Three ways, one is chosen per layer by the measured error of its output:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -18,14 +22,11 @@ import torch
 from torch import Tensor
 
 from dgq_kernels.quantize_activation.reference import quantize_rows, quantize_samples
+from dgq_kernels.rotate.reference import rotate
 
-from ..recipe import LayerPlan
+from ..recipe import ROTATIONS, LayerPlan
 
 MAX_EXPONENT = 2
-
-
-# A handling other than "none" costs a pass over the input: it has to lower the output error by this much.
-WORTH = 0.2
 
 
 @dataclass
@@ -33,16 +34,18 @@ class ChannelGroups:
     """How a layer treats its input channels.
 
     Attributes:
-        mode: "none", "smooth" or "shift".
+        mode: "none", "smooth" or "shift"; "none" and "smooth" also before a rotation.
         divisor: float32 (C,), x is divided by it.
         order: int64 (C,), the stored order of channels (sorted by exponent for "shift"), or None.
         class_ends: ends of the shift classes in stored order where the accumulator shifts, else [C].
+        rotation: channels of a block that is rotated after the division, 0 for none; without an order.
     """
 
     mode: Literal["none", "smooth", "shift"]
     divisor: Tensor
     order: Tensor | None
     class_ends: list[int]
+    rotation: int = 0
 
     @property
     def shifts_accumulator(self) -> bool:
@@ -60,14 +63,16 @@ class ChannelGroups:
         return torch.arange(self.class_ends[-1]) if self.order is None else self.order
 
     def fold(self, weight: Tensor) -> Tensor:
-        """The matrix (N, K) that is rounded: the weight with the divisor folded in, channels in stored order."""
-        return to_matrix((weight * _along_channels(self.folded, weight))[:, self.stored_order])
+        """The matrix (N, K) that is rounded: the weight, divisor and rotation folded in, channels in stored order."""
+        folded = weight * _along_channels(self.folded, weight)
+        return to_matrix(rotate_channels(folded, self.rotation)[:, self.stored_order])
 
     def unfold(self, matrix: Tensor, plan: LayerPlan) -> Tensor:
         """Inverse of `fold`: the float weight that a rounded matrix (N, K) stands for."""
         stored = from_matrix(matrix, plan)
         natural = torch.empty_like(stored)
         natural[:, self.stored_order] = stored
+        natural = rotate_channels(natural, self.rotation)
         return natural / _along_channels(self.folded, natural)
 
     def class_of(self) -> Tensor:
@@ -81,6 +86,16 @@ class ChannelGroups:
 def _along_channels(values: Tensor, weight: Tensor) -> Tensor:
     """values (C,) shaped to broadcast over the input channels of a weight (N, C) or (N, C, kh, kw)."""
     return values.view([1, -1] + [1] * (weight.dim() - 2))
+
+
+def rotate_channels(x: Tensor, block: int) -> Tensor:
+    """Axis 1 of x rotated in blocks, 0 for none; its own inverse."""
+    return x if not block else rotate(x.movedim(1, -1), block).movedim(-1, 1)
+
+
+def rotation_block(channels: int) -> int:
+    """The largest block that a number of channels can be rotated in; 0 where there is none."""
+    return next((block for block in reversed(ROTATIONS) if channels % block == 0), 0)
 
 
 def no_groups(channels: int) -> ChannelGroups:
@@ -126,25 +141,36 @@ def apply_layer(x: Tensor, weight: Tensor, plan: LayerPlan) -> Tensor:
     return torch.nn.functional.conv2d(x, weight, stride=plan.stride, padding=plan.padding)
 
 
-def fake_quantize_input(x: Tensor, bits: int, divisor: Tensor) -> Tensor:
+def fake_quantize_input(x: Tensor, bits: int, divisor: Tensor, rotation: int = 0) -> Tensor:
     """x after the run-time quantizer and back: rows of (M, C), samples of (B, C, H, W)."""
-    if x.dim() == 2:
-        codes, scale, zero = quantize_rows(x, bits, 1 / divisor)
-        return (codes.float() - zero[:, None]) * scale[:, None] * divisor
-    codes, scale, zero = quantize_samples(x, bits, 1 / divisor, 0)
-    return (codes.float() - zero.view(-1, 1, 1, 1)) * scale.view(-1, 1, 1, 1) * divisor.view(1, -1, 1, 1)
+    x = rotate_channels(x * _along_channels(1 / divisor, x), rotation)
+    quantized = quantize_rows(x, bits, None) if x.dim() == 2 else quantize_samples(x, bits, None, 0)
+    codes, scale, zero = quantized[0].float(), *(one.view(-1, *[1] * (x.dim() - 1)) for one in quantized[1:])
+    return rotate_channels((codes - zero) * scale, rotation) * _along_channels(divisor, x)
+
+
+def worth(groups: ChannelGroups, mode: str) -> float:
+    """The share of the output error that a handling has to take away, for what it costs at run time: a multiplication
+    and eight additions a value at most, or sums that are shifted class by class. "auto" asks for more."""
+    if groups.mode == "none" and not groups.rotation:
+        return 0.0
+    return 0.05 if mode == "rotate" and not groups.shifts_accumulator else 0.2
 
 
 def candidates(mode: str, rms: Tensor, wbits: int) -> Iterator[ChannelGroups]:
-    """The groups to choose from: "none", "smooth" and "shift" for "auto", else the one mode, where channels differ.
+    """The groups to choose from: "none", "smooth" and "shift" for "auto", for "rotate" a rotation after "smooth" too;
+    else the one mode, where channels differ.
 
     Args:
-        mode: "auto" or one mode; a mode that finds no outlier channel gives "none".
+        mode: "auto", "rotate" or one mode; a mode that finds no outlier channel gives "none".
         rms: float32 (C,), root mean square of the input channels.
         wbits: bits of the weight.
     """
-    groups = [form_groups(name, rms, wbits) for name in (("smooth", "shift") if mode == "auto" else (mode,))]
-    other = [one for one in groups if one.mode != "none"]
-    if mode in ("auto", "none") or not other:
+    several, block = mode in ("auto", "rotate"), rotation_block(rms.shape[0])
+    groups = [form_groups(name, rms, wbits) for name in (("smooth", "shift") if several else (mode,))]
+    if mode == "rotate" and block:
+        groups.append(dataclasses.replace(groups[0], rotation=block))
+    other = [one for one in groups if one.mode != "none" or one.rotation]
+    if several or mode == "none" or not other:
         yield no_groups(rms.shape[0])
     yield from other

@@ -303,7 +303,8 @@ class IntegerLayer(nn.Module):
 
     def extra_repr(self) -> str:
         p = self.plan
-        return f"{p.kind} {p.in_features} -> {p.out_features}, W{p.wbits}A{p.abits}, channels {p.channels}"
+        channels = f"channels {p.channels}" + (f", rotated by {p.rotation}" if p.rotation else "")
+        return f"{p.kind} {p.in_features} -> {p.out_features}, W{p.wbits}A{p.abits}, {channels}"
 
 
 def is_direct(module: object, kind: str | None = None) -> bool:

@@ -79,7 +79,10 @@ def _layers(header: Any) -> dict[str, LayerFacts]:
     for name, plan in header.layers.items():
         taps = () if plan.kernel_size == 1 else (plan.kernel_size, plan.kernel_size)
         shape = (plan.out_features, plan.in_features, *taps)
-        found[name] = LayerFacts(plan.kind, shape, plan.wbits, plan.abits, plan.channels, plan.owner(name), name)
+        channels = plan.channels
+        if plan.rotation:
+            channels = "rotate" if channels == "none" else f"{channels}, rotate"
+        found[name] = LayerFacts(plan.kind, shape, plan.wbits, plan.abits, channels, plan.owner(name), name)
     return found
 
 
@@ -88,9 +91,9 @@ def _rounded_input(layer: IntegerLayer, x: Tensor) -> Tensor:
     ones = torch.ones(plan.in_features, device=x.device)
     divisor = ones if plan.channels == "none" else 1 / layer.inv_divisor
     if plan.kind == "conv2d":
-        return fake_quantize_input(x, plan.abits, divisor)
+        return fake_quantize_input(x, plan.abits, divisor, plan.rotation)
     rows = x.permute(0, 2, 3, 1) if plan.kind == "pointwise" else x
-    rows = fake_quantize_input(rows.reshape(-1, plan.in_features), plan.abits, divisor).view(rows.shape)
+    rows = fake_quantize_input(rows.reshape(-1, plan.in_features), plan.abits, divisor, plan.rotation).view(rows.shape)
     return rows.permute(0, 3, 1, 2) if plan.kind == "pointwise" else rows
 
 

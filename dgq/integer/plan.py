@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,17 @@ GPTQ_MAX_REDUCTION = 12288
 
 @dataclass
 class Layer:
-    """A layer of the float model that will be quantized, or the part of one that reads one of two joined inputs."""
+    """A layer of the float model that will be quantized, or the part of one that reads one of two joined inputs.
+
+    Attributes:
+        name, module, plan: where it is, what it is, and what will be stored; bits are settled, channels not yet.
+        owner: name of the first of the layers that read the same input (`input_owners`); empty: its own.
+    """
 
     name: str
     module: nn.Linear | nn.Conv2d
     plan: LayerPlan
+    owner: str = ""
 
     @property
     def weight(self) -> Tensor:
@@ -56,9 +63,10 @@ class Layer:
 
     @property
     def rounding_bytes(self) -> int:
-        """Memory that rounding it takes beside its statistics: GPTQ's factor, and a few copies of the weight."""
+        """Memory that rounding it takes beside its statistics: GPTQ's factor, rotated moments, and a few copies of the
+        weight."""
         k = self.plan.reduction
-        return 4 * ((k * k if k <= GPTQ_MAX_REDUCTION else 0) + 8 * k * self.plan.out_features)
+        return 4 * ((2 * k * k if k <= GPTQ_MAX_REDUCTION else 0) + 8 * k * self.plan.out_features)
 
 
 def quantizable(network: nn.Module) -> tuple[dict[str, nn.Linear | nn.Conv2d], dict[str, str]]:
@@ -92,6 +100,23 @@ def _unsupported(conv: nn.Conv2d) -> str | None:
     return None
 
 
+def input_owners(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """{layer: the first of the layers that read its input} for these layers of a network, float or quantized.
+
+    Keys and values of an attention read one tensor, in self-attention the queries do too. What is alike in them, the
+    channel handling, lets one quantized form of it serve them all.
+    """
+    owners = {name: name for name in names}
+    for name, module in network.named_modules():
+        if not (hasattr(module, "to_q") and hasattr(module, "to_k") and hasattr(module, "to_v")):
+            continue
+        known: Any = module
+        parts = ("to_k", "to_v") if known.is_cross_attention else ("to_q", "to_k", "to_v")
+        shared = [f"{name}.{part}" for part in parts if f"{name}.{part}" in owners]
+        owners.update(dict.fromkeys(shared, *shared[:1]))
+    return owners
+
+
 def plan_layers(network: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
     """The plan of every layer before its channel handling is chosen, and the layers that stay float.
 
@@ -104,7 +129,7 @@ def plan_layers(network: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[s
             f"override pattern {lost[0]!r} matches no layer", f"layers look like {next(iter(modules), 'none')!r}"
         )
     layers = []
-    joined = family_of(network).joined_inputs(network)
+    joined, owners = family_of(network).joined_inputs(network), input_owners(network, modules)
     for name, module in modules.items():
         bits = recipe.weight_bits(name)
         if bits == 0:
@@ -113,7 +138,7 @@ def plan_layers(network: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[s
         plan = plan_layer(module, bits, recipe)
         first = joined.get(name)
         if first is None:
-            layers.append(Layer(name, module, plan))
+            layers.append(Layer(name, module, plan, owners[name]))
             continue
         for i, (start, end) in enumerate(((0, first), (first, plan.in_features))):
             part = dataclasses.replace(

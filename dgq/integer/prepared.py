@@ -120,7 +120,7 @@ class Engine(Prepared):
         try:
             self.engine = native.Layer(
                 weight, layer._scale(), layer.bias, layer._inv_divisor(), plan.abits, plan.kernel_size, plan.stride,
-                plan.padding, layer.order if plan.reordered else None,
+                plan.padding, layer.order if plan.reordered else None, plan.rotation,
             )  # fmt: skip
         except OverflowError as error:
             raise DgqError(str(error), "quantize this layer to 4 bits") from None
@@ -257,7 +257,7 @@ class ByOps(Prepared):
     ) -> Tensor:
         known: Any = norm
         size = (x.shape[0], *x.shape[2:], layer.out_features)
-        if self.fuses and activation == "none" and type(norm) is nn.GroupNorm:
+        if self.fuses and activation == "none" and type(norm) is nn.GroupNorm and not layer.plan.rotation:
             codes = Codes(
                 *dgq_kernels.group_norm_quantize_rows(
                     x, known.num_groups, known.weight, known.bias, known.eps, layer.plan.abits, layer._inv_divisor(),
@@ -294,6 +294,8 @@ class ByOps(Prepared):
     def _codes(self, layer: IntegerLayer, x: Tensor) -> Codes:
         """The codes of x itself: of its rows, or of samples with their padding."""
         plan, inverse = layer.plan, layer._inv_divisor()
+        if plan.rotation:
+            x, inverse = _rotated(x, plan, inverse), None
         if plan.kind == "conv2d":
             return Codes(*dgq_kernels.quantize_samples(x, plan.abits, inverse, plan.padding, self.position))
         return Codes(*dgq_kernels.quantize_rows(x.reshape(-1, plan.in_features), plan.abits, inverse, self.position))
@@ -304,6 +306,8 @@ class ByOps(Prepared):
         """The codes of what norm and activation make of x, by one op; None where there is no op for them."""
         plan, inverse = layer.plan, layer._inv_divisor()
         known: Any = norm
+        if plan.rotation:
+            return None
         if plan.kind == "conv2d":
             if type(norm) is not nn.GroupNorm:
                 return None
@@ -483,6 +487,13 @@ def _apply(x: Tensor, norm: nn.Module | None, activation: Activation, offset: Te
         x = x + offset.to(x.dtype)[:, :, None, None]
     x = x if norm is None else norm(x)
     return nn.functional.silu(x) if activation == "silu" else x
+
+
+def _rotated(x: Tensor, plan: LayerPlan, inv_divisor: Tensor | None) -> Tensor:
+    """x divided and rotated, float32, shaped as it was."""
+    last = x.permute(0, 2, 3, 1) if plan.kind == "conv2d" else x
+    turned = dgq_kernels.rotate(last.reshape(-1, plan.in_features), plan.rotation, inv_divisor).view(last.shape)
+    return turned.permute(0, 3, 1, 2) if plan.kind == "conv2d" else turned
 
 
 def _state_of(tensor: Tensor) -> tuple[int, int]:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dgq_kernels.rotate.reference import rotate
+
 from ..errors import DgqError
 from ..progress import silent
 from ..recipe import LayerPlan, Recipe
-from .channels import WORTH, ChannelGroups, apply_layer, candidates, fake_quantize_input
+from .channels import ChannelGroups, apply_layer, candidates, fake_quantize_input, worth
 from .layer import IntegerLayer
 from .plan import plan_layers
 from .skeleton import place
@@ -61,49 +63,64 @@ def round_layer(layer: Layer, statistics: Statistics, recipe: Recipe, groups: Ch
         DgqError: the calibration inputs are not finite.
     """
     plan = dataclasses.replace(
-        layer.plan, channels=groups.mode, class_ends=groups.class_ends, reordered=groups.order is not None
+        layer.plan,
+        channels=groups.mode,
+        class_ends=groups.class_ends,
+        reordered=groups.order is not None,
+        rotation=groups.rotation,
     )
     weight, x = layer.weight.cpu(), statistics.samples.cpu()
     rounded = _round_weight(weight, groups, statistics, plan, recipe)
     target = apply_layer(x, weight, plan)
     natural = groups.unfold(rounded.dequantize(), plan)
-    noise = apply_layer(fake_quantize_input(x, plan.abits, groups.divisor), natural, plan) - target
+    noise = apply_layer(fake_quantize_input(x, plan.abits, groups.divisor, groups.rotation), natural, plan) - target
     return RoundedLayer(groups, plan, rounded, float(noise.norm() / target.norm().clamp(min=1e-20)))
 
 
-def choose_rounded(layer: Layer, statistics: Statistics, recipe: Recipe) -> RoundedLayer:
-    """The layer under the channel handling of least output error; another than "none" has to be `WORTH` it.
+def choose_rounded(layers: Sequence[Layer], statistics: Sequence[Statistics], recipe: Recipe) -> list[RoundedLayer]:
+    """Layers that read one input, under the channel handling of least output error in all; another than "none" has to
+    be worth what it costs (`channels.worth`).
 
     Every candidate is rounded as the layer will be: GPTQ takes most of a rounding's error away, and an estimate by
     nearest rounding would choose for errors that are not there.
     """
-    best: RoundedLayer | None = None
-    rms = statistics.mean_square.cpu().sqrt()
-    for groups in candidates(recipe.channels, rms, layer.plan.wbits):
-        rounded = round_layer(layer, statistics, recipe, groups)
-        if best is None or rounded.error < best.error * (1 - WORTH):
-            best = rounded
-    assert best is not None
+    best: list[RoundedLayer] = []
+    least = math.inf
+    rms = statistics[0].mean_square.cpu().sqrt()
+    choices = [candidates(recipe.channels, rms, layer.plan.wbits) for layer in layers]
+    for groups in zip(*choices, strict=True):
+        rounded = [
+            round_layer(layer, seen, recipe, own) for layer, seen, own in zip(layers, statistics, groups, strict=True)
+        ]
+        error = sum(one.error for one in rounded) / (1 - worth(groups[0], recipe.channels))
+        if error < least:
+            best, least = rounded, error
     return best
 
 
-def quantize_layer(layer: Layer, statistics: Statistics, recipe: Recipe) -> QuantizedLayer:
-    """Choose the channel handling, round the weights, pack, and measure the output's SQNR.
+def quantize_layers(layers: Sequence[Layer], statistics: Sequence[Statistics], recipe: Recipe) -> list[QuantizedLayer]:
+    """Quantize layers that read one input: choose their channel handling, round the weights, pack, and measure the
+    outputs' SQNR.
 
     Raises:
-        DgqError: the calibration inputs or the weight are not finite, or int32 sums could overflow.
+        DgqError: the calibration inputs or a weight are not finite, or int32 sums could overflow.
     """
-    if not torch.isfinite(layer.weight).all():
-        raise DgqError(f"{layer.name}: the weight is not finite")
+    for layer in layers:
+        if not torch.isfinite(layer.weight).all():
+            raise DgqError(f"{layer.name}: the weight is not finite")
+    at = layers[0].name
+    results = []
     try:
-        rounded = choose_rounded(layer, statistics, recipe)
-        bias = None if layer.bias is None else layer.bias.cpu()
-        module = IntegerLayer.from_quantized(rounded.plan, rounded.weight, rounded.groups, bias)
-        classes = rounded.groups.class_of() if rounded.groups.shifts_accumulator else None
-        column_sum(rounded.weight.integer(), None if classes is None else classes.repeat(rounded.plan.kernel_size**2))
+        rounded = choose_rounded(layers, statistics, recipe)
+        for layer, one in zip(layers, rounded, strict=True):
+            at, bias = layer.name, None if layer.bias is None else layer.bias.cpu()
+            module = IntegerLayer.from_quantized(one.plan, one.weight, one.groups, bias)
+            classes = one.groups.class_of().repeat(one.plan.kernel_size**2) if one.groups.shifts_accumulator else None
+            column_sum(one.weight.integer(), classes)
+            results.append(QuantizedLayer(module, -20 * math.log10(max(one.error, 1e-20))))
     except DgqError as error:
-        raise DgqError(f"{layer.name}: {error.message}", error.hint) from None
-    return QuantizedLayer(module, -20 * math.log10(max(rounded.error, 1e-20)))
+        raise DgqError(f"{at}: {error.message}", error.hint) from None
+    return results
 
 
 def _round_weight(
@@ -113,17 +130,32 @@ def _round_weight(
     taps, matrix = plan.kernel_size**2, groups.fold(weight)
     inverse = (1 / groups.folded)[groups.stored_order].repeat(taps)
     if statistics.moment is None or recipe.rounding == "nearest":
-        square = statistics.mean_square.cpu()[groups.stored_order].repeat(taps)
-        importance = (square * inverse.square()).clamp(min=1e-12)
+        square = statistics.mean_square.cpu()[groups.stored_order] * inverse[: plan.in_features].square()
+        if groups.rotation:  # each gets its block's mean, as far as channels do not depend on each other
+            square = square.unflatten(0, (-1, groups.rotation)).mean(1).repeat_interleave(groups.rotation)
+        importance = square.repeat(taps).clamp(min=1e-12)
         return quantize_weight(matrix, plan.wbits, plan.weight_group, importance, nearest(importance))
     moment, order = statistics.moment.cpu(), None
-    square = moment.diagonal() / statistics.count
-    if groups.order is not None:
+    scale: Tensor | None = inverse
+    if groups.rotation:
+        moment, scale = rotated_moment(moment, inverse, groups.rotation), None
+    elif groups.order is not None:
         order = (torch.arange(taps)[:, None] * plan.in_features + groups.order).flatten()
-        square = square[order]
-    importance = (square * inverse.square()).clamp(min=1e-12)
-    rounding = gptq(moment, order=order, scale=inverse)
+    square = moment.diagonal() / statistics.count
+    square = square if order is None else square[order]
+    importance = (square if scale is None else square * scale.square()).clamp(min=1e-12)
+    rounding = gptq(moment, order=order, scale=scale)
     return quantize_weight(matrix, plan.wbits, plan.weight_group, importance, rounding)
+
+
+def rotated_moment(moment: Tensor, scale: Tensor, block: int) -> Tensor:
+    """The second moments, float32 (K, K), of what scaling by float32 (K,) and rotation in blocks make of an input."""
+    result = torch.empty_like(moment)
+    for start in range(0, len(moment), block):
+        part = slice(start, start + block)
+        one_side = rotate(moment[part] * scale, block) * scale[part, None]
+        result[part] = rotate(one_side.t(), block).t()
+    return result
 
 
 def pass_bytes(layers: Sequence[Layer]) -> int:
@@ -132,14 +164,22 @@ def pass_bytes(layers: Sequence[Layer]) -> int:
 
 
 def passes(layers: Sequence[Layer], budget: int) -> list[list[Layer]]:
-    """Split the layers into runs whose statistics and rounding fit the memory budget (bytes), or of one layer."""
+    """Split the layers into runs whose statistics and rounding fit the memory budget (bytes), or of one input."""
     groups: list[list[Layer]] = []
-    for layer in layers:
-        if groups and pass_bytes([*groups[-1], layer]) <= budget:
-            groups[-1].append(layer)
+    for together in by_input(layers):
+        if groups and pass_bytes([*groups[-1], *together]) <= budget:
+            groups[-1].extend(together)
         else:
-            groups.append([layer])
+            groups.append(together)
     return groups
+
+
+def by_input(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """The layers in lists of those that read the same input."""
+    owned: dict[str, list[Layer]] = {}
+    for layer in layers:
+        owned.setdefault(layer.owner or layer.name, []).append(layer)
+    return list(owned.values())
 
 
 def quantize_unet(
@@ -168,15 +208,21 @@ def quantize_unet(
     """
     layers, _ = plan_layers(unet, recipe)
     finished = dict(done or {})
-    todo = [layer for layer in layers if layer.name not in finished]
+    todo = [
+        layer
+        for together in by_input(layers)
+        if any(one.name not in finished for one in together)
+        for layer in together
+    ]
     for group in passes(todo, budget):
         gathered = gather(unet, group, calls, progress)
-        for layer in group:
-            result = quantize_layer(layer, gathered.pop(layer.name), recipe)
-            finished[layer.name] = result
-            if store is not None:
-                store(layer.name, result)
-            progress("quantize", len(finished), len(layers), f"{layer.name}  {result.sqnr_db:.1f} dB")
+        for together in by_input(group):
+            results = quantize_layers(together, [gathered.pop(layer.name) for layer in together], recipe)
+            for layer, result in zip(together, results, strict=True):
+                finished[layer.name] = result
+                if store is not None:
+                    store(layer.name, result)
+                progress("quantize", len(finished), len(layers), f"{layer.name}  {result.sqnr_db:.1f} dB")
     place(unet, {layer.name: finished[layer.name].layer for layer in layers})
     return (
         {layer.name: finished[layer.name].layer.plan for layer in layers},

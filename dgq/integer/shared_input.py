@@ -22,7 +22,7 @@ def _same(tensors: Sequence[Tensor | None]) -> bool:
 
 def _share_codes(layers: Sequence[IntegerLayer], ready: Sequence[ByOps]) -> bool:
     """Whether one quantized input serves all these layers. Looks at values: at preparation only."""
-    sizes = {(layer.plan.in_features, layer.plan.abits) for layer in layers}
+    sizes = {(layer.plan.in_features, layer.plan.abits, layer.plan.rotation) for layer in layers}
     divisors = [layer._inv_divisor() for layer in layers]
     return len(sizes) == 1 and _same(divisors) and _same([one.position for one in ready])
 

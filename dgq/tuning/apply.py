@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..errors import DgqError
+from ..integer.plan import input_owners
 from ..integer.shared_input import rescale_joined
 from .file import Description, Tuned, content_hash, read
 from .forward import expert_of
-from .layout import Layout, input_owners, integer_layers
+from .layout import Layout, integer_layers
 
 _ATTRIBUTE = "_dgq_tuned"  # of a UNet
 
@@ -28,7 +29,8 @@ class _Applied:
 
     def __init__(self, unet: Any) -> None:
         self.unet = unet
-        self.layers, self.owners = integer_layers(unet), input_owners(unet)
+        self.layers = integer_layers(unet)
+        self.owners = input_owners(unet, self.layers)
         self.content = content_hash(unet)
         self.files: dict[str, Tuned] = {}
         self.strengths: dict[str, float] = {}

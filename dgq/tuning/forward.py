@@ -11,9 +11,12 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from dgq_kernels import scaled_conv2d, scaled_linear
+from dgq_kernels.rotate.reference import rotate
 from dgq_kernels.scaled_product import Weight
+from dgq_kernels.scaled_product.reference import along
 
 from ..integer.layer import IntegerLayer
+from ..recipe import LayerPlan
 from .layout import Layout, fixed_divisor, integer_layers
 
 
@@ -70,6 +73,8 @@ class _Layer:
         if self.input is not None:
             change = 1 + self.experts.chosen[self.input]
             d_in = change if d_in is None else change * d_in
+        if plan.rotation:
+            x, d_in = _rotated(x, d_in, plan), None
         d_out = layer.weight_scale.detach() * (1 + self.experts.chosen[self.out])
         bias = None if layer.bias is None else layer.bias.detach()
         if plan.kind == "linear":
@@ -78,6 +83,13 @@ class _Layer:
             size = (plan.kernel_size, plan.stride, plan.padding)
             y = scaled_conv2d(x, self.weight, d_in, d_out, bias, *size)
         return y if residual is None else y + residual
+
+
+def _rotated(x: Tensor, d_in: Tensor | None, plan: LayerPlan) -> Tensor:
+    """x times its scales, rotated as the weight is: what the integers are multiplied by. Differentiable."""
+    axis = 1 if plan.kind != "linear" else -1
+    scaled = x if d_in is None else x * along(d_in, x, axis).to(x.dtype)
+    return rotate(scaled.movedim(axis, -1), plan.rotation).to(x.dtype).movedim(-1, axis)
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DgqError
 from ..integer.layer import IntegerLayer
+from ..integer.plan import input_owners
 
 
 def integer_layers(unet: nn.Module) -> dict[str, IntegerLayer]:
@@ -28,29 +28,13 @@ def integer_layers(unet: nn.Module) -> dict[str, IntegerLayer]:
     return layers
 
 
-def input_owners(unet: nn.Module) -> dict[str, str]:
-    """{layer: the layer whose input scale it uses}: layers of an attention that read the same input share one, so that
-    its quantized form serves them all."""
-    layers = integer_layers(unet)
-    owners = {name: name for name in layers}
-    for name, module in unet.named_modules():
-        if not (hasattr(module, "to_q") and hasattr(module, "to_k") and hasattr(module, "to_v")):
-            continue
-        known: Any = module
-        parts = ("to_k", "to_v") if known.is_cross_attention else ("to_q", "to_k", "to_v")
-        shared = [f"{name}.{part}" for part in parts if f"{name}.{part}" in layers]
-        for other in shared:
-            owners[other] = shared[0]
-    return owners
-
-
 @dataclass(frozen=True)
 class Layout:
     """The tuned scales of a UNet, as parts of one vector: their relative changes, 0 where nothing is tuned.
 
     Attributes:
         parts: {tensor name: values}; "LAYER.out" of (N,), and "LAYER.in" of (C,) where input scales are tuned.
-        owners: as of `input_owners`.
+        owners: as of `integer.plan.input_owners`.
     """
 
     parts: dict[str, int]
@@ -59,7 +43,7 @@ class Layout:
     @classmethod
     def of(cls, unet: nn.Module, input_scales: bool) -> Layout:
         """The layout of a quantized UNet. Raises DgqError as `integer_layers`."""
-        owners = input_owners(unet)
+        owners = input_owners(unet, integer_layers(unet))
         parts = {}
         for name, layer in integer_layers(unet).items():
             parts[f"{name}.out"] = layer.out_features

@@ -466,7 +466,11 @@ def test_layers_of_one_divisor_share_an_input():
     for before in (None, norm):
         together = native.linear(layers, x, norm=before)
         assert all(torch.equal(y, layer.linear(x, norm=before)) for y, layer in zip(together, layers, strict=True))
-    assert not native.can_share([layers[0], native.Layer(*made[0][:2], made[0][3], divisor.clone(), 8)])
+    equal, other = (native.Layer(*made[0][:2], made[0][3], one, 8) for one in (divisor.clone(), divisor + 1))
+    assert native.can_share([layers[1], equal])
+    assert torch.equal(native.linear([layers[1], equal], x)[1], layers[0].linear(x))
+    assert not native.can_share([layers[0], other])
+    assert not native.can_share([layers[0], native.Layer(*made[0][:2], made[0][3], None, 8)])
 
 
 @pytest.mark.parametrize("silu", [False, True])

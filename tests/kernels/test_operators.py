@@ -35,12 +35,12 @@ def engine_cases():
     first, second, conv = layer(64, 32), layer(64, 32), layer(6, 288, 3, 1, 1)
     rows, image = torch.randn(5, 32, generator=g), torch.randn(2, 32, 4, 4, generator=g)
     gain, shift = torch.randn(32, generator=g), torch.randn(32, generator=g)
-    yield "engine_linear", (rows, *parts(first, second), None, 8, None, False, gain, shift, 1e-5, 0, False)
-    yield "engine_linear", (rows, *parts(first), None, 8, torch.randn(5, 64), False, None, None, 0.0, 0, False)
-    yield "engine_linear", (rows, *parts(first), None, 8, None, True, None, None, 0.0, 0, False)
+    yield "engine_linear", (rows, *parts(first, second), None, 8, 0, None, False, gain, shift, 1e-5, 0, False)
+    yield "engine_linear", (rows, *parts(first), None, 8, 16, torch.randn(5, 64), False, None, None, 0.0, 0, False)
+    yield "engine_linear", (rows, *parts(first), None, 8, 0, None, True, None, None, 0.0, 0, False)
     residual, bias = torch.randn(2, 6, 4, 4), torch.randn(2, 6)
     own = (one[0] for one in parts(conv))
-    yield "engine_conv2d", (image, *own, None, 8, 3, 1, 1, residual, bias, gain, shift, 1e-5, 4, True)
+    yield "engine_conv2d", (image, *own, None, 8, 3, 1, 1, 16, residual, bias, gain, shift, 1e-5, 4, True)
 
 
 ENGINE = {"engine_linear", "engine_conv2d"}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .build import LIBRARY
 
-ABI = 6
+ABI = 7
 ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx", "neon-dot", "neon-i8mm")
 BLOCK = 16  # output channels in a block of the packed weight
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -39,7 +39,7 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _Pointer) for name in ("packed", "weight_scale", "column_sum", "bias", "inv_divisor")),
         *((name, _Long) for name in ("n", "k", "channels")),
-        *((name, _Int) for name in ("bits", "kernel", "stride", "padding")),
+        *((name, _Int) for name in ("bits", "kernel", "stride", "padding", "rotation")),
     )
 
 
@@ -288,6 +288,7 @@ class Layer:
         bits: of the activation codes, 2 to 8.
         kernel, stride, padding: of a convolution; 1, 1, 0 for a linear layer.
         order: int32 (C,), the natural channel that the weight stores at each place; None where they are the same.
+        rotation: channels of a block that is rotated after the division (`dgq_kernels.rotate`), or 0.
 
     Attributes:
         packed: int8, the weight in the engine's blocks.
@@ -301,7 +302,7 @@ class Layer:
 
     def __init__(
         self, weight: Tensor | TwoLevel, weight_scale: Tensor, bias: Tensor | None, inv_divisor: Tensor | None,
-        bits: int, kernel: int = 1, stride: int = 1, padding: int = 0, order: Tensor | None = None,
+        bits: int, kernel: int = 1, stride: int = 1, padding: int = 0, order: Tensor | None = None, rotation: int = 0,
     ) -> None:  # fmt: skip
         engine = _engine()
         if isinstance(weight, TwoLevel):
@@ -325,26 +326,27 @@ class Layer:
         engine.check(engine.library.dgq_pack(ctypes.addressof(stored), *results, torch.get_num_threads()))
         if int(sizes.max()) * (2**bits - 1) >= 2**31:
             raise OverflowError(f"a sum over {k} products could overflow int32")
-        self._bind(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding)
+        self._bind(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation)
 
     @classmethod
     def of_blocks(
         cls, packed: Tensor, weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None, inv_divisor: Tensor | None,
-        k: int, bits: int, kernel: int = 1, stride: int = 1, padding: int = 0,
+        k: int, bits: int, kernel: int = 1, stride: int = 1, padding: int = 0, rotation: int = 0,
     ) -> Layer:  # fmt: skip
         """The layer of the tensors that another one packed. Raises ValueError as the constructor."""
         layer = cls.__new__(cls)
-        layer._bind(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding)
+        layer._bind(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation)
         return layer
 
     def _bind(
         self, packed: Tensor, weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None,
-        inv_divisor: Tensor | None, k: int, bits: int, kernel: int, stride: int, padding: int,
+        inv_divisor: Tensor | None, k: int, bits: int, kernel: int, stride: int, padding: int, rotation: int,
     ) -> None:  # fmt: skip
         engine = _engine()
         n, channels = column_sum.shape[0], k // kernel**2 if kernel > 0 else 0
         self.n, self.k, self.channels = n, k, channels
         self.bits, self.kernel, self.stride, self.padding = bits, kernel, stride, padding
+        self.rotation = rotation
         self.packed = _checked("packed", packed, torch.int8, engine.library.dgq_packed_bytes(n, k))
         self.column_sum = _checked("column_sum", column_sum, torch.int32, n)
         self.bias = None if bias is None else _checked("bias", bias, torch.float32, n)
@@ -362,7 +364,7 @@ class Layer:
         addresses = [None if x is None else x.data_ptr() for x in tensors]
         bits, kernel, stride, padding = self.bits, self.kernel, self.stride, self.padding
         self.divisor_address = addresses[-1]
-        self._struct = _Layer(*addresses, n, k, channels, bits, kernel, stride, padding)
+        self._struct = _Layer(*addresses, n, k, channels, bits, kernel, stride, padding, self.rotation)
         self._address = ctypes.addressof(self._struct)
         self._addresses = (_Pointer * 1)(self._address)
         self._engine = engine
@@ -414,7 +416,7 @@ class Layer:
         if torch.compiler.is_compiling():
             y: Tensor = torch.ops.dgq.engine_conv2d(
                 x, self.packed, self.weight_scale, self.column_sum, self.bias, self.inv_divisor, self.bits, self.kernel,
-                self.stride, self.padding, residual, sample_bias, *_norm_arguments(norm),
+                self.stride, self.padding, self.rotation, residual, sample_bias, *_norm_arguments(norm),
             )  # fmt: skip
             return y
         if x.dim() != 4 or x.shape[1] != self.channels:
@@ -460,8 +462,8 @@ def linear(
     one = layers[0]
     if torch.compiler.is_compiling():
         compiled: list[Tensor] = torch.ops.dgq.engine_linear(
-            x, *([getattr(layer, name) for layer in layers] for name in _PARTS), one.inv_divisor, one.bits, residual,
-            gated, *_norm_arguments(norm),
+            x, *([getattr(layer, name) for layer in layers] for name in _PARTS), one.inv_divisor, one.bits,
+            one.rotation, residual, gated, *_norm_arguments(norm),
         )  # fmt: skip
         return compiled
     *lead, channels = x.shape
@@ -499,9 +501,20 @@ def linear(
 
 
 def can_share(layers: Sequence[Layer]) -> bool:
-    """Whether layers can share the codes of one input."""
-    kinds = {(layer.n, layer.k, layer.bits, layer.divisor_address) for layer in layers}
-    return len(kinds) == 1
+    """Whether layers can share the codes of one input. Those of equal divisors get one tensor of them, by which the
+    library knows."""
+    one = layers[0]
+    for other in layers[1:]:
+        if (other.n, other.k, other.bits, other.rotation) != (one.n, one.k, one.bits, one.rotation):
+            return False
+        if other.divisor_address == one.divisor_address:
+            continue
+        if one.inv_divisor is None or other.inv_divisor is None or torch.compiler.is_compiling():
+            return False
+        if not torch.equal(one.inv_divisor, other.inv_divisor):
+            return False
+        other.set_scales(other.weight_scale, one.inv_divisor)
+    return True
 
 
 def attention(
@@ -561,13 +574,13 @@ _NORM = "Tensor? gain, Tensor? shift, float eps, int groups, bool silu"
 torch.library.define(
     "dgq::engine_linear",
     "(Tensor x, Tensor[] packed, Tensor[] weight_scale, Tensor[] column_sum, Tensor?[] bias, Tensor? inv_divisor, "
-    f"int bits, Tensor? residual, bool gated, {_NORM}) -> Tensor[]",
+    f"int bits, int rotation, Tensor? residual, bool gated, {_NORM}) -> Tensor[]",
     tags=_ANY_LAYOUT,
 )
 torch.library.define(
     "dgq::engine_conv2d",
     "(Tensor x, Tensor packed, Tensor weight_scale, Tensor column_sum, Tensor? bias, Tensor? inv_divisor, int bits, "
-    f"int kernel, int stride, int padding, Tensor? residual, Tensor? sample_bias, {_NORM}) -> Tensor",
+    f"int kernel, int stride, int padding, int rotation, Tensor? residual, Tensor? sample_bias, {_NORM}) -> Tensor",
     tags=_ANY_LAYOUT,
 )
 
@@ -587,29 +600,33 @@ def _empty_picture(x: Tensor, n: int, kernel: int, stride: int, padding: int) ->
 
 
 @torch.library.impl("dgq::engine_linear", "CPU")
-def _(x, packed, weight_scale, column_sum, bias, inv_divisor, bits, residual, gated, *norm):
+def _(x, packed, weight_scale, column_sum, bias, inv_divisor, bits, rotation, residual, gated, *norm):
     parts = zip(packed, weight_scale, column_sum, bias, strict=True)
-    layers = [Layer.of_blocks(*part, inv_divisor, x.shape[-1], bits) for part in parts]
+    layers = [Layer.of_blocks(*part, inv_divisor, x.shape[-1], bits, rotation=rotation) for part in parts]
     return linear(layers, x, residual, gated, _norm_of(*norm))
 
 
 @torch.library.register_fake("dgq::engine_linear")
-def _(x, packed, weight_scale, column_sum, bias, inv_divisor, bits, residual, gated, *norm):
+def _(x, packed, weight_scale, column_sum, bias, inv_divisor, bits, rotation, residual, gated, *norm):
     shrink = 2 if gated else 1
     return [x.new_empty((*x.shape[:-1], scale.shape[0] // shrink)) for scale in weight_scale]
 
 
 @torch.library.impl("dgq::engine_conv2d", "CPU")
 def _(
-    x, packed, weight_scale, column_sum, bias, inv_divisor, bits, kernel, stride, padding, residual, sample_bias, *norm
+    x, packed, weight_scale, column_sum, bias, inv_divisor, bits, kernel, stride, padding, rotation, residual,
+    sample_bias, *norm,
 ):  # fmt: skip
     k = kernel**2 * x.shape[1]
-    layer = Layer.of_blocks(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding)
+    layer = Layer.of_blocks(
+        packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation
+    )
     return layer.conv2d(x, residual, sample_bias, _norm_of(*norm))
 
 
 @torch.library.register_fake("dgq::engine_conv2d")
 def _(
-    x, packed, weight_scale, column_sum, bias, inv_divisor, bits, kernel, stride, padding, residual, sample_bias, *norm
+    x, packed, weight_scale, column_sum, bias, inv_divisor, bits, kernel, stride, padding, rotation, residual,
+    sample_bias, *norm,
 ):  # fmt: skip
     return _empty_picture(x, weight_scale.shape[0], kernel, stride, padding)

@@ -140,8 +140,8 @@ static void nothing() {}
 
 #define DGQ_KERNELS(ELEMENTWISE, PROBABILITIES, TILES, BEGIN, END)                                             \
     {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::layer_norm, ELEMENTWISE::moments,                 \
-     ELEMENTWISE::quantize_affine, ELEMENTWISE::epilogue, ELEMENTWISE::gated_epilogue,                         \
-     ELEMENTWISE::largest_of,                                                                                  \
+     ELEMENTWISE::quantize_affine, ELEMENTWISE::rotate, ELEMENTWISE::affine, ELEMENTWISE::epilogue,             \
+     ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of,                                                     \
      ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head, ELEMENTWISE::prepare_query,                  \
      ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::panel, BEGIN, END}
 
@@ -209,6 +209,7 @@ struct Layer {
     const float* inv_divisor;     // (channels,) or null
     int64_t n, k, channels;       // k = kernel * kernel * channels
     int32_t bits, kernel, stride, padding;
+    int32_t rotation;             // channels of a block that is rotated after the division, or 0
 };
 
 // Columns and rows of a product that one task works on.
@@ -328,11 +329,18 @@ static void linear(
                 source = values;
                 type = FLOAT32;
             }
+            const float* inv_divisor = one.inv_divisor;
+            if (one.rotation) {
+                kernels->rotate(source, type, k, inv_divisor, one.rotation, values);
+                source = values;
+                type = FLOAT32;
+                inv_divisor = nullptr;
+            }
             Range range;
-            kernels->range(source, type, k, one.inv_divisor, range);
+            kernels->range(source, type, k, inv_divisor, range);
             row_codes[row] = codes_of(range, one.bits);
             uint8_t* out = codes + row * lda;
-            kernels->quantize(source, type, k, one.inv_divisor, row_codes[row], out);
+            kernels->quantize(source, type, k, inv_divisor, row_codes[row], out);
             std::memset(out + k, 0, round_up(k, K_BLOCK) - k);
         }
         const std::vector<const uint8_t*> groups = evenly_spaced(codes, lda, rows);
@@ -432,6 +440,8 @@ static void convolve(
     const int64_t out_height = (padded_height - kernel) / layer.stride + 1;
     const int64_t out_width = (padded_width - kernel) / layer.stride + 1;
     const char* source = static_cast<const char*>(x);
+    const float* inv_divisor = layer.inv_divisor;
+    int in_dtype = dtype;
 
     static thread_local Scratch code_scratch;
     const int64_t image_bytes = padded_height * padded_width * channels;
@@ -439,16 +449,43 @@ static void convolve(
 
     std::vector<Codes> sample(batch);
     Affine affine;
+    if (norm)
+        affine = group_norm(
+            *norm, layer.rotation ? nullptr : inv_divisor, source, batch, height, width, channels, dtype, threads);
+    if (layer.rotation) {
+        // a picture's range is that of what the rotation makes of it, so that has to be kept
+        static thread_local Scratch rotated_scratch;
+        const int64_t line_values = width * channels;
+        auto* rotated = rotated_scratch.get<float>(batch * height * line_values);
+        parallel(threads, batch * height, [&](int64_t line) {
+            const void* in = source + line * line_values * size;
+            float* out = rotated + line * line_values;
+            if (norm) {
+                const float* factor = affine.values.data() + line / height * 2 * channels;
+                kernels->affine(in, dtype, width, channels, factor, factor + channels, norm->silu, out);
+                in = out;
+            }
+            const int64_t step = channels * (norm ? 4 : size);
+            for (int64_t column = 0; column < width; ++column)
+                kernels->rotate(
+                    static_cast<const char*>(in) + column * step, norm ? FLOAT32 : dtype, channels, inv_divisor,
+                    layer.rotation, out + column * channels);
+        });
+        source = reinterpret_cast<const char*>(rotated);
+        in_dtype = FLOAT32;
+        inv_divisor = nullptr;
+        norm = nullptr;
+    }
+    const int64_t in_size = element_bytes(in_dtype);
     if (norm) {
-        affine = group_norm(*norm, layer.inv_divisor, source, batch, height, width, channels, dtype, threads);
         for (int64_t b = 0; b < batch; ++b) sample[b] = codes_of(affine.ranges[b], layer.bits);
     } else {
         std::vector<Range> ranges(batch * height);
         parallel(threads, batch * height, [&](int64_t line) {
-            for (int64_t column = 0; column < (layer.inv_divisor ? width : 1); ++column)
+            for (int64_t column = 0; column < (inv_divisor ? width : 1); ++column)
                 kernels->range(
-                    source + (line * width + column) * channels * size, dtype,
-                    layer.inv_divisor ? channels : width * channels, layer.inv_divisor, ranges[line]);
+                    source + (line * width + column) * channels * in_size, in_dtype,
+                    inv_divisor ? channels : width * channels, inv_divisor, ranges[line]);
         });
         for (int64_t b = 0; b < batch; ++b) {
             Range range;
@@ -468,21 +505,21 @@ static void convolve(
         }
         std::memset(out, sample[b].zero, pad * channels);
         std::memset(out + (pad + width) * channels, sample[b].zero, pad * channels);
-        const char* in = source + (b * height + row) * width * channels * size;
+        const char* in = source + (b * height + row) * width * channels * in_size;
         out += pad * channels;
         if (norm) {
             const float* factor = affine.values.data() + b * 2 * channels;
             kernels->quantize_affine(
-                in, dtype, width, channels, factor, factor + channels, norm->silu, layer.inv_divisor, sample[b], out);
+                in, dtype, width, channels, factor, factor + channels, norm->silu, inv_divisor, sample[b], out);
             return;
         }
-        if (!layer.inv_divisor) {
-            kernels->quantize(in, dtype, width * channels, nullptr, sample[b], out);
+        if (!inv_divisor) {
+            kernels->quantize(in, in_dtype, width * channels, nullptr, sample[b], out);
             return;
         }
         for (int64_t column = 0; column < width; ++column)
             kernels->quantize(
-                in + column * channels * size, dtype, channels, layer.inv_divisor, sample[b], out + column * channels);
+                in + column * channels * size, dtype, channels, inv_divisor, sample[b], out + column * channels);
     });
 
     // The rows of the product are output pixels. Where 16 of them lie in one line of the picture and a line of the kernel
@@ -594,7 +631,7 @@ static void attend(const Attention& a, int threads) {
 // What a call may end in; dgq_error has the words.
 enum Error : int32_t {
     NONE, NO_MEMORY, NO_ISA, THREADS, NO_POINTER, DTYPE, LAYER_SIZES, BITS, GROUP, ORDER, UNEQUAL, NOT_LINEAR, GATE,
-    NORM, WINDOW, INPUT_SIZES, ATTENTION_SIZES, ATTENTION_BITS, LOGIT_SCALE, ERROR_COUNT
+    NORM, WINDOW, ROTATION, INPUT_SIZES, ATTENTION_SIZES, ATTENTION_BITS, LOGIT_SCALE, ERROR_COUNT
 };
 static const char* const error_texts[ERROR_COUNT] = {
     "done",
@@ -607,12 +644,13 @@ static const char* const error_texts[ERROR_COUNT] = {
     "codes of 2 to 8 bits expected",
     "groups of an even number of values expected",
     "the order of the channels is not a permutation",
-    "layers that share an input need equal sizes and bits, and no divisors or residual",
+    "layers that share an input need equal sizes, bits and rotations, the same divisors and no residual",
     "a linear layer has a kernel of 1",
     "only whole blocks of outputs can be gated, and without a residual",
     "a norm needs a finite eps; in a linear layer no groups and no SiLU; in a convolution groups that divide the "
-    "channels, and no divisors behind it",
+    "channels",
     "a stride of at least 1, a padding of at least 0 and a picture of at least the kernel's size expected",
+    "a rotation of 16, 64 or 256 channels that divides them expected, or 0",
     "an input is empty, or too large for memory",
     "attention needs 1 to 66311 keys (the start key apart), 1 to 32768 channels, and tensors that memory can hold",
     "codes of 2 to 8 bits expected, and 0 to 5 fractional bits of a probability's, no more than it has",
@@ -655,6 +693,8 @@ static void check_layer(const Layer& layer) {
     expect(whole && kernel * kernel == k / channels, LAYER_SIZES);
     expect(are_bits(layer.bits), BITS);
     expect(layer.stride >= 1 && layer.padding >= 0, WINDOW);
+    const int32_t block = layer.rotation;
+    expect(block == 0 || ((block == 16 || block == 64 || block == 256) && channels % block == 0), ROTATION);
 }
 
 static void check_norm(const Norm& norm, bool fitting) {
@@ -714,7 +754,7 @@ template <class Body> static int32_t guarded(const Body& body) {
 extern "C" {
 
 // Changes with every change of the structures or functions below.
-int32_t dgq_abi() { return 6; }
+int32_t dgq_abi() { return 7; }
 
 // The sizes of Layer, Stored, Norm and Attention, for callers that describe them once more.
 int64_t dgq_struct_bytes(int32_t which) {
@@ -788,8 +828,9 @@ int32_t dgq_linear(
             expect(layers[i] && y[i], NO_POINTER);
             check_layer(*layers[i]);
             const Layer &one = *layers[0], &other = *layers[i];
-            const bool same = other.n == one.n && other.k == one.k && other.bits == one.bits;
-            expect(count == 1 || (same && other.inv_divisor == one.inv_divisor && !residual), UNEQUAL);
+            const bool same = other.n == one.n && other.k == one.k && other.bits == one.bits &&
+                              other.rotation == one.rotation && other.inv_divisor == one.inv_divisor;
+            expect(count == 1 || (same && !residual), UNEQUAL);
             expect(other.channels == other.k, NOT_LINEAR);
         }
         const int64_t n = layers[0]->n, k = layers[0]->k;

@@ -107,6 +107,12 @@ struct Kernels {
     void (*quantize_affine)(
         const void* x, int dtype, int64_t pixels, int64_t channels, const float* factor, const float* offset, bool silu,
         const float* inv_divisor, const Codes& codes, uint8_t* out);
+    // n values times inv_divisor (or 1 where null), rotated in blocks of 16, 64 or 256 that divide n; out may be x.
+    void (*rotate)(const void* x, int dtype, int64_t n, const float* inv_divisor, int64_t block, float* out);
+    // As quantize_affine before the quantizer; a multiple of 16 channels.
+    void (*affine)(
+        const void* x, int dtype, int64_t pixels, int64_t channels, const float* factor, const float* offset, bool silu,
+        float* out);
     // What columns [col, col + n) of a panel's rows become: (sum - zero * column_sum) * (scale * weight_scale) + bias +
     // residual; sums in rows of 32.
     void (*epilogue)(

@@ -1,9 +1,20 @@
 """Channel groups: their formation, and the choice by measured error."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from dgq.integer.channels import candidates, fake_quantize_input, form_groups, from_matrix, to_matrix
+from dgq.integer.channels import (
+    apply_layer,
+    candidates,
+    fake_quantize_input,
+    form_groups,
+    from_matrix,
+    rotate_channels,
+    rotation_block,
+    to_matrix,
+)
 from dgq.recipe import LayerPlan
 
 
@@ -44,12 +55,49 @@ def test_smooth_divides_only_what_stands_out():
     [
         ("auto", True, ["none", "smooth", "shift"]), ("auto", False, ["none", "smooth"]), ("none", True, ["none"]),
         ("shift", True, ["shift"]), ("shift", False, ["none"]),
+        ("rotate", True, ["none", "smooth", "shift", "smooth 16"]), ("rotate", False, ["none", "smooth", "smooth 16"]),
     ],
 )  # fmt: skip
 def test_candidates(mode, outliers, modes):
     rms = torch.linspace(0.8, 1.2, 16)
     rms[3] = 9 if outliers else 1
-    assert [groups.mode for groups in candidates(mode, rms, 4)] == modes
+    given = [f"{groups.mode} {groups.rotation or ''}".strip() for groups in candidates(mode, rms, 4)]
+    assert given == modes
+
+
+def test_channels_that_no_block_divides_are_not_rotated():
+    groups = list(candidates("rotate", torch.linspace(0.8, 1.2, 24), 8))
+    assert [(one.mode, one.rotation) for one in groups] == [("none", 0), ("smooth", 0)]
+
+
+@pytest.mark.parametrize(("channels", "block"), [(1280, 256), (320, 64), (48, 16), (24, 0), (768, 256)])
+def test_the_largest_block_that_fits(channels, block):
+    assert rotation_block(channels) == block
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_folding_and_rotating_the_input_leaves_the_layer_as_it_was(kind):
+    """Rotated weight times rotated input is the float layer's output; unfolding gives its weight back."""
+    g = torch.Generator().manual_seed(0)
+    taps = 3 if kind == "conv2d" else 1
+    layer = plan(kind, kernel_size=taps, padding=taps // 2)
+    weight = torch.randn(32, 64, *(3, 3) * (kind == "conv2d"), generator=g)
+    x = torch.randn(2, 64, 5, 5, generator=g) if kind == "conv2d" else torch.randn(7, 64, generator=g)
+    groups = dataclasses.replace(form_groups("smooth", torch.rand(64, generator=g) * 4, 8), rotation=64)
+    matrix = groups.fold(weight)
+    torch.testing.assert_close(groups.unfold(matrix, layer), weight)
+    turned = rotate_channels(x / groups.divisor.view(1, -1, *[1] * (x.dim() - 2)), 64)
+    torch.testing.assert_close(
+        apply_layer(turned, from_matrix(matrix, layer), layer), apply_layer(x, weight, layer), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_rotation_takes_an_outlier_channel_off_the_range():
+    """One channel in 64 is thirty times as large: rotated, the others keep most of the bits they lost."""
+    x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 30
+    plain, rotated = (fake_quantize_input(x, 8, torch.ones(64), block) - x for block in (0, 64))
+    assert rotated.norm() < 0.5 * plain.norm()
 
 
 def test_fake_quantization_of_the_input_is_bounded_by_the_step():

@@ -11,7 +11,7 @@ from torch import nn
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import Layer, plan_layer
 from dgq.integer.prepared import Dense, Engine
-from dgq.integer.rounding import quantize_layer
+from dgq.integer.rounding import quantize_layers
 from dgq.integer.statistics import Statistics
 from dgq.integer.stored import StoredWeight, stored_shapes
 from dgq.recipe import LayerPlan, Recipe
@@ -35,7 +35,7 @@ def quantized(module, x, **recipe):
     layer = Layer("layer", module, plan_layer(module, wanted.wbits, wanted))
     statistics = Statistics(layer.plan, 1)
     statistics.add(x)
-    return quantize_layer(layer, statistics, wanted)
+    return quantize_layers([layer], [statistics], wanted)[0]
 
 
 CASES = [
@@ -49,7 +49,7 @@ CASES = [
 
 @pytest.mark.parametrize("build, data", CASES)
 @pytest.mark.parametrize("wbits", [4, 8])
-@pytest.mark.parametrize("channels", ["none", "smooth", "shift"])
+@pytest.mark.parametrize("channels", ["none", "smooth", "shift", "rotate"])
 @torch.no_grad()
 def test_layer_reproduces_the_float_module(build, data, wbits, channels):
     torch.manual_seed(0)
@@ -92,11 +92,12 @@ def test_the_sums_of_a_layer_are_integers_bit_for_bit(build, data, wbits, monkey
 @pytest.mark.skipif(not native.available(), reason="no CPU engine")
 @pytest.mark.parametrize("build, data", CASES)
 @pytest.mark.parametrize("wbits", [4, 8])
+@pytest.mark.parametrize("channels", ["smooth", "rotate"])
 @torch.no_grad()
-def test_the_engine_gives_the_bits_of_the_reference(build, data, wbits, monkeypatch):
+def test_the_engine_gives_the_bits_of_the_reference(build, data, wbits, channels, monkeypatch):
     torch.manual_seed(1)
     module, x = build(), data()
-    layer = quantized(module, x, wbits=wbits, channels="smooth").layer
+    layer = quantized(module, x, wbits=wbits, channels=channels).layer
     y = layer(x)
     assert isinstance(layer.prepare(x.device), Engine)
     monkeypatch.setenv("DGQ_BACKEND", "reference")

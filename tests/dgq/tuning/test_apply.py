@@ -8,11 +8,12 @@ from safetensors.torch import load_file, save_file
 
 import dgq
 from dgq.errors import DgqError
+from dgq.integer.plan import input_owners
 from dgq.pictures.generation import Settings, generate
 from dgq.tuning.apply import attach
 from dgq.tuning.file import Base, Description, Subject, Tuned, content_hash, describe, read, write
 from dgq.tuning.forward import Experts, differentiable
-from dgq.tuning.layout import Layout, input_owners, integer_layers
+from dgq.tuning.layout import Layout, integer_layers
 from dgq_kernels import native
 
 FAST = Settings(steps=3, guidance=3.0, seed=7)
@@ -128,7 +129,7 @@ def test_the_integer_forward_is_the_one_that_was_trained(tiny_pipeline, tmp_path
 
 
 def test_layers_of_one_input_share_its_scale_and_its_codes(pipe, file, monkeypatch):
-    owners = input_owners(pipe.unet)
+    owners = input_owners(pipe.unet, integer_layers(pipe.unet))
     attention = "down_blocks.0.attentions.0.transformer_blocks.0"
     assert owners[f"{attention}.attn1.to_v"] == f"{attention}.attn1.to_q"
     assert owners[f"{attention}.attn2.to_v"] == f"{attention}.attn2.to_k"

@@ -1,12 +1,15 @@
 """Tuned layers against the plain formula, by the float weight that a layer stands for."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
+from dgq.integer.channels import form_groups
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import Layer, plan_layer
-from dgq.integer.rounding import quantize_layer
+from dgq.integer.rounding import quantize_layers, round_layer
 from dgq.integer.statistics import Statistics
 from dgq.recipe import Recipe
 from dgq.tuning.forward import Experts, differentiable, expert_of
@@ -32,6 +35,10 @@ def float_weight(layer: IntegerLayer):
     matrix = layer.integer_weight().double().view(plan.out_features, k * k, plan.in_features)
     order = layer.order.long() if plan.reordered else torch.arange(plan.in_features)
     result = torch.empty_like(matrix)
+    if plan.rotation:  # entries are +-1/4: the matrix of 16 channels, from the operator's docstring
+        four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64) / 2
+        assert plan.rotation == 16
+        matrix = (matrix.unflatten(-1, (-1, 16)) @ torch.kron(four, four)).flatten(-2)
     for place, channel in enumerate(order):
         shift = sum(end <= place for end in plan.class_ends[:-1])
         divisor = float(layer.inv_divisor[channel]) if plan.channels != "none" else 1.0
@@ -42,13 +49,13 @@ def float_weight(layer: IntegerLayer):
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize("channels", ["none", "smooth", "shift"])
+@pytest.mark.parametrize("channels", ["none", "smooth", "shift", "rotate"])
 @pytest.mark.parametrize("wbits", [4, 8])
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "strided", "pointwise"])
 def test_forward_and_gradients_equal_the_formula(kind, wbits, channels, prepared):
     torch.manual_seed(0)
     build, shape = {
-        "linear": (lambda: nn.Linear(42, 35), (3, 9, 42)),
+        "linear": (lambda: nn.Linear(48, 35), (3, 9, 48)),
         "conv2d": (lambda: nn.Conv2d(21, 40, 3, padding=1), (3, 21, 6, 5)),
         "strided": (lambda: nn.Conv2d(32, 20, 3, stride=2, padding=1, bias=False), (3, 32, 7, 6)),
         "pointwise": (lambda: nn.Conv2d(33, 24, 1), (3, 33, 4, 5)),
@@ -61,7 +68,12 @@ def test_forward_and_gradients_equal_the_formula(kind, wbits, channels, prepared
     planned = Layer("layer", module, plan_layer(module, wbits, wanted))
     statistics = Statistics(planned.plan, 1)
     statistics.add(x)
-    layer = quantize_layer(planned, statistics, wanted).layer
+    if channels == "rotate" and kind in ("linear", "strided"):
+        smooth = form_groups("smooth", statistics.mean_square.sqrt(), wbits)
+        one = round_layer(planned, statistics, wanted, dataclasses.replace(smooth, rotation=16))
+        layer = IntegerLayer.from_quantized(one.plan, one.weight, one.groups, module.bias)
+    else:
+        layer = quantize_layers([planned], [statistics], wanted)[0].layer
     if prepared:
         layer.prepare(x.device)
     unet = Unet(layer)
@@ -114,7 +126,7 @@ def test_experts_that_a_step_does_not_use_stay_bit_for_bit():
     planned = Layer("layer", module, plan_layer(module, 8, wanted))
     statistics = Statistics(planned.plan, 1)
     statistics.add(x)
-    unet = Unet(quantize_layer(planned, statistics, wanted).layer)
+    unet = Unet(quantize_layers([planned], [statistics], wanted)[0].layer)
     experts = Experts(Layout.of(unet, True), 2, 1000, x.device)
     optimizer = torch.optim.AdamW(experts.vectors, lr=0.01, weight_decay=0)
     with differentiable(unet, experts):
