@@ -326,8 +326,11 @@ def _check_sizes(file: Path, config: dict[str, Any], tensors: int) -> None:
 
 
 def network_bytes(folder: Path) -> int:
-    """Size of the network's weight files."""
-    return sum(file.stat().st_size for file in weight_files(component_at(folder)))
+    """Size of the network's weight files; in a folder of a network alone by their names, 0 where there are none."""
+    if (folder / "model_index.json").is_file():
+        return sum(file.stat().st_size for file in weight_files(component_at(folder)))
+    components = dict.fromkeys(family.component for family in FAMILIES)
+    return sum(file.stat().st_size for name in components for file in weight_files(folder / name))
 
 
 def float16_bytes(folder: Path) -> int:
