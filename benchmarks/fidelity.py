@@ -187,10 +187,13 @@ def main() -> None:
         prompts=args.calibration_prompts, steps=settings.steps, guidance=settings.guidance, evaluate=0, overwrite=True
     )
     report: dict[str, Any] = {
-        "model": model.name, "dgq": dgq.__version__, "torch": torch.__version__,
+        "model": model.name,
+        "dgq": dgq.__version__,
+        "torch": torch.__version__,
         "settings": dataclasses.asdict(settings),
-        "prompts": prompts, "calibration_prompts": args.calibration_prompts,
-    }  # fmt: skip
+        "prompts": prompts,
+        "calibration_prompts": args.calibration_prompts,
+    }
     kept = args.out.with_suffix(".json") if args.only and args.out else None
     earlier = earlier_rows(kept, report) if kept and kept.exists() else []
     recipes = [recipe for recipe in configurations() if not args.only or args.only in recipe.label]

@@ -236,8 +236,10 @@ def weights_alone(one: Captured, two_level: Tensor) -> Iterator[tuple[str, Tenso
     yield "GPTQ two-level, 32", two_level
 
 
-SHIPPED = {4: ("none", "smooth, folded before", "shift, folded before, sorted"),
-           8: ("none", "smooth, folded before", "shift, after (Horner)")}  # fmt: skip
+SHIPPED = {
+    4: ("none", "smooth, folded before", "shift, folded before, sorted"),
+    8: ("none", "smooth, folded before", "shift, after (Horner)"),
+}
 """What calibration chooses from, by weight bits"""
 
 

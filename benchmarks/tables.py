@@ -83,12 +83,15 @@ def fidelity_table(rows: Iterable[dict[str, Any]]) -> str:
     """The rows of a fidelity report."""
     lines = (
         (
-            row["system"], f"{row['psnr_db']:.2f}", f"{row['latent_mse']:.2e}", f"{row['latent_sqnr_db']:.2f}",
+            row["system"],
+            f"{row['psnr_db']:.2f}",
+            f"{row['latent_mse']:.2e}",
+            f"{row['latent_sqnr_db']:.2f}",
             "-" if row["unet_mib"] is None else f"{row['unet_mib']:.1f}",
             "-" if row["of_float16"] is None else f"{row['of_float16']:.0%}",
         )
         for row in rows
-    )  # fmt: skip
+    )
     return table(("system", "PSNR (dB)", "latent MSE", "latent SQNR (dB)", "UNet (MiB)", "of float16"), lines)
 
 
@@ -117,9 +120,12 @@ def fidelity_short() -> str:
         )
 
     rows = [
-        one("bfloat16, unquantized (4 prompts)", "bfloat16"), one("integer W8A8", "integer W8A8"),
-        one("integer W4A8", "integer W4A8"), both("W8A8"), both("W4A8"),
-    ]  # fmt: skip
+        one("bfloat16, unquantized (4 prompts)", "bfloat16"),
+        one("integer W8A8", "integer W8A8"),
+        one("integer W4A8", "integer W4A8"),
+        both("W8A8"),
+        both("W4A8"),
+    ]
     return table(("", "PSNR (dB)", "UNet, of float16"), rows)
 
 
@@ -283,9 +289,11 @@ def compiled() -> str:
 
     lines = []
     for label, target, product in (
-        ("8.0, 8.6, 8.9", "80", "`IMMA.16832`"), ("9.0", "90", "`IGMMA.64x128x32`"),
-        ("10.0", "100", "`UTCIMMA`; `IMMA` under Triton 3.6"), ("12.0", "120", "`IMMA.16832`"),
-    ):  # fmt: skip
+        ("8.0, 8.6, 8.9", "80", "`IMMA.16832`"),
+        ("9.0", "90", "`IGMMA.64x128x32`"),
+        ("10.0", "100", "`UTCIMMA`; `IMMA` under Triton 3.6"),
+        ("12.0", "120", "`IMMA.16832`"),
+    ):
         int8, count = pair(target, "int8", "128x128", "classes=1")
         classes, class_count = pair(target, "int8", "128x128", "classes=3")
         int4, int4_count = pair(target, "int4", "128x128" if target == "90" else "256x64", "group=32")
@@ -296,9 +304,12 @@ def compiled() -> str:
             f"{int4} for {int4_count}{' products' if first else ''}",
         ))  # fmt: skip
     header = (
-        "target", "int8 product", "main loop, int8 linear / conv", "shift classes",
+        "target",
+        "int8 product",
+        "main loop, int8 linear / conv",
+        "shift classes",
         "two-level int4 (groups of 32), linear / conv",
-    )  # fmt: skip
+    )
     return table(header, lines)
 
 
@@ -309,13 +320,17 @@ def predicted() -> str:
     devices = {"a6000": "A6000", "rtx4090": "RTX 4090", "a100": "A100", "h100": "H100"}
     lines = []
     for name, label in (
-        ("sd-v1.4", "SD v1.4, 512 px, batch 2"), ("sdxl-turbo", "SDXL-Turbo, 512 px"),
+        ("sd-v1.4", "SD v1.4, 512 px, batch 2"),
+        ("sdxl-turbo", "SDXL-Turbo, 512 px"),
         ("pixart-alpha", "PixArt-alpha, 512 px, batch 2"),
-    ):  # fmt: skip
+    ):
         items = predict.predict(name, devices)
-        lines.append((
-            f"{label}, fp16, ideal / total", *(f"{item.ideal['fp16']:.2f} / {item.total['fp16']:.2f}" for item in items)
-        ))  # fmt: skip
+        lines.append(
+            (
+                f"{label}, fp16, ideal / total",
+                *(f"{item.ideal['fp16']:.2f} / {item.total['fp16']:.2f}" for item in items),
+            )
+        )
         for bits in ("W8A8", "W4A8"):
             cells = (
                 " / ".join(f"{ms[bits]:.2f} ({ms[bits] / ms['fp16']:.2f})" for ms in (item.ideal, item.total))

@@ -127,9 +127,12 @@ def ssd_1b(folder: Path) -> Path:
     from diffusers import EulerDiscreteScheduler
 
     return stable_diffusion_xl(
-        folder, EulerDiscreteScheduler(steps_offset=1), transformer_layers_per_block=(0, 2),
-        reverse_transformer_layers_per_block=((2, 1), 0), mid_block_type="UNetMidBlock2D",
-    )  # fmt: skip
+        folder,
+        EulerDiscreteScheduler(steps_offset=1),
+        transformer_layers_per_block=(0, 2),
+        reverse_transformer_layers_per_block=((2, 1), 0),
+        mid_block_type="UNetMidBlock2D",
+    )
 
 
 def lcm(folder: Path) -> Path:

@@ -161,9 +161,10 @@ def evaluate(
         report["fidelity"] = _fidelity(floats, mine, groups)
     if lower:
         report["floor"] = {
-            "dtype": str(half).removeprefix("torch."), "pictures": len(lower),
+            "dtype": str(half).removeprefix("torch."),
+            "pictures": len(lower),
             **_fidelity(floats[: len(lower)], lower, groups[: len(lower)]),
-        }  # fmt: skip
+        }
     if scorer is not None:
         report["alignment"] = _alignment(scorer, jobs, groups, mine, floats)
     report["distribution"] = _distribution(options, [item.prompt for item in jobs], mine, floats, reference, notes)
@@ -273,8 +274,9 @@ def _alignment(
     for name in ("held_out", "seen"):
         facts = scorer.facts[name]
         found[f"renders_{name}"] = {
-            "pictures": facts["pictures"], **{metric: 100 * facts[metric] for metric in ALIGNMENT}
-        }  # fmt: skip
+            "pictures": facts["pictures"],
+            **{metric: 100 * facts[metric] for metric in ALIGNMENT},
+        }
     return found
 
 

@@ -59,10 +59,12 @@ def test_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.json", '{"images": []}', "holds no prompts where"), ("a.json", "{", "cannot be read"),
-        ("a.json", '{"annotations": []}', "holds no prompt"), ("a.tsv", "Text\tKind\nx\ty\n", "holds no prompts where"),
+        ("a.json", '{"images": []}', "holds no prompts where"),
+        ("a.json", "{", "cannot be read"),
+        ("a.json", '{"annotations": []}', "holds no prompt"),
+        ("a.tsv", "Text\tKind\nx\ty\n", "holds no prompts where"),
     ],
-)  # fmt: skip
+)
 def test_bad_files(tmp_path: Path, name: str, content: str, said: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DgqError, match=said):
