@@ -146,7 +146,7 @@ def test_the_system_that_bench_times(made, tmp_path):
     """Its model and calls, in half precision, and the bytes it says of the weights."""
     calls = tmp_path / "calls"
     with Pretended() as mode, torch.no_grad():
-        spec = Spec("dgq", str(made.folder / "unet"), "float16", str(calls), "cuda:1")
+        spec = Spec("dgq", str(made.folder), "float16", str(calls), "cuda:1")
         unet = worker._eager(spec)
         files.save_calls([dgq.architectures.call(unet, 2, SECOND)], calls)
         (call,) = files.load_calls(calls)
