@@ -33,7 +33,9 @@ def command(
     recipe: Annotated[str, typer.Option(help="integer (int8 products) or paper (published, simulated).")] = "integer",
     groups: Annotated[int, typer.Option(help="Activation groups of the paper recipe: 1, 8 or 16.")] = 16,
     rounding: Annotated[str, typer.Option(help="Weight rounding: gptq or nearest (integer recipe).")] = "gptq",
-    channels: Annotated[str, typer.Option(help="Channel outliers: auto, none, smooth, shift (integer).")] = "auto",
+    channels: Annotated[
+        str, typer.Option(help="Channel outliers: auto, none, smooth, shift, rotate (integer).")
+    ] = "auto",
     attention: Annotated[str, typer.Option(help="Attention: log or float (integer recipe).")] = "log",
     override: Annotated[
         list[str] | None,

@@ -19,7 +19,7 @@ from dgq.recipe import LayerPlan, Recipe
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module", params=["tiny_checkpoint", "shifted_checkpoint"])
+@pytest.fixture(scope="module", params=["tiny_checkpoint", "shifted_checkpoint", "rotated_checkpoint"])
 def checkpoint(request):
     """(tensors of the UNet's file, header) of a checkpoint."""
     folder = request.getfixturevalue(request.param)
@@ -38,6 +38,17 @@ def shifted_checkpoint(tiny_pipeline, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def rotated_checkpoint(tiny_pipeline, tmp_path_factory):
+    """Activations of 4 bits, for which rotations are worth it."""
+    from dgq.calibration.run import Options, calibrate
+
+    out = tmp_path_factory.mktemp("checkpoints") / "rotated"
+    recipe = Recipe(wbits=8, abits=4, channels="rotate", rounding="nearest")
+    calibrate(tiny_pipeline, out, recipe, Options(prompts=["a cat"], steps=2, evaluate=0))
+    return out
+
+
 def test_the_page_reads_every_layer(checkpoint, tiny_pipeline):
     code: dict = {}
     exec(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1], code)
@@ -52,15 +63,16 @@ def test_the_page_reads_every_layer(checkpoint, tiny_pipeline):
         assert error < (0.03 if plan["wbits"] == 8 else 0.3), f"{name}: {error}"
 
 
-def test_the_layers_cover_what_the_format_has(tiny_checkpoint, shifted_checkpoint):
+def test_the_layers_cover_what_the_format_has(tiny_checkpoint, shifted_checkpoint, rotated_checkpoint):
     plans = [
         plan
-        for folder in (tiny_checkpoint, shifted_checkpoint)
+        for folder in (tiny_checkpoint, shifted_checkpoint, rotated_checkpoint)
         for plan in json.loads((folder / "unet" / "config.json").read_text())["quantization_config"]["layers"].values()
     ]
     seen = {(plan["wbits"], plan.get("channels", "none"), len(plan["class_ends"]) > 1) for plan in plans}
     assert {(8, "shift", True), (4, "shift", False), (4, "none", False)} <= seen
     assert any("columns" in plan for plan in plans)
+    assert {plan["kind"] for plan in plans if plan.get("rotation")} == {"linear", "pointwise", "conv2d"}
 
 
 def test_every_field_and_tensor_is_on_the_page():

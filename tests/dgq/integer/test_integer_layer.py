@@ -1,6 +1,7 @@
 """Integer layers: bit-exact sums, real packing, and what `.to` must not do."""
 
 import copy
+import dataclasses
 import gc
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from comparing import assert_close
 from torch import nn
 
+from dgq.integer.channels import rotation_block
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import Layer, plan_layer
 from dgq.integer.prepared import Dense, Engine
@@ -103,6 +105,29 @@ def test_the_engine_gives_the_bits_of_the_reference(build, data, wbits, channels
     monkeypatch.setenv("DGQ_BACKEND", "reference")
     layer.restore()
     assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("build, data", CASES)
+@pytest.mark.parametrize("wbits", [4, 8])
+@torch.no_grad()
+def test_a_rotated_layer_on_triton_equals_the_reference(build, data, wbits, monkeypatch):
+    """Alone and behind a norm, which then is torch's."""
+    torch.manual_seed(1)
+    module, x = build(), data()
+    plain = quantized(module, x, wbits=wbits, channels="smooth").layer
+    block = rotation_block(plain.plan.in_features)
+    layer = IntegerLayer(dataclasses.replace(plain.plan, rotation=block))
+    for name, value in plain.state_dict().items():
+        layer.set_stored(name, value)
+    channels = x.shape[-1 if isinstance(module, nn.Linear) else 1]
+    norm = nn.LayerNorm(channels) if isinstance(module, nn.Linear) else nn.GroupNorm(1, channels)
+    results = []
+    for name in ("reference", "triton"):
+        monkeypatch.setenv("DGQ_BACKEND", name)
+        layer.restore()
+        results.append((layer(x), layer(x, norm=norm)))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")  # walking every object touches deprecated ones
