@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -63,6 +63,24 @@ class Peak(TorchDispatchMode):
         self.known[key] = weakref.ref(storage, gone)
 
 
+class Lora(nn.Module):
+    """A linear layer beside which a product of rank 4 is trained in float32, computed in the input's dtype. (peft's own
+    layers do not take fake tensors.)"""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = (
+            nn.Parameter(torch.zeros(shape)) for shape in ((4, base.in_features), (base.out_features, 4))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As of the linear layer."""
+        low: Tensor = x @ self.down.to(x.dtype).t()
+        result: Tensor = self.base(x) + low @ self.up.to(x.dtype).t()
+        return result
+
+
 def step(unet: Any, parameters: list[torch.nn.Parameter], experts: Experts | None, checkpointing: bool) -> None:
     """Forward, backward and update, as `dgq tune` does them."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
@@ -96,11 +114,12 @@ def measure(system: str, wbits: int, checkpointing: bool) -> dict[str, Any]:
             experts = Experts(Layout.of(unet, True), 2, 1000, DEVICE)
             parameters = experts.vectors
         else:
-            targets = ["to_q", "to_k", "to_v", "to_out.0"]
-            unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets))
+            for module in list(unet.modules()):
+                if hasattr(module, "to_q"):
+                    for name in ("to_q", "to_k", "to_v"):
+                        setattr(module, name, Lora(getattr(module, name)))
+                    module.to_out[0] = Lora(module.to_out[0])
             parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-            for parameter in parameters:
-                parameter.data = parameter.data.float()
         held = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
         with Peak() as tracker:
             step(unet, parameters, experts, checkpointing)
