@@ -182,7 +182,6 @@ def test_the_table_is_in_a_package_that_the_wheel_holds():
 
 @pytest.mark.slow
 def test_an_installed_wheel_predicts_the_same(tmp_path):
-    pytest.importorskip("hatchling")
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
