@@ -315,7 +315,7 @@ def compiled() -> str:
 
 def predicted() -> str:
     """Bounds of a step on GPUs, from the compile table and the modules' shapes."""
-    from dgq.bench import predict
+    from dgq.bench.predict import predict_step
 
     devices = {"a6000": "A6000", "rtx4090": "RTX 4090", "a100": "A100", "h100": "H100"}
     lines = []
@@ -324,7 +324,7 @@ def predicted() -> str:
         ("sdxl-turbo", "SDXL-Turbo, 512 px"),
         ("pixart-alpha", "PixArt-alpha, 512 px, batch 2"),
     ):
-        items = predict.predict(name, devices)
+        items = predict_step(name, devices)
         lines.append(
             (
                 f"{label}, fp16, ideal / total",

@@ -82,6 +82,11 @@ def calls():
         yield "layer_norm_quantize_rows", (x, gain, gain, 1e-5, 8, *every)
     yield "quantize_rows", (unaligned(floats(5, 64)), 8, None)
     yield "quantize_rows", (floats(1, 9000), 8, None)
+    for rows, channels, block, dtype in ((1, 16, 16, half), (5, 192, 64, torch.bfloat16), (8192, 1280, 256, single)):
+        x = floats(rows, channels, dtype=dtype)
+        yield "rotate", (x, block, None)
+        yield "rotate", (x, block, floats(channels, dtype=single))
+    yield "rotate", (unaligned(floats(5, 64)), 64, None)
     # one pixel, one group, one channel, groups of one channel
     for size, groups, dtype in (
         ((1, 1, 1, 1), 1, half), ((1, 32, 1, 1), 1, torch.bfloat16), ((2, 32, 4, 3), 32, single),

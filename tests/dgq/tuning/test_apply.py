@@ -148,12 +148,15 @@ def test_layers_of_one_input_share_its_scale_and_its_codes(pipe, file, monkeypat
 def test_beside_a_lora(pipe, file):
     from peft import LoraConfig
 
+    plain = draw(pipe)
     dgq.load_tuned(pipe, file)
     tuned = draw(pipe)
     dgq.unload_tuned(pipe)
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))  # begins as a change of nothing
     dgq.load_tuned(pipe, file)
-    assert torch.allclose(draw(pipe), tuned, atol=1e-2)
+    # norms in front of a layer with an adapter are torch's: single codes move
+    error, change = ((one - tuned).norm() / tuned.norm() for one in (draw(pipe), plain))
+    assert error < 0.05 < 0.2 < change
 
 
 def test_moving_the_model_keeps_the_scales(pipe, file):
