@@ -202,6 +202,7 @@ def test_pictures_are_fitted(subject):
     assert float(tensor.max()) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_killed_by_a_signal_and_resumed(tiny_checkpoint, subject, tmp_path):
     """The real command, killed without warning."""
     out = tmp_path / "x.safetensors"
