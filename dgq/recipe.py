@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from dgq_kernels.rotate import BLOCKS
+
 from .errors import DgqError
 from .method import METHODS
 
 WEIGHT_BITS = (4, 8)
 ACTIVATION_BITS = (4, 5, 6, 7, 8)
 PAPER_GROUPS = (1, 8, 16)
-ROTATIONS = (16, 64, 256)  # channels of a rotated block
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class LayerPlan:
             what = f"reordered {plan.reordered}, {len(ends)} shift classes and {plan.wbits} bits"
             raise DgqError(f"channels {plan.channels!r} with {what}: no such layer")
         if plan.rotation and (
-            plan.rotation not in ROTATIONS or plan.in_features % plan.rotation or plan.channels == "shift"
+            plan.rotation not in BLOCKS or plan.in_features % plan.rotation or plan.channels == "shift"
         ):
             what = f"{plan.in_features} channels, {plan.channels!r}"
             raise DgqError(f"rotation {plan.rotation} of {what}: no such layer")

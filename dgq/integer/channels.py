@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from dgq_kernels.quantize_activation.reference import quantize_rows, quantize_samples
+from dgq_kernels.rotate import BLOCKS
 from dgq_kernels.rotate.reference import rotate
 
-from ..recipe import ROTATIONS, LayerPlan
+from ..recipe import LayerPlan
 
 MAX_EXPONENT = 2
 
@@ -88,14 +89,14 @@ def _along_channels(values: Tensor, weight: Tensor) -> Tensor:
     return values.view([1, -1] + [1] * (weight.dim() - 2))
 
 
-def rotate_channels(x: Tensor, block: int) -> Tensor:
-    """Axis 1 of x rotated in blocks, 0 for none; its own inverse."""
-    return x if not block else rotate(x.movedim(1, -1), block).movedim(-1, 1)
+def rotate_channels(x: Tensor, block: int, axis: int = 1) -> Tensor:
+    """An axis of x rotated in blocks, 0 for none; its own inverse. Differentiable."""
+    return x if not block else rotate(x.movedim(axis, -1), block).movedim(-1, axis)
 
 
 def rotation_block(channels: int) -> int:
     """The largest block that a number of channels can be rotated in; 0 where there is none."""
-    return next((block for block in reversed(ROTATIONS) if channels % block == 0), 0)
+    return next((block for block in reversed(BLOCKS) if channels % block == 0), 0)
 
 
 def no_groups(channels: int) -> ChannelGroups:

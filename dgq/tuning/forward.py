@@ -11,10 +11,10 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from dgq_kernels import scaled_conv2d, scaled_linear
-from dgq_kernels.rotate.reference import rotate
 from dgq_kernels.scaled_product import Weight
 from dgq_kernels.scaled_product.reference import along
 
+from ..integer.channels import rotate_channels
 from ..integer.layer import IntegerLayer
 from ..recipe import LayerPlan
 from .layout import Layout, fixed_divisor, integer_layers
@@ -89,7 +89,7 @@ def _rotated(x: Tensor, d_in: Tensor | None, plan: LayerPlan) -> Tensor:
     """x times its scales, rotated as the weight is: what the integers are multiplied by. Differentiable."""
     axis = 1 if plan.kind != "linear" else -1
     scaled = x if d_in is None else x * along(d_in, x, axis).to(x.dtype)
-    return rotate(scaled.movedim(axis, -1), plan.rotation).to(x.dtype).movedim(-1, axis)
+    return rotate_channels(scaled, plan.rotation, axis).to(x.dtype)
 
 
 @contextmanager
