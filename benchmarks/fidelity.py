@@ -43,13 +43,15 @@ LABEL_WIDTH, LABEL_SIZE = 190, 24
 
 
 def configurations() -> list[Recipe]:
-    """The published method per tensor and with 16 groups, and the integer recipe, at each bit width."""
+    """At each bit width: the published method per tensor and with 16 groups, every layer rotated and rounded to nearest
+    (ConvRot's kind), and the integer recipe."""
     return [
         recipe
         for wbits, abits in BITS
         for recipe in (
             Recipe(name="paper", wbits=wbits, abits=abits, groups=1),
             Recipe(name="paper", wbits=wbits, abits=abits, groups=16),
+            Recipe(wbits=wbits, abits=abits, channels="rotate", rounding="nearest"),
             Recipe(wbits=wbits, abits=abits),
         )
     ]

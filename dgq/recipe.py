@@ -27,8 +27,8 @@ class Recipe:
         name: of the method: "integer" (int8 products, the default) or "paper" (the published one, simulated in float).
         wbits, abits: bits of weights (4 or 8) and activations (4 to 8).
         rounding: how weights are rounded: "gptq" (second moments) or "nearest".
-        channels: outlier handling of input channels, integer recipe: "auto" chooses per layer by measured error,
-            "rotate" may rotate them too.
+        channels: outlier handling of input channels, integer recipe: "auto" chooses per layer by measured error, the
+            others are for every layer that can be handled so.
         attention: integer recipe: "log" (fractional log2 probabilities) or "float" (scaled dot product).
         groups: activation groups G of the paper recipe (1 is the per-tensor baseline, without log attention).
         weight_group: input channels that share an int4 sub-scale, 32 or 64.

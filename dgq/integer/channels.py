@@ -1,11 +1,11 @@
 """Where a group is formed: outliers among input channels, handled layer by layer (docs/method.md, item 2).
 
-Three ways, one is chosen per layer by the measured error of its output:
+One of these is chosen per layer by the measured error of its output:
 - none: channels stay as they are; the row-wise scale alone carries outliers.
 - smooth: x[k] / c[k] and W[:, k] * c[k] with c = max(1, rms / median rms)^0.5, before weights are quantized.
 - rotate: not by channel but by blocks of them: x and the rows of W times one orthogonal matrix, which spreads what
-  is large in one channel over its block (a regular Hadamard matrix, as ConvRot has it, arXiv 2512.03673). Alone, or
-  after "smooth" has divided.
+  is large in one channel over its block (a regular Hadamard matrix, as ConvRot has it, arXiv 2512.03673). After
+  "smooth" has divided; alone where it is asked for.
 - shift: c[k] = 2^e[k], e = round(log2(rms / median rms)) in 0..2; the channels of one e form one DGQ group.
   With int8 weights the grid of W is untouched and a group's products are shifted by e in the accumulator; with int4
   weights W * 2^e is quantized with the channels sorted by e, so that no sub-scale serves two groups.
@@ -14,7 +14,6 @@ Three ways, one is chosen per layer by the measured error of its output:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -150,28 +149,28 @@ def fake_quantize_input(x: Tensor, bits: int, divisor: Tensor, rotation: int = 0
     return rotate_channels((codes - zero) * scale, rotation) * _along_channels(divisor, x)
 
 
-def worth(groups: ChannelGroups, mode: str) -> float:
+def worth(groups: ChannelGroups) -> float:
     """The share of the output error that a handling has to take away, for what it costs at run time: a multiplication
-    and eight additions a value at most, or sums that are shifted class by class. "auto" asks for more."""
+    and eight additions a value at most, or channels in another order and sums that are shifted class by class."""
     if groups.mode == "none" and not groups.rotation:
         return 0.0
-    return 0.05 if mode == "rotate" and not groups.shifts_accumulator else 0.2
+    return 0.2 if groups.mode == "shift" else 0.05
 
 
-def candidates(mode: str, rms: Tensor, wbits: int) -> Iterator[ChannelGroups]:
-    """The groups to choose from: "none", "smooth" and "shift" for "auto", for "rotate" a rotation after "smooth" too;
-    else the one mode, where channels differ.
+def candidates(mode: str, rms: Tensor, wbits: int) -> list[ChannelGroups]:
+    """The groups to choose from: for "auto" the channels as they are, "smooth", "shift" and a rotation after "smooth",
+    as far as the layer has them; else the one mode, or the channels as they are.
 
     Args:
-        mode: "auto", "rotate" or one mode; a mode that finds no outlier channel gives "none".
+        mode: "auto" or one mode.
         rms: float32 (C,), root mean square of the input channels.
         wbits: bits of the weight.
     """
-    several, block = mode in ("auto", "rotate"), rotation_block(rms.shape[0])
-    groups = [form_groups(name, rms, wbits) for name in (("smooth", "shift") if several else (mode,))]
-    if mode == "rotate" and block:
-        groups.append(dataclasses.replace(groups[0], rotation=block))
-    other = [one for one in groups if one.mode != "none" or one.rotation]
-    if several or mode == "none" or not other:
-        yield no_groups(rms.shape[0])
-    yield from other
+    plain, block = no_groups(len(rms)), rotation_block(len(rms))
+    if mode == "rotate":
+        return [dataclasses.replace(plain, rotation=block)]
+    if mode != "auto":
+        return [form_groups(mode, rms, wbits)]
+    smooth, shift = (form_groups(name, rms, wbits) for name in ("smooth", "shift"))
+    others = [smooth, shift, dataclasses.replace(smooth, rotation=block)] if block else [smooth, shift]
+    return [plain, *(groups for groups in others if worth(groups))]

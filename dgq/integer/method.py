@@ -114,12 +114,18 @@ def _layer_cost(layer: Layer) -> LayerCost:
     )  # fmt: skip
 
 
+def _label(recipe: Recipe) -> str:
+    """The name, and what was asked for other than the defaults."""
+    asked = (recipe.channels != "auto" and recipe.channels, recipe.rounding != "gptq" and recipe.rounding)
+    return " ".join(["integer", *(word for word in asked if word)])
+
+
 def _words(recipe: Recipe, attention: Any) -> dict[str, str]:
     steps = attention and f"log2, {attention['bits']} bits, {2 ** attention['fraction_bits']} steps per octave"
     return {"rounding": recipe.rounding, "attention": steps or "float"}
 
 
 INTEGER = Method(
-    "integer", "int8 products", _calibrate, _skeleton, _layers, _rounded_input, _cost, lambda recipe: "integer",
+    "integer", "int8 products", _calibrate, _skeleton, _layers, _rounded_input, _cost, _label,
     plans=lambda network, recipe: {layer.name: layer.plan for layer in plan_layers(network, recipe)[0]}, words=_words,
 )  # fmt: skip

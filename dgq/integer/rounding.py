@@ -92,7 +92,7 @@ def choose_rounded(layers: Sequence[Layer], statistics: Sequence[Statistics], re
         rounded = [
             round_layer(layer, seen, recipe, own) for layer, seen, own in zip(layers, statistics, groups, strict=True)
         ]
-        error = sum(one.error for one in rounded) / (1 - worth(groups[0], recipe.channels))
+        error = sum(one.error for one in rounded) / (1 - worth(groups[0]))
         if error < least:
             best, least = rounded, error
     return best

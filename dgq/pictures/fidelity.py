@@ -19,19 +19,22 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 
 def compare(reference: Sequence[Picture], pictures: Sequence[Picture]) -> dict[str, float]:
-    """Mean fidelity over pictures of equal prompts and seeds.
+    """Fidelity over pictures of equal prompts and seeds.
 
     Returns:
-        prompts: how many; psnr_db: mean PSNR (equal pictures count as 99 dB); latent_mse: mean squared error of the
+        prompts: how many; psnr_db, psnr_median_db, psnr_worst_tenth_db: mean PSNR, its median and the mean of the worst
+        tenth, rounded down but one at least (equal pictures count as 99 dB); latent_mse: mean squared error of the
         final latents; latent_sqnr_db: signal to noise of the latents over all pictures.
     """
     latents = [(a.latents.float().cpu(), b.latents.float().cpu()) for a, b in zip(reference, pictures, strict=True)]
     noise = sum(float((a - b).square().sum()) for a, b in latents)
     signal = sum(float(a.square().sum()) for a, _ in latents)
-    ratios = [min(99.0, psnr(a.image, b.image)) for a, b in zip(reference, pictures, strict=True)]
+    ratios = sorted(min(99.0, psnr(a.image, b.image)) for a, b in zip(reference, pictures, strict=True))
     return {
         "prompts": len(latents),
         "psnr_db": float(np.mean(ratios)),
+        "psnr_median_db": float(np.median(ratios)),
+        "psnr_worst_tenth_db": float(np.mean(ratios[: max(1, len(ratios) // 10)])),
         "latent_mse": float(np.mean([float(torch.mean((a - b) ** 2)) for a, b in latents])),
         "latent_sqnr_db": 10 * float(np.log10(signal / max(noise, 1e-20))),
     }

@@ -256,8 +256,8 @@ def test_outlier_channels_are_found_and_plain_layers_left_alone(kind, wbits):
         for groups in candidates("auto", seen.mean_square.sqrt(), wbits)
     ]
     assert best.error in [error for _, error in tried]
-    least = min(error / (1 - worth(groups, "auto")) for groups, error in tried)
-    assert best.error / (1 - worth(best.groups, "auto")) == least
+    least = min(error / (1 - worth(groups)) for groups, error in tried)
+    assert best.error / (1 - worth(best.groups)) == least
 
 
 def test_layers_of_one_input_are_handled_alike():
