@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dgq_kernels.rotate import BLOCKS
+from dgq_kernels.rotation import BLOCKS
 
 from .errors import DgqError
 from .method import METHODS

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from dgq_kernels.quantize_activation.reference import quantize_rows, quantize_samples
-from dgq_kernels.rotate import BLOCKS
-from dgq_kernels.rotate.reference import rotate
+from dgq_kernels.rotation import BLOCKS, rotate
 
 from ..recipe import LayerPlan
 

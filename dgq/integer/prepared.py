@@ -257,11 +257,11 @@ class ByOps(Prepared):
     ) -> Tensor:
         known: Any = norm
         size = (x.shape[0], *x.shape[2:], layer.out_features)
-        if self.fuses and activation == "none" and type(norm) is nn.GroupNorm and not layer.plan.rotation:
+        if self.fuses and activation == "none" and type(norm) is nn.GroupNorm:
             codes = Codes(
                 *dgq_kernels.group_norm_quantize_rows(
                     x, known.num_groups, known.weight, known.bias, known.eps, layer.plan.abits, layer._inv_divisor(),
-                    self.position,
+                    self.position, layer.plan.rotation,
                 )
             )  # fmt: skip
         else:
@@ -293,12 +293,11 @@ class ByOps(Prepared):
 
     def _codes(self, layer: IntegerLayer, x: Tensor) -> Codes:
         """The codes of x itself: of its rows, or of samples with their padding."""
-        plan, inverse = layer.plan, layer._inv_divisor()
-        if plan.rotation:
-            x, inverse = _rotated(x, plan, inverse), None
+        plan = layer.plan
+        first, last = (plan.abits, layer._inv_divisor()), (self.position, plan.rotation)
         if plan.kind == "conv2d":
-            return Codes(*dgq_kernels.quantize_samples(x, plan.abits, inverse, plan.padding, self.position))
-        return Codes(*dgq_kernels.quantize_rows(x.reshape(-1, plan.in_features), plan.abits, inverse, self.position))
+            return Codes(*dgq_kernels.quantize_samples(x, *first, plan.padding, *last))
+        return Codes(*dgq_kernels.quantize_rows(x.reshape(-1, plan.in_features), *first, *last))
 
     def _fused_codes(
         self, layer: IntegerLayer, x: Tensor, norm: nn.Module | None, activation: Activation, offset: Tensor | None
@@ -306,19 +305,17 @@ class ByOps(Prepared):
         """The codes of what norm and activation make of x, by one op; None where there is no op for them."""
         plan, inverse = layer.plan, layer._inv_divisor()
         known: Any = norm
-        if plan.rotation:
-            return None
         if plan.kind == "conv2d":
             if type(norm) is not nn.GroupNorm:
                 return None
             return Codes(
                 *dgq_kernels.group_norm_quantize_samples(
                     x, known.num_groups, known.weight, known.bias, known.eps, activation == "silu", plan.abits,
-                    inverse, plan.padding, self.position, offset,
+                    inverse, plan.padding, self.position, offset, plan.rotation,
                 )
             )  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
-        last = (plan.abits, inverse, self.position)
+        last = (plan.abits, inverse, self.position, plan.rotation)
         if type(norm) is nn.LayerNorm and activation == "none" and known.normalized_shape == x.shape[-1:]:
             return Codes(*dgq_kernels.layer_norm_quantize_rows(rows, known.weight, known.bias, known.eps, *last))
         if norm is not None or activation == "none":
@@ -487,13 +484,6 @@ def _apply(x: Tensor, norm: nn.Module | None, activation: Activation, offset: Te
         x = x + offset.to(x.dtype)[:, :, None, None]
     x = x if norm is None else norm(x)
     return nn.functional.silu(x) if activation == "silu" else x
-
-
-def _rotated(x: Tensor, plan: LayerPlan, inv_divisor: Tensor | None) -> Tensor:
-    """x divided and rotated, float32, shaped as it was."""
-    last = x.permute(0, 2, 3, 1) if plan.kind == "conv2d" else x
-    turned = dgq_kernels.rotate(last.reshape(-1, plan.in_features), plan.rotation, inv_divisor).view(last.shape)
-    return turned.permute(0, 3, 1, 2) if plan.kind == "conv2d" else turned
 
 
 def _state_of(tensor: Tensor) -> tuple[int, int]:

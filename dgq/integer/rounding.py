@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dgq_kernels.rotate.reference import rotate
+from dgq_kernels.rotation import rotate
 
 from ..errors import DgqError
 from ..progress import silent

@@ -21,7 +21,6 @@ from .quantize_activation import (
     quantize_samples,
     silu_quantize_rows,
 )
-from .rotate import rotate
 from .scaled_product import scaled_conv2d, scaled_linear
 
 __all__ = [
@@ -43,7 +42,6 @@ __all__ = [
     "log_attention_running",
     "quantize_rows",
     "quantize_samples",
-    "rotate",
     "scaled_conv2d",
     "scaled_linear",
     "silu_quantize_rows",

@@ -83,10 +83,17 @@ def calls():
     yield "quantize_rows", (unaligned(floats(5, 64)), 8, None)
     yield "quantize_rows", (floats(1, 9000), 8, None)
     for rows, channels, block, dtype in ((1, 16, 16, half), (5, 192, 64, torch.bfloat16), (8192, 1280, 256, single)):
-        x = floats(rows, channels, dtype=dtype)
-        yield "rotate", (x, block, None)
-        yield "rotate", (x, block, floats(channels, dtype=single))
-    yield "rotate", (unaligned(floats(5, 64)), 64, None)
+        x, gain = floats(rows, channels, dtype=dtype), floats(channels, dtype=dtype)
+        yield "quantize_rows", (x, 8, None, None, block)
+        yield "silu_quantize_rows", (x, 8, gain.float(), None, block)
+        yield "geglu_quantize_rows", (floats(rows, 2 * channels, dtype=dtype), 8, gain.float(), None, block)
+        yield "layer_norm_quantize_rows", (x, gain, gain, 1e-5, 8, gain.float(), None, block)
+        x = floats(2, channels, 8, 8, dtype=dtype)
+        yield "quantize_samples", (x, 8, gain.float(), 1, None, block)
+        yield "group_norm_quantize_rows", (x, 2, gain, gain, 1e-5, 8, gain.float(), None, block)
+        yield "group_norm_quantize_samples", (x, 2, gain, gain, 1e-5, True, 8, None, 1, None, x[:, :, 0, 0], block)
+    yield "quantize_rows", (unaligned(floats(5, 64)), 8, None, None, 64)
+    yield "quantize_rows", (floats(1, 10240), 8, None, None, 256)
     # one pixel, one group, one channel, groups of one channel
     for size, groups, dtype in (
         ((1, 1, 1, 1), 1, half), ((1, 32, 1, 1), 1, torch.bfloat16), ((2, 32, 4, 3), 32, single),

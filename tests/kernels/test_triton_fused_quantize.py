@@ -91,6 +91,38 @@ def test_samples_bit_exact(batch, channels, height, width, padding, placed):
     check("quantize_samples", x, 8, divisor, padding, place(channels) if placed else None, exact=True)
 
 
+@pytest.mark.parametrize(
+    ("rows", "channels", "block"), [(1, 16, 16), (5, 80, 16), (70, 192, 64), (3, 768, 256), (2, 8960, 256)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divide", [False, True])
+def test_rotated_rows_and_samples_bit_exact(rows, channels, block, dtype, divide):
+    g = torch.Generator().manual_seed(rows)
+    x = (torch.randn(rows, channels, generator=g) * 10 ** torch.randn(rows, 1, generator=g)).to(dtype)
+    x[0, 0], x[-1, -1] = 0.0, -0.0
+    divisor = torch.rand(channels, generator=g) + 0.5 if divide else None
+    check("quantize_rows", x, 8, divisor, None, block, exact=True)
+    strided = torch.zeros(rows, 2 * channels, dtype=dtype)[:, ::2].copy_(x)
+    check("quantize_rows", strided, 4, divisor, None, block, exact=True)
+    if channels < 1000:
+        check("quantize_samples", image(2, channels, 5, 3).to(dtype), 8, divisor, 1, None, block, exact=True)
+
+
+@pytest.mark.parametrize(("channels", "block"), [(48, 16), (320, 64), (512, 256), (8448, 256)])
+def test_rotated_behind_norms_and_activations(channels, block):
+    x = torch.randn(5, 2 * channels, generator=torch.Generator().manual_seed(channels)) * 3
+    weight, bias = gains(channels)
+    last = (torch.rand(channels) + 0.5, None, block)
+    check("geglu_quantize_rows", x, 8, *last)
+    check("silu_quantize_rows", x[:, :channels], 8, *last)
+    check("layer_norm_quantize_rows", x[:, :channels] + 1, weight, bias, 1e-5, 8, *last)
+    pixels = image(2, channels, 4, 3)
+    check("group_norm_quantize_rows", pixels, 4, weight, bias, 1e-5, 8, *last)
+    if channels < 1000:
+        divided = (last[0], 1, None, torch.randn(2, channels), block)
+        check("group_norm_quantize_samples", pixels, 4, weight, bias, 1e-5, True, 8, *divided)
+
+
 def test_samples_of_other_layouts_and_extremes():
     x = image(2, 10, 5, 6)
     check("quantize_samples", x.contiguous(), 8, None, 1, None, exact=True)

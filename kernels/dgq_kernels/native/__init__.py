@@ -288,7 +288,7 @@ class Layer:
         bits: of the activation codes, 2 to 8.
         kernel, stride, padding: of a convolution; 1, 1, 0 for a linear layer.
         order: int32 (C,), the natural channel that the weight stores at each place; None where they are the same.
-        rotation: channels of a block that is rotated after the division (`dgq_kernels.rotate`), or 0.
+        rotation: channels of a block that is rotated after the division (`dgq_kernels.rotation`), or 0.
 
     Attributes:
         packed: int8, the weight in the engine's blocks.

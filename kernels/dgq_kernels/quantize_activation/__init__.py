@@ -13,34 +13,41 @@ from torch import Tensor
 
 from ..backend import implementation, operator
 from ..fakes import register_fake
+from ..rotation import check_rotation
 from . import reference
 
 
 @operator("dgq::quantize_rows")
 def quantize_rows(
-    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None, rotation: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row-wise asymmetric codes of a linear layer's input.
 
-    With x' = x * inv_divisor: lo = min(0, min x'), hi = max(0, max x'), scale = (hi - lo) / (2^bits - 1) (1 where
-    that is below 1e-30), zero_point = rint(-lo / scale), codes = clamp(rint(x' / scale) + zero_point, 0, 2^bits - 1).
+    With x' = x * inv_divisor, rotated where that is asked for: lo = min(0, min x'), hi = max(0, max x'),
+    scale = (hi - lo) / (2^bits - 1) (1 where that is below 1e-30), zero_point = rint(-lo / scale),
+    codes = clamp(rint(x' / scale) + zero_point, 0, 2^bits - 1).
 
     Args:
         x: float (M, K).
         bits: 2 to 8.
         inv_divisor: float32 (K,), reciprocal of the channel divisors, or None.
         position: int32 (K,), a permutation: channel i's code is stored at place position[i]; None stores in order.
+        rotation: channels of a block that is rotated (`dgq_kernels.rotation`), or 0; without a position.
 
     Returns:
         codes uint8 (M, K); scale float32 (M,); zero_point int32 (M,).
+
+    Raises:
+        ValueError: such blocks cannot be rotated.
     """
-    return implementation(reference.quantize_rows, x)(x, bits, inv_divisor, position)
+    _check(x.shape[1], position, rotation)
+    return implementation(reference.quantize_rows, x)(x, bits, inv_divisor, position, rotation)
 
 
 @operator("dgq::layer_norm_quantize_rows")
 def layer_norm_quantize_rows(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int, inv_divisor: Tensor | None,
-    position: Tensor | None,
+    position: Tensor | None, rotation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`quantize_rows` of LayerNorm(x) over the channels, the norm in float32.
 
@@ -52,12 +59,15 @@ def layer_norm_quantize_rows(
     Returns:
         codes uint8 (M, K); scale float32 (M,); zero_point int32 (M,).
     """
-    return implementation(reference.layer_norm_quantize_rows, x)(x, weight, bias, eps, bits, inv_divisor, position)
+    _check(x.shape[1], position, rotation)
+    return implementation(reference.layer_norm_quantize_rows, x)(
+        x, weight, bias, eps, bits, inv_divisor, position, rotation
+    )
 
 
 @operator("dgq::geglu_quantize_rows")
 def geglu_quantize_rows(
-    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None, rotation: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_rows` of x[:, :F] * gelu(x[:, F:]), the exact GELU in float32.
 
@@ -67,12 +77,13 @@ def geglu_quantize_rows(
     Returns:
         codes uint8 (M, F); scale float32 (M,); zero_point int32 (M,).
     """
-    return implementation(reference.geglu_quantize_rows, x)(x, bits, inv_divisor, position)
+    _check(x.shape[1] // 2, position, rotation)
+    return implementation(reference.geglu_quantize_rows, x)(x, bits, inv_divisor, position, rotation)
 
 
 @operator("dgq::silu_quantize_rows")
 def silu_quantize_rows(
-    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None, rotation: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_rows` of SiLU(x) = x * sigmoid(x), in float32; of a time embedding.
 
@@ -82,13 +93,14 @@ def silu_quantize_rows(
     Returns:
         codes uint8 (M, K); scale float32 (M,); zero_point int32 (M,).
     """
-    return implementation(reference.silu_quantize_rows, x)(x, bits, inv_divisor, position)
+    _check(x.shape[1], position, rotation)
+    return implementation(reference.silu_quantize_rows, x)(x, bits, inv_divisor, position, rotation)
 
 
 @operator("dgq::group_norm_quantize_rows")
 def group_norm_quantize_rows(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int,
-    inv_divisor: Tensor | None, position: Tensor | None,
+    inv_divisor: Tensor | None, position: Tensor | None, rotation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`quantize_rows` of GroupNorm(x), a row for each pixel: what a transformer over pixels begins with.
 
@@ -101,17 +113,21 @@ def group_norm_quantize_rows(
         codes uint8 (B * H * W, C); scale float32 (B * H * W,); zero_point int32 (B * H * W,).
 
     Raises:
-        ValueError: groups does not divide C.
+        ValueError: groups does not divide C, or such blocks cannot be rotated.
     """
-    _check_groups(x, groups)
+    _check(x.shape[1], position, rotation, groups)
     return implementation(reference.group_norm_quantize_rows, x)(
-        x, groups, weight, bias, eps, bits, inv_divisor, position
+        x, groups, weight, bias, eps, bits, inv_divisor, position, rotation
     )
 
 
-def _check_groups(x: Tensor, groups: int) -> None:
-    if groups < 1 or x.shape[1] % groups:
-        raise ValueError(f"{groups} groups do not divide {x.shape[1]} channels")
+def _check(channels: int, position: Tensor | None, rotation: int, groups: int = 1) -> None:
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{groups} groups do not divide {channels} channels")
+    if rotation:
+        check_rotation(channels, rotation)
+        if position is not None:
+            raise ValueError("rotated channels have no other order")
 
 
 def _empty_rows(x: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,33 +139,33 @@ def _empty_rows(x: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor, Te
 
 
 @register_fake(quantize_rows)
-def _(x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None):
+def _(x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None, rotation: int = 0):
     return _empty_rows(x, *x.shape)
 
 
 @register_fake(layer_norm_quantize_rows)
-def _(x, weight, bias, eps, bits, inv_divisor, position):
+def _(x, weight, bias, eps, bits, inv_divisor, position, rotation=0):
     return _empty_rows(x, *x.shape)
 
 
 @register_fake(geglu_quantize_rows)
-def _(x, bits, inv_divisor, position):
+def _(x, bits, inv_divisor, position, rotation=0):
     return _empty_rows(x, x.shape[0], x.shape[1] // 2)
 
 
 @register_fake(silu_quantize_rows)
-def _(x, bits, inv_divisor, position):
+def _(x, bits, inv_divisor, position, rotation=0):
     return _empty_rows(x, *x.shape)
 
 
 @register_fake(group_norm_quantize_rows)
-def _(x, groups, weight, bias, eps, bits, inv_divisor, position):
+def _(x, groups, weight, bias, eps, bits, inv_divisor, position, rotation=0):
     return _empty_rows(x, x.shape[0] * x.shape[2] * x.shape[3], x.shape[1])
 
 
 @operator("dgq::quantize_samples")
 def quantize_samples(
-    x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None
+    x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None, rotation: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Asymmetric codes of a convolution's input, one scale per sample, already padded.
 
@@ -162,17 +178,22 @@ def quantize_samples(
         inv_divisor: float32 (C,) or None.
         padding: zero padding on each side, in pixels.
         position: int32 (C,), a permutation: channel i's codes are stored at place position[i]; or None.
+        rotation: channels of a block that is rotated in each pixel after the division, or 0; without a position.
 
     Returns:
         codes uint8 (B, C, H + 2 padding, W + 2 padding), channels-last; scale float32 (B,); zero_point int32 (B,).
+
+    Raises:
+        ValueError: such blocks cannot be rotated.
     """
-    return implementation(reference.quantize_samples, x)(x, bits, inv_divisor, padding, position)
+    _check(x.shape[1], position, rotation)
+    return implementation(reference.quantize_samples, x)(x, bits, inv_divisor, padding, position, rotation)
 
 
 @operator("dgq::group_norm_quantize_samples")
 def group_norm_quantize_samples(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, bits: int,
-    inv_divisor: Tensor | None, padding: int, position: Tensor | None, offset: Tensor | None = None,
+    inv_divisor: Tensor | None, padding: int, position: Tensor | None, offset: Tensor | None = None, rotation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`quantize_samples` of GroupNorm(x), or SiLU(GroupNorm(x)), in float32.
 
@@ -189,11 +210,11 @@ def group_norm_quantize_samples(
         As `quantize_samples`.
 
     Raises:
-        ValueError: groups does not divide C.
+        ValueError: groups does not divide C, or such blocks cannot be rotated.
     """
-    _check_groups(x, groups)
+    _check(x.shape[1], position, rotation, groups)
     return implementation(reference.group_norm_quantize_samples, x)(
-        x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position, offset
+        x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position, offset, rotation
     )
 
 
@@ -207,10 +228,10 @@ def _empty_samples(x: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @register_fake(quantize_samples)
-def _(x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None):
+def _(x, bits, inv_divisor, padding, position=None, rotation=0):
     return _empty_samples(x, padding)
 
 
 @register_fake(group_norm_quantize_samples)
-def _(x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position, offset=None):
+def _(x, groups, weight, bias, eps, silu, bits, inv_divisor, padding, position, offset=None, rotation=0):
     return _empty_samples(x, padding)

@@ -17,7 +17,9 @@ def cases(major: int) -> Iterator[aot_case.Case]:
         **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "shift", "centre", "gain")},
         "below_ptr": "*i32", "above_ptr": "*i32",
     }  # fmt: skip
-    flags = {"DIVIDE": True, "PLACE": True, "OFFSET": True, "GAIN": True, "SMALLEST": 1e-30, "TOP": 255}
+    flags = {
+        "DIVIDE": True, "PLACE": True, "ROTATION": 0, "OFFSET": True, "GAIN": True, "SMALLEST": 1e-30, "TOP": 255,
+    }  # fmt: skip
 
     def case(kernel: Any, config: quantize.Config, note: str, **constants: Any) -> aot_case.Case:
         tile = {"BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels}
@@ -32,6 +34,14 @@ def cases(major: int) -> Iterator[aot_case.Case]:
             yield case(quantize.quantize_rows_kernel, quantize.config_for(channels), note, INPUT=mode)
     long = quantize.Config(1, 4096, 8)
     yield case(quantize.quantize_long_rows_kernel, long, "plain")
+    turned = {"PLACE": False, "ROTATION": 256}
+    yield case(quantize.quantize_long_rows_kernel, long, "plain rotated", **turned)
+    for mode, note, channels, block in (
+        (0, "plain", 1280, 256), (0, "plain", 5120, 256), (0, "plain", 336, 16), (1, "layer norm", 320, 64),
+        (1, "layer norm", 1280, 256), (2, "geglu", 5120, 256), (3, "silu", 1280, 256), (4, "group norm", 1280, 256),
+    ):  # fmt: skip
+        turned = {"PLACE": False, "ROTATION": block, "INPUT": mode}
+        yield case(quantize.quantize_rows_kernel, quantize.config_for(channels), f"{note} rotated by {block}", **turned)
     for pixels, channels in ((4096, 320), (256, 1280)):
         tile = quantize.sample_config_for(2, pixels, channels)
         group = channels // 32
@@ -43,3 +53,8 @@ def cases(major: int) -> Iterator[aot_case.Case]:
             fused = {"NORM": norm, "SILU": norm, "OFFSET": norm}
             yield case(quantize.sample_range_kernel, tile, note, **fused)
             yield case(quantize.quantize_samples_kernel, tile, note, BLOCK_RANGES=256, **fused)
+            block = 256 if channels % 256 == 0 else 64
+            turned = {"PLACE": False, "ROTATION": block, **fused}
+            wide, note = quantize.sample_config_for(2, pixels, channels, block), f"{note} rotated by {block}"
+            yield case(quantize.sample_range_kernel, wide, note, **turned)
+            yield case(quantize.quantize_samples_kernel, wide, note, BLOCK_RANGES=256, **turned)

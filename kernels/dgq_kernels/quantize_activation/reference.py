@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..rotation import rotate
+
 # Smaller ranges count as zero, so that the reciprocal of a scale is always finite.
 SMALLEST_SCALE = 1e-30
 
@@ -32,12 +34,14 @@ def _placed(codes: Tensor, position: Tensor | None, dim: int) -> Tensor:
 
 
 def quantize_rows(
-    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None, rotation: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `dgq_kernels.quantize_rows`."""
     x = x.float()
     if inv_divisor is not None:
         x = x * inv_divisor
+    if rotation:
+        x = rotate(x, rotation)
     low, high = torch.aminmax(x, dim=1, keepdim=True)
     codes, scale, zero_point = _codes(x, low, high, bits)
     return _placed(codes, position, 1).contiguous(), scale.flatten(), zero_point.flatten().to(torch.int32)
@@ -45,27 +49,27 @@ def quantize_rows(
 
 def layer_norm_quantize_rows(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int, inv_divisor: Tensor | None,
-    position: Tensor | None,
+    position: Tensor | None, rotation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `dgq_kernels.layer_norm_quantize_rows`."""
     weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
     normed = functional.layer_norm(x.float(), x.shape[1:], weight, bias, eps)
-    return quantize_rows(normed, bits, inv_divisor, position)
+    return quantize_rows(normed, bits, inv_divisor, position, rotation)
 
 
 def geglu_quantize_rows(
-    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None, rotation: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `dgq_kernels.geglu_quantize_rows`."""
     value, gate = x.float().chunk(2, dim=1)
-    return quantize_rows(value * functional.gelu(gate), bits, inv_divisor, position)
+    return quantize_rows(value * functional.gelu(gate), bits, inv_divisor, position, rotation)
 
 
 def silu_quantize_rows(
-    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None, rotation: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `dgq_kernels.silu_quantize_rows`."""
-    return quantize_rows(functional.silu(x.float()), bits, inv_divisor, position)
+    return quantize_rows(functional.silu(x.float()), bits, inv_divisor, position, rotation)
 
 
 def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -76,20 +80,22 @@ def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | No
 
 def group_norm_quantize_rows(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int,
-    inv_divisor: Tensor | None, position: Tensor | None,
+    inv_divisor: Tensor | None, position: Tensor | None, rotation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `dgq_kernels.group_norm_quantize_rows`."""
     rows = _group_norm(x, groups, weight, bias, eps).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-    return quantize_rows(rows, bits, inv_divisor, position)
+    return quantize_rows(rows, bits, inv_divisor, position, rotation)
 
 
 def quantize_samples(
-    x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None
+    x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None, rotation: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `dgq_kernels.quantize_samples`."""
     x = x.float()
     if inv_divisor is not None:
         x = x * inv_divisor[:, None, None]
+    if rotation:
+        x = rotate(x.permute(0, 2, 3, 1), rotation).permute(0, 3, 1, 2)
     low, high = (bound.view(-1, 1, 1, 1) for bound in torch.aminmax(x.flatten(1), dim=1))
     codes, scale, zero_point = _codes(x, low, high, bits)
     batch, channels, height, width = x.shape
@@ -105,10 +111,10 @@ def quantize_samples(
 
 def group_norm_quantize_samples(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, bits: int,
-    inv_divisor: Tensor | None, padding: int, position: Tensor | None, offset: Tensor | None = None,
+    inv_divisor: Tensor | None, padding: int, position: Tensor | None, offset: Tensor | None = None, rotation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `dgq_kernels.group_norm_quantize_samples`."""
     if offset is not None:
         x = x.float() + offset.float()[:, :, None, None]
     y = _group_norm(x, groups, weight, bias, eps)
-    return quantize_samples(functional.silu(y) if silu else y, bits, inv_divisor, padding, position)
+    return quantize_samples(functional.silu(y) if silu else y, bits, inv_divisor, padding, position, rotation)

@@ -63,11 +63,36 @@ def code(x, inverse, zero_point, TOP: tl.constexpr):
 
 
 @triton.jit
+def _butterfly(x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The stage of `rotation.rotate` over the last two bits of a channel's number, which become its first."""
+    even, odd = tl.split(tl.reshape(x, (ROWS, BLOCK // 4, 2, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    low, high, total, difference = a + b, a - b, c + d, c - d
+    first = tl.join(low + difference, high + total)
+    second = tl.join(low - difference, total - high)
+    return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 3, 1)), (ROWS, BLOCK))
+
+
+@triton.jit
+def rotated(x, VALUES: tl.constexpr, BLOCK: tl.constexpr):
+    """VALUES values, channels last, as `rotation.rotate` has it: (VALUES / BLOCK, BLOCK), a block in each row."""
+    x = tl.reshape(x, (VALUES // BLOCK, BLOCK))
+    x = _butterfly(_butterfly(x, VALUES // BLOCK, BLOCK), VALUES // BLOCK, BLOCK)
+    if BLOCK > 16:
+        x = _butterfly(x, VALUES // BLOCK, BLOCK)
+    if BLOCK > 64:
+        x = _butterfly(x, VALUES // BLOCK, BLOCK)
+    return x * (0.25 if BLOCK == 16 else 0.125 if BLOCK == 64 else 0.0625)
+
+
+@triton.jit
 def quantize_rows_kernel(
     x_ptr, centre_ptr, norm_weight_ptr, norm_bias_ptr, inv_divisor_ptr, position_ptr, codes_ptr, scale_ptr,
     zero_point_ptr, rows, channels, pixels, x_row, eps,
     INPUT: tl.constexpr, GAIN: tl.constexpr, OFFSET: tl.constexpr, DIVIDE: tl.constexpr, PLACE: tl.constexpr,
-    SMALLEST: tl.constexpr, TOP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    ROTATION: tl.constexpr, SMALLEST: tl.constexpr, TOP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """x (rows, channels) with row stride x_row, for GEGLU (rows, 2 channels); codes (rows, channels) contiguous; norm
     weight and bias, inv_divisor and position (channels,); scale and zero_point (rows,). BLOCK_CHANNELS >= channels.
@@ -100,6 +125,8 @@ def quantize_rows_kernel(
         x *= 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     if DIVIDE:
         x *= tl.load(inv_divisor_ptr + channel, mask=in_channels, other=0.0)[None, :]
+    if ROTATION:  # channels beyond the last are blocks of their own
+        x = tl.reshape(rotated(x, BLOCK_ROWS * BLOCK_CHANNELS, ROTATION), (BLOCK_ROWS, BLOCK_CHANNELS))
 
     # masked places hold 0, which every row's range holds anyway
     below, above = reach(x, 1)
@@ -114,21 +141,33 @@ def quantize_rows_kernel(
 
 
 @triton.jit
+def _load_long(
+    x_row, inv_divisor_ptr, channel, channels,
+    DIVIDE: tl.constexpr, ROTATION: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A part of a row, divided and rotated, float32 (BLOCK_CHANNELS,)."""
+    x = tl.load(x_row + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    if DIVIDE:
+        x *= tl.load(inv_divisor_ptr + channel, mask=channel < channels, other=0.0)
+    if ROTATION:
+        x = tl.reshape(rotated(x, BLOCK_CHANNELS, ROTATION), (BLOCK_CHANNELS,))
+    return x
+
+
+@triton.jit
 def quantize_long_rows_kernel(
     x_ptr, inv_divisor_ptr, position_ptr, codes_ptr, scale_ptr, zero_point_ptr, rows, channels, x_row,
-    DIVIDE: tl.constexpr, PLACE: tl.constexpr, SMALLEST: tl.constexpr, TOP: tl.constexpr,
+    DIVIDE: tl.constexpr, PLACE: tl.constexpr, ROTATION: tl.constexpr, SMALLEST: tl.constexpr, TOP: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """As `quantize_rows_kernel` on plain rows of any length, one row per program, read twice."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_CHANNELS)
+    base = x_ptr + row * x_row
     below = 0
     above = 0
     for first in range(0, channels, BLOCK_CHANNELS):
-        channel = first + lane
-        x = tl.load(x_ptr + row * x_row + channel, mask=channel < channels, other=0.0).to(tl.float32)
-        if DIVIDE:
-            x *= tl.load(inv_divisor_ptr + channel, mask=channel < channels, other=0.0)
+        x = _load_long(base, inv_divisor_ptr, first + lane, channels, DIVIDE, ROTATION, BLOCK_CHANNELS)
         block_below, block_above = reach(x, 0)
         below = tl.maximum(below, block_below)
         above = tl.maximum(above, block_above)
@@ -137,9 +176,7 @@ def quantize_long_rows_kernel(
     tl.store(zero_point_ptr + row, zero_point.to(tl.int32))
     for first in range(0, channels, BLOCK_CHANNELS):
         channel = first + lane
-        x = tl.load(x_ptr + row * x_row + channel, mask=channel < channels, other=0.0).to(tl.float32)
-        if DIVIDE:
-            x *= tl.load(inv_divisor_ptr + channel, mask=channel < channels, other=0.0)
+        x = _load_long(base, inv_divisor_ptr, channel, channels, DIVIDE, ROTATION, BLOCK_CHANNELS)
         place = channel
         if PLACE:
             place = tl.load(position_ptr + channel, mask=channel < channels, other=0)
@@ -221,9 +258,11 @@ def group_statistics_kernel(
 @triton.jit
 def _load_sample(
     x_tile, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, sample, channel, channels, inside,
-    NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, ROTATION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """What is quantized, float32; outside it is 0, which every sample's range holds anyway."""
+    """What is quantized, float32 (BLOCK_ROWS, BLOCK_CHANNELS); outside it is 0, which every sample's range holds
+    anyway."""
     x = tl.load(x_tile, mask=inside, other=0.0).to(tl.float32)
     in_channels = channel < channels
     if NORM:
@@ -237,13 +276,15 @@ def _load_sample(
         x = tl.where(inside, x, 0.0)
     if DIVIDE:
         x *= tl.load(inv_divisor_ptr + channel, mask=in_channels, other=0.0)[None, :]
+    if ROTATION:
+        x = tl.reshape(rotated(x, BLOCK_ROWS * BLOCK_CHANNELS, ROTATION), (BLOCK_ROWS, BLOCK_CHANNELS))
     return x
 
 
 @triton.jit
 def sample_range_kernel(
     x_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, below_ptr, above_ptr, pixels, channels,
-    NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, ROTATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The range of each block of pixels over all channels: below and above (B, blocks) int32, as `reach` has them."""
@@ -257,7 +298,7 @@ def sample_range_kernel(
         inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
         x = _load_sample(
             base + pixel[:, None] * channels + channel[None, :], centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr,
-            sample, channel, channels, inside, NORM, OFFSET, SILU, DIVIDE,
+            sample, channel, channels, inside, NORM, OFFSET, SILU, DIVIDE, ROTATION, BLOCK_ROWS, BLOCK_CHANNELS,
         )  # fmt: skip
         tile_below, tile_above = reach(x, None)
         below = tl.maximum(below, tile_below)
@@ -271,7 +312,7 @@ def quantize_samples_kernel(
     x_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, position_ptr, below_ptr, above_ptr, codes_ptr,
     scale_ptr, zero_point_ptr, height, width, channels, padding, blocks,
     NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, PLACE: tl.constexpr,
-    SMALLEST: tl.constexpr, TOP: tl.constexpr, BLOCK_RANGES: tl.constexpr,
+    ROTATION: tl.constexpr, SMALLEST: tl.constexpr, TOP: tl.constexpr, BLOCK_RANGES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Codes (B, height + 2 padding, width + 2 padding, channels) from x (B, height, width, channels): the zero point
@@ -299,7 +340,8 @@ def quantize_samples_kernel(
     base = x_ptr + sample.to(tl.int64) * height * width * channels
     x = _load_sample(
         base + (y * width + x_at)[:, None] * channels + channel[None, :], centre_ptr, gain_ptr, norm_bias_ptr,
-        inv_divisor_ptr, sample, channel, channels, inside, NORM, OFFSET, SILU, DIVIDE,
+        inv_divisor_ptr, sample, channel, channels, inside, NORM, OFFSET, SILU, DIVIDE, ROTATION,
+        BLOCK_ROWS, BLOCK_CHANNELS,
     )  # fmt: skip
     place = channel
     if PLACE:
@@ -318,11 +360,12 @@ def config_for(channels: int) -> Config:
     return Config(max(1, 1024 // block), block, 8 if block > 2048 else 4)
 
 
-def sample_config_for(batch: int, pixels: int, channels: int) -> Config:
-    """About 256 blocks of pixels in all, so that small images still fill a device; tiles of about 4096 values."""
+def sample_config_for(batch: int, pixels: int, channels: int, rotation: int = 0) -> Config:
+    """About 256 blocks of pixels in all, so that small images still fill a device; tiles of about 4096 values, at
+    least a block of a rotation wide."""
     if triton.knobs.runtime.interpret:
         return Config(128, triton.next_power_of_2(channels), 4)
-    rows = min(64, max(4, triton.next_power_of_2(pixels * batch // 256)))
+    rows = min(64, 4096 // max(rotation, 64), max(4, triton.next_power_of_2(pixels * batch // 256)))
     return Config(rows, min(4096 // rows, triton.next_power_of_2(channels)), 4)
 
 
@@ -335,7 +378,7 @@ def _check(position: Tensor | None, *vectors: Tensor | None) -> None:
 
 
 def _rows(
-    x: Tensor, channels: int, bits: int, inv_divisor: Tensor | None, position: Tensor | None,
+    x: Tensor, channels: int, bits: int, inv_divisor: Tensor | None, position: Tensor | None, rotation: int,
     out: tuple[Tensor, Tensor, Tensor] | None, mode: int, weight: Tensor | None = None, bias: Tensor | None = None,
     eps: float = 0.0, centre: Tensor | None = None, pixels: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -351,7 +394,7 @@ def _rows(
     x = x if x.stride(1) == 1 else x.contiguous()
     common: dict[str, Any] = {
         "SMALLEST": SMALLEST_SCALE, "TOP": 2**bits - 1, "DIVIDE": inv_divisor is not None,
-        "PLACE": position is not None,
+        "PLACE": position is not None, "ROTATION": rotation,
         "enable_fp_fusion": False,  # x * inverse must be rounded before the integer rounding, as in the reference
     }  # fmt: skip
     if channels > LONGEST_ROW:
@@ -371,7 +414,7 @@ def _rows(
 
 
 def quantize_rows(
-    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None, *,
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None = None, rotation: int = 0, *,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `dgq_kernels.quantize_rows`; `out` gives contiguous buffers for codes, scale and zero point.
@@ -379,23 +422,23 @@ def quantize_rows(
     Raises:
         ValueError: position is not int32, or something per channel is not contiguous.
     """
-    return _rows(x, x.shape[1], bits, inv_divisor, position, out, _PLAIN.value)
+    return _rows(x, x.shape[1], bits, inv_divisor, position, rotation, out, _PLAIN.value)
 
 
 def layer_norm_quantize_rows(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int, inv_divisor: Tensor | None,
-    position: Tensor | None, *, out: tuple[Tensor, Tensor, Tensor] | None = None,
+    position: Tensor | None, rotation: int = 0, *, out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `dgq_kernels.layer_norm_quantize_rows`; `out` and errors as in `quantize_rows`."""
     if x.shape[1] > LONGEST_ROW:
         weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
         x = torch.nn.functional.layer_norm(x.float(), x.shape[1:], weight, bias, eps)
-        return _rows(x, x.shape[1], bits, inv_divisor, position, out, _PLAIN.value)
-    return _rows(x, x.shape[1], bits, inv_divisor, position, out, _LAYER_NORM.value, weight, bias, eps)
+        return _rows(x, x.shape[1], bits, inv_divisor, position, rotation, out, _PLAIN.value)
+    return _rows(x, x.shape[1], bits, inv_divisor, position, rotation, out, _LAYER_NORM.value, weight, bias, eps)
 
 
 def geglu_quantize_rows(
-    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None, *,
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None, rotation: int = 0, *,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `dgq_kernels.geglu_quantize_rows`; `out` and errors as in `quantize_rows`."""
@@ -403,23 +446,25 @@ def geglu_quantize_rows(
     if channels > LONGEST_ROW:
         value, gate = x.float().chunk(2, dim=1)
         x = value * torch.nn.functional.gelu(gate)
-        return _rows(x, channels, bits, inv_divisor, position, out, _PLAIN.value)
-    return _rows(x, channels, bits, inv_divisor, position, out, _GEGLU.value)
+        return _rows(x, channels, bits, inv_divisor, position, rotation, out, _PLAIN.value)
+    return _rows(x, channels, bits, inv_divisor, position, rotation, out, _GEGLU.value)
 
 
 def silu_quantize_rows(
-    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None, *,
+    x: Tensor, bits: int, inv_divisor: Tensor | None, position: Tensor | None, rotation: int = 0, *,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `dgq_kernels.silu_quantize_rows`; `out` and errors as in `quantize_rows`."""
     if x.shape[1] > LONGEST_ROW:
-        return _rows(torch.nn.functional.silu(x.float()), x.shape[1], bits, inv_divisor, position, out, _PLAIN.value)
-    return _rows(x, x.shape[1], bits, inv_divisor, position, out, _SILU.value)
+        x = torch.nn.functional.silu(x.float())
+        return _rows(x, x.shape[1], bits, inv_divisor, position, rotation, out, _PLAIN.value)
+    return _rows(x, x.shape[1], bits, inv_divisor, position, rotation, out, _SILU.value)
 
 
 def group_norm_quantize_rows(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int,
-    inv_divisor: Tensor | None, position: Tensor | None, *, out: tuple[Tensor, Tensor, Tensor] | None = None,
+    inv_divisor: Tensor | None, position: Tensor | None, rotation: int = 0, *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `dgq_kernels.group_norm_quantize_rows`; `out` and errors as in `quantize_rows`."""
     _check(None, weight, bias)
@@ -430,33 +475,34 @@ def group_norm_quantize_rows(
         weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
         y = torch.nn.functional.group_norm(x.float().contiguous(), groups, weight, bias, eps)
         rows = y.permute(0, 2, 3, 1).reshape(-1, channels)
-        return _rows(rows, channels, bits, inv_divisor, position, out, _PLAIN.value)
+        return _rows(rows, channels, bits, inv_divisor, position, rotation, out, _PLAIN.value)
     centre, gain = _group_statistics(x, groups, weight, eps, None)
-    return _rows(rows, channels, bits, inv_divisor, position, out, _GROUP_NORM.value, gain, bias, eps, centre, pixels)
+    last = (_GROUP_NORM.value, gain, bias, eps, centre, pixels)
+    return _rows(rows, channels, bits, inv_divisor, position, rotation, out, *last)
 
 
 def quantize_samples(
-    x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None, *,
-    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None = None, rotation: int = 0,
+    *, out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `dgq_kernels.quantize_samples`; `out` gives buffers for codes (channels-last), scale and zero point.
 
     Raises:
         ValueError: position is not int32, or something per channel is not contiguous.
     """
-    return _samples(x, bits, inv_divisor, padding, position, out, None, None, None, False)
+    return _samples(x, bits, inv_divisor, padding, position, out, None, None, None, False, rotation)
 
 
 def group_norm_quantize_samples(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, bits: int,
-    inv_divisor: Tensor | None, padding: int, position: Tensor | None, offset: Tensor | None = None, *,
-    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    inv_divisor: Tensor | None, padding: int, position: Tensor | None, offset: Tensor | None = None,
+    rotation: int = 0, *, out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `dgq_kernels.group_norm_quantize_samples`; `out` and errors as in `quantize_samples`."""
     _check(None, weight, bias)
     x = x.contiguous(memory_format=torch.channels_last)
     centre, gain = _group_statistics(x, groups, weight, eps, None if offset is None else offset.contiguous())
-    return _samples(x, bits, inv_divisor, padding, position, out, centre, gain, bias, silu)
+    return _samples(x, bits, inv_divisor, padding, position, out, centre, gain, bias, silu, rotation)
 
 
 def _group_statistics(
@@ -485,7 +531,7 @@ def _group_statistics(
 def _samples(
     x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None,
     out: tuple[Tensor, Tensor, Tensor] | None, centre: Tensor | None, gain: Tensor | None, bias: Tensor | None,
-    silu: bool,
+    silu: bool, rotation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The range and the codes of x, or of (x - centre) * gain + bias and what follows it."""
     _check(position, inv_divisor)
@@ -499,12 +545,12 @@ def _samples(
     )
     if not codes.numel():
         return codes, scale, zero_point
-    config = sample_config_for(batch, height * width, channels)
+    config = sample_config_for(batch, height * width, channels, rotation)
     blocks = triton.cdiv(height * width, config.rows)
     below, above = x.new_empty((2, batch, blocks), dtype=torch.int32)
     flags: dict[str, Any] = {
         "NORM": centre is not None, "OFFSET": bias is not None, "SILU": silu, "DIVIDE": inv_divisor is not None,
-        "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "num_warps": config.warps,
+        "ROTATION": rotation, "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "num_warps": config.warps,
         "enable_fp_fusion": False,
     }  # fmt: skip
     sample_range_kernel[(blocks, batch)](

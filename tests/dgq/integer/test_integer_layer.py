@@ -111,7 +111,7 @@ def test_the_engine_gives_the_bits_of_the_reference(build, data, wbits, channels
 @pytest.mark.parametrize("wbits", [4, 8])
 @torch.no_grad()
 def test_a_rotated_layer_on_triton_equals_the_reference(build, data, wbits, monkeypatch):
-    """Alone and behind a norm, which then is torch's."""
+    """Alone, and behind a norm within the quantizing kernel, whose last digits move some codes by one."""
     torch.manual_seed(1)
     module, x = build(), data()
     plain = quantized(module, x, wbits=wbits, channels="smooth").layer
@@ -127,7 +127,7 @@ def test_a_rotated_layer_on_triton_equals_the_reference(build, data, wbits, monk
         layer.restore()
         results.append((layer(x), layer(x, norm=norm)))
     assert torch.equal(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
+    assert (results[0][1] - results[1][1]).norm() < 1e-3 * results[0][1].norm()
 
 
 @pytest.mark.filterwarnings("ignore")  # walking every object touches deprecated ones

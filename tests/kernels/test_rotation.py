@@ -7,10 +7,7 @@ import dgq_kernels
 from dgq_kernels import native
 from dgq_kernels.linear import reference as linear_reference
 from dgq_kernels.quantize_activation import reference as quantize_reference
-from dgq_kernels.rotate import BLOCKS, reference
-from dgq_kernels.rotate import triton as kernels
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from dgq_kernels.rotation import BLOCKS, rotate
 
 
 def matrix(block):
@@ -26,46 +23,34 @@ def matrix(block):
 def test_reference_is_the_matrix(block):
     x = torch.randn(7, 3 * block, generator=torch.Generator().manual_seed(block), dtype=torch.float64).float()
     expected = (x.double().view(7, 3, block) @ matrix(block)).flatten(1)
-    torch.testing.assert_close(reference.rotate(x, block).double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(rotate(x, block).double(), expected, rtol=0, atol=2e-6)
     # entries are powers of two: of whole numbers everything is exact, and the matrix is its own inverse
     whole = torch.randint(-1000, 1000, (5, block), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(reference.rotate(whole, block).double(), whole.double() @ matrix(block))
-    assert torch.equal(reference.rotate(reference.rotate(whole, block), block), whole)
+    assert torch.equal(rotate(whole, block).double(), whole.double() @ matrix(block))
+    assert torch.equal(rotate(rotate(whole, block), block), whole)
 
 
 def test_a_common_mean_stays_with_all():
-    assert torch.equal(reference.rotate(torch.full((1, 256), 3.0), 256), torch.full((1, 256), 3.0))
-
-
-@pytest.mark.parametrize(("rows", "channels", "block"), [(1, 16, 16), (5, 64, 16), (130, 192, 64), (3, 512, 256)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("divide", [False, True])
-def test_kernel_gives_the_bits_of_the_reference(rows, channels, block, dtype, divide):
-    g = torch.Generator().manual_seed(rows)
-    x = (torch.randn(rows, channels, generator=g) * 10 ** torch.randn(rows, 1, generator=g)).to(dtype)
-    x[0, 0], x[-1, -1] = 0.0, -0.0
-    divisor = torch.rand(channels, generator=g) + 0.5 if divide else None
-    expected = reference.rotate(x.float() if divisor is None else x.float() * divisor, block)
-    assert torch.equal(dgq_kernels.rotate(x, block, divisor), expected)
-    got = kernels.rotate(x.to(DEVICE), block, None if divisor is None else divisor.to(DEVICE))
-    assert torch.equal(got.cpu(), expected)
-    strided = torch.zeros(rows, 2 * channels, dtype=dtype)[:, ::2].copy_(x)
-    assert torch.equal(kernels.rotate(strided.to(DEVICE), block, None).cpu(), reference.rotate(x, block))
+    assert torch.equal(rotate(torch.full((1, 256), 3.0), 256), torch.full((1, 256), 3.0))
 
 
 def test_what_is_not_finite_fills_its_block():
     x = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
     x[1, 70], x[2, 3], x[3, 5], x[3, 9] = torch.nan, torch.inf, torch.inf, -torch.inf
-    for y in (dgq_kernels.rotate(x, 64), kernels.rotate(x.to(DEVICE), 64, None).cpu()):
-        assert y[0].isfinite().all()
-        assert (~y.isfinite()).view(4, 2, 64).all(2).tolist() == [[0, 0], [0, 1], [1, 0], [1, 0]]
-        assert (~y.isfinite()).view(4, 2, 64).any(2).tolist() == [[0, 0], [0, 1], [1, 0], [1, 0]]
+    y = rotate(x, 64)
+    assert y[0].isfinite().all()
+    assert (~y.isfinite()).view(4, 2, 64).all(2).tolist() == [[0, 0], [0, 1], [1, 0], [1, 0]]
+    assert (~y.isfinite()).view(4, 2, 64).any(2).tolist() == [[0, 0], [0, 1], [1, 0], [1, 0]]
 
 
-@pytest.mark.parametrize(("channels", "block"), [(64, 32), (64, 256), (48, 64), (64, 0), (64, -16)])
+@pytest.mark.parametrize(("channels", "block"), [(64, 32), (64, 256), (48, 64), (64, -16)])
 def test_other_blocks_are_refused(channels, block):
-    with pytest.raises(ValueError, match="cannot be rotated"):
-        dgq_kernels.rotate(torch.zeros(2, channels), block)
+    for run, x in ((dgq_kernels.quantize_rows, (2, channels)), (dgq_kernels.quantize_samples, (2, channels, 3, 3))):
+        last = (None, block) if run is dgq_kernels.quantize_rows else (1, None, block)
+        with pytest.raises(ValueError, match="cannot be rotated"):
+            run(torch.zeros(x), 8, None, *last)
+    with pytest.raises(ValueError, match="no other order"):
+        dgq_kernels.quantize_rows(torch.zeros(2, 64), 8, None, torch.arange(64, dtype=torch.int32), 64)
 
 
 @pytest.mark.skipif(not native.available(), reason=f"no CPU engine: {native.describe()}")
@@ -87,7 +72,7 @@ class TestEngine:
         scale, bias = torch.rand(37, generator=g) + 0.1, torch.randn(37, generator=g)
         divisor = torch.rand(channels, generator=g) + 0.5 if divide else None
         x = torch.randn(rows, channels, generator=g).to(dtype)
-        codes = quantize_reference.quantize_rows(dgq_kernels.rotate(x, block, divisor), 8, None)
+        codes = quantize_reference.quantize_rows(x, 8, divisor, None, block)
         sums = weight.sum(1, dtype=torch.int32)
         expected = linear_reference.linear_int8(*codes, weight, scale, sums, bias, dtype, [channels])
         assert torch.equal(native.Layer(weight, scale, bias, divisor, 8, rotation=block).linear(x), expected)
@@ -105,9 +90,7 @@ class TestEngine:
         norm = native.Norm(gain, shift, 1e-5, 4, True) if normed else None
         layer = native.Layer(matrix, scale, bias, divisor, 8, 3, 1, 1, rotation=16)
         before = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 4, gain, shift, 1e-5)) if normed else x
-        pixels = before.permute(0, 2, 3, 1).reshape(-1, 64)
-        rotated = dgq_kernels.rotate(pixels, 16, divisor).view(2, 9, 7, 64).permute(0, 3, 1, 2)
-        codes = quantize_reference.quantize_samples(rotated, 8, None, 1)
+        codes = quantize_reference.quantize_samples(before, 8, divisor, 1, None, 16)
         weight = matrix.view(24, 3, 3, 64).permute(0, 3, 1, 2)
         expected = dgq_kernels.conv2d(
             *codes, weight, scale, matrix.sum(1, dtype=torch.int32), bias, 1, torch.float32, [64]
