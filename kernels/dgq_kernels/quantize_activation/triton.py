@@ -352,12 +352,14 @@ def quantize_samples_kernel(
     tl.store(out, code(x, inverse, zero_point, TOP), mask=stored)
 
 
-def config_for(channels: int) -> Config:
-    """Whole rows, about 1024 values per program or one row: with 2048 a LayerNorm spills on 8.0, 9.0 and 10.0."""
+def config_for(channels: int, rotation: int = 0) -> Config:
+    """Whole rows, about 1024 values per program or one row: with 2048 a LayerNorm spills on 8.0, 9.0 and 10.0, and one
+    that is rotated with more than 256 values a warp."""
     block = triton.next_power_of_2(channels)
     if triton.knobs.runtime.interpret:
         return Config(max(1, 65536 // block), block, 4)  # the interpreter's cost is per tile
-    return Config(max(1, 1024 // block), block, 8 if block > 2048 else 4)
+    warps = max(4, block // 256) if rotation else 8 if block > 2048 else 4
+    return Config(max(1, 1024 // block), block, warps)
 
 
 def sample_config_for(batch: int, pixels: int, channels: int, rotation: int = 0) -> Config:
@@ -403,7 +405,7 @@ def _rows(
             BLOCK_CHANNELS=4096, num_warps=8, **common,
         )  # fmt: skip
     else:
-        config = config_for(channels)
+        config = config_for(channels, rotation)
         quantize_rows_kernel[(triton.cdiv(rows, config.rows),)](
             x, centre, weight, bias, inv_divisor, position, codes, scale, zero_point,
             rows, channels, pixels, x.stride(0), eps,
