@@ -11,9 +11,9 @@ from .common import DeviceOption, JsonOption, StageProgress, err, finite, print_
 
 
 def command(
-    checkpoint: Annotated[
-        str | None,
-        typer.Argument(metavar="[CKPT]", help="Checkpoint or float model; the embedded float model if left out."),
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CKPT]...", help="Checkpoints or float models; the embedded float model if left out."),
     ] = None,
     against: Annotated[
         str | None,
@@ -45,6 +45,13 @@ def command(
     grid: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Write the first pictures, float above; replaces the file.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="HTML", help="Write a page to compare the pictures, in one file; replaces the file."),
+    ] = None,
+    bench: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="What `dgq bench --json` printed, for the page.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="JSON", help="Also write the report here; replaces the file.")
     ] = None,
@@ -53,19 +60,26 @@ def command(
 ) -> None:
     """Judge pictures: fidelity to the float model, alignment with the prompt, distribution.
 
-    Under `accelerate launch -m dgq_cli eval ...` each process makes a share of the pictures."""
+    Several checkpoints are judged one after the other; JSON is a list of reports then. Under
+    `accelerate launch -m dgq_cli eval ...` each process makes a share of the pictures."""
     paths = (("--reference", reference, True), ("--clip", clip, True), ("--inception", inception, False))
     for name, path, folder in paths:
         if path is not None and not (path.is_dir() if folder else path.is_file()):
             raise typer.BadParameter(f"{name} {path}: no such {'folder' if folder else 'file'}")
     if grid is not None and grid.suffix.lower() != ".png":
         raise typer.BadParameter(f"--grid {grid} is not a .png file")
+    if grid is not None and checkpoints and len(checkpoints) > 1:
+        raise typer.BadParameter("--grid shows one checkpoint; --html shows several")
+    if bench is not None and html is None:
+        raise typer.BadParameter("--bench is for the page: give --html too")
     prompt_count(prompts)
-    from dgq.evaluation.evaluate import Options, evaluate, write_report
+    from dgq.evaluation.evaluate import Kept, Options, evaluate, write_report
+    from dgq.evaluation.page import read_bench, write_page
     from dgq.outputs import check_output
     from dgq.pictures.generation import Settings
 
-    for file in (grid, out):
+    measured = None if bench is None else read_bench(bench)
+    for file in (grid, html, out):
         if file is not None:
             check_output(file)
 
@@ -73,20 +87,29 @@ def command(
         prompts, seeds, floor, Settings(steps, guidance, seed=seed, batch=batch), device, reference, inception, clip,
         grid,
     )  # fmt: skip
+    kept, reports = Kept(), []
     with StageProgress({"against": "float", "floor": "half", "checkpoint": "checkpoint"}) as progress:
-        report = evaluate(checkpoint, against, options, progress)
-    if report is None:  # another process tells
+        for checkpoint in checkpoints or (None,):
+            report = evaluate(checkpoint, against, options, progress, kept)
+            if report is not None:  # else another process tells
+                reports.append(report)
+    if not reports:
         return
     try:
         if out is not None:
-            write_report(out, report)
+            write_report(out, reports[0] if len(reports) == 1 else reports)
+        if html is not None:
+            write_page(html, kept, measured)
     finally:  # a disk that is full takes no measurement away
         if json:
-            print_json(report)
+            print_json(reports[0] if len(reports) == 1 else reports)
         else:
-            _print(report)
-            if grid is not None:
-                err.print(f"wrote {grid}", soft_wrap=True)
+            for number, report in enumerate(reports):
+                typer.echo("\n" if number else "", nl=False)
+                _print(report)
+            for file in (grid, html):
+                if file is not None:
+                    err.print(f"wrote {file}", soft_wrap=True)
 
 
 def _interval(value: dict[str, float] | None, form: str) -> str:

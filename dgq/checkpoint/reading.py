@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -325,12 +326,27 @@ def _check_sizes(file: Path, config: dict[str, Any], tensors: int) -> None:
         raise DgqError(f"{file}: {layers} layers, but the weights are {tensors} tensors", "another model's file?")
 
 
-def network_bytes(folder: Path) -> int:
-    """Size of the network's weight files; in a folder of a network alone by their names, 0 where there are none."""
+def network_files(folder: Path) -> list[Path]:
+    """The network's weight files; in a folder of a network alone by their names, none where there are none."""
     if (folder / "model_index.json").is_file():
-        return sum(file.stat().st_size for file in weight_files(component_at(folder)))
+        return weight_files(component_at(folder))
     components = dict.fromkeys(family.component for family in FAMILIES)
-    return sum(file.stat().st_size for name in components for file in weight_files(folder / name))
+    return [file for name in components for file in weight_files(folder / name)]
+
+
+def network_bytes(folder: Path) -> int:
+    """Size of the network's weight files."""
+    return sum(file.stat().st_size for file in network_files(folder))
+
+
+def network_hash(folder: Path) -> str:
+    """SHA-256 of the network's weight files one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for file in network_files(folder):
+        with file.open("rb") as stream:
+            while part := stream.read(2**24):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def float16_bytes(folder: Path) -> int:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..checkpoint.reading import read_header
+from ..checkpoint.reading import network_bytes, network_hash, read_header
 from ..devices import check_device
 from ..errors import DgqError
 from ..outputs import atomic_file
@@ -28,6 +28,7 @@ from ..pictures.fidelity import psnr
 from ..pictures.generation import Picture, Settings, check_prompts, generate, grid, write_png
 from ..pictures.pipelines import float_base, load, resolve
 from ..progress import Progress, silent
+from ..version import __version__
 from . import features
 from .items import Item, items
 from .measures import bootstrap, frechet_distance, ssim
@@ -103,8 +104,21 @@ class _Made:
     scorer_features: torch.Tensor | None = None
 
 
+@dataclass
+class Kept:
+    """What is kept of evaluations with the same options: float pictures for the next, all pictures for a page.
+
+    Attributes:
+        floats: (float model, settings) -> its pictures, and those in half precision.
+        systems: (report, float pictures or none, the model's pictures) of each evaluation.
+    """
+
+    floats: dict[tuple[Path, Settings], tuple[list[_Made], list[_Made]]] = dataclasses.field(default_factory=dict)
+    systems: list[tuple[dict[str, Any], list[Picture], list[Picture]]] = dataclasses.field(default_factory=list)
+
+
 def evaluate(
-    checkpoint: str | None, against: str | None, options: Options, progress: Progress = silent
+    checkpoint: str | None, against: str | None, options: Options, progress: Progress = silent, kept: Kept | None = None
 ) -> dict[str, Any] | None:
     """Evaluate a checkpoint, or a float model alone.
 
@@ -114,11 +128,13 @@ def evaluate(
             only where this is given.
         options: what and how.
         progress: told of "against", "floor" and "checkpoint", with pictures.
+        kept: of earlier evaluations with these options, whose float pictures are used again; this one is added.
 
     Returns:
-        A report as JSON takes it: model, against, prompts, pictures, settings; fidelity and floor (metric -> mean, low,
-        high, the 95 % interval); alignment (for labelled prompts: by system and group, with ceiling, shuffled and
-        difference); distribution (name -> system -> value); notes. None in every process but the first.
+        A report as JSON takes it: model, sha256 and bytes of the network's files, against, prompts, pictures, settings;
+        fidelity and floor (metric -> mean, low, high, the 95 % interval); alignment (for labelled prompts: by system
+        and group, with ceiling, shuffled and difference); distribution (name -> system -> value); items (of each
+        picture, in order: prompt, seed, and its own values); notes. None in every process but the first.
 
     Raises:
         DgqError: a model, file or prompt that cannot be used.
@@ -136,6 +152,7 @@ def evaluate(
     reference = features.read_pictures(options.reference) if options.reference else None
     share = _Share.find()
     notes: list[str] = []
+    kept = kept or Kept()
 
     def run(model: Path, dtype: torch.dtype | None, stage: str, count: int) -> list[_Made]:
         pipe = load(model, device=options.device, dtype=dtype)
@@ -145,30 +162,48 @@ def evaluate(
     floats: list[_Made] = []
     lower: list[_Made] = []
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
-    if base is not None:
+    if base is not None and (base, settings) in kept.floats:
+        floats, lower = kept.floats[base, settings]
+    elif base is not None:
         floats = run(base, torch.float32, "against", len(jobs))
         if options.floor:
             lower = run(base, half, "floor", min(options.floor, len(jobs)))
+        kept.floats[base, settings] = floats, lower
     mine = run(folder, None, "checkpoint", len(jobs))
     if share.rank:
         return None
     report: dict[str, Any] = {
         "model": _name(folder, checkpoint), "recipe": header.recipe.label if header else "float",
+        "sha256": network_hash(folder), "bytes": network_bytes(folder), "dgq": __version__, "torch": torch.__version__,
         "against": None if base is None else _name(base, None),
         "prompts": len(wanted), "seeds": options.seeds, "pictures": len(jobs), "settings": dataclasses.asdict(settings),
     }  # fmt: skip
+    columns: dict[str, list[float]] = {}
     if floats:
-        report["fidelity"] = _fidelity(floats, mine, groups)
+        columns, network = _columns(floats, mine)
+        report["fidelity"] = _fidelity(columns, groups) | {"feature_network": network}
     if lower:
+        half_columns, network = _columns(floats[: len(lower)], lower)
         report["floor"] = {
             "dtype": str(half).removeprefix("torch."),
             "pictures": len(lower),
-            **_fidelity(floats[: len(lower)], lower, groups[: len(lower)]),
+            **_fidelity(half_columns, groups),
+            "feature_network": network,
         }
     if scorer is not None:
         report["alignment"] = _alignment(scorer, jobs, groups, mine, floats)
     report["distribution"] = _distribution(options, [item.prompt for item in jobs], mine, floats, reference, notes)
+    report["items"] = [
+        {
+            "prompt": one.picture.prompt,
+            "seed": one.picture.seed,
+            **{name: values[i] for name, values in columns.items()},
+            **one.scores,
+        }
+        for i, one in enumerate(mine)
+    ]
     report["notes"] = notes
+    kept.systems.append((report, [one.picture for one in floats], [one.picture for one in mine]))
     if options.grid is not None:
         rows = [floats, mine] if floats else [mine]
         _write_grid(options.grid, rows, options.seeds)
@@ -220,23 +255,27 @@ def _scores(
     return found
 
 
-def _fidelity(reference: Sequence[_Made], made: Sequence[_Made], groups: Sequence[int]) -> dict[str, Any]:
-    """Metric -> mean and interval."""
+def _columns(reference: Sequence[_Made], made: Sequence[_Made]) -> tuple[dict[str, list[float]], str]:
+    """Metric -> the value of each picture, and the network whose features are compared."""
     columns: dict[str, list[float]] = {name: [] for name in FIDELITY[:3]}
     for x, y in zip(reference, made, strict=True):
         columns["psnr_db"].append(min(PSNR_MAX, psnr(x.picture.image, y.picture.image)))
         columns["ssim"].append(ssim(x.picture.image, y.picture.image))
         columns["latent_mse"].append(float((x.picture.latents - y.picture.latents).double().square().mean()))
-    found: dict[str, Any] = {}
     if features.efficientnet_available():
-        found["feature_network"] = "EfficientNet-lite0"
+        network = "EfficientNet-lite0"
         pairs = [features.efficientnet_features([one.picture.image for one in system]) for system in (reference, made)]
     else:
+        network = "the emoji scorer"
         pairs = [_stacked(system) for system in (reference, made)]
-        found["feature_network"] = "the emoji scorer"
     if all(len(values) for values in pairs):
         columns["feature_distance"] = (1 - F.cosine_similarity(pairs[0].double(), pairs[1].double())).tolist()
-    return {name: bootstrap(values, groups) for name, values in columns.items()} | found
+    return columns, network
+
+
+def _fidelity(columns: dict[str, list[float]], groups: Sequence[int]) -> dict[str, Any]:
+    """Metric -> mean and interval."""
+    return {name: bootstrap(values, groups[: len(values)]) for name, values in columns.items()}
 
 
 def _stacked(system: Sequence[_Made]) -> torch.Tensor:
@@ -352,8 +391,8 @@ def _write_grid(file: Path, systems: Sequence[Sequence[_Made]], seeds: int) -> N
     write_png(grid(images, columns, scale), file)
 
 
-def write_report(file: Path, report: dict[str, Any]) -> None:
-    """Write a report as JSON, whole or not at all.
+def write_report(file: Path, report: dict[str, Any] | list[dict[str, Any]]) -> None:
+    """Write a report, or several, as JSON, whole or not at all.
 
     Raises:
         DgqError: it cannot be written.

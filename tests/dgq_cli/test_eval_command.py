@@ -1,5 +1,6 @@
 """`dgq eval` as a user runs it."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from PIL import Image
 
 from dgq.calibration.run import Options as Calibration
 from dgq.calibration.run import calibrate
-from dgq.evaluation.evaluate import Options, evaluate
+from dgq.evaluation.evaluate import Kept, Options, evaluate
 from dgq.pictures import embedded
 from dgq.pictures.generation import Settings
 from dgq.recipe import Recipe
@@ -34,13 +35,20 @@ def options(**changes: object) -> Options:
 
 
 def test_report_of_a_checkpoint(dgq_command: Run, checkpoint: Path, tmp_path: Path) -> None:
-    sheet, file = tmp_path / "grid.png", tmp_path / "report.json"
+    sheet, file, page = tmp_path / "grid.png", tmp_path / "report.json", tmp_path / "page.html"
     run = dgq_command(
         "eval", checkpoint, "--prompts", 8, "--steps", 3, "--batch", 4, "--floor", 2, "--seed", 1, "--grid", sheet,
-        "--out", file, "--json",
+        "--out", file, "--html", page, "--json",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
+    items = report["items"]
+    assert [item["seed"] for item in items] == list(range(1, 9))
+    assert sum(item["psnr_db"] for item in items) / 8 == pytest.approx(report["fidelity"]["psnr_db"]["mean"])
+    assert sum(item["top1"] for item in items) / 8 * 100 == report["alignment"]["checkpoint"]["all"]["top1"]["mean"]
+    weights = (checkpoint / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert report["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert report["sha256"][:12] in page.read_text()
     assert json.loads(file.read_text()) == report
     fidelity, floor = report["fidelity"], report["floor"]
     assert fidelity["psnr_db"]["low"] <= fidelity["psnr_db"]["mean"] <= fidelity["psnr_db"]["high"]
@@ -73,7 +81,15 @@ def test_the_float_model_alone() -> None:
 
 
 def test_a_model_against_itself_is_equal() -> None:
-    report = evaluate(None, embedded.NAME, options(prompts="4", floor=0))
+    kept = Kept()
+    report = evaluate(None, embedded.NAME, options(prompts="4", floor=0), kept=kept)
+    stages = []
+    again = evaluate(
+        None, embedded.NAME, options(prompts="4", floor=0), lambda stage, *_: stages.append(stage), kept=kept
+    )
+    assert again == report
+    assert set(stages) == {"checkpoint"}  # the float model's pictures are there already
+    assert [len(one) for one in kept.systems[0][1:]] == [4, 4]
     assert report is not None
     assert report["fidelity"]["psnr_db"]["mean"] == 99
     assert report["fidelity"]["latent_mse"]["mean"] == 0

@@ -41,7 +41,8 @@ def cases(major: int) -> Iterator[aot_case.Case]:
         (1, "layer norm", 1280, 256), (2, "geglu", 5120, 256), (3, "silu", 1280, 256), (4, "group norm", 1280, 256),
     ):  # fmt: skip
         turned = {"PLACE": False, "ROTATION": block, "INPUT": mode}
-        yield case(quantize.quantize_rows_kernel, quantize.config_for(channels, block), f"{note} rotated by {block}", **turned)
+        config, note = quantize.config_for(channels, block), f"{note} rotated by {block}"
+        yield case(quantize.quantize_rows_kernel, config, note, **turned)
     for pixels, channels in ((4096, 320), (256, 1280)):
         tile = quantize.sample_config_for(2, pixels, channels)
         group = channels // 32

@@ -1,0 +1,121 @@
+"""The page of pictures holds what was measured, fetches nothing, and works in a browser where there is one."""
+
+import json
+import re
+import shutil
+
+import pytest
+from PIL import Image
+
+from dgq.errors import DgqError
+from dgq.evaluation import page
+from dgq.evaluation.evaluate import Kept
+from dgq.pictures.generation import Picture
+
+PROMPTS = ("a red </script><b>cat</b> <!-- ", "a dog", "Ünïcode \u2028 'quotes' \"and\" \\ more")
+
+
+def picture(prompt, value, size=(24, 16)):
+    return Picture(Image.new("RGB", size, (value, 90, 160)), prompt, 7, "", None)
+
+
+def kept(size=(24, 16), **changes):
+    """Two checkpoints, three pictures each; the second's first picture is worst, the first's last."""
+    found = Kept()
+    for name, psnr in (("one", [30.0, 25.0, 20.0]), ("two", [10.0, 40.0, 35.0])):
+        items = [
+            {"prompt": prompt, "seed": 7 + i, "psnr_db": psnr[i], "ssim": 0.5, "top1": 1.0}
+            for i, prompt in enumerate(PROMPTS)
+        ]
+        report = {
+            "model": f"models/{name}", "recipe": "integer W4A8", "against": "dgq-emoji", "prompts": 3, "seeds": 1,
+            "settings": {"steps": 4, "guidance": 3.0, "seed": 7}, "items": items, "dgq": "1", "torch": "2",
+            "sha256": "abcdef0123456789", "bytes": 2**21, "fidelity": {"ssim": {"mean": 0.5}},
+        }  # fmt: skip
+        report |= changes if name == "two" else {}
+        floats = [picture(prompt, 200, size) for prompt in PROMPTS]
+        found.systems.append((report, floats, [picture(prompt, 60, size) for prompt in PROMPTS]))
+    return found
+
+
+@pytest.fixture
+def file(tmp_path):
+    bench = tmp_path / "bench.json"
+    row = {"system": "dgq W4A8", "case": "step", "p50_ms": 12.345678, "gops": None, "ratio_to_float32": 0.5}
+    bench.write_text(json.dumps({"rows": [row]}))
+    page.write_page(tmp_path / "page.html", kept(), page.read_bench(bench))
+    return tmp_path / "page.html"
+
+
+def data_of(file):
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', file.read_text("utf-8"), re.DOTALL)
+    return json.loads(found[1])
+
+
+def test_holds_what_was_measured(file):
+    data = data_of(file)
+    assert [item["prompt"] for item in data["systems"][0]["items"]] == list(PROMPTS)
+    assert [system["name"] for system in data["systems"]] == ["one, integer W4A8", "two, integer W4A8"]
+    assert data["head"] == ["checkpoint", "PSNR, median (dB)", "worst tenth", "SSIM", "MiB", "SHA-256"]
+    assert data["rows"][1] == ["two, integer W4A8", "35.0", "10.0", "0.5000", "2.0", "abcdef012345"]
+    assert data["bench"] == {
+        "head": ["this machine", "", "ms", "of float32's time"], "rows": [["dgq W4A8", "step", "12.3", "0.5"]],
+    }  # fmt: skip
+    assert all(address.startswith("data:image/png;base64,") for address in data["floats"])
+
+
+def test_large_pictures_are_compressed_and_said_to_be(tmp_path):
+    page.write_page(tmp_path / "page.html", kept((300, 200)))
+    data = data_of(tmp_path / "page.html")
+    assert all(address.startswith("data:image/webp;base64,") for address in data["floats"])
+    assert "WebP" in data["about"]
+
+
+@pytest.mark.parametrize("changes", [{"against": "another"}, {"settings": {"steps": 5, "guidance": 3.0, "seed": 7}}])
+def test_pictures_that_cannot_be_compared_are_refused(tmp_path, changes):
+    with pytest.raises(DgqError, match="differ in their"):
+        page.write_page(tmp_path / "page.html", kept(**changes))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["{}", '{"rows": []}', '{"rows": [{"system": "x"}]}', '{"rows": [3]}'])
+def test_a_file_that_is_no_benchmark_is_refused(tmp_path, text):
+    (tmp_path / "bench.json").write_text(text)
+    with pytest.raises(DgqError, match=r"bench\.json: holds no rows"):
+        page.read_bench(tmp_path / "bench.json")
+
+
+def test_in_a_browser(file):
+    """Sorted worst first, the slider moves by key, views and checkpoints change; nothing is fetched, nothing logged."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
+        seen = []
+        tab.on("console", lambda message: seen.append(message.text))
+        tab.on("pageerror", lambda error: seen.append(str(error)))
+        tab.on("request", lambda request: seen.append(request.url))
+        tab.goto(file.as_uri())
+
+        def prompts():
+            return tab.locator("figcaption b").all_text_contents()
+
+        assert prompts() == [PROMPTS[2], PROMPTS[1], PROMPTS[0]]
+        slider = tab.locator("figure input").first
+        slider.focus()
+        for _ in range(5):
+            slider.press("ArrowRight")
+        assert tab.locator(".pair").first.evaluate("pair => pair.style.getPropertyValue('--at')") == "55%"
+        tab.select_option("#system", "1")
+        assert prompts() == [PROMPTS[0], PROMPTS[2], PROMPTS[1]]
+        tab.select_option("#order", "")
+        assert prompts() == list(PROMPTS)
+        tab.select_option("#view", "difference")
+        assert tab.locator(".pair.difference").count() == 3
+        assert tab.locator("figure input").first.is_hidden()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        assert [url for url in seen if not url.startswith("data:")] == [file.as_uri()]
+        browser.close()
