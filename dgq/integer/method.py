@@ -99,8 +99,8 @@ def _rounded_input(layer: IntegerLayer, x: Tensor) -> Tensor:
 
 def _cost(network: nn.Module, recipe: Recipe, budget: int) -> Cost:
     layers, kept = plan_layers(network, recipe)
-    groups = passes(layers, budget)
-    peak = max(map(pass_bytes, groups))
+    groups = passes(layers, recipe, budget)
+    peak = max(pass_bytes(group, recipe) for group in groups)
     return Cost({layer.name: _layer_cost(layer) for layer in layers}, kept, peak, len(groups))
 
 
