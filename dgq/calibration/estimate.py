@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import architectures
-from ..checkpoint.reading import family_at, network_config
+from ..checkpoint.reading import family_at, network_config, read_json
 from ..method import METHODS, LayerCost
-from ..pictures.generation import Settings
 from ..recipe import Recipe
 from ..replay import replay
-from .run import float_model
+from .run import float_model, wanted_settings
 
 if TYPE_CHECKING:
     from .run import Options
@@ -60,9 +60,9 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     found = float_model(model)
     folder = found.folder
     family = family_at(folder)
-    network = family.skeleton(network_config(folder))
+    network = family.skeleton({**network_config(folder), **_sizes(folder, options.size)})
     cost = METHODS[recipe.name].cost(network, recipe, options.budget)
-    settings = Settings(options.steps, options.guidance).resolved(found)
+    settings = wanted_settings(options, found)
     assert settings.steps is not None
     assert settings.guidance is not None
     count = options.prompts if isinstance(options.prompts, int) else len(options.prompts)
@@ -82,6 +82,14 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         calls=recorded + cost.passes * replayed, macs_per_call=macs, seconds=work / _macs_per_second(),
         network=family.title,
     )  # fmt: skip
+
+
+def _sizes(folder: Path, pixels: int | None) -> dict[str, Any]:
+    """What a network's configuration says of pictures of this size, if it says anything."""
+    if pixels is None or "sample_size" not in network_config(folder):
+        return {}
+    levels = read_json(folder / "vae" / "config.json").get("block_out_channels", [0])
+    return {"sample_size": pixels // 2 ** (len(levels) - 1)}
 
 
 def _rows_per_call(network: nn.Module, layers: Mapping[str, LayerCost], batch: int) -> dict[str, int]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .weights import Rounding
 
 
-DEFAULT_BUDGET_BYTES = 4 * 2**30
+DEFAULT_BUDGET_BYTES = 3 * 2**30
 
 
 # Output channels of a layer that judge how its input channels are handled, where it has more than twice as many.
