@@ -20,7 +20,7 @@ from ..integer.rounding import DEFAULT_BUDGET_BYTES
 from ..method import METHODS, Work
 from ..outputs import workplace
 from ..pictures.fidelity import compare
-from ..pictures.generation import Picture, Settings, check_prompts, generate
+from ..pictures.generation import Picture, Settings, check_prompts, draw_latents, generate
 from ..pictures.pipelines import Model, find_model, load
 from ..pictures.prompts import calibration_prompts, evaluation_prompts
 from ..progress import Progress, silent
@@ -146,7 +146,7 @@ def _calibrated(
     recorded = partial.calls()
     if recorded is None:
         recorded = record_inputs(
-            lambda prompt, i: generate(pipe, [prompt], dataclasses.replace(settings, seed=settings.seed + i)),
+            lambda prompt, i: draw_latents(pipe, prompt, dataclasses.replace(settings, seed=settings.seed + i)),
             network, prompts, progress,
         )  # fmt: skip
         partial.store_calls(recorded)

@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -283,6 +284,11 @@ def test_text_encoder_and_vae_are_not_held_while_layers_are_quantized(tiny_pipel
     assert len(held) == 2  # they are loaded again to draw what is compared
     assert seen
     assert all(all(gone) for gone in seen)
+
+
+def test_recorded_pictures_are_not_decoded(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda *_, **__: pytest.fail("decoded"))
+    calibrate(tiny_pipeline, tmp_path / "out", QUICK, Options(**FAST))
 
 
 def test_size_of_calibration_pictures(tiny_pipeline, tmp_path):
