@@ -29,7 +29,7 @@ from dgq.integer.channels import (
     no_groups,
     to_matrix,
 )
-from dgq.integer.rounding import round_layer
+from dgq.integer.rounding import Roundings, round_layer
 from dgq.integer.weights import IntegerWeight, TwoLevelGrid, gptq, nearest
 from dgq.integer.weights import quantize_weight as quantize_integer
 from dgq.paper.layers import image_to_pixels_last, pixels_last_to_image
@@ -251,7 +251,7 @@ def rounded_ways(one: Captured, wbits: int) -> dict[str, tuple[ChannelGroups, Te
     def rounded(groups: ChannelGroups) -> tuple[ChannelGroups, Tensor]:
         key = (tuple(groups.divisor.tolist()), tuple(groups.stored_order.tolist()), groups.shifts_accumulator)
         if key not in done:
-            result = round_layer(layer, one.statistics, recipe, groups)
+            result = round_layer(layer, Roundings(one.statistics, recipe), groups)
             done[key] = groups.unfold(result.weight.dequantize(), result.plan)
         return groups, done[key]
 

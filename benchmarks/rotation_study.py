@@ -26,7 +26,7 @@ from dgq.integer.channels import (
     no_groups,
     rotation_block,
 )
-from dgq.integer.rounding import round_layer
+from dgq.integer.rounding import Roundings, round_layer
 from dgq.recipe import Recipe
 
 BITS = ((8, 8), (4, 4))
@@ -56,7 +56,7 @@ def sqnr(one: Captured, wbits: int, abits: int, groups: ChannelGroups) -> float:
     """Of the layer's output on held-out inputs, in dB."""
     plan = dataclasses.replace(one.layer.plan, wbits=wbits, abits=abits)
     layer = dataclasses.replace(one.layer, plan=plan)
-    rounded = round_layer(layer, one.statistics, Recipe(wbits=wbits, abits=abits), groups)
+    rounded = round_layer(layer, Roundings(one.statistics, Recipe(wbits=wbits, abits=abits)), groups)
     x, weight = held_out(one), groups.unfold(rounded.weight.dequantize(), rounded.plan)
     target = apply_layer(x, layer.weight, plan)
     got = apply_layer(fake_quantize_input(x, abits, groups.divisor, groups.rotation), weight, rounded.plan)

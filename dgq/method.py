@@ -45,7 +45,7 @@ class LayerCost:
         module: the float layer.
         macs: multiply-accumulates of a row (token or pixel) of its output; outputs: values of such a row.
         parameters: of the float layer that are stored otherwise; stored_bytes: what takes their place.
-        work: multiply-accumulates of its calibration, beside the network's own, given the rows of all replayed calls.
+        seconds: of its calibration on this machine beside the network's own calls, given the rows of all replayed ones.
     """
 
     module: nn.Module
@@ -53,7 +53,7 @@ class LayerCost:
     outputs: int
     parameters: int
     stored_bytes: int
-    work: Callable[[int], int] = lambda rows: 0
+    seconds: Callable[[int], float] = lambda rows: 0.0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ STAGES = {
 }  # fmt: skip
 
 
+DEFAULT_MEMORY = 3.0  # GiB
+
+
 def _override(text: str) -> tuple[str, int]:
     pattern, _, bits = text.rpartition("=")
     if not pattern or bits not in ("4", "8", "float"):
@@ -46,6 +49,9 @@ def command(
     ] = "32",
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampler steps while calibrating.")] = None,
     guidance: Annotated[float | None, typer.Option(callback=finite, help="Guidance scale while calibrating.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=64, help="Height and width of the calibration pictures in pixels.")
+    ] = None,
     calls: Annotated[int, typer.Option(min=1, max=1_000_000, help="Calls replayed for the statistics.")] = 160,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the calibration pictures.")] = 0,
     evaluate: Annotated[
@@ -54,7 +60,7 @@ def command(
     memory: Annotated[
         float,
         typer.Option(min=0.1, max=2**20, callback=finite, help="GiB for statistics at a time; less means more passes."),
-    ] = 4,
+    ] = DEFAULT_MEMORY,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, memory and time.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is at --out.")] = False,
@@ -79,7 +85,7 @@ def command(
     from dgq.calibration.run import Options, calibrate
 
     options = Options(
-        prompts=chosen, steps=steps, guidance=guidance, seed=seed, calls=calls, evaluate=evaluate,
+        prompts=chosen, steps=steps, guidance=guidance, size=size, seed=seed, calls=calls, evaluate=evaluate,
         budget=int(memory * 2**30), overwrite=overwrite, resume=resume,
     )  # fmt: skip
     if dry_run:

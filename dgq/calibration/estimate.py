@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import architectures
-from ..checkpoint.reading import family_at, network_config
+from ..checkpoint.reading import components, family_at, network_config, read_json, tensor_table, weight_files
+from ..integer.rates import alone
 from ..method import METHODS, LayerCost
-from ..pictures.generation import Settings
 from ..recipe import Recipe
-from ..replay import replay
-from .run import float_model
+from ..replay import hooked, replay
+from .run import float_model, wanted_settings
 
 if TYPE_CHECKING:
     from .run import Options
+
+
+# Of a large matmul's speed, what the products and convolutions of a network reach; and seconds that everything around
+# one of its layers takes beside them.
+SHARE_OF_MATMUL = 0.6
+SECONDS_PER_LAYER = 3e-4
+
+
+# Python, torch, diffusers and transformers, and a call's activations.
+PROCESS_BYTES = 700 * 2**20
 
 
 @dataclass
@@ -30,11 +43,11 @@ class Estimate:
         layers: quantized layers; kept: {name: reason} of layers that stay float.
         float16_bytes, packed_bytes: the network's file before and after.
         statistics_bytes: peak of second moments, samples and rounding; passes: runs over the recorded calls.
-        memory_bytes: rough peak of the process (float32 model, statistics, packed layers).
+        memory_bytes: peak of the process (float32 model, text encoders or statistics and packed layers).
         calls: of the network: recorded and replayed.
         macs_per_call: multiply-accumulates of the quantized layers in one call, of both halves where the guidance
             doubles it.
-        seconds: rough time on this machine, from a short timed float product.
+        seconds: on this machine, from short timings, when nothing else runs on it.
         network: what its kind of network is called.
     """
 
@@ -60,9 +73,9 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     found = float_model(model)
     folder = found.folder
     family = family_at(folder)
-    network = family.skeleton(network_config(folder))
+    network = family.skeleton({**network_config(folder), **_sizes(folder, options.size)})
     cost = METHODS[recipe.name].cost(network, recipe, options.budget)
-    settings = Settings(options.steps, options.guidance).resolved(found)
+    settings = wanted_settings(options, found)
     assert settings.steps is not None
     assert settings.guidance is not None
     count = options.prompts if isinstance(options.prompts, int) else len(options.prompts)
@@ -73,15 +86,29 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     packed = sum(layer.stored_bytes for layer in cost.layers.values())
     rows = _rows_per_call(network, cost.layers, 2 if family.doubled(network.config, settings.guidance) else 1)
     macs = sum(rows[name] * layer.macs for name, layer in cost.layers.items())
-    work = (recorded + cost.passes * replayed + 2 * options.evaluate * settings.steps) * macs
-    work += sum(layer.work(replayed * rows[name]) for name, layer in cost.layers.items())
+    decoder, others = _others(folder, settings.width)
+    drawn = 2 * options.evaluate * settings.steps
+    per_call = macs * _seconds_per_mac() + len(cost.layers) * SECONDS_PER_LAYER
+    seconds = (recorded + cost.passes * replayed + drawn) * per_call
+    seconds += 2 * options.evaluate * decoder * _seconds_per_mac()
+    seconds += sum(layer.seconds(replayed * rows[name]) for name, layer in cost.layers.items())
+    # either the whole pipeline records, or the network alone is quantized
+    memory = 4 * parameters + max(others, cost.statistics_bytes + packed)
     return Estimate(
         layers=len(cost.layers), kept=dict(cost.kept), float16_bytes=2 * parameters,
         packed_bytes=2 * (parameters - quantized) + packed, statistics_bytes=cost.statistics_bytes,
-        passes=cost.passes, memory_bytes=4 * parameters + cost.statistics_bytes + packed + 2**30,
-        calls=recorded + cost.passes * replayed, macs_per_call=macs, seconds=work / _macs_per_second(),
+        passes=cost.passes, memory_bytes=memory + PROCESS_BYTES,
+        calls=recorded + cost.passes * replayed, macs_per_call=macs, seconds=seconds,
         network=family.title,
     )  # fmt: skip
+
+
+def _sizes(folder: Path, pixels: int | None) -> dict[str, Any]:
+    """What a network's configuration says of pictures of this size, if it says anything."""
+    if pixels is None or "sample_size" not in network_config(folder):
+        return {}
+    levels = read_json(folder / "vae" / "config.json").get("block_out_channels", [0])
+    return {"sample_size": pixels // 2 ** (len(levels) - 1)}
 
 
 def _rows_per_call(network: nn.Module, layers: Mapping[str, LayerCost], batch: int) -> dict[str, int]:
@@ -101,13 +128,34 @@ def _rows_per_call(network: nn.Module, layers: Mapping[str, LayerCost], batch: i
     return rows
 
 
-def _macs_per_second() -> float:
-    """Float32 multiply-accumulates a second of this machine, from a short matmul, less what small layers lose."""
-    import time
+def _others(folder: Path, pixels: int | None) -> tuple[int, int]:
+    """Multiply-accumulates of the VAE's decoder for one picture, and float32 bytes of all that is not the network."""
+    import diffusers
 
-    a = torch.randn(768, 768)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(5):
-        a @ a
-    return 0.35 * 5 * 768**3 / (time.perf_counter() - start)
+    others = 0
+    for name in components(folder):
+        for file in weight_files(folder / name) if name != family_at(folder).component else ():
+            others += sum(4 * math.prod(shape) for shape, _ in tensor_table(file).values())
+    config = read_json(folder / "vae" / "config.json")
+    kind: Any = getattr(diffusers, config["_class_name"])
+    with torch.device("meta"):
+        vae: Any = kind.from_config(config)
+    done = 0
+
+    def note(module: Any, _: Any, output: Tensor) -> None:
+        nonlocal done
+        done += output.numel() // module.weight.shape[0] * module.weight.numel()
+
+    handles = [part.register_forward_hook(note) for part in vae.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+    side = _sizes(folder, pixels).get("sample_size") or network_config(folder).get("sample_size", 64)
+    channels = vae.config.latent_channels
+    with torch.no_grad(), hooked(handles):
+        vae.decode(torch.empty(1, channels, *([side, side] if isinstance(side, int) else side), device="meta"))
+    return done, others
+
+
+@functools.cache
+def _seconds_per_mac() -> float:
+    """Of a network's products and convolutions, from a short matmul, less what they lose to it."""
+    a = torch.randn(512, 512)
+    return alone(lambda: a @ a) / len(a) ** 3 / torch.get_num_threads() / SHARE_OF_MATMUL

@@ -17,11 +17,10 @@ from ..checkpoint.writing import check_target, write_checkpoint
 from ..errors import DgqError
 from ..family import network_of
 from ..integer.rounding import DEFAULT_BUDGET_BYTES
-from ..integer.shared_input import prepare_all
 from ..method import METHODS, Work
 from ..outputs import workplace
 from ..pictures.fidelity import compare
-from ..pictures.generation import Picture, Settings, check_prompts, generate
+from ..pictures.generation import Picture, Settings, check_prompts, draw_latents, generate
 from ..pictures.pipelines import Model, find_model, load
 from ..pictures.prompts import calibration_prompts, evaluation_prompts
 from ..progress import Progress, silent
@@ -38,6 +37,7 @@ class Options:
     Attributes:
         prompts: calibration prompts, or how many to take from the built-in ones.
         steps, guidance: of the float pipeline; None takes the model's defaults.
+        size: height and width of its pictures in pixels; None takes the model's.
         seed: seed of the first calibration picture and of the choice of prompts.
         calls: the network's calls replayed for the statistics, spread over prompts and steps.
         evaluate: prompts, apart from calibration, on which the result is compared with the float model.
@@ -49,6 +49,7 @@ class Options:
     prompts: Sequence[str] | int = 32
     steps: int | None = None
     guidance: float | None = None
+    size: int | None = None
     seed: int = 0
     calls: int = 160
     evaluate: int = 4
@@ -69,6 +70,18 @@ def float_model(model: str | os.PathLike[str] | None) -> Model:
     vae = read_json(found.folder / "vae" / "config.json")
     family_at(found.folder).check_configs(network_config(found.folder), vae)
     return found
+
+
+def wanted_settings(options: Options, model: Model) -> Settings:
+    """How the float pipeline of a model draws.
+
+    Raises:
+        DgqError: a value out of range.
+    """
+    if options.size is not None and (options.size < 64 or options.size % 8):
+        raise DgqError(f"pictures of {options.size} pixels cannot be drawn", "give a multiple of 8, at least 64")
+    settings = Settings(options.steps, options.guidance, width=options.size, height=options.size, seed=options.seed)
+    return settings.resolved(model)
 
 
 def calibrate(
@@ -101,7 +114,7 @@ def calibrate(
     found = float_model(model)
     folder = found.folder
     check_target(out, folder, options.overwrite)
-    settings = Settings(options.steps, options.guidance, seed=options.seed).resolved(found)
+    settings = wanted_settings(options, found)
     if isinstance(options.prompts, int):
         prompts = calibration_prompts(folder, options.prompts, options.seed)
     else:
@@ -133,7 +146,7 @@ def _calibrated(
     recorded = partial.calls()
     if recorded is None:
         recorded = record_inputs(
-            lambda prompt, i: generate(pipe, [prompt], dataclasses.replace(settings, seed=settings.seed + i)),
+            lambda prompt, i: draw_latents(pipe, prompt, dataclasses.replace(settings, seed=settings.seed + i)),
             network, prompts, progress,
         )  # fmt: skip
         partial.store_calls(recorded)
@@ -144,6 +157,9 @@ def _calibrated(
         calibration={"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed},
         dgq_version=__version__,
     )
+    if options.size:
+        header.calibration["size"] = options.size
+    del pipe  # text encoders and VAE would lie beside the statistics
     work = Work(
         network, recorded, spread(recorded, options.calls), recipe, options.budget, progress, partial.store, done
     )
@@ -151,7 +167,7 @@ def _calibrated(
     header.layers, header.attention, header.table = made.layers, made.attention, made.table
     header.calibration |= made.facts
     if reference:
-        prepare_all(network, network.device)
+        pipe = load(model, dtype=torch.float32, network=network)
         pictures = _evaluate(pipe, folder, settings, options, prompts, recipe.label, progress, len(reference))
         header.calibration["fidelity"] = compare(reference, pictures)
     progress("save", 0, 1, str(out))

@@ -13,7 +13,8 @@ from ..method import Cost, LayerCost, LayerFacts, Made, Method, Work
 from ..recipe import LayerPlan, Recipe
 from .attention import AttentionPlan, use_log_attention
 from .channels import fake_quantize_input
-from .plan import GPTQ_MAX_REDUCTION, Layer, geometry, packed_bytes, plan_layers, quantizable
+from .plan import Layer, geometry, packed_bytes, plan_layers, quantizable
+from .rates import rounding_seconds
 from .rounding import pass_bytes, passes, quantize_unet
 from .skeleton import build_skeleton, fuse
 
@@ -99,18 +100,17 @@ def _rounded_input(layer: IntegerLayer, x: Tensor) -> Tensor:
 
 def _cost(network: nn.Module, recipe: Recipe, budget: int) -> Cost:
     layers, kept = plan_layers(network, recipe)
-    groups = passes(layers, budget)
-    peak = max(map(pass_bytes, groups))
-    return Cost({layer.name: _layer_cost(layer) for layer in layers}, kept, peak, len(groups))
+    groups = passes(layers, recipe, budget)
+    peak = max(pass_bytes(group, recipe) for group in groups)
+    return Cost({layer.name: _layer_cost(layer, recipe) for layer in layers}, kept, peak, len(groups))
 
 
-def _layer_cost(layer: Layer) -> LayerCost:
+def _layer_cost(layer: Layer, recipe: Recipe) -> LayerCost:
     plan = layer.plan
     n, k = plan.out_features, plan.reduction
-    gptq = k <= GPTQ_MAX_REDUCTION  # second moments, their Cholesky factor, and columns' errors carried on
     return LayerCost(
         layer.module, n * k, n, layer.weight.numel() + plan.bias * n, packed_bytes(plan),
-        lambda rows: rows * k * k + k**3 + 2 * n * k * k if gptq else 0,
+        lambda rows: rounding_seconds(plan, recipe, layer.input == layer.name, rows),
     )  # fmt: skip
 
 

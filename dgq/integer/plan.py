@@ -56,17 +56,9 @@ class Layer:
         return x[:, slice(*self.plan.columns)] if self.plan.columns else x
 
     @property
-    def moment_bytes(self) -> int:
-        """Memory of its statistics."""
-        k = self.plan.reduction
-        return 4 * ((k * k if k <= GPTQ_MAX_REDUCTION else k) + SAMPLE_ROWS * self.plan.in_features)
-
-    @property
-    def rounding_bytes(self) -> int:
-        """Memory that rounding it takes beside its statistics: GPTQ's factor, rotated moments, and a few copies of the
-        weight."""
-        k = self.plan.reduction
-        return 4 * ((2 * k * k if k <= GPTQ_MAX_REDUCTION else 0) + 8 * k * self.plan.out_features)
+    def input(self) -> str:
+        """Name of what it reads: of the first layer that does."""
+        return self.owner or self.name
 
 
 def quantizable(network: nn.Module) -> tuple[dict[str, nn.Linear | nn.Conv2d], dict[str, str]]:

@@ -18,18 +18,23 @@ from ..progress import silent
 from ..recipe import LayerPlan, Recipe
 from .channels import ChannelGroups, apply_layer, candidates, fake_quantize_input, worth
 from .layer import IntegerLayer
-from .plan import plan_layers
+from .plan import GPTQ_MAX_REDUCTION, SAMPLE_ROWS, plan_layers
 from .skeleton import place
-from .statistics import gather
+from .statistics import MOMENT_ROWS, gather
 from .weights import IntegerWeight, column_sum, gptq, nearest, quantize_weight
 
 if TYPE_CHECKING:
     from ..progress import Progress
     from .plan import Layer
     from .statistics import Statistics
+    from .weights import Rounding
 
 
-DEFAULT_BUDGET_BYTES = 4 * 2**30
+DEFAULT_BUDGET_BYTES = 3 * 2**30
+
+
+# Output channels of a layer that judge how its input channels are handled, where it has more than twice as many.
+JUDGED_ROWS = 128
 
 
 @dataclass
@@ -56,51 +61,126 @@ class RoundedLayer:
     error: float
 
 
-def round_layer(layer: Layer, statistics: Statistics, recipe: Recipe, groups: ChannelGroups) -> RoundedLayer:
+class Roundings:
+    """Prepares the rounding of layers that read one input: what it takes of the input's second moments is computed once
+    for the layers that handle their channels alike."""
+
+    def __init__(self, statistics: Statistics, recipe: Recipe) -> None:
+        self.statistics, self.recipe = statistics, recipe
+        self._last: tuple[ChannelGroups, Tensor, Rounding] | None = None
+
+    def under(self, groups: ChannelGroups) -> tuple[Tensor, Rounding]:
+        """The mean square, float32 (K,), of what each column of the folded weight reads, and how it is rounded."""
+        if self._last is None or not _reads_alike(self._last[0], groups):
+            self._last = None  # before another factor takes as much memory
+            self._last = (groups, *self._prepare(groups))
+        return self._last[1:]
+
+    def _prepare(self, groups: ChannelGroups) -> tuple[Tensor, Rounding]:
+        statistics, plan = self.statistics, self.statistics.plan
+        taps = plan.kernel_size**2
+        inverse = (1 / groups.folded)[groups.stored_order].repeat(taps)
+        moment = None if self.recipe.rounding == "nearest" else statistics.moment
+        if moment is None:
+            square = statistics.mean_square.cpu()[groups.stored_order] * inverse[: plan.in_features].square()
+            if groups.rotation:  # each gets its block's mean, as far as channels do not depend on each other
+                square = square.unflatten(0, (-1, groups.rotation)).mean(1).repeat_interleave(groups.rotation)
+            importance = square.repeat(taps).clamp(min=1e-12)
+            return importance, nearest(importance)
+        order: Tensor | None = None
+        scale: Tensor | None = inverse
+        if groups.rotation:
+            moment, scale = rotated_moment(moment, inverse, groups.rotation), None
+        elif groups.order is not None:
+            order = (torch.arange(taps)[:, None] * plan.in_features + groups.order).flatten()
+        square = moment.diagonal() / statistics.count
+        square = square if order is None else square[order]
+        importance = (square if scale is None else square * scale.square()).clamp(min=1e-12)
+        return importance, gptq(moment, order=order, scale=scale)
+
+
+def _reads_alike(one: ChannelGroups, other: ChannelGroups) -> bool:
+    """Whether the columns of weights folded by two groups read the same values."""
+    return (
+        one.rotation == other.rotation
+        and torch.equal(one.folded, other.folded)
+        and torch.equal(one.stored_order, other.stored_order)
+    )
+
+
+def round_layer(
+    layer: Layer, roundings: Roundings, groups: ChannelGroups, rows: Tensor | slice = slice(None)
+) -> RoundedLayer:
     """Fold the groups' divisor into the weight, round it by the recipe, and measure the output's error.
+
+    Args:
+        layer: to round.
+        roundings: of its input.
+        groups: how its channels are handled.
+        rows: output channels that are rounded, each as if all were.
 
     Raises:
         DgqError: the calibration inputs are not finite.
     """
+    weight, x = layer.weight[rows].cpu(), roundings.statistics.samples.cpu()
     plan = dataclasses.replace(
         layer.plan,
+        out_features=len(weight),
         channels=groups.mode,
         class_ends=groups.class_ends,
         reordered=groups.order is not None,
         rotation=groups.rotation,
     )
-    weight, x = layer.weight.cpu(), statistics.samples.cpu()
-    rounded = _round_weight(weight, groups, statistics, plan, recipe)
+    importance, rounding = roundings.under(groups)
+    rounded = quantize_weight(groups.fold(weight), plan.wbits, plan.weight_group, importance, rounding)
     target = apply_layer(x, weight, plan)
     natural = groups.unfold(rounded.dequantize(), plan)
     noise = apply_layer(fake_quantize_input(x, plan.abits, groups.divisor, groups.rotation), natural, plan) - target
     return RoundedLayer(groups, plan, rounded, float(noise.norm() / target.norm().clamp(min=1e-20)))
 
 
-def choose_rounded(layers: Sequence[Layer], statistics: Sequence[Statistics], recipe: Recipe) -> list[RoundedLayer]:
+def choose_rounded(layers: Sequence[Layer], statistics: Statistics, recipe: Recipe) -> list[RoundedLayer]:
     """Layers that read one input, under the channel handling of least output error in all; another than "none" has to
     be worth what it costs (`channels.worth`).
 
     Every candidate is rounded as the layer will be: GPTQ takes most of a rounding's error away, and an estimate by
-    nearest rounding would choose for errors that are not there.
+    nearest rounding would choose for errors that are not there. But some output channels of a wide layer tell enough.
     """
-    best: list[RoundedLayer] = []
-    least = math.inf
-    rms = statistics[0].mean_square.cpu().sqrt()
-    choices = [candidates(recipe.channels, rms, layer.plan.wbits) for layer in layers]
-    for groups in zip(*choices, strict=True):
-        rounded = [
-            round_layer(layer, seen, recipe, own) for layer, seen, own in zip(layers, statistics, groups, strict=True)
-        ]
-        error = sum(one.error for one in rounded) / (1 - worth(groups[0]))
-        if error < least:
-            best, least = rounded, error
-    return best
+    roundings = Roundings(statistics, recipe)
+    rms = statistics.mean_square.cpu().sqrt()
+    # the last, a rotation, is chosen most often: its part of `roundings` is at hand then
+    options = list(zip(*(candidates(recipe.channels, rms, layer.plan.wbits) for layer in layers), strict=True))
+    judged = [_judged_rows(layer) for layer in layers] if len(options) > 1 else [slice(None) for _ in layers]
+
+    def rounded(groups: Sequence[ChannelGroups], rows: Sequence[Tensor | slice]) -> list[RoundedLayer]:
+        each = zip(layers, groups, rows, strict=True)
+        return [round_layer(layer, roundings, own, some) for layer, own, some in each]
+
+    tried = [rounded(groups, judged) for groups in options]
+    errors = [
+        sum(one.error for one in some) / (1 - worth(groups[0]))
+        for groups, some in zip(options, tried, strict=True)
+    ]
+    best = min(range(len(options)), key=errors.__getitem__)
+    if all(isinstance(rows, slice) for rows in judged):
+        return tried[best]
+    return rounded(options[best], [slice(None) for _ in layers])
 
 
-def quantize_layers(layers: Sequence[Layer], statistics: Sequence[Statistics], recipe: Recipe) -> list[QuantizedLayer]:
+def _judged_rows(layer: Layer) -> Tensor | slice:
+    """Output channels by which the handling of a layer's input channels is chosen: all, or of many an even choice."""
+    n = layer.plan.out_features
+    return slice(None) if n <= 2 * JUDGED_ROWS else torch.linspace(0, n - 1, JUDGED_ROWS).long()
+
+
+def quantize_layers(layers: Sequence[Layer], statistics: Statistics, recipe: Recipe) -> list[QuantizedLayer]:
     """Quantize layers that read one input: choose their channel handling, round the weights, pack, and measure the
     outputs' SQNR.
+
+    Args:
+        layers: of one input.
+        statistics: its.
+        recipe: an "integer" recipe.
 
     Raises:
         DgqError: the calibration inputs or a weight are not finite, or int32 sums could overflow.
@@ -123,31 +203,6 @@ def quantize_layers(layers: Sequence[Layer], statistics: Sequence[Statistics], r
     return results
 
 
-def _round_weight(
-    weight: Tensor, groups: ChannelGroups, statistics: Statistics, plan: LayerPlan, recipe: Recipe
-) -> IntegerWeight:
-    """Fold the divisor into the weight, sort the channels, and round on the second moments of what x becomes."""
-    taps, matrix = plan.kernel_size**2, groups.fold(weight)
-    inverse = (1 / groups.folded)[groups.stored_order].repeat(taps)
-    if statistics.moment is None or recipe.rounding == "nearest":
-        square = statistics.mean_square.cpu()[groups.stored_order] * inverse[: plan.in_features].square()
-        if groups.rotation:  # each gets its block's mean, as far as channels do not depend on each other
-            square = square.unflatten(0, (-1, groups.rotation)).mean(1).repeat_interleave(groups.rotation)
-        importance = square.repeat(taps).clamp(min=1e-12)
-        return quantize_weight(matrix, plan.wbits, plan.weight_group, importance, nearest(importance))
-    moment, order = statistics.moment.cpu(), None
-    scale: Tensor | None = inverse
-    if groups.rotation:
-        moment, scale = rotated_moment(moment, inverse, groups.rotation), None
-    elif groups.order is not None:
-        order = (torch.arange(taps)[:, None] * plan.in_features + groups.order).flatten()
-    square = moment.diagonal() / statistics.count
-    square = square if order is None else square[order]
-    importance = (square if scale is None else square * scale.square()).clamp(min=1e-12)
-    rounding = gptq(moment, order=order, scale=scale)
-    return quantize_weight(matrix, plan.wbits, plan.weight_group, importance, rounding)
-
-
 def rotated_moment(moment: Tensor, scale: Tensor, block: int) -> Tensor:
     """The second moments, float32 (K, K), of what scaling by float32 (K,) and rotation in blocks make of an input."""
     result = torch.empty_like(moment)
@@ -158,16 +213,38 @@ def rotated_moment(moment: Tensor, scale: Tensor, block: int) -> Tensor:
     return result
 
 
-def pass_bytes(layers: Sequence[Layer]) -> int:
+def pass_bytes(layers: Sequence[Layer], recipe: Recipe) -> int:
     """Memory of layers whose statistics are gathered together, while the one that takes most is rounded."""
-    return sum(layer.moment_bytes for layer in layers) + max(layer.rounding_bytes for layer in layers)
+    return sum(input_bytes(together[0], recipe) for together in by_input(layers)) + max(
+        rounding_bytes(layer, recipe) for layer in layers
+    )
 
 
-def passes(layers: Sequence[Layer], budget: int) -> list[list[Layer]]:
+def input_bytes(layer: Layer, recipe: Recipe) -> int:
+    """Memory of the statistics of what a layer reads."""
+    plan = layer.plan
+    moments = plan.reduction * (plan.reduction + MOMENT_ROWS) // 2 if _has_moments(plan, recipe) else 0
+    return 4 * (moments + SAMPLE_ROWS * plan.in_features)
+
+
+def rounding_bytes(layer: Layer, recipe: Recipe) -> int:
+    """Memory that rounding a layer takes beside the statistics of its input: second moments as a square, rotated ones
+    where they are tried, GPTQ's factor, and a few copies of the weight."""
+    plan = layer.plan
+    rotated = any(groups.rotation for groups in candidates(recipe.channels, torch.ones(plan.in_features), plan.wbits))
+    squares = 2 + rotated if _has_moments(plan, recipe) else 0
+    return 4 * (squares * plan.reduction**2 + 8 * plan.reduction * plan.out_features)
+
+
+def _has_moments(plan: LayerPlan, recipe: Recipe) -> bool:
+    return recipe.rounding == "gptq" and plan.reduction <= GPTQ_MAX_REDUCTION
+
+
+def passes(layers: Sequence[Layer], recipe: Recipe, budget: int) -> list[list[Layer]]:
     """Split the layers into runs whose statistics and rounding fit the memory budget (bytes), or of one input."""
     groups: list[list[Layer]] = []
     for together in by_input(layers):
-        if groups and pass_bytes([*groups[-1], *together]) <= budget:
+        if groups and pass_bytes([*groups[-1], *together], recipe) <= budget:
             groups[-1].extend(together)
         else:
             groups.append(together)
@@ -178,7 +255,7 @@ def by_input(layers: Sequence[Layer]) -> list[list[Layer]]:
     """The layers in lists of those that read the same input."""
     owned: dict[str, list[Layer]] = {}
     for layer in layers:
-        owned.setdefault(layer.owner or layer.name, []).append(layer)
+        owned.setdefault(layer.input, []).append(layer)
     return list(owned.values())
 
 
@@ -214,10 +291,10 @@ def quantize_unet(
         if any(one.name not in finished for one in together)
         for layer in together
     ]
-    for group in passes(todo, budget):
-        gathered = gather(unet, group, calls, progress)
+    for group in passes(todo, recipe, budget):
+        gathered = gather(unet, group, calls, progress, recipe.rounding == "gptq")
         for together in by_input(group):
-            results = quantize_layers(together, [gathered.pop(layer.name) for layer in together], recipe)
+            results = quantize_layers(together, gathered.pop(together[0].input), recipe)
             for layer, result in zip(together, results, strict=True):
                 finished[layer.name] = result
                 if store is not None:

@@ -18,19 +18,30 @@ if TYPE_CHECKING:
     from .plan import Layer
 
 
+# Rows of the second moments that are summed up together, from the diagonal on: the rest is symmetric.
+MOMENT_ROWS = 512
+
+
 class Statistics:
-    """Streamed statistics of one layer's input.
+    """Streamed statistics of one input, of the layers that read it.
+
+    Args:
+        plan: of such a layer.
+        calls: how often something is added.
+        moments: whether second moments are summed up.
 
     Attributes:
-        moment: float32 (K, K), sum of x x^T in the order of `to_matrix`, or None where K is too long.
         mean_square: float32 (C,), of the input channels.
         samples: (M, C) or (B, C, H, W), evenly drawn from the calls.
     """
 
-    def __init__(self, plan: LayerPlan, calls: int) -> None:
+    def __init__(self, plan: LayerPlan, calls: int, moments: bool = True) -> None:
         self.plan = plan
         k = plan.reduction
-        self.moment = torch.zeros(k, k) if k <= GPTQ_MAX_REDUCTION else None
+        self._whole: Tensor | None = None
+        # row blocks of the upper triangle, the first of them (MOMENT_ROWS, K)
+        starts = range(0, k, MOMENT_ROWS) if moments and k <= GPTQ_MAX_REDUCTION else ()
+        self._triangle = [torch.zeros(min(MOMENT_ROWS, k - start), k - start) for start in starts]
         self._squares = torch.zeros(plan.in_features)
         self._channel_count = 0
         self.count = 0
@@ -53,8 +64,10 @@ class Statistics:
         self._channel_count += channels.shape[0]
         columns = x if x.dim() == 2 else self._columns(x)
         self.count += columns.shape[0]
-        if self.moment is not None:
-            self.moment = self.moment.to(x.device).addmm_(columns.t(), columns)
+        for i, block in enumerate(self._triangle):
+            start = i * MOMENT_ROWS
+            part = columns[:, start : start + len(block)]
+            self._triangle[i] = block.to(x.device).addmm_(part.t(), columns[:, start:])
 
     def _columns(self, x: Tensor) -> Tensor:
         """im2col rows (B * Ho * Wo, K) in the order (kh, kw, C) of `to_matrix`."""
@@ -73,6 +86,22 @@ class Statistics:
             self._samples.append(x[index.to(x.device)].clone())
 
     @property
+    def moment(self) -> Tensor | None:
+        """float32 (K, K), sum of x x^T in the order of `to_matrix`, on the CPU; None where there is none.
+
+        Made when it is first asked for; nothing can be added afterwards.
+        """
+        if self._triangle:
+            k = self.plan.reduction
+            self._whole = torch.empty(k, k)
+            for start in range(0, k, MOMENT_ROWS):
+                block = self._triangle.pop(0)
+                end = start + len(block)
+                self._whole[start:end, start:] = block
+                self._whole[end:, start:end] = block[:, len(block) :].t()
+        return self._whole
+
+    @property
     def samples(self) -> Tensor:
         return torch.cat(self._samples)
 
@@ -82,14 +111,30 @@ class Statistics:
 
 
 def gather(
-    unet: nn.Module, layers: Iterable[Layer], calls: Sequence[dict[str, Any]], progress: Progress = silent
+    unet: nn.Module,
+    layers: Iterable[Layer],
+    calls: Sequence[dict[str, Any]],
+    progress: Progress = silent,
+    moments: bool = True,
 ) -> dict[str, Statistics]:
-    """Replay recorded calls, on any device, through the float UNet and gather the statistics of some layers."""
-    gathered = {layer.name: Statistics(layer.plan, len(calls)) for layer in layers}
+    """Replay recorded calls, on any device, through the float UNet and gather the statistics of what some layers read.
+
+    Args:
+        unet: the float model.
+        layers: of several that read one input, the first one's is gathered.
+        calls: keyword arguments.
+        progress: told of stage "statistics".
+        moments: whether second moments are summed up.
+
+    Returns:
+        By `Layer.input`.
+    """
+    readers = {layer.input: layer for layer in reversed(list(layers))}
+    gathered = {name: Statistics(layer.plan, len(calls), moments) for name, layer in readers.items()}
 
     def hook(layer: Layer) -> Any:
-        return layer.module.register_forward_pre_hook(lambda _, args: gathered[layer.name].add(layer.own(args[0])))
+        return layer.module.register_forward_pre_hook(lambda _, args: gathered[layer.input].add(layer.own(args[0])))
 
     told: Any = lambda done, total: progress("statistics", done, total, f"call {done}")  # noqa: E731
-    replay(unet, calls, map(hook, layers), told)
+    replay(unet, calls, map(hook, readers.values()), told)
     return gathered

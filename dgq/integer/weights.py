@@ -19,15 +19,19 @@ from ..range_search import search_symmetric
 SUBSCALE_MAX = 15
 
 
-# Elements of the temporary that tries all sub-scales at once.
-SEARCH_ELEMENTS = 2**23
+# Elements of the temporary that tries all sub-scales at once: it stays in the cache.
+SEARCH_ELEMENTS = 2**19
 
 
 # Columns that GPTQ rounds before it tells all others.
 BLOCK = 64
 
 
-# Rows of a (K, K) matrix: rows(start, end) -> (end - start, K).
+# Columns of GPTQ's factor that are computed together.
+FACTOR_BLOCK = 512
+
+
+# Rows of a (K, K) matrix, from its diagonal on: rows(start, end) -> (end - start, K - start).
 Rows = Callable[[int, int], Tensor]
 
 
@@ -202,9 +206,18 @@ def gptq(
     k = len(second_moment)
 
     def rows(start: int, end: int) -> Tensor:
-        """Rows of H, in the order and at the scale of the weight's columns, not damped: (end - start, K)."""
-        part = second_moment[start:end] if order is None else second_moment[order[start:end]][:, order]
-        return part if scale is None else (part * scale).mul_(scale[start:end, None])
+        """Of H, in the order and at the scale of the weight's columns, not damped."""
+        part = second_moment[start:end, start:] if order is None else second_moment[order[start:end]][:, order[start:]]
+        return part if scale is None else (part * scale[start:]).mul_(scale[start:end, None])
+
+    def pulled(error: Tensor) -> Tensor:
+        """E H, damped, for errors E (N, K) of the weight: H stays as the moments have it."""
+        scaled = error if scale is None else error * scale
+        if order is None:
+            result = scaled @ second_moment
+        else:
+            result = (torch.empty_like(scaled).index_copy_(1, order, scaled) @ second_moment)[:, order]
+        return (result if scale is None else result.mul_(scale)).add_(error, alpha=damp)
 
     diagonal = second_moment.diagonal() if order is None else second_moment.diagonal()[order]
     importance = diagonal if scale is None else diagonal * scale.square()
@@ -225,7 +238,7 @@ def gptq(
             columns = weight[:, start:end]
             if start:
                 # where the errors made so far would have these columns
-                local = factor(start, end)[:, start:end]
+                local = factor(start, end)[:, : end - start]
                 columns = columns - torch.linalg.solve_triangular(local, slope[:, start:end], upper=True, left=False)
             steps.append(grid.start_group(columns, importance[start:end]))
             return steps[-1]
@@ -233,11 +246,7 @@ def gptq(
         block = min(grid.group, BLOCK)
         _sweep(rounded, slope, factor, factor_diagonal, next_step, grid)
         for _ in range(sweeps):
-            error = rounded - weight
-            slope = damp * error
-            for start in range(0, k, 2 * BLOCK):
-                end = min(start + 2 * BLOCK, k)
-                slope.addmm_(error[:, start:end], rows(start, end))
+            slope = pulled(rounded - weight)
             _sweep(rounded, slope, rows, importance + damp, lambda start: steps[start // block], grid)
         for i, step in enumerate(steps):
             rounded[:, i * block : (i + 1) * block] /= step[:, None]
@@ -249,18 +258,25 @@ def gptq(
 def _upper_factor(rows: Rows, k: int, damp: float) -> tuple[Rows, Tensor]:
     """R, upper triangular, with R R^T = H + damp * I: its rows, and its diagonal (K,).
 
-    Cholesky's factor of the matrix read from its last row and column to its first is R read so.
+    From the last columns to the first, a block at a time: what the later columns account for is taken off, and the rest
+    is factored. Cholesky's factor of a matrix read from its last row and column to its first is R read so.
     """
-    backward = torch.empty(k, k)
+    factor = torch.empty(k, k)
     for start in range(0, k, 2 * BLOCK):
         end = min(start + 2 * BLOCK, k)
-        backward[k - end : k - start] = rows(start, end).flip(0, 1)
-    backward.diagonal().add_(damp)
-    # LAPACK writes over a matrix whose columns lie together
-    lower, info = torch.linalg.cholesky_ex(backward.t(), out=(backward.t(), torch.empty(0, dtype=torch.int32)))
-    if int(info):
-        raise DgqError("the layer's second moments are not positive definite", "use more calibration prompts")
-    return lambda start, end: lower[k - end : k - start].flip(0, 1), lower.diagonal().flip(0)
+        factor[start:end, start:] = rows(start, end)
+    factor.diagonal().add_(damp)
+    for end in range(k, 0, -FACTOR_BLOCK):
+        start = max(end - FACTOR_BLOCK, 0)
+        panel = factor[:end, start:end]
+        panel.addmm_(factor[:end, end:], factor[start:end, end:].t(), alpha=-1)
+        lower, info = torch.linalg.cholesky_ex(panel[start:].flip(0, 1))
+        if int(info):
+            raise DgqError("the layer's second moments are not positive definite", "use more calibration prompts")
+        own = lower.flip(0, 1)
+        panel[start:] = own
+        panel[:start] = torch.linalg.solve_triangular(own.t(), panel[:start], upper=False, left=False)
+    return lambda start, end: factor[start:end, start:], factor.diagonal()
 
 
 def _sweep(
@@ -280,7 +296,7 @@ def _sweep(
     block = min(grid.group, BLOCK)
     for start in range(0, k, block):
         end = min(start + block, k)
-        step, ahead = step_at(start), rows(start, end)[:, start:]
+        step, ahead = step_at(start), rows(start, end)
         # a column's values side by side
         before, pull = rounded[:, start:end].t().contiguous(), slope[:, start:end].t().contiguous()
         after = torch.empty_like(before)

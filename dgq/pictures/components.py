@@ -7,7 +7,7 @@ import copy
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,9 @@ def _without_bars() -> Iterator[None]:
 
 
 @_without_bars()
-def assemble(folder: Path, dtype: torch.dtype) -> Any:
-    """The pipeline of a folder that `check_folder` has seen, on the CPU; every component is loaded strictly."""
+def assemble(folder: Path, dtype: torch.dtype, given: Mapping[str, Any] | None = None) -> Any:
+    """The pipeline of a folder that `check_folder` has seen, on the CPU; every component is loaded strictly, but those
+    that are given."""
     import diffusers
 
     index = folder / "model_index.json"
@@ -60,11 +61,10 @@ def assemble(folder: Path, dtype: torch.dtype) -> Any:
     with _quiet("transformers.utils.import_utils"):
         pipeline: Any = getattr(diffusers, read_json(index)["_class_name"])
     taken = inspect.signature(pipeline.__init__).parameters
-    parts = {
-        name: _component(folder, name, library, kind, dtype)
-        for name, (library, kind) in components(folder).items()
-        if name in taken
-    }
+    parts = dict(given or {})
+    for name, (library, kind) in components(folder).items():
+        if name in taken and name not in parts:
+            parts[name] = _component(folder, name, library, kind, dtype)
     _check_together(folder, parts)
     left_out = {name: None for name, entry in read_json(index).items() if entry == [None, None] and name in taken}
     # what the libraries would say of parts given to them is that they cannot tell the safety checker's class

@@ -214,6 +214,16 @@ def generate(
     return pictures
 
 
+def draw_latents(pipe: Any, prompt: str, settings: Settings) -> Tensor:
+    """The final latents of the picture that `generate` makes of one prompt, which is not decoded.
+
+    Raises:
+        DgqError: a bad size, or latents that are not finite.
+    """
+    width, height = check_size(pipe, settings)
+    return _sample(pipe, [prompt], [settings.seed % (MAX_SEED + 1)], settings, width, height, lambda step: None)
+
+
 class _Float32Noise(TorchFunctionMode):
     """Draws in float32 and rounds what is asked for in half precision: there torch makes other numbers of a generator,
     and other ones in each of its versions."""

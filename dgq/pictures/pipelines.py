@@ -15,7 +15,7 @@ from ..checkpoint.header import Header
 from ..checkpoint.reading import check_folder, read_header
 from ..devices import check_device
 from ..errors import DgqError
-from ..family import network_of
+from ..family import family_of, network_of
 from ..integer.shared_input import prepare_all
 from . import embedded
 from .components import assemble
@@ -148,6 +148,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    network: Any = None,
 ) -> Any:
     """Load a text-to-image pipeline, quantized or float, strictly.
 
@@ -155,6 +156,7 @@ def load(
         model: checkpoint folder, hub id, or None for the embedded model; or what `find_model` found.
         device: default CUDA where there is one, else CPU.
         dtype: dtype of everything that is not quantized; default float16 on CUDA, float32 on the CPU.
+        network: takes the place of the folder's.
 
     Returns:
         A diffusers pipeline in eval mode. Integer weights and their scales keep their types whatever `dtype` is.
@@ -172,7 +174,7 @@ def load(
         native.available()
     except ValueError as error:
         raise DgqError(str(error)) from None
-    pipe = assemble(folder, dtype)
+    pipe = assemble(folder, dtype, {} if network is None else {family_of(network).component: network})
     pipe.set_progress_bar_config(disable=True)
     pipe = pipe.to(place)
     prepare_all(network_of(pipe), place)

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
+from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -262,3 +264,39 @@ def test_a_huge_prompts_file_is_not_read_into_memory(tmp_path):
         file.truncate(2**40)  # without a byte on the disk
     with pytest.raises(DgqError, match="larger than 256 MiB"):
         read_prompts(tmp_path / "huge.txt")
+
+
+def test_text_encoder_and_vae_are_not_held_while_layers_are_quantized(tiny_pipeline, tmp_path, monkeypatch):
+    held, seen = [], []
+
+    def loaded(*args, **options):
+        pipe = load(*args, **options)
+        held.append((weakref.ref(pipe.text_encoder), weakref.ref(pipe.vae)))
+        return pipe
+
+    def told(stage, *_):
+        if stage in ("statistics", "quantize"):
+            seen.append([part() is None for part in held[0]])
+
+    load = quantize.load
+    monkeypatch.setattr(quantize, "load", loaded)
+    calibrate(tiny_pipeline, tmp_path / "out", Recipe(), Options(**{**FAST, "evaluate": 1}), told)
+    assert len(held) == 2  # they are loaded again to draw what is compared
+    assert seen
+    assert all(all(gone) for gone in seen)
+
+
+def test_recorded_pictures_are_not_decoded(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda *_, **__: pytest.fail("decoded"))
+    calibrate(tiny_pipeline, tmp_path / "out", QUICK, Options(**FAST))
+
+
+def test_size_of_calibration_pictures(tiny_pipeline, tmp_path):
+    options = Options(**{**FAST, "size": 64})
+    made = calibrate(tiny_pipeline, tmp_path / "out", Recipe(rounding="nearest"), options)
+    assert made.calibration["size"] == 64
+    assert read_header(tmp_path / "out").calibration["size"] == 64
+    small, large = (estimate(tiny_pipeline, Recipe(), Options(**{**FAST, "size": size})) for size in (64, 128))
+    assert large.macs_per_call > 3 * small.macs_per_call
+    with pytest.raises(DgqError, match="pictures of 65 pixels cannot be drawn"):
+        calibrate(tiny_pipeline, tmp_path / "other", Recipe(), Options(**{**FAST, "size": 65}))

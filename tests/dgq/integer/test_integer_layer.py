@@ -37,7 +37,7 @@ def quantized(module, x, **recipe):
     layer = Layer("layer", module, plan_layer(module, wanted.wbits, wanted))
     statistics = Statistics(layer.plan, 1)
     statistics.add(x)
-    return quantize_layers([layer], [statistics], wanted)[0]
+    return quantize_layers([layer], statistics, wanted)[0]
 
 
 CASES = [

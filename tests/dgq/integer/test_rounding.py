@@ -11,12 +11,26 @@ from torch import nn
 from dgq import architectures
 from dgq.errors import DgqError
 from dgq.family import family_of
+from dgq.integer import rounding
 from dgq.integer.channels import candidates, form_groups, to_matrix, worth
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import Layer, plan_layer, plan_layers
-from dgq.integer.rounding import choose_rounded, pass_bytes, passes, quantize_layers, quantize_unet, round_layer
+from dgq.integer.rounding import (
+    JUDGED_ROWS,
+    Roundings,
+    by_input,
+    choose_rounded,
+    input_bytes,
+    pass_bytes,
+    passes,
+    quantize_layers,
+    quantize_unet,
+    round_layer,
+    rounding_bytes,
+)
 from dgq.integer.skeleton import build_skeleton
-from dgq.integer.statistics import Statistics, gather
+from dgq.integer.statistics import MOMENT_ROWS, Statistics, gather
+from dgq.integer.weights import gptq
 from dgq.recipe import Recipe
 from dgq.replay import spread
 
@@ -63,9 +77,9 @@ def test_sums_that_could_overflow_are_refused_without_packing(monkeypatch):
         statistics.add(torch.ones(2, channels))
         if channels == 70_000:
             with pytest.raises(DgqError, match="wide: a sum over 70000 products could overflow int32"):
-                quantize_layers([layer], [statistics], recipe)
+                quantize_layers([layer], statistics, recipe)
         else:
-            assert quantize_layers([layer], [statistics], recipe)[0].layer.weight.min() == 127
+            assert quantize_layers([layer], statistics, recipe)[0].layer.weight.min() == 127
 
 
 def test_plan_covers_what_can_be_quantized_and_says_why_not(net):
@@ -152,6 +166,18 @@ def test_second_moment_is_that_of_the_matrix_form():
     assert torch.allclose(statistics.mean_square, x.square().mean((0, 2, 3)))
 
 
+def test_second_moments_are_whole_however_many_blocks_they_were_summed_in():
+    linear = nn.Linear(2 * MOMENT_ROWS + 70, 4)
+    x = torch.randn(50, linear.in_features)
+    statistics = Statistics(plan_layer(linear, 8, Recipe()), 2)
+    for part in x.split(30):
+        statistics.add(part)
+    moment = statistics.moment
+    assert torch.allclose(moment, x.t() @ x, rtol=1e-4, atol=1e-3)
+    assert statistics.moment is moment
+    assert Statistics(statistics.plan, 1, moments=False).moment is None
+
+
 def test_streaming_equals_one_batch():
     linear = nn.Linear(6, 4)
     x = torch.randn(40, 6)
@@ -174,14 +200,16 @@ def test_spread_takes_every_prompt_and_different_steps():
 
 def test_passes_keep_to_the_budget(net):
     layers, _ = plan_layers(net, Recipe())
-    groups = passes(layers, 1)
+    groups = passes(layers, Recipe(), 1)
     assert [len(group) for group in groups] == [1] * len(layers)
-    assert len(passes(layers, 2**40)) == 1
+    assert len(passes(layers, Recipe(), 2**40)) == 1
     for budget in (40_000, 60_000, 100_000):
-        groups = passes(layers, budget)
+        groups = passes(layers, Recipe(), budget)
         assert [layer for group in groups for layer in group] == layers
-        assert all(len(group) == 1 or pass_bytes(group) <= budget for group in groups)
-    assert [pass_bytes(group) > sum(layer.moment_bytes for layer in group) for group in groups] == [True] * len(groups)
+        assert all(len(group) == 1 or pass_bytes(group, Recipe()) <= budget for group in groups)
+    assert [pass_bytes(group, Recipe()) > sum(input_bytes(layer, Recipe()) for layer in group) for group in groups] == [
+        True
+    ] * len(groups)
 
 
 def most_bytes_held(run) -> int:
@@ -204,8 +232,20 @@ def test_rounding_takes_the_memory_that_the_estimate_counts(mode):
     seen.add(x)
     groups = form_groups(mode, seen.mean_square.sqrt(), 4)
     assert groups.mode == mode
-    held = most_bytes_held(lambda: round_layer(layer, seen, Recipe(), groups))
-    assert 4 * layer.plan.reduction**2 < held < 1.7 * layer.rounding_bytes
+    held = most_bytes_held(lambda: round_layer(layer, Roundings(seen, Recipe()), groups))
+    assert 4 * layer.plan.reduction**2 < held < 1.7 * rounding_bytes(layer, Recipe())
+
+
+def test_rotated_moments_are_counted_where_a_rotation_is_tried():
+    module = nn.Linear(256, 8)
+    layer, k = Layer("one", module, plan_layer(module, 4, Recipe())), 256
+    counted = {mode: rounding_bytes(layer, Recipe(channels=mode)) for mode in ("auto", "none", "smooth", "rotate")}
+    assert counted["rotate"] - counted["none"] == 4 * k * k
+    assert counted["smooth"] == counted["none"]
+    for mode, taken in counted.items():
+        rotated = any(one.rotation for one in candidates(mode, torch.ones(k), 4))
+        assert taken == counted["rotate" if rotated else "none"]
+    assert rounding_bytes(layer, Recipe(rounding="nearest")) == 4 * 8 * k * 8
 
 
 @pytest.mark.parametrize("wbits, abits, floor", [(8, 8, 33), (4, 8, 20), (4, 6, 18)])
@@ -242,7 +282,7 @@ def test_outlier_channels_are_found_and_plain_layers_left_alone(kind, wbits):
         layer = Layer("one", module, plan_layer(module, wbits, recipe))
         seen = Statistics(layer.plan, 1)
         seen.add(x)
-        return layer, seen, choose_rounded([layer], [seen], recipe)[0]
+        return layer, seen, choose_rounded([layer], seen, recipe)[0]
 
     module.weight.data.normal_(generator=g)
     assert chosen()[2].groups.mode == "none"
@@ -252,7 +292,7 @@ def test_outlier_channels_are_found_and_plain_layers_left_alone(kind, wbits):
     assert best.groups.mode != "none"
     assert (best.groups.divisor[:3] > 1).all()
     tried = [
-        (groups, round_layer(layer, seen, recipe, groups).error)
+        (groups, round_layer(layer, Roundings(seen, recipe), groups).error)
         for groups in candidates("auto", seen.mean_square.sqrt(), wbits)
     ]
     assert best.error in [error for _, error in tried]
@@ -292,11 +332,60 @@ def test_layers_of_one_input_are_handled_alike():
         layer = Layer(name, module, plan_layer(module, 8, Recipe(wbits=8)))
         seen = Statistics(layer.plan, 1)
         seen.add(x)
-        alone[name] = choose_rounded([layer], [seen], Recipe(wbits=8))[0].plan
+        alone[name] = choose_rounded([layer], seen, Recipe(wbits=8))[0].plan
     plans, _ = quantize_unet(net, [{"sample": x}], Recipe(wbits=8))
     kinds = {(plan.channels, plan.rotation, tuple(plan.class_ends)) for plan in plans.values()}
     assert len(kinds) == 1
     assert len({(plan.channels, plan.rotation) for plan in alone.values()}) > 1
+
+
+@torch.no_grad()
+def test_what_an_input_takes_is_made_once_for_all_its_layers(monkeypatch):
+    """Queries, keys and values read one input: one set of statistics, and one factor for each handling."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32,), cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
+        layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    ).eval()  # fmt: skip
+    layers = [layer for layer in plan_layers(unet, Recipe())[0] if ".attn1.to_" in layer.name and layer.owner]
+    together = by_input(layers)[0]
+    assert len(together) == 3
+    call = {"sample": torch.randn(2, 4, 8, 8), "timestep": 10, "encoder_hidden_states": torch.randn(2, 5, 32)}
+    gathered = gather(unet, layers, [call])
+    assert set(gathered) == {some[0].name for some in by_input(layers)}
+    factored = []
+    monkeypatch.setattr(rounding, "gptq", lambda *args, **options: factored.append(1) or gptq(*args, **options))
+    seen = gathered[together[0].name]
+    tried = len(candidates("auto", seen.mean_square.sqrt(), 4))
+    quantize_layers(together, seen, Recipe())
+    assert len(factored) == tried
+
+
+def test_some_rows_choose_for_a_wide_layer(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    module = nn.Linear(64, 1000, bias=False)
+    module.weight.data.normal_(generator=g)
+    x = torch.randn(512, 64, generator=g)
+    x[:, :3] *= 20
+    module.weight.data[:, :3] /= 20
+    layer = Layer("one", module, plan_layer(module, 4, Recipe()))
+    seen = Statistics(layer.plan, 1)
+    seen.add(x)
+    rounded = []
+    whole = round_layer
+
+    def watched(*args):
+        rounded.append(whole(*args))
+        return rounded[-1]
+
+    monkeypatch.setattr(rounding, "round_layer", watched)
+    best = choose_rounded([layer], seen, Recipe())[0]
+    assert [len(one.weight.codes) for one in rounded] == [JUDGED_ROWS] * (len(rounded) - 1) + [1000]
+    monkeypatch.setattr(rounding, "JUDGED_ROWS", 1000)
+    expected = choose_rounded([layer], seen, Recipe())[0]
+    assert best.groups.mode == expected.groups.mode != "none"
+    assert torch.equal(best.weight.codes, expected.weight.codes)
+    assert best.error == expected.error
 
 
 def test_finished_layers_are_not_done_again(net, calls):

@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgq.errors import DgqError
-from dgq.integer.weights import Int8Grid, TwoLevelGrid, column_sum, gptq, nearest, quantize_weight
+from dgq.integer.weights import (
+    FACTOR_BLOCK,
+    Int8Grid,
+    TwoLevelGrid,
+    _upper_factor,
+    column_sum,
+    gptq,
+    nearest,
+    quantize_weight,
+)
 from dgq_kernels import packing
 
 
@@ -141,3 +150,16 @@ def test_two_level_grid_pads_a_ragged_tail():
     grid = TwoLevelGrid(weight, 32, torch.ones(33))
     result = nearest(torch.ones(33))(weight, grid)
     assert result.subscales.shape == (3, 2)
+
+
+def test_factor_of_several_blocks():
+    k = 2 * FACTOR_BLOCK + 50
+    x = torch.randn(2 * k, k, dtype=torch.float64)
+    moment = x.t() @ x
+    rows, diagonal = _upper_factor(lambda start, end: moment[start:end, start:].float(), k, 3.0)
+    factor = torch.zeros(k, k, dtype=torch.float64)
+    for start in range(0, k, 100):
+        factor[start : start + 100, start:] = rows(start, start + 100)
+    factor = factor.triu()
+    assert torch.equal(factor.diagonal().float(), diagonal)
+    assert float((factor @ factor.t() - moment - 3 * torch.eye(k)).norm() / moment.norm()) < 1e-5

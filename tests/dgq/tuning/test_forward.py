@@ -9,7 +9,7 @@ from torch import nn
 from dgq.integer.channels import form_groups
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import Layer, plan_layer
-from dgq.integer.rounding import quantize_layers, round_layer
+from dgq.integer.rounding import Roundings, quantize_layers, round_layer
 from dgq.integer.statistics import Statistics
 from dgq.recipe import Recipe
 from dgq.tuning.forward import Experts, differentiable, expert_of
@@ -70,10 +70,10 @@ def test_forward_and_gradients_equal_the_formula(kind, wbits, channels, prepared
     statistics.add(x)
     if channels == "rotate" and kind in ("linear", "strided"):
         smooth = form_groups("smooth", statistics.mean_square.sqrt(), wbits)
-        one = round_layer(planned, statistics, wanted, dataclasses.replace(smooth, rotation=16))
+        one = round_layer(planned, Roundings(statistics, wanted), dataclasses.replace(smooth, rotation=16))
         layer = IntegerLayer.from_quantized(one.plan, one.weight, one.groups, module.bias)
     else:
-        layer = quantize_layers([planned], [statistics], wanted)[0].layer
+        layer = quantize_layers([planned], statistics, wanted)[0].layer
     if prepared:
         layer.prepare(x.device)
     unet = Unet(layer)
@@ -126,7 +126,7 @@ def test_experts_that_a_step_does_not_use_stay_bit_for_bit():
     planned = Layer("layer", module, plan_layer(module, 8, wanted))
     statistics = Statistics(planned.plan, 1)
     statistics.add(x)
-    unet = Unet(quantize_layers([planned], [statistics], wanted)[0].layer)
+    unet = Unet(quantize_layers([planned], statistics, wanted)[0].layer)
     experts = Experts(Layout.of(unet, True), 2, 1000, x.device)
     optimizer = torch.optim.AdamW(experts.vectors, lr=0.01, weight_decay=0)
     with differentiable(unet, experts):

@@ -1,0 +1,103 @@
+"""What rounding a layer takes on this machine, from short measurements."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..recipe import LayerPlan, Recipe
+from .channels import candidates
+from .plan import GPTQ_MAX_REDUCTION, SAMPLE_ROWS
+from .rounding import JUDGED_ROWS
+from .statistics import MOMENT_ROWS
+from .weights import Int8Grid, TwoLevelGrid, gptq
+
+SWEEPS = 3  # of GPTQ over the columns: rounding, and two descents
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of the steps of a rounding, at best.
+
+    Attributes:
+        product: one multiply-accumulate of a large float32 product.
+        search: the grid of one weight, by the weight's bits.
+        column: a column in one sweep of GPTQ; row: one of its rows more.
+        copied: one value of a (K, K) matrix, read, scaled and written.
+    """
+
+    product: float
+    search: dict[int, float]
+    column: float
+    row: float
+    copied: float
+
+
+def alone(run: Callable[[], object]) -> float:
+    """Seconds that a short run takes of one thread: its own time, whatever else the machine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run()
+        taken = []
+        for _ in range(5):
+            start = time.thread_time()
+            run()
+            taken.append(time.thread_time() - start)
+        return min(taken)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@functools.cache
+def rates() -> Rates:
+    """Of this process's threads, among which all but a column's small steps are divided."""
+    threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(512, 512, generator=generator)
+    ones = torch.ones(512)
+    grids: dict[int, Callable[[], object]] = {
+        4: lambda: TwoLevelGrid(a[:64], 32, ones), 8: lambda: Int8Grid(a[:64], ones),
+    }  # fmt: skip
+    search = {bits: alone(make) / a[:64].numel() / threads for bits, make in grids.items()}
+    product = alone(lambda: a @ a) / len(a) ** 3 / threads
+    k, few, many = 64, 16, 512
+    rounding = gptq((a.t() @ a)[:k, :k].contiguous())
+
+    def swept(rows: int) -> float:
+        weight = a[:rows, :k].contiguous()
+        grid = Int8Grid(weight, ones[:k])
+        return alone(lambda: rounding(weight, grid)) / (SWEEPS * k)
+
+    column, wide = swept(few), swept(many)
+    copied = alone(lambda: (a * ones).mul_(ones[:, None])) / a.numel() / threads
+    return Rates(product, search, column, max(wide - column, 0.0) / (many - few) / threads, copied)
+
+
+def rounding_seconds(plan: LayerPlan, recipe: Recipe, first: bool, rows: int) -> float:
+    """What gathering the statistics of a layer's input and rounding the layer takes, in seconds.
+
+    Args:
+        plan: before its handling is chosen.
+        recipe: an "integer" recipe.
+        first: whether it is the first of the layers that read its input: what is made once for them is its.
+        rows: of its output (tokens or pixels), of all replayed calls.
+    """
+    n, k, rate = plan.out_features, plan.reduction, rates()
+    tried = len(candidates(recipe.channels, torch.arange(1.0, plan.in_features + 1), plan.wbits))
+    judged = min(n, JUDGED_ROWS) if n > 2 * JUDGED_ROWS else n
+    rounded = n if tried == 1 else tried * n if judged == n else n + tried * judged  # rows, of all roundings
+    times = tried + (judged < n and tried > 1)
+    seconds = rounded * k * (rate.search[plan.wbits] + SAMPLE_ROWS * 2 * rate.product)
+    if recipe.rounding == "gptq" and k <= GPTQ_MAX_REDUCTION:
+        products = rounded * k * k * (SWEEPS / 2 + SWEEPS - 1)  # what columns pull at later ones, and E H
+        if first:
+            products += rows * k * (k + MOMENT_ROWS) / 2 + tried * k**3 / 6
+        seconds += products * rate.product
+        seconds += k * SWEEPS * (times * rate.column + rounded * rate.row)
+        seconds += times * SWEEPS / 2 * k * k * rate.copied
+    return seconds
