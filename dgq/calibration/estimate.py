@@ -66,14 +66,16 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     assert settings.steps is not None
     assert settings.guidance is not None
     count = options.prompts if isinstance(options.prompts, int) else len(options.prompts)
-    recorded = count * settings.steps
+    doubled = family.doubled(network.config, settings.guidance)
+    apart = doubled and family.separate_guidance
+    recorded = count * settings.steps * (2 if apart else 1)
     replayed = recorded if cost.whole else min(recorded, options.calls)
-    parameters = sum(p.numel() for p in network.parameters())
+    parameters = sum(tensor.numel() for tensor in network.state_dict().values())
     quantized = sum(layer.parameters for layer in cost.layers.values())
     packed = sum(layer.stored_bytes for layer in cost.layers.values())
-    rows = _rows_per_call(network, cost.layers, 2 if family.doubled(network.config, settings.guidance) else 1)
+    rows = _rows_per_call(network, cost.layers, 2 if doubled and not apart else 1)
     macs = sum(rows[name] * layer.macs for name, layer in cost.layers.items())
-    work = (recorded + cost.passes * replayed + 2 * options.evaluate * settings.steps) * macs
+    work = (recorded + cost.passes * replayed + 2 * options.evaluate * settings.steps * (2 if apart else 1)) * macs
     work += sum(layer.work(replayed * rows[name]) for name, layer in cost.layers.items())
     return Estimate(
         layers=len(cost.layers), kept=dict(cost.kept), float16_bytes=2 * parameters,

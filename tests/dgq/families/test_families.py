@@ -44,8 +44,9 @@ class Toy(Family):
     shortened = (("transformer_blocks", "block"),)
 
     def call(
-        self, config: Any, batch: int, device: torch.device, *, tokens: int = 77, timestep: int = 500, seed: int = 0
-    ) -> dict[str, Any]:
+        self, config: Any, batch: int, device: torch.device, *, tokens: int, timestep: int = 500, seed: int = 0,
+        pixels: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         size = config.sample_size
         return {
             "hidden_states": torch.zeros(batch, config.in_channels, size, size, device=device),
@@ -91,11 +92,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def toy() -> Iterator[Toy]:
+def unknown() -> Iterator[None]:
+    """dgq without the family that knows this network."""
+    families = FAMILIES[:]
+    FAMILIES[:] = [family for family in families if family.network != Toy.network]
+    yield
+    FAMILIES[:] = families
+
+
+@pytest.fixture
+def toy(unknown: None) -> Toy:
     family = Toy()
     FAMILIES.append(family)
-    yield family
-    FAMILIES.remove(family)
+    return family
 
 
 def test_a_family_is_calibrated_loaded_drawn_inspected_and_measured(toy: Toy, folder: Path, tmp_path: Path) -> None:
@@ -161,7 +170,9 @@ def test_a_family_is_benched_by_its_configuration(toy: Toy, folder: Path, tmp_pa
     assert {case.plan.in_features for case in model_cases(folder)} >= {32, 128}
 
 
-def test_without_its_family_it_is_refused_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
+def test_without_its_family_it_is_refused_before_anything_is_loaded(
+    unknown: None, folder: Path, tmp_path: Path
+) -> None:
     for attempt in (
         lambda: dgq.load(folder),
         lambda: calibrate(folder, tmp_path / "out", Recipe()),
