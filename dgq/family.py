@@ -239,8 +239,29 @@ class Family:
 
 FAMILIES: list[Family] = []
 
-# Of networks that are in no family: every Linear and Conv2d but a first and a last convolution is quantized.
-UNKNOWN = Family()
+
+class Unknown(Family):
+    """Networks that are in no family: of every Linear and Conv2d only what its name says is a first or last layer, or
+    an embedder, stays float, and what modulates a block keeps 8 bits."""
+
+    float_layers = {  # noqa: RUF012 (read only)
+        **FIRST_AND_LAST,
+        **dict.fromkeys(
+            (
+                "x_embedder*", "img_in*", "pos_embed.*", "patch_embed*", "proj_in", "proj_out", "norm_out.*",
+                "final_layer.*",
+            ),
+            "first and last layer stay float",
+        ),
+        **dict.fromkeys(("context_embedder*", "txt_in*", "caption_projection.*"), "reads the text, once a call"),
+        **dict.fromkeys(("time_*", "t_embedder*", "adaln_single.*"), "one row a sample, which every block reads"),
+    }  # fmt: skip
+    wide_layers = dict.fromkeys(
+        ("*.norm*.linear", "*modulation*", "*_mod.*"), "scales and gates of a whole block or of all"
+    )
+
+
+UNKNOWN = Unknown()
 
 
 def named(network: str) -> Family:

@@ -186,9 +186,19 @@ def test_without_its_family_it_is_refused_before_anything_is_loaded(
         architectures.skeleton({**CONFIG, "_class_name": "SD3Transformer2DModel"})
 
 
+@pytest.mark.parametrize("name", ["flux.1-dev", "sd3.5-medium", "qwen-image", "pixart-sigma", "sana-1.6b"])
+def test_a_network_of_no_family_is_quantized_nearly_as_by_its_own(name: str) -> None:
+    """By the names that layers have in diffusers: no block's layer stays float, no embedder is quantized."""
+    network = architectures.network(architectures.ARCHITECTURES[name])
+    family = family_of(network)
+    layers = [at for at, one in network.named_modules() if isinstance(one, torch.nn.Linear | torch.nn.Conv2d)]
+    assert {at for at in layers if UNKNOWN.kept(at)} == {at for at in layers if family.kept(at)}
+    assert [UNKNOWN.weight_bits(at, 4) for at in layers] == [family.weight_bits(at, 4) for at in layers]
+
+
 def test_networks_of_no_family_keep_a_first_and_a_last_convolution() -> None:
     assert family_of(torch.nn.Linear(2, 2)) is UNKNOWN
-    assert UNKNOWN.float_layers == FIRST_AND_LAST
+    assert all(UNKNOWN.kept(name) for name in FIRST_AND_LAST)
     with pytest.raises(DgqError, match="has no network that dgq works with"):
         network_of(object())
 

@@ -23,7 +23,7 @@ from dgq.bench.files import absmax_weight
 from dgq.calibration.estimate import estimate
 from dgq.calibration.run import Options, calibrate
 from dgq.checkpoint.header import Header
-from dgq.checkpoint.reading import family_at, read_header
+from dgq.checkpoint.reading import family_at, read_header, tensor_table, weight_files
 from dgq.errors import DgqError
 from dgq.evaluation import evaluate as evaluation
 from dgq.family import FAMILIES, family_of, network_of, working
@@ -32,7 +32,7 @@ from dgq.inspection.measure import MeasureOptions, measure_checkpoint
 from dgq.integer.channels import no_groups
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import Layer, input_owners, plan_layer
-from dgq.integer.skeleton import SplitLayer
+from dgq.integer.skeleton import SplitLayer, stored_names
 from dgq.pictures.generation import Settings, check_prompts, generate
 from dgq.recipe import LayerPlan, Recipe
 from dgq.replay import predicted, record_inputs, replay
@@ -150,6 +150,9 @@ def test_what_is_quantized_is_what_the_family_says(made: Made) -> None:
         known = family.skeleton(dict(quantized.config)).named_modules()
         assert any(fnmatch.fnmatchcase(name, pattern) for name, one in known if isinstance(one, nn.Linear | nn.Conv2d))
     assert made.header.attention is None
+    (file,) = weight_files(made.folder / "transformer")
+    own = stored_names(quantized)  # all else is in half precision, a table of positions too
+    assert {kind for name, (_, kind) in tensor_table(file).items() if name not in own} <= {"F16", "I64"}
     blocks = {split_name(name)[0] for name in layers}
     assert all(short_block(block)[-1].isdigit() for block in blocks if family.block.match(block))
     assert len([block for block in blocks if family.block.match(block)]) > 1
