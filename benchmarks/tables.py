@@ -340,10 +340,35 @@ def predicted() -> str:
     return table(("predicted, not measured: ms, and times fp16", *devices.values()), lines)
 
 
+def models() -> str:
+    """Sizes of well-known networks, from their configurations: nothing of it is measured."""
+    from dgq import architectures
+    from dgq.integer.plan import packed_bytes, plan_layers
+    from dgq.recipe import Recipe
+
+    lines = []
+    for name, known in architectures.ARCHITECTURES.items():
+        network = architectures.network(known)
+        values = sum(tensor.numel() for tensor in network.state_dict().values())
+        sizes = []
+        for bits in (8, 4):
+            layers = plan_layers(network, Recipe(wbits=bits))[0]
+            whole = {layer.name if not layer.plan.columns else layer.plan.owner(layer.name): layer for layer in layers}
+            taken = sum(one.numel() for layer in whole.values() for one in layer.module.parameters())
+            sizes.append(sum(packed_bytes(layer.plan) for layer in layers) + 2 * (values - taken))
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        lines.append((
+            f"`{name}`", f"{parameters / 1e9:.2f}", *(f"{size / 1e9:.2f}" for size in (4 * values, 2 * values, *sizes)),
+            str(len(whole)),
+        ))  # fmt: skip
+    header = ("computed, GB", "parameters, 10^9", "float32", "float16", "W8A8", "W4A8", "quantized layers")
+    return table(header, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "fidelity": fidelity, "fidelity-short": fidelity_short, "recipes": recipes, "peers": peers,
     "step-embedded": step_embedded, "step-sd": step_sd, "step-short": step_short, "products": products,
-    "compiled": compiled, "predicted": predicted,
+    "compiled": compiled, "predicted": predicted, "models": models,
 }  # fmt: skip
 
 

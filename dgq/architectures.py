@@ -13,50 +13,36 @@ from torch import Tensor, nn
 from .checkpoint.reading import read_json
 from .errors import DgqError
 from .families import FAMILIES
-from .family import TOKENS, Architecture, family_of, named
+from .family import Architecture, family_of, named
 
 ARCHITECTURES = {name: one for family in FAMILIES for name, one in family.architectures.items()}
-
-
-# What `dgq bench --predict` draws and nothing runs.
-PREDICTED = {name: one for family in FAMILIES for name, one in family.predicted.items()}
 
 
 # Of a configuration that names no class.
 DEFAULT_NETWORK = FAMILIES[0].network
 
 
-def drawn(name: str, pixels: int | None = None) -> Architecture:
-    """As `architecture`, and the networks in PREDICTED too; for pictures of this height and width.
-
-    Raises:
-        DgqError: as `architecture`; pixels is not a positive multiple of 64.
-    """
-    known = PREDICTED[name] if name in PREDICTED else architecture(name, (*ARCHITECTURES, *PREDICTED))
-    if pixels is None:
-        return known
-    if pixels < 64 or pixels % 64:
-        raise DgqError(f"pictures of {pixels} pixels cannot be drawn", "give a multiple of 64")
-    return replace(known, config={**known.config, "sample_size": pixels // 8})
-
-
-def architecture(name: str, names: tuple[str, ...] = ()) -> Architecture:
+def architecture(name: str, pixels: int | None = None) -> Architecture:
     """The architecture of this name, or of a network's config.json (called with two samples).
 
     Args:
         name: of ARCHITECTURES, or a path.
-        names: to tell of where there is none; those of ARCHITECTURES where empty.
+        pixels: height and width of the picture; None for its own.
 
     Raises:
-        DgqError: there is none, or the file is not a JSON object.
+        DgqError: there is none, or the file is not a JSON object; pixels is not a positive multiple of 64.
     """
+    if pixels is not None:
+        if pixels < 64 or pixels % 64:
+            raise DgqError(f"pictures of {pixels} pixels cannot be drawn", "give a multiple of 64")
+        return replace(architecture(name), pixels=pixels)
     if name.endswith(".json"):
         config = read_json(Path(name))
         config.pop("quantization_config", None)
         return Architecture(config, 2, config.get("_class_name", DEFAULT_NETWORK))
     if name not in ARCHITECTURES:
         raise DgqError(
-            f"architecture {name!r} is not one of {', '.join(names or ARCHITECTURES)}",
+            f"architecture {name!r} is not one of {', '.join(ARCHITECTURES)}",
             "or give a network's config.json",
         )
     return ARCHITECTURES[name]
@@ -97,12 +83,16 @@ def random_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def call(
-    network: nn.Module, batch: int, device: torch.device, *, tokens: int = TOKENS, timestep: int = 500, seed: int = 0
-) -> dict[str, Any]:
-    """Keyword arguments of one call of a network at its default size, float32 noise (see its family).
+    network: nn.Module, batch: int, device: torch.device, *, tokens: int | None = None, timestep: int = 500,
+    seed: int = 0, pixels: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Keyword arguments of one call of a network, float32 noise (`Family.call`), with as many tokens as are usual.
 
     Raises:
         DgqError: it wants conditions that its configuration does not tell, or no size.
     """
     described: Any = network
-    return family_of(network).call(described.config, batch, device, tokens=tokens, timestep=timestep, seed=seed)
+    family = family_of(network)
+    return family.call(
+        described.config, batch, device, tokens=tokens or family.tokens, timestep=timestep, seed=seed, pixels=pixels
+    )

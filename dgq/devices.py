@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,17 @@ from .errors import DgqError
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """value with its tensors moved; they may be nested in dicts (added_cond_kwargs)."""
+    """value with its tensors moved; they may be nested in dicts (added_cond_kwargs), lists and tuples."""
+    return over_tensors(value, lambda tensor: tensor.to(device))
+
+
+def over_tensors(value: Any, made: Callable[[Tensor], Any]) -> Any:
+    """value with what is made of each tensor in its place; they may be nested in dicts, lists and tuples."""
     if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
+        return {key: over_tensors(item, made) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(over_tensors(item, made) for item in value)
+    return made(value) if isinstance(value, Tensor) else value
 
 
 def _kinds() -> list[str]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -30,13 +31,15 @@ class Architecture:
         config: of diffusers' class, where it differs from the defaults.
         batch: samples of a call (two with guidance).
         network: diffusers' class.
-        tokens: of the text.
+        tokens: of the text; None for the family's.
+        pixels: height and width of the picture; None for the network's default size.
     """
 
     config: dict[str, Any]
     batch: int
     network: str
-    tokens: int = TOKENS
+    tokens: int | None = None
+    pixels: int | None = None
 
 
 class Family:
@@ -52,7 +55,14 @@ class Family:
         pipelines: diffusers' classes that draw with it from a text alone; none where it cannot be quantized yet.
         needed: the components that these cannot do without.
         arguments: a call's arguments in the order they may be given by position.
-        float_layers: layers that stay float, and why.
+        timestep: which of them is the timestep.
+        tokens: of the text that a call reads, usually.
+        separate_guidance: whether the two halves of the guidance are computed in two calls, not in one of two samples.
+        guidance_argument: how the pipeline calls its guidance scale.
+        float_layers: layers that stay float, names or patterns of `fnmatch`, and why.
+        wide_layers: layers, by pattern, whose weights take 8 bits where the recipe says fewer, and why.
+        shared_inputs: names of layers in a module, below its own, that read one tensor, beside the queries, keys and
+            values of an attention.
         start_token: whether the first key of cross-attention is a start token, which takes most of the probability:
             then attention may be the logarithmic one, else it is float.
         tuned: whether `dgq tune` knows what it predicts and reads, and where latents come from.
@@ -61,7 +71,6 @@ class Family:
         block: what a layer's name begins with where it lies in one of the repeated blocks.
         shortened: (long, short) of the words in such a block's name, for tables.
         architectures: well-known networks by name, which `dgq bench --arch` runs with random weights.
-        predicted: those that `dgq bench --predict` draws and nothing runs.
     """
 
     network = ""
@@ -70,14 +79,19 @@ class Family:
     pipelines: tuple[str, ...] = ()
     needed: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
+    timestep = "timestep"
+    tokens = TOKENS
+    separate_guidance = False
+    guidance_argument = "guidance_scale"
     float_layers: Mapping[str, str] = FIRST_AND_LAST
+    wide_layers: Mapping[str, str] = {}
+    shared_inputs: tuple[tuple[str, ...], ...] = (("add_q_proj", "add_k_proj", "add_v_proj"),)
     start_token = False
     tuned = False
     fused: Mapping[type[nn.Module], tuple[Callable[[Any], bool], Any]] = {}
     block = re.compile(r"(?!)")
     shortened: tuple[tuple[str, str], ...] = ()
     architectures: Mapping[str, Architecture] = {}
-    predicted: Mapping[str, Architecture] = {}
 
     def network_class(self) -> Any:
         """diffusers' class."""
@@ -99,8 +113,17 @@ class Family:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DgqError(f"the {self.title}'s configuration cannot be used ({reason})") from None
 
+    def kept(self, name: str) -> str | None:
+        """Why a layer stays float; None for those that are quantized."""
+        return next((why for pattern, why in self.float_layers.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+    def weight_bits(self, name: str, bits: int) -> int:
+        """Bits of a layer's weight where the recipe says `bits` of all layers."""
+        return max(bits, 8) if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.wide_layers) else bits
+
     def joined_inputs(self, network: nn.Module) -> dict[str, int]:
-        """1x1 convolutions that read two tensors joined along the channels: {name: channels of the first}."""
+        """Linear layers and 1x1 convolutions that read two tensors joined along the channels: {name: channels of the
+        first}."""
         return {}
 
     def after_norm(self, network: nn.Module) -> set[str]:
@@ -118,6 +141,10 @@ class Family:
         Raises:
             DgqError: it takes more than latents.
         """
+
+    def generation(self, index: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:
+        """A model's own "steps" and "guidance", by its model_index.json and its network's configuration."""
+        return {"steps": 25, "guidance": 7.5}
 
     def check_parts(self, folder: Path, parts: Mapping[str, Any]) -> None:
         """Refuse components of a folder's pipeline that load one by one and fail only while they draw.
@@ -149,13 +176,37 @@ class Family:
         """Inverse of `packed`, for pictures of this width and height in pixels."""
         return latents
 
+    def prompt_tokens(self, pipe: Any, prompt: str) -> tuple[int, int]:
+        """How many tokens a prompt has, and how many the model reads: of the encoder that reads most."""
+        tokenizer = pipe.tokenizer
+        return len(tokenizer(prompt, truncation=False, verbose=False).input_ids), tokenizer.model_max_length
+
     def pipeline_arguments(self, prompts: Sequence[str], negative: str, guidance: float) -> dict[str, Any]:
-        """What the pipeline is called with for prompts and guidance."""
-        return {"prompt": list(prompts), "negative_prompt": [negative] * len(prompts), "guidance_scale": guidance}
+        """What the pipeline is called with for prompts and guidance.
+
+        Raises:
+            DgqError: it takes no negative prompt.
+        """
+        return {
+            "prompt": list(prompts), "negative_prompt": [negative] * len(prompts), self.guidance_argument: guidance,
+        }  # fmt: skip
+
+    def step_callback(self, on_step: Callable[[int], None]) -> dict[str, Any]:
+        """What the pipeline is called with so that it tells the number of steps done after each."""
+
+        def after(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            on_step(step + 1)
+            return tensors
+
+        return {"callback_on_step_end": after}
 
     def doubled(self, config: Any, guidance: float) -> bool:
-        """Whether a call computes both halves of the guidance."""
+        """Whether both halves of the guidance are computed, in one call or in two (`separate_guidance`)."""
         return guidance > 1
+
+    def guidance_weights(self, batch: int, guidance: float) -> Tensor:
+        """How the samples of a call make up the guided output: (B,), or one where each is a result by itself."""
+        return torch.tensor([1 - guidance, guidance]) if batch == 2 else torch.ones(1)
 
     def decode(self, pipe: Any, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) of latents (B, C, h, w)."""
@@ -166,9 +217,19 @@ class Family:
         return pixels
 
     def call(
-        self, config: Any, batch: int, device: torch.device, *, tokens: int = TOKENS, timestep: int = 500, seed: int = 0
-    ) -> dict[str, Any]:
-        """Keyword arguments of one call of a network of this configuration at its default size, float32 noise.
+        self, config: Any, batch: int, device: torch.device, *, tokens: int, timestep: int = 500, seed: int = 0,
+        pixels: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Keyword arguments of one call of a network of this configuration, float32 noise.
+
+        Args:
+            config: the network's.
+            batch: samples.
+            device: where they are made.
+            tokens: of the text.
+            timestep: of 1000.
+            seed: of the noise.
+            pixels: height and width of the picture; None for the default size.
 
         Raises:
             DgqError: the configuration does not tell them.
@@ -178,8 +239,29 @@ class Family:
 
 FAMILIES: list[Family] = []
 
-# Of networks that are in no family: every Linear and Conv2d but a first and a last convolution is quantized.
-UNKNOWN = Family()
+
+class Unknown(Family):
+    """Networks that are in no family: of every Linear and Conv2d only what its name says is a first or last layer, or
+    an embedder, stays float, and what modulates a block keeps 8 bits."""
+
+    float_layers = {  # noqa: RUF012 (read only)
+        **FIRST_AND_LAST,
+        **dict.fromkeys(
+            (
+                "x_embedder*", "img_in*", "pos_embed.*", "patch_embed*", "proj_in", "proj_out", "norm_out.*",
+                "final_layer.*",
+            ),
+            "first and last layer stay float",
+        ),
+        **dict.fromkeys(("context_embedder*", "txt_in*", "caption_projection.*"), "reads the text, once a call"),
+        **dict.fromkeys(("time_*", "t_embedder*", "adaln_single.*"), "one row a sample, which every block reads"),
+    }  # fmt: skip
+    wide_layers = dict.fromkeys(
+        ("*.norm*.linear", "*modulation*", "*_mod.*"), "scales and gates of a whole block or of all"
+    )
+
+
+UNKNOWN = Unknown()
 
 
 def named(network: str) -> Family:
@@ -221,6 +303,53 @@ def noise(shape: Sequence[int], device: torch.device, generator: torch.Generator
     if device.type == "meta":
         return torch.empty(tuple(shape), device=device)
     return torch.randn(tuple(shape), generator=generator).to(device)
+
+
+def pack_patches(latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) as a row for each patch of 2x2, (B, h / 2 * w / 2, 4 C)."""
+    patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h / 2, 2, w / 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpack_patches(rows: Tensor, height: int, width: int) -> Tensor:
+    """Inverse of `pack_patches`, for latents of this height and width."""
+    patches = rows.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def chat_tokens(tokenizer: Any, prompt: str, **options: Any) -> int:
+    """How many tokens a prompt has in the template of a chat; `options` are the template's."""
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    return len(tokenizer(text, truncation=False, verbose=False).input_ids)
+
+
+def no_negative(title: str, negative: str) -> None:
+    """Refuse a negative prompt that a pipeline does not take.
+
+    Raises:
+        DgqError: there is one.
+    """
+    if negative:
+        raise DgqError(f"a {title} takes no negative prompt", "leave it out")
+
+
+def check_fit(folder: Path, component: str, latents: tuple[int, int], text: tuple[int, int]) -> None:
+    """Refuse components that are not the network's.
+
+    Args:
+        folder: the pipeline's.
+        component: of the network.
+        latents: channels that the VAE makes, and that the network takes.
+        text: width that the encoders make, and that the network takes.
+
+    Raises:
+        DgqError: they differ.
+    """
+    if latents[0] != latents[1]:
+        raise DgqError(f"{folder}: latents of {latents[0]} channels, but the {component} takes {latents[1]}")
+    if text[0] != text[1]:
+        raise DgqError(f"{folder}: text of width {text[0]}, but the {component} takes {text[1]}")
 
 
 def check_scale(folder: Path, vae: Any) -> None:

@@ -69,9 +69,14 @@ class Recipe:
         """Short name for tables, such as "integer W4A8" or "paper G=16 W4A8"."""
         return f"{METHODS[self.name].label(self)} W{self.wbits}A{self.abits}"
 
-    def weight_bits(self, layer: str) -> int:
-        """Weight bits of a layer after the overrides; 0 means the layer stays float."""
-        bits = self.wbits
+    def weight_bits(self, layer: str, bits: int | None = None) -> int:
+        """Weight bits of a layer after the overrides; 0 means the layer stays float.
+
+        Args:
+            layer: its name.
+            bits: where no override says otherwise; None for `wbits`.
+        """
+        bits = self.wbits if bits is None else bits
         for pattern, value in self.overrides:
             if fnmatch.fnmatchcase(layer, pattern):
                 bits = value

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .devices import to_device
+from .devices import over_tensors, to_device
 from .family import family_of
 from .progress import silent
 
@@ -28,17 +29,16 @@ def record_inputs(
         prompts: calibration prompts.
 
     Returns:
-        For each prompt the list of its calls, one per sampler step, as keyword arguments (tensors detached).
+        For each prompt the list of its calls, one or two per sampler step, as keyword arguments (tensors detached),
+        without `return_dict`.
     """
     calls: list[dict[str, Any]] = []
     names = family_of(network).arguments
 
-    def keep(value: Any) -> Any:
-        return value.detach().clone() if isinstance(value, Tensor) else value
-
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(names, args, strict=False)) | kwargs
-        calls.append({name: keep(value) for name, value in named.items()})
+        named.pop("return_dict", None)
+        calls.append(over_tensors(named, lambda tensor: tensor.detach().clone()))
 
     recorded = []
     with hooked([network.register_forward_pre_hook(hook, with_kwargs=True)]):
@@ -80,36 +80,55 @@ def replay(
             told(done, len(calls))
 
 
-def pack_calls(calls: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """The tensors of calls, and of the mappings in them, by "number/argument/key" as safetensors can hold them.
+def predicted(network: nn.Module, call: dict[str, Any]) -> Tensor:
+    """What a network makes of a call: (B, ...), stacked where it makes a list of samples."""
+    output: Any = network(**call, return_dict=False)[0]
+    return torch.stack(output) if isinstance(output, list) else output
 
-    What is no tensor is the pipeline's constant, and left out.
-    """
-    packed: dict[str, Tensor] = {}
-    for i, call in enumerate(calls):
-        for name, value in call.items():
-            nested = value if isinstance(value, Mapping) else {"": value}
-            for key, tensor in nested.items():
-                if isinstance(tensor, Tensor):  # copied: calls share what stays the same, a file may not
-                    packed[f"{i}/{name}/{key}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return packed
+
+_TENSOR = "tensor"  # the key of a JSON object that stands for a tensor
+_FORM = "form"  # among packed tensors: the calls as JSON, in bytes
+
+
+def take_apart(value: Any) -> tuple[Any, list[Tensor]]:
+    """Tensors nested in dicts, lists and tuples, and the rest as JSON has it, tuples as lists."""
+    tensors: list[Tensor] = []
+
+    def note(tensor: Tensor) -> dict[str, int]:
+        tensors.append(tensor)
+        return {_TENSOR: len(tensors) - 1}
+
+    return over_tensors(value, note), tensors
+
+
+def put_together(form: Any, tensors: Sequence[Tensor]) -> Any:
+    """Inverse of `take_apart`."""
+    if isinstance(form, dict):
+        if set(form) == {_TENSOR}:
+            return tensors[form[_TENSOR]]
+        return {key: put_together(item, tensors) for key, item in form.items()}
+    return [put_together(item, tensors) for item in form] if isinstance(form, list | tuple) else form
+
+
+def pack_calls(calls: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Calls as safetensors can hold them: their tensors by number, and all else in the bytes of a JSON text."""
+    form, tensors = take_apart(list(calls))
+    # copied: calls share what stays the same, a file may not
+    packed = {
+        str(i): tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for i, tensor in enumerate(tensors)
+    }
+    return {**packed, _FORM: torch.frombuffer(bytearray(json.dumps(form).encode()), dtype=torch.uint8)}
 
 
 def unpack_calls(packed: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """Inverse of `pack_calls`.
 
     Raises:
-        ValueError: a name is none that it makes.
+        ValueError, KeyError, TypeError: it did not make this.
     """
-    calls: dict[int, dict[str, Any]] = {}
-    for path, tensor in packed.items():
-        number, name, key = path.split("/")
-        call = calls.setdefault(int(number), {})
-        if key:
-            call.setdefault(name, {})[key] = tensor
-        else:
-            call[name] = tensor
-    return [calls[i] for i in sorted(calls)]
+    form = json.loads(bytes(packed[_FORM].tolist()))
+    calls: list[dict[str, Any]] = put_together(form, [packed[str(i)] for i in range(len(packed) - 1)])
+    return calls
 
 
 def spread(recorded: list[list[dict[str, Any]]], limit: int) -> list[dict[str, Any]]:

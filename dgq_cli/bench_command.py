@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from dgq.bench import Report, Row
 
 STAGES = {"kernels": "kernels", "files": "files", "load": "load", "step": "step"}
+# of dgq.architectures.ARCHITECTURES
+NAMES = (
+    "sd-v1.4, sdxl-turbo, sd3.5-medium, sd3.5-large, flux.1-dev, flux.1-schnell, flux.2-klein-4b, flux.2-klein-9b, "
+    "pixart-alpha, pixart-sigma, z-image, qwen-image, sana-1.6b"
+)
 # in the order of dgq.bench.Row
 COLUMNS = ("p20 ms", "p50 ms", "p80 ms", "x float32")
 
@@ -21,16 +26,14 @@ def command(
     model: ModelOption = None,
     arch: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Instead: sd-v1.4, sdxl-turbo or a network's config.json, random weights."),
+        typer.Option(metavar="NAME", help=f"Instead, with random weights: {NAMES}, or a network's config.json."),
     ] = None,
     predict: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="Measure nothing: bounds of a step on GPUs; sd-v1.4, sdxl-turbo or pixart-alpha."
-        ),
+        typer.Option(metavar="NAME", help="Measure nothing: bounds of a step on GPUs, of what --arch takes."),
     ] = None,
     pixels: Annotated[
-        int | None, typer.Option(metavar="N", help="With --predict: the picture's height and width; default 512.")
+        int | None, typer.Option(metavar="N", help="Of --arch and --predict: the picture's height and width.")
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Weight bits, 4 or 8, where the model is a float model.")] = None,
     what: Annotated[str, typer.Option(help="kernels (single layers), step (whole calls) or all.")] = "all",
@@ -63,8 +66,8 @@ def command(
         else:
             typer.echo(text(predictions, products=True))
         return
-    if pixels is not None:
-        raise typer.BadParameter("--pixels goes with --predict")
+    if pixels is not None and arch is None:
+        raise typer.BadParameter("--pixels goes with --arch and --predict")
     _check("--bits", bits, (4, 8, None))
     _check("--what", what, ("kernels", "step", "all"))
     _check("--shapes", shapes, ("model", "large"))
@@ -80,8 +83,8 @@ def command(
         check_csv(csv)
     with StageProgress(STAGES) as progress:
         report = bench(
-            model, arch=arch, what=what, bits=bits, repeats=repeats, large=shapes == "large", peers=peers,
-            compiled=compiled, work=work, threads=threads, device=device, progress=progress,
+            model, arch=arch, pixels=pixels, what=what, bits=bits, repeats=repeats, large=shapes == "large",
+            peers=peers, compiled=compiled, work=work, threads=threads, device=device, progress=progress,
         )  # fmt: skip
     try:
         if csv is not None:

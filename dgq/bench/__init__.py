@@ -30,8 +30,8 @@ __all__ = [
 
 
 def bench(
-    model: str | os.PathLike[str] | None = None, *, arch: str | None = None, what: str = "all",
-    bits: int | None = None, repeats: int = 20, large: bool = False, peers: str | None = None,
+    model: str | os.PathLike[str] | None = None, *, arch: str | None = None, pixels: int | None = None,
+    what: str = "all", bits: int | None = None, repeats: int = 20, large: bool = False, peers: str | None = None,
     compiled: bool | None = None, work: Path | None = None, threads: int | None = None, device: str | None = None,
     progress: Progress = silent,
 ) -> Report:  # fmt: skip
@@ -40,6 +40,7 @@ def bench(
     Args:
         model: checkpoint, float model (quantized on the fly), or None for the embedded model.
         arch: instead of a model, the step of a well-known architecture, or of a network's config.json, random weights.
+        pixels: height and width of the architecture's picture; None for its own.
         what: "kernels", "step" or "all".
         bits: weight bits; default both for kernels and architectures, 4 for the step of a float model.
         repeats: timed calls of each system.
@@ -64,6 +65,8 @@ def bench(
         raise DgqError("an architecture has only a step to time", "leave out --model and --what kernels")
     if arch is None and work is not None:
         raise DgqError("only an architecture's files are kept", "leave out --work, or give --arch")
+    if arch is None and pixels is not None:
+        raise DgqError("a model has its own size", "leave out --pixels, or give --arch")
     chosen = chosen_peers(peers)
     if what == "kernels" and (chosen or compiled):
         raise DgqError("other systems are set beside steps, not layers", "leave out --with and --compile")
@@ -83,7 +86,7 @@ def bench(
         notes: list[str] = []
         if found is None:
             assert arch is not None
-            rows, notes = bench_architecture(arch, both, options, progress)
+            rows, notes = bench_architecture(arch, both, options, progress, pixels)
         else:
             if what != "step":
                 cases = model_cases(found.folder) + (large_cases() if large else [])

@@ -35,7 +35,7 @@ from ..integer.skeleton import stored_names
 from ..integer.weights import SUBSCALE_MAX, IntegerWeight, nearest, quantize_weight
 from ..outputs import atomic_folder
 from ..recipe import LayerPlan, Recipe
-from ..replay import pack_calls, unpack_calls
+from ..replay import pack_calls, predicted, put_together, take_apart, unpack_calls
 from ..version import __version__
 
 Call = dict[str, Any]
@@ -181,10 +181,10 @@ def quantized_model(source: str, target: str, wbits: int, search: bool) -> None:
     empty = family.skeleton(config)
     with torch.device("meta"):
         apply_header(empty, header)
-    # as `write_checkpoint` does: parameters in half precision, what a layer stores as it is
-    parameters = {name for name, _ in empty.named_parameters()} - stored_names(empty)
+    # as `write_checkpoint` does: what stays float in half precision, what a layer stores as it is
+    halved = set(network.state_dict()) - stored_names(empty)
     specs = {
-        name: (tensor.shape, torch.float16 if name in parameters else tensor.dtype)
+        name: (tensor.shape, torch.float16 if name in halved and tensor.is_floating_point() else tensor.dtype)
         for name, tensor in empty.state_dict().items()
     }
     rounded = searched_weight if search else absmax_weight
@@ -211,42 +211,25 @@ def quantized_model(source: str, target: str, wbits: int, search: bool) -> None:
 
 
 class _Flat(nn.Module):
-    """A network whose arguments are tensors in the order of `flatten`."""
+    """A network whose arguments are the tensors of calls of one form."""
 
-    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, network: nn.Module, form: Any) -> None:
         super().__init__()
-        self.network, self.names = network, names
+        self.network, self.form = network, form
 
     def forward(self, *values: Tensor) -> Tensor:
-        call: Call = {}
-        for name, value in zip(self.names, values, strict=True):
-            key, _, leaf = name.partition("/")
-            if leaf:
-                call.setdefault(key, {})[leaf] = value
-            else:
-                call[key] = value
-        output: Tensor = self.network(**call, return_dict=False)[0]
-        return output
-
-
-def flatten(call: Call) -> dict[str, Tensor]:
-    """The tensors of a call in a fixed order; those of mappings are named key/leaf."""
-    flat: dict[str, Tensor] = {}
-    for key in sorted(call):
-        nested = call[key] if isinstance(call[key], Mapping) else {"": call[key]}
-        flat.update({f"{key}/{leaf}" if leaf else key: nested[leaf] for leaf in sorted(nested)})
-    return flat
+        return predicted(self.network, put_together(self.form, values))
 
 
 def openvino_model(source: str, target: str, calls: str) -> None:
     """target/float32 and target/float16: the float network for calls of the given shapes, as OpenVINO models."""
     import openvino
 
-    call = flatten(load_calls(Path(calls))[0])
+    form, tensors = take_apart(load_calls(Path(calls))[0])
     with atomic_folder(Path(target)) as folder, torch.no_grad():
         model = openvino.convert_model(
-            _Flat(load_network(Path(source), torch.float32), list(call)), example_input=tuple(call.values()),
-            input=[tuple(tensor.shape) for tensor in call.values()],
+            _Flat(load_network(Path(source), torch.float32), form), example_input=tuple(tensors),
+            input=[tuple(tensor.shape) for tensor in tensors],
         )  # fmt: skip
         openvino.save_model(model, folder / "float32" / OPENVINO, compress_to_fp16=False)
         openvino.save_model(model, folder / "float16" / OPENVINO, compress_to_fp16=True)
@@ -257,7 +240,7 @@ def nncf_model(source: str, target: str, calls: str) -> None:
     import nncf
     import openvino
 
-    samples = [[tensor.numpy() for tensor in flatten(call).values()] for call in load_calls(Path(calls))]
+    samples = [[tensor.numpy() for tensor in take_apart(call)[1]] for call in load_calls(Path(calls))]
     with atomic_folder(Path(target)) as folder:
         # the type for transformers also quantizes the products of attention's queries and keys
         model = nncf.quantize(

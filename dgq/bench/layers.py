@@ -92,8 +92,9 @@ def model_cases(folder: Path) -> list[Case]:
 
     handles = [layer.module.register_forward_pre_hook(hook(layer)) for layer in layers]
     text = folder / "text_encoder" / "config.json"
-    tokens = read_json(text).get("max_position_embeddings") if text.is_file() else None
-    call = architectures.call(network, 2, torch.device("meta"), tokens=tokens or architectures.TOKENS)
+    limit = read_json(text).get("max_position_embeddings") if text.is_file() else None
+    tokens = family_at(folder).tokens
+    call = architectures.call(network, 2, torch.device("meta"), tokens=min(tokens, limit or tokens))
     replay(network, [call], handles, lambda done, total: None)
     return sorted(cases.values(), key=lambda case: (case.plan.kind, -case.operations))
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 import dgq_kernels
 from dgq_kernels.linear.tiles import Config, Machine, Tiling, choose
 
-from ..architectures import call, drawn, network
+from ..architectures import architecture, call, network
 from ..errors import DgqError
 from ..family import family_of
 
@@ -174,13 +175,13 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
     computed).
 
     Args:
-        name: of an architecture (`architectures.drawn`).
+        name: of an architecture (`architectures.architecture`).
         pixels: height and width of the picture; the architecture's own where None.
 
     Raises:
         DgqError: no such architecture, or a size that it cannot have.
     """
-    known = drawn(name, pixels)
+    known = architecture(name, pixels)
     net: Any = network(known)
     family = family_of(net)
     after_norm = family.after_norm(net)
@@ -188,9 +189,9 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
     gated = {f"{path}.proj" for path, module in net.named_modules() if type(module).__name__ == "GEGLU"}
 
     def weighted(path: str) -> Any:
-        joined = {"attn1.to_q": 3, "attn2.to_k": 2}
+        joined = {"attn1.to_q": 3, "attn2.to_k": 2} if family.fused else {}
         parts = next((count for end, count in joined.items() if path.endswith(end)), 1)
-        left_out = path.endswith(("attn1.to_k", "attn1.to_v", "attn2.to_v"))
+        left_out = bool(joined) and path.endswith(("attn1.to_k", "attn1.to_v", "attn2.to_v"))
 
         def hook(module: Any, arguments: tuple[Any, ...], y: torch.Tensor) -> None:
             if left_out:
@@ -201,22 +202,31 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
             quantize = 0 if path in after_norm else 2 if per_sample else 1
             found.append(
                 Work(kind, y.numel() // n, k, n, x.numel(), n * k, y.numel(), parts=parts, quantize=quantize,
-                     gated=path in gated, quantized=path not in family.float_layers)
+                     gated=path in gated and bool(family.fused), quantized=not family.kept(path))
             )  # fmt: skip
 
         return hook
 
-    def attention(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], y: torch.Tensor) -> None:
-        x, context = arguments[0], keywords.get("encoder_hidden_states")
-        batch, queries, _ = x.shape
-        keys = queries if context is None else context.shape[1]
-        width = module.to_q.out_features // module.heads
-        values = batch * module.heads * width
-        kind = "self-attention" if context is None else "cross-attention"
-        found.append(
-            Work(kind, queries, 2 * width, keys, values * (queries + 2 * keys), 0, values * queries,
-                 batch * module.heads)
-        )  # fmt: skip
+    class Attention(TorchFunctionMode):
+        """Notes every attention, whatever module it is of, and products of two activations (linear attention)."""
+
+        def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+            y = function(*arguments, **(keywords or {}))
+            if function is torch.nn.functional.scaled_dot_product_attention:
+                query, key = arguments[:2] if arguments else (keywords["query"], keywords["key"])
+                queries, keys, width = query.shape[2], key.shape[2], query.shape[3]
+                kind = "self-attention" if queries == keys else "cross-attention"
+                found.append(
+                    Work(kind, queries, 2 * width, keys, y.numel() + 2 * key.numel(), 0, y.numel(),
+                         query.shape[:2].numel(), quantized=family.start_token)
+                )  # fmt: skip
+            elif function in (torch.matmul, torch.Tensor.__matmul__) and arguments[1].dim() > 2:
+                a, b = arguments
+                found.append(
+                    Work("linear attention", a.shape[-2], a.shape[-1], b.shape[-1], a.numel() + b.numel(), 0,
+                         y.numel(), y.shape[:-2].numel(), quantized=False)
+                )  # fmt: skip
+            return y
 
     def passes(kind: str, read: int, rereads: int = 0, quantized: bool = True) -> Any:
         """A hook for a pass that reads `read` values and writes one for each of its outputs."""
@@ -224,8 +234,9 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
         def hook(_module: Any, _arguments: Any, y: Any) -> None:
             size = (y if isinstance(y, torch.Tensor) else y[0]).numel()
             found.append(
-                Work(kind, 0, 0, 0, read * size, 0, size, rereads=rereads, gated=kind == "geglu", quantized=quantized)
-            )
+                Work(kind, 0, 0, 0, read * size, 0, size, rereads=rereads, gated=kind == "geglu",
+                     quantized=quantized and bool(family.fused))
+            )  # fmt: skip
 
         return hook
 
@@ -248,10 +259,8 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
         elif kind == "BasicTransformerBlock":
             for _ in range(3):
                 module.register_forward_hook(passes("add", 2))
-        elif hasattr(module, "to_q"):
-            module.register_forward_hook(attention, with_kwargs=True)
-    with torch.no_grad():
-        net(**call(net, known.batch, torch.device("meta"), tokens=known.tokens))
+    with torch.no_grad(), Attention():
+        net(**call(net, known.batch, torch.device("meta"), tokens=known.tokens, pixels=known.pixels))
     return found
 
 

@@ -181,15 +181,16 @@ def _folder(work: Path | None, name: str) -> Iterator[Path]:
 
 
 def bench_architecture(
-    name: str, bits: Sequence[int], options: Options, progress: Progress = silent
+    name: str, bits: Sequence[int], options: Options, progress: Progress = silent, pixels: int | None = None
 ) -> tuple[list[Row], list[str]]:
-    """Time whole calls of an architecture with random weights, at its default size.
+    """Time whole calls of an architecture with random weights.
 
     Args:
         name: of `architectures.ARCHITECTURES`, or a network's config.json.
         bits: weight bits of the dgq systems.
         options: how.
         progress: told of "files", "load" and "step".
+        pixels: height and width of the picture; None for its own.
 
     Returns:
         The rows and what to know about them.
@@ -197,16 +198,17 @@ def bench_architecture(
     Raises:
         DgqError: no such architecture, too little memory or disk, or float32 or the files of a dgq system failed.
     """
-    which = architectures.architecture(name)
+    which = architectures.architecture(name, pixels)
     network = architectures.network(which)
     size = Size.of(network)
     half = dtype_name(half_dtype(options.device))
     host = torch.device("cpu")
-    call = architectures.call(network, which.batch, host)
-    calibration = [
-        architectures.call(network, which.batch, host, timestep=timestep, seed=i + 1)
-        for i, timestep in enumerate(CALIBRATION_TIMESTEPS)
-    ]
+
+    def call(timestep: int, seed: int) -> Call:
+        return architectures.call(
+            network, which.batch, host, tokens=which.tokens, timestep=timestep, seed=seed, pixels=which.pixels
+        )
+
     content = json.dumps([__version__, which.config, which.batch], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
     with _folder(options.work, f"{Path(name).stem}-{digest}") as root:
@@ -219,7 +221,8 @@ def bench_architecture(
             spec = plan.spec("torch", folder, half)
             plan.systems.append(System(f"dgq W{wbits}A8", (spec,), bytes_per_parameter=DGQ_BYTES[wbits]))
         free = plan.check(size, name)
-        save_calls([call], root / "calls.safetensors")
+        save_calls([call(500, 0)], root / "calls.safetensors")
+        calibration = [call(timestep, i + 1) for i, timestep in enumerate(CALIBRATION_TIMESTEPS)]
         save_calls(calibration, root / "calibration.safetensors")
         notes = [
             f"{Path(name).name} has random weights: speed and memory are the model's, errors are not",

@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..devices import over_tensors
 from ..errors import DgqError
 from ..integer.layer import IntegerLayer
 from ..integer.shared_input import prepare_all
 from ..integer.stored import StoredWeight
-from .files import OPENVINO, Call, flatten, load_calls, load_network
+from ..replay import predicted, take_apart
+from .files import OPENVINO, Call, load_calls, load_network
 from .rows import WARM_UP, timed
 
 
@@ -54,12 +56,14 @@ Step = Callable[[Call], Tensor]
 
 
 def cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A call's argument on a device: float tensors in a dtype, pictures channels-last."""
-    if isinstance(value, dict):
-        return {key: cast(item, dtype, device) for key, item in value.items()}
-    # scalars are timesteps, whose float dtype is the model's business
-    value = value.to(device, dtype if value.is_floating_point() and value.dim() > 1 else value.dtype)
-    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+    """A call's arguments on a device: float tensors in a dtype, pictures channels-last."""
+
+    def made(tensor: Tensor) -> Tensor:
+        # scalars are timesteps, whose float dtype is the model's business
+        tensor = tensor.to(device, dtype if tensor.is_floating_point() and tensor.dim() > 1 else tensor.dtype)
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+    return over_tensors(value, made)
 
 
 def weight_bytes(network: nn.Module) -> int:
@@ -92,7 +96,7 @@ def _eager(spec: Spec, **options: Any) -> Any:
 
 
 def _steps(network: Any) -> Step:
-    return lambda call: network(**call, return_dict=False)[0]
+    return lambda call: predicted(network, call)
 
 
 def _load_torch(spec: Spec) -> tuple[Step, Any]:
@@ -141,7 +145,7 @@ def _load_openvino(spec: Spec) -> tuple[Step, Any]:
 
     def step(call: Call) -> Tensor:
         # the arrays are the call's own memory: nothing is copied
-        request.infer([tensor.numpy() for tensor in flatten(call).values()], share_inputs=True)
+        request.infer([tensor.numpy() for tensor in take_apart(call)[1]], share_inputs=True)
         return torch.from_numpy(request.get_output_tensor().data)
 
     return step, None
@@ -157,12 +161,9 @@ def _serve(spec: Spec, output: str, answer: Callable[..., None]) -> None:
     device = torch.device(spec.device)
     step, network = LOADERS[spec.kind](spec)
     calls = load_calls(Path(spec.calls))
-    if spec.kind == "openvino":  # made for the memory layout that the calls are kept in
-        inputs = calls
-    else:
-        inputs = [
-            {key: cast(value, getattr(torch, spec.dtype), device) for key, value in call.items()} for call in calls
-        ]
+    inputs = calls
+    if spec.kind != "openvino":  # which was made for the memory layout that the calls are kept in
+        inputs = [cast(call, getattr(torch, spec.dtype), device) for call in calls]
     np.save(output, torch.stack([step(call).float().cpu() for call in inputs]).numpy())
     run = functools.partial(step, inputs[len(inputs) // 2])
     warm = min(timed(run, device) for _ in range(WARM_UP))

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from ..replay import hooked, replay
 from .run import float_model, wanted_settings
 
 if TYPE_CHECKING:
+    from ..family import Family
     from .run import Options
 
 
@@ -73,27 +75,34 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     found = float_model(model)
     folder = found.folder
     family = family_at(folder)
-    network = family.skeleton({**network_config(folder), **_sizes(folder, options.size)})
+    vae, config, pixels = _vae(folder), dict(network_config(folder)), options.size
+    if pixels and "sample_size" in config:
+        config["sample_size"], pixels = pixels // _decoder(family, vae)[1], None
+    network = family.skeleton(config)
     cost = METHODS[recipe.name].cost(network, recipe, options.budget)
     settings = wanted_settings(options, found)
     assert settings.steps is not None
     assert settings.guidance is not None
     count = options.prompts if isinstance(options.prompts, int) else len(options.prompts)
-    recorded = count * settings.steps
+    doubled = family.doubled(network.config, settings.guidance)
+    apart = doubled and family.separate_guidance
+    recorded = count * settings.steps * (2 if apart else 1)
     replayed = recorded if cost.whole else min(recorded, options.calls)
-    parameters = sum(p.numel() for p in network.parameters())
+    parameters = sum(tensor.numel() for tensor in network.state_dict().values())
     quantized = sum(layer.parameters for layer in cost.layers.values())
     packed = sum(layer.stored_bytes for layer in cost.layers.values())
-    rows = _rows_per_call(network, cost.layers, 2 if family.doubled(network.config, settings.guidance) else 1)
+    rows = _rows_per_call(network, cost.layers, 2 if doubled and not apart else 1, pixels)
     macs = sum(rows[name] * layer.macs for name, layer in cost.layers.items())
-    decoder, others = _others(folder, settings.width)
-    drawn = 2 * options.evaluate * settings.steps
+    per_pixel, factor = _decoder(family, vae)
+    drawn = 2 * options.evaluate
     per_call = macs * _seconds_per_mac() + len(cost.layers) * SECONDS_PER_LAYER
-    seconds = (recorded + cost.passes * replayed + drawn) * per_call
-    seconds += 2 * options.evaluate * decoder * _seconds_per_mac()
+    seconds = (recorded + cost.passes * replayed + drawn * settings.steps * (2 if apart else 1)) * per_call
+    pipe = SimpleNamespace(vae=vae, vae_scale_factor=factor, **{family.component: network})
+    width, height = (options.size, options.size) if options.size else family.default_size(pipe)
+    seconds += drawn * width * height * per_pixel * _seconds_per_mac()
     seconds += sum(layer.seconds(replayed * rows[name]) for name, layer in cost.layers.items())
     # either the whole pipeline records, or the network alone is quantized
-    memory = 4 * parameters + max(others, cost.statistics_bytes + packed)
+    memory = 4 * parameters + max(_others(folder), cost.statistics_bytes + packed)
     return Estimate(
         layers=len(cost.layers), kept=dict(cost.kept), float16_bytes=2 * parameters,
         packed_bytes=2 * (parameters - quantized) + packed, statistics_bytes=cost.statistics_bytes,
@@ -103,15 +112,9 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     )  # fmt: skip
 
 
-def _sizes(folder: Path, pixels: int | None) -> dict[str, Any]:
-    """What a network's configuration says of pictures of this size, if it says anything."""
-    if pixels is None or "sample_size" not in network_config(folder):
-        return {}
-    levels = read_json(folder / "vae" / "config.json").get("block_out_channels", [0])
-    return {"sample_size": pixels // 2 ** (len(levels) - 1)}
-
-
-def _rows_per_call(network: nn.Module, layers: Mapping[str, LayerCost], batch: int) -> dict[str, int]:
+def _rows_per_call(
+    network: nn.Module, layers: Mapping[str, LayerCost], batch: int, pixels: int | None
+) -> dict[str, int]:
     """Rows (tokens or pixels, of all samples) each layer computes in one call, found on the meta device."""
     rows: dict[str, int] = {}
 
@@ -124,34 +127,41 @@ def _rows_per_call(network: nn.Module, layers: Mapping[str, LayerCost], batch: i
     handles = [layer.module.register_forward_hook(hook(name, layer)) for name, layer in layers.items()]
     device = torch.device("meta")
     with device:
-        replay(network, [architectures.call(network, batch, device)], handles, lambda done, total: None)
+        replay(network, [architectures.call(network, batch, device, pixels=pixels)], handles, lambda done, total: None)
     return rows
 
 
-def _others(folder: Path, pixels: int | None) -> tuple[int, int]:
-    """Multiply-accumulates of the VAE's decoder for one picture, and float32 bytes of all that is not the network."""
+def _others(folder: Path) -> int:
+    """float32 bytes of all components that are not the network."""
+    names = [name for name in components(folder) if name != family_at(folder).component]
+    tables = [tensor_table(file) for name in names for file in weight_files(folder / name)]
+    return sum(4 * math.prod(shape) for table in tables for shape, _ in table.values())
+
+
+def _vae(folder: Path) -> Any:
+    """A pipeline's VAE on the meta device."""
     import diffusers
 
-    others = 0
-    for name in components(folder):
-        for file in weight_files(folder / name) if name != family_at(folder).component else ():
-            others += sum(4 * math.prod(shape) for shape, _ in tensor_table(file).values())
     config = read_json(folder / "vae" / "config.json")
     kind: Any = getattr(diffusers, config["_class_name"])
     with torch.device("meta"):
-        vae: Any = kind.from_config(config)
+        return kind.from_config(config)
+
+
+def _decoder(family: Family, vae: Any) -> tuple[float, int]:
+    """Multiply-accumulates of the decoder for a pixel of a picture, and pixels for each latent along a side."""
     done = 0
 
     def note(module: Any, _: Any, output: Tensor) -> None:
         nonlocal done
         done += output.numel() // module.weight.shape[0] * module.weight.numel()
 
-    handles = [part.register_forward_hook(note) for part in vae.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
-    side = _sizes(folder, pixels).get("sample_size") or network_config(folder).get("sample_size", 64)
-    channels = vae.config.latent_channels
+    kinds = nn.Conv2d | nn.Conv3d | nn.Linear
+    handles = [part.register_forward_hook(note) for part in vae.modules() if isinstance(part, kinds)]
+    channels, side = vae.config.get("latent_channels") or vae.config["z_dim"], 8
     with torch.no_grad(), hooked(handles):
-        vae.decode(torch.empty(1, channels, *([side, side] if isinstance(side, int) else side), device="meta"))
-    return done, others
+        pixels = family.decode(SimpleNamespace(vae=vae), torch.empty(1, channels, side, side, device="meta"))
+    return done / (pixels.shape[-1] * pixels.shape[-2]), pixels.shape[-1] // side
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from ..recipe import shortened
 from .header import Header, _of_type
 
 # What a component's folder may carry into a checkpoint: data, never code or pickles.
-COPIED_SUFFIXES = {".json", ".txt", ".safetensors", ".model"}
+COPIED_SUFFIXES = {".json", ".txt", ".safetensors", ".model", ".jinja"}
 
 
 # The names diffusers and transformers give weights: of either library, of a variant, in shards (the variant before
@@ -274,7 +274,7 @@ def _check_component(component: Path) -> None:
             check_regular(file)
         if file.suffix == ".json":
             configs[file] = read_json(file)
-        elif file.suffix == ".txt":
+        elif file.suffix in (".txt", ".jinja"):
             try:
                 file.read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
@@ -352,4 +352,4 @@ def network_hash(folder: Path) -> str:
 def float16_bytes(folder: Path) -> int:
     """Size of the float model's network in float16, from its configuration."""
     network = family_at(folder).skeleton(network_config(folder))
-    return 2 * sum(parameter.numel() for parameter in network.parameters())
+    return 2 * sum(tensor.numel() for tensor in network.state_dict().values())

@@ -18,6 +18,7 @@ from .header import QUANT_METHOD
 from .reading import COPIED_SUFFIXES, component_at, family_at, read_json, tensor_table, weight_files
 
 if TYPE_CHECKING:
+    from ..family import Family
     from .header import Header
 
 
@@ -146,19 +147,21 @@ def write_checkpoint(
         (place / "config.json").write_text(text + "\n", encoding="utf-8")
         # What stays float is stored in half precision, as published float checkpoints are; the scales of quantized
         # layers keep float32.
-        parameters = {name for name, value in network.named_parameters() if value.dtype == torch.float32}
-        parameters -= stored_names(network)
-        state = {name: value.half() if name in parameters else value for name, value in network.state_dict().items()}
+        halved = set(family_at(base).skeleton(config).state_dict()) - stored_names(network)
+        state = {
+            name: value.half() if name in halved and value.dtype == torch.float32 else value
+            for name, value in network.state_dict().items()
+        }
         state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
         file = place / WEIGHTS_NAME
         save_tensors(state, file, {"format": "pt"})
-        card = model_card(header, target.name, family_at(base).title, file.stat().st_size)
+        card = model_card(header, target.name, family_at(base), file.stat().st_size)
         (folder / "README.md").write_text(card, encoding="utf-8")
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
 
 
-def model_card(header: Header, name: str, title: str, size: int) -> str:
+def model_card(header: Header, name: str, family: Family, size: int) -> str:
     """The README of a checkpoint folder `name` with a network of `size` bytes: what it is, measured, and its use."""
     recipe, calibration = header.recipe, header.calibration
     lines = [
@@ -170,11 +173,11 @@ def model_card(header: Header, name: str, title: str, size: int) -> str:
         f"| recipe | {recipe.label} |",
         f"| weight rounding | {recipe.rounding} |",
         f"| quantized layers | {len(header.method.layers(header))} |",
-        f"| {title} file | {size / 2**20:.1f} MiB |",
+        f"| {family.title} file | {size / 2**20:.1f} MiB |",
         f"| calibration | {calibration.get('prompts', '?')} prompts, {calibration.get('steps', '?')} steps, "
         f"seed {calibration.get('seed', '?')} |",
     ]  # fmt: skip
-    names = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+    names = {"steps": "num_inference_steps", "guidance": family.guidance_argument}
     call = "".join(f", {names[key]}={value}" for key, value in header.generation.items() if key in names)
     fidelity = calibration.get("fidelity")
     if fidelity:

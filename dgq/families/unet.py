@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import DgqError
-from ..family import TOKENS, Architecture, Family, check_scale, noise
+from ..family import Architecture, Family, check_fit, check_scale, noise
 from ..integer.fused_unet import FUSED
 
 NETWORK = "UNet2DConditionModel"
@@ -85,22 +85,19 @@ class UNet(Family):
         sizes = unet.sample_size if isinstance(unet.sample_size, list | tuple) else [unet.sample_size]
         if not sizes or any(type(size) is not int or size < 1 for size in sizes):
             raise DgqError(f"{folder / 'unet' / 'config.json'}: sample_size is {unet.sample_size!r}")
-        if vae.latent_channels != unet.in_channels:
-            raise DgqError(
-                f"{folder}: latents of {vae.latent_channels} channels, but the unet takes {unet.in_channels}"
-            )
         encoders = (parts.get("text_encoder"), parts.get("text_encoder_2"))
         width, taken = sum(one.config.hidden_size for one in encoders if one is not None), unet.cross_attention_dim
-        if unet.encoder_hid_dim is None and isinstance(taken, int) and taken != width:
-            raise DgqError(f"{folder}: text of width {width}, but the unet takes {taken}")
+        text = (width, taken) if unet.encoder_hid_dim is None and isinstance(taken, int) else (0, 0)
+        check_fit(folder, self.component, (vae.latent_channels, unet.in_channels), text)
 
     def doubled(self, config: Any, guidance: float) -> bool:
         """One that is told the guidance scale (LCM) is called once for it."""
         return guidance > 1 and config.time_cond_proj_dim is None
 
     def call(
-        self, config: Any, batch: int, device: torch.device, *, tokens: int = TOKENS, timestep: int = 500, seed: int = 0
-    ) -> dict[str, Any]:
+        self, config: Any, batch: int, device: torch.device, *, tokens: int, timestep: int = 500, seed: int = 0,
+        pixels: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """sample (batch, channels, height, width), timestep (scalar int64), encoder_hidden_states (batch, tokens,
         width), added_cond_kwargs where it takes a text embedding and sizes, and timestep_cond (batch, width) where it
         takes the guidance scale (LCM)."""
@@ -111,7 +108,7 @@ class UNet(Family):
         if config.sample_size is None or len(widths) != 1 or config.encoder_hid_dim_type is not None:
             raise DgqError("the UNet's configuration lacks a sample_size or a single cross_attention_dim")
         generator = torch.Generator().manual_seed(seed)
-        size = config.sample_size
+        size = config.sample_size if pixels is None else pixels // 8
         height, width = (size, size) if isinstance(size, int) else size
         arguments: dict[str, Any] = {
             "sample": noise((batch, config.in_channels, height, width), device, generator),

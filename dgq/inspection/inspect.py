@@ -175,9 +175,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 def short_block(block: str) -> str:
     """A block's name in a margin: "up 0 attention 1"."""
-    for family in FAMILIES:
-        for long, short in family.shortened:
-            block = block.replace(long, short)
+    known = {pair for family in FAMILIES for pair in family.shortened}
+    for long, short in sorted(known, key=lambda pair: -len(pair[0])):  # words may be parts of others
+        block = block.replace(long, short)
     return block.replace(".", " ")
 
 

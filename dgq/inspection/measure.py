@@ -13,6 +13,7 @@ as their errors are unrelated, the layers' noise adds up to the network's, which
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from ..pictures.generation import Settings, generate
 from ..pictures.pipelines import described, find_model, float_base, load
 from ..pictures.prompts import evaluation_prompts
 from ..progress import Progress, silent
-from ..replay import hooked, record_inputs
+from ..replay import hooked, predicted, record_inputs
 from .measurement import Measurement
 from .probes import AttentionProbe, Energies, LayerProbe, Run, combine, over_samples
 
@@ -101,12 +102,14 @@ def _replay(
     guidance: float, progress: Progress, about: dict[str, Any],
 ) -> Measurement:  # fmt: skip
     """Replay the calls with every probe in place."""
-    steps = len(recorded[0])
+    family = family_of(network)
+    step_of = [_steps(calls, family.timestep) for calls in recorded]
+    steps = step_of[0][-1] + 1
     layers, attention = _probes(network, quantized, header, steps)
     run = Run()
     output = Energies(steps)
     generator = torch.Generator().manual_seed(0)
-    calls = [(step, call) for group in recorded for step, call in enumerate(group)]
+    calls = [pair for own, group in zip(step_of, recorded, strict=True) for pair in zip(own, group, strict=True)]
     wanted = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     try:
         network.requires_grad_(False)
@@ -114,10 +117,10 @@ def _replay(
             for done, (step, call) in enumerate(calls):
                 run.step = step
                 with torch.no_grad():  # this also tells the paper recipe's layers their step
-                    rounded = quantized(**call)[0]
-                y = network(**call)[0]
+                    rounded = predicted(quantized, call)
+                y = predicted(network, call)
                 probe = torch.randn(y.shape[1:], generator=generator).to(y.device)
-                weights = _guidance_weights(len(y), guidance).to(y.device)
+                weights = family.guidance_weights(len(y), guidance).to(y.device)
                 guided = combine(weights, y.detach())
                 output.add(step, guided, combine(weights, rounded) - guided)
                 y.backward(over_samples(weights, y) * probe)
@@ -134,15 +137,22 @@ def _replay(
     attended = [probe.found(energy) for probe in attention if probe.name in run.order]
     attended.sort(key=lambda one: place(one.name))
     return Measurement(
-        timesteps=[float(torch.as_tensor(call["timestep"]).flatten()[0]) for call in recorded[0]],
+        timesteps=[_timestep(recorded[0][step_of[0].index(step)], family.timestep) for step in range(steps)],
         output_sqnr_db=output.db, output_sqnr_db_by_step=output.db_by_step, layers=measured, attention=attended,
         **about,
     )  # fmt: skip
 
 
-def _guidance_weights(batch: int, guidance: float) -> Tensor:
-    """How the samples of a call, the unconditional one first, make up the guided output."""
-    return torch.tensor([1 - guidance, guidance]) if batch == 2 else torch.ones(1)
+def _timestep(call: dict[str, Any], name: str) -> float:
+    """A call's timestep, which is an argument of this name."""
+    return float(torch.as_tensor(call[name]).flatten()[0])
+
+
+def _steps(calls: Sequence[dict[str, Any]], name: str) -> list[int]:
+    """The step of each of a picture's calls: those that follow each other at one timestep are of one step."""
+    times = [_timestep(call, name) for call in calls]
+    changed = [int(after != before) for before, after in itertools.pairwise(times)]
+    return list(itertools.accumulate(changed, initial=0))
 
 
 def _probes(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..integer.layer import IntegerLayer
+from ..integer.plan import own_columns
 from ..paper.layers import image_to_pixels_last
 from ..paper.quantizers import AxisRanges, axis_spread
 from .measurement import AttentionMeasurement, LayerMeasurement, decibels
@@ -39,7 +40,7 @@ class _Outliers:
     """Moments, ranges and ratios of one layer's input per step."""
 
     def __init__(self, name: str, steps: int) -> None:
-        self.ranges = AxisRanges(name, steps)
+        self.ranges = AxisRanges(name, steps, ragged=True)
         self._moments = torch.zeros(steps, 5, dtype=torch.float64)  # count and the sums of x to x^4
         self._ratios = torch.zeros(steps, 3, dtype=torch.float64)  # samples, sums of the channel and the pixel ratio
         self._flat = False
@@ -116,7 +117,7 @@ class LayerProbe:
         self, name: str, owner: nn.Module, layer: Any, rounded_input: Callable[[Any, Tensor], Tensor], steps: int
     ) -> None:
         self.name, self.owner, self.layer, self.rounded_input = name, owner, layer, rounded_input
-        self.columns: list[int] = layer.plan.columns if isinstance(layer, IntegerLayer) else []
+        self.columns: list[int] = layer.plan.columns if isinstance(layer, IntegerLayer) else []  # of joined inputs
         self.rounded, self.input_rounded = Energies(steps), Energies(steps)
         self.outliers = _Outliers(name, steps)
         self.noise, self.input_noise = [0.0] * steps, 0.0
@@ -134,7 +135,7 @@ class LayerProbe:
         owner: Any = self.owner
         weight = owner.weight
         if self.columns:
-            x, weight = x[:, slice(*self.columns)], weight[:, slice(*self.columns)]
+            x, weight = own_columns(x, self.layer.plan), own_columns(weight, self.layer.plan)
 
         def product(value: Tensor) -> Tensor:
             if isinstance(owner, nn.Linear):

@@ -63,14 +63,14 @@ def check_plans(network: nn.Module, plans: dict[str, LayerPlan]) -> None:
             if name != f"{owner}.{len(ends)}" or plan.columns[0] != start or owner in plans:
                 raise DgqError(f"layer {name!r}: columns {plan.columns} do not follow {start}")
             ends.append(plan.columns[1])
-            expected |= {"kind": "pointwise", "in_features": plan.in_features, "bias": expected["bias"] and not start}
+            expected |= {"in_features": plan.in_features, "bias": expected["bias"] and not start}
         for key, value in expected.items():
             if getattr(plan, key) != value:
                 found = f"{key} is {getattr(plan, key)}, {value} in the model"
                 raise DgqError(f"layer {name!r}: {found}")
     for owner, ends in parts.items():
         whole = geometry(modules[owner])
-        if whole["kind"] != "pointwise" or ends[-1] != whole["in_features"]:
+        if whole["kind"] == "conv2d" or ends[-1] != whole["in_features"]:
             what = f"the {whole['in_features']} input channels of a {whole['kind']} layer"
             raise DgqError(f"layer {owner!r}: parts that end at {ends} are not {what}")
 

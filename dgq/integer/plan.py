@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,8 @@ class Layer:
         return self.module.bias if self.plan.bias else None
 
     def own(self, x: Tensor) -> Tensor:
-        """The part of an input, or of the weight, that is this layer's: x (B, C, ...), along dimension 1."""
-        return x[:, slice(*self.plan.columns)] if self.plan.columns else x
+        """The part of an input, or of the weight, that is this layer's."""
+        return own_columns(x, self.plan)
 
     @property
     def input(self) -> str:
@@ -64,17 +64,16 @@ class Layer:
 def quantizable(network: nn.Module) -> tuple[dict[str, nn.Linear | nn.Conv2d], dict[str, str]]:
     """Layers the method quantizes, and those it cannot with the reason: ({name: module}, {name: reason}).
 
-    Every Linear and Conv2d except its family's `float_layers`, the first and the last one (DGQ paper, section 5.1).
+    Every Linear and Conv2d except its family's `float_layers`, the first and the last one among them (DGQ paper,
+    section 5.1).
     """
-    stay = family_of(network).float_layers
+    family = family_of(network)
     layers: dict[str, nn.Linear | nn.Conv2d] = {}
     skipped: dict[str, str] = {}
     for name, module in network.named_modules():
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             continue
-        if name in stay:
-            skipped[name] = stay[name]
-        elif isinstance(module, nn.Conv2d) and (reason := _unsupported(module)):
+        if reason := family.kept(name) or (isinstance(module, nn.Conv2d) and _unsupported(module)):
             skipped[name] = reason
         else:
             layers[name] = module
@@ -92,19 +91,37 @@ def _unsupported(conv: nn.Conv2d) -> str | None:
     return None
 
 
+def own_columns(x: Tensor, plan: LayerPlan) -> Tensor:
+    """The channels of x that the layer of a plan reads: of a linear layer's input or weight (..., C), or of a
+    convolution's (B, C, ...)."""
+    if not plan.columns:
+        return x
+    return x[..., slice(*plan.columns)] if plan.kind == "linear" else x[:, slice(*plan.columns)]
+
+
+def shared_inputs(network: nn.Module) -> Iterator[list[str]]:
+    """Names of modules that read one tensor: keys and values of an attention, in self-attention the queries too, and
+    what the network's family knows of."""
+    known, modules = family_of(network).shared_inputs, dict(network.named_modules())
+    told: set[str] = set()
+    for name, module in modules.items():
+        prefix = f"{name}." if name else ""
+        cross = getattr(module, "is_cross_attention", False)
+        for parts in (("to_q", "to_k", "to_v")[cross:], *known):
+            found = [prefix + part for part in parts if prefix + part in modules]
+            if f"{prefix}{parts[-1]}" in modules and not told.issuperset(found):  # a block's go before its attention's
+                told.update(found)
+                yield found
+
+
 def input_owners(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """{layer: the first of the layers that read its input} for these layers of a network, float or quantized.
 
-    Keys and values of an attention read one tensor, in self-attention the queries do too. What is alike in them, the
-    channel handling, lets one quantized form of it serve them all.
+    What is alike in them, the channel handling, lets one quantized form of it serve them all.
     """
     owners = {name: name for name in names}
-    for name, module in network.named_modules():
-        if not (hasattr(module, "to_q") and hasattr(module, "to_k") and hasattr(module, "to_v")):
-            continue
-        known: Any = module
-        parts = ("to_k", "to_v") if known.is_cross_attention else ("to_q", "to_k", "to_v")
-        shared = [f"{name}.{part}" for part in parts if f"{name}.{part}" in owners]
+    for parts in shared_inputs(network):
+        shared = [part for part in parts if part in owners]
         owners.update(dict.fromkeys(shared, *shared[:1]))
     return owners
 
@@ -121,9 +138,10 @@ def plan_layers(network: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[s
             f"override pattern {lost[0]!r} matches no layer", f"layers look like {next(iter(modules), 'none')!r}"
         )
     layers = []
-    joined, owners = family_of(network).joined_inputs(network), input_owners(network, modules)
+    family = family_of(network)
+    joined, owners = family.joined_inputs(network), input_owners(network, modules)
     for name, module in modules.items():
-        bits = recipe.weight_bits(name)
+        bits = recipe.weight_bits(name, family.weight_bits(name, recipe.wbits))
         if bits == 0:
             skipped[name] = "kept float by an override"
             continue

@@ -158,8 +158,7 @@ def choose_rounded(layers: Sequence[Layer], statistics: Statistics, recipe: Reci
 
     tried = [rounded(groups, judged) for groups in options]
     errors = [
-        sum(one.error for one in some) / (1 - worth(groups[0]))
-        for groups, some in zip(options, tried, strict=True)
+        sum(one.error for one in some) / (1 - worth(groups[0])) for groups, some in zip(options, tried, strict=True)
     ]
     best = min(range(len(options)), key=errors.__getitem__)
     if all(isinstance(rows, slice) for rows in judged):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import IntegerLayer, is_direct
+from .plan import shared_inputs
 from .prepared import ByOps, Dense, Joined, Packed
 
 
@@ -90,8 +91,5 @@ def prepare_all(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, IntegerLayer):
             module.prepare(device)
-    for module in model.modules():
-        if hasattr(module, "to_q") and hasattr(module, "to_k") and hasattr(module, "to_v"):
-            known: Any = module
-            shared = [known.to_k, known.to_v]
-            join(shared if known.is_cross_attention else [known.to_q, *shared], device)
+    for names in shared_inputs(model):
+        join([model.get_submodule(name) for name in names], device)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import DgqError
 from ..family import family_of
 from ..recipe import LayerPlan
 from .layer import IntegerLayer
+from .plan import own_columns
 from .stored import stored_shapes
 
 
 class SplitLayer(nn.ModuleList):
-    """A 1x1 convolution over joined tensors, one integer layer for each: y is the sum of their results.
+    """A linear layer or 1x1 convolution over joined tensors, one integer layer for each: y is the sum of their results.
 
-    A shortcut in the up path reads the hidden state and the skip side by side. Their sizes differ by an order of
-    magnitude, and with one scale a row the smaller one would be rounded away (docs/method.md, item 4).
+    A shortcut in the up path of a UNet reads the hidden state and the skip side by side, the last layer of a parallel
+    block the attention's and the MLP's result. Where their sizes differ by an order of magnitude, one scale a row would
+    round the smaller one away (docs/method.md, item 4).
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W) -> (B, N, H, W)."""
+        """x (..., C) -> (..., N), or (B, C, H, W) -> (B, N, H, W)."""
         y = residual
         for part in self.parts:
-            y = part(x[:, slice(*part.plan.columns)], y)
+            y = part(own_columns(x, part.plan), y)
         assert y is not None
         return y
 
@@ -52,8 +55,8 @@ def place(network: nn.Module, layers: dict[str, IntegerLayer]) -> None:
     for owner, parts in joined.items():
         ends = [0, *(part.plan.columns[1] for part in parts)]
         starts = [part.plan.columns[0] for part in parts]
-        channels = getattr(network.get_submodule(owner), "in_channels", 0)
-        if starts != ends[:-1] or ends[-1] != channels or any(part.plan.kind != "pointwise" for part in parts):
+        channels = getattr(network.get_submodule(owner), "weight", torch.empty(0, 0)).shape[1]
+        if starts != ends[:-1] or ends[-1] != channels or any(part.plan.kind == "conv2d" for part in parts):
             raise DgqError(f"{owner}: parts that end at {ends[1:]} are not its {channels} input channels")
         _replace(network, owner, SplitLayer(parts))
 

@@ -180,10 +180,11 @@ def _check_plan(name: str, plan: Plan, module: nn.Linear | nn.Conv2d | Attention
 
 
 def quantizable_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    family = family_of(network)
     return {
         name: module
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and name not in family_of(network).float_layers
+        if isinstance(module, nn.Linear | nn.Conv2d) and not family.kept(name)
     }
 
 

@@ -56,7 +56,19 @@ def _cost(network: nn.Module, recipe: Recipe, budget: int) -> Cost:
         bias = 0 if module.bias is None else n
         stored = n * ((k + 1) // 2 if recipe.wbits == 4 else k) + 8 * n + 2 * bias
         layers[name] = LayerCost(module, n * k, n, n * k + bias, stored)
-    return Cost(layers, dict(family_of(network).float_layers), whole=True)
+    family = family_of(network)
+    weighted = (name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    return Cost(layers, {name: why for name in weighted if (why := family.kept(name))}, whole=True)
+
+
+def _plans(network: nn.Module, recipe: Recipe) -> dict[str, Any]:
+    """No layer is stored before all are done; here the network is looked at."""
+    family = family_of(network)
+    if not family.start_token:
+        raise DgqError(
+            f"the paper recipe sets a start token apart, and the {family.title} reads none", "use --recipe integer"
+        )
+    return {}
 
 
 def _check(recipe: Recipe) -> None:
@@ -70,6 +82,6 @@ def _words(recipe: Recipe, attention: Any) -> dict[str, str]:
 
 PAPER = Method(
     "paper", "published, simulated", _calibrate, _skeleton, _layers, _rounded_input, _cost,
-    lambda recipe: f"paper G={recipe.groups}", check=_check, read_table=PaperTable.from_dict, words=_words,
-    simulated=True,
+    lambda recipe: f"paper G={recipe.groups}", check=_check, plans=_plans, read_table=PaperTable.from_dict,
+    words=_words, simulated=True,
 )  # fmt: skip

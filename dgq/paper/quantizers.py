@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgq.errors import DgqError
 from dgq.range_search import affine_parameters, search_asymmetric
@@ -57,11 +57,11 @@ class AxisRanges:
     Args:
         name: the layer's, for error messages.
         steps: number of sampler steps.
+        ragged: take inputs of other sizes too, such as texts; every step has to see the largest.
     """
 
-    def __init__(self, name: str, steps: int) -> None:
-        self.name = name
-        self.steps = steps
+    def __init__(self, name: str, steps: int, ragged: bool = False) -> None:
+        self.name, self.steps, self.ragged = name, steps, ragged
         self.low: dict[str, Tensor] = {}  # axis -> float32 (steps, size)
         self.high: dict[str, Tensor] = {}
 
@@ -82,7 +82,11 @@ class AxisRanges:
         if axis not in self.low:
             empty = torch.full((self.steps, len(low)), torch.inf, device=low.device)
             self.low[axis], self.high[axis] = empty, -empty
-        if len(low) != self.low[axis].shape[1]:
+        if self.ragged:
+            size = max(len(low), self.low[axis].shape[1])
+            low, self.low[axis] = (_grown(one, size, torch.inf) for one in (low, self.low[axis]))
+            high, self.high[axis] = (_grown(one, size, -torch.inf) for one in (high, self.high[axis]))
+        elif len(low) != self.low[axis].shape[1]:
             raise DgqError(
                 f"{self.name}: calibration inputs differ in size along the {axis} axis "
                 f"({self.low[axis].shape[1]} and {len(low)})",
@@ -90,6 +94,11 @@ class AxisRanges:
             )
         self.low[axis][step] = torch.minimum(self.low[axis][step], low.float())
         self.high[axis][step] = torch.maximum(self.high[axis][step], high.float())
+
+
+def _grown(bounds: Tensor, size: int, value: float) -> Tensor:
+    """Bounds (..., P) of `size` indices, those that are not there yet with a value."""
+    return nn.functional.pad(bounds, (0, size - bounds.shape[-1]), value=value)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -163,7 +164,8 @@ def _check_shapes(place: Path, kind: Any, files: list[Path]) -> None:
 def _try(scheduler: Any) -> None:
     """Take a step of nothing: a damaged configuration shows only then."""
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(10)  # PNDM cannot do with fewer
+    # PNDM cannot do with fewer; the shift that pipelines compute from a picture's size
+    scheduler.set_timesteps(10, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
     sample = torch.zeros(1, 4, 8, 8)
     step = scheduler.timesteps[0]
     scaled = scheduler.scale_model_input(sample, step) if hasattr(scheduler, "scale_model_input") else sample
@@ -185,12 +187,17 @@ def _check_together(folder: Path, parts: dict[str, Any]) -> None:
         tokenizer, place = parts.get(f"tokenizer{suffix}"), folder / f"tokenizer{suffix}"
         if tokenizer is None or encoder is None:
             continue
-        known, tokens = encoder.get_input_embeddings().num_embeddings, tokenizer.get_vocab().values()
+        embeddings = encoder.get_input_embeddings()
+        known, tokens = embeddings.num_embeddings, tokenizer.get_vocab().values()
         if max(tokens, default=0) >= known or len(tokens) < known / 2:
             held = f"{len(tokens)} tokens up to number {max(tokens, default=0)}"
             raise DgqError(f"{place}: holds {held}, but the text encoder knows {known}")
-        length, limit = tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", None)
-        if not isinstance(length, int) or length < 3 or (limit is not None and length > limit):
+        length, limit = tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", math.inf)
+        # only a table of positions ends; others are computed, and the pipelines cut the text themselves
+        tables = [one for one in encoder.modules() if isinstance(one, nn.Embedding) and one is not embeddings]
+        if all(table.num_embeddings != limit for table in tables):
+            limit = math.inf
+        if not isinstance(length, int) or length < 3 or length > limit:
             file = place / "tokenizer_config.json"
             raise DgqError(f"{file}: model_max_length is {length}, the text encoder reads {limit} tokens")
 

@@ -137,12 +137,12 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
     Raises:
         DgqError: an empty prompt, or one with more tokens than the model reads.
     """
-    limit = pipe.tokenizer.model_max_length
+    family = family_of(network_of(pipe))
     for prompt in prompts:
         if not prompt.strip():
             raise DgqError("the prompt is empty", "say what to draw")
         check_text("the prompt", prompt)
-        count = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        count, limit = family.prompt_tokens(pipe, prompt)
         if count > limit:
             raise DgqError(
                 f"the prompt has {count} tokens, the model reads {limit}: {prompt[:40]!r}...", "shorten the prompt"
@@ -274,22 +274,18 @@ def _sample(
     on_step: Callable[[int], None],
 ) -> Tensor:  # fmt: skip
     """Final latents of one batch, as the pipeline returns them."""
-
-    def after(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        on_step(step + 1)
-        return tensors
-
+    family = family_of(network_of(pipe))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with _noise_in_float32(pipe.scheduler):
         latents = pipe(
-            **family_of(network_of(pipe)).pipeline_arguments(prompts, settings.negative, settings.guidance or 0.0),
+            **family.pipeline_arguments(prompts, settings.negative, settings.guidance or 0.0),
             num_inference_steps=settings.steps,
             width=width,
             height=height,
             generator=generators,
             latents=start_noise(pipe, generators, width, height),
             output_type="latent",
-            callback_on_step_end=after,
+            **family.step_callback(on_step),
         ).images
     if not bool(torch.isfinite(latents).all()):
         raise DgqError("the picture is not finite", "calibrate again, or use the float model")

@@ -12,15 +12,13 @@ import torch
 from dgq_kernels import backend, native
 
 from ..checkpoint.header import Header
-from ..checkpoint.reading import check_folder, read_header
+from ..checkpoint.reading import check_folder, family_at, network_config, read_header, read_json
 from ..devices import check_device
 from ..errors import DgqError
 from ..family import family_of, network_of
 from ..integer.shared_input import prepare_all
 from . import embedded
 from .components import assemble
-
-DEFAULT_GENERATION = {"steps": 25, "guidance": 7.5}
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,10 @@ def resolve(model: str | os.PathLike[str] | None) -> Path:
 def _model(folder: Path, header: Header | None, said: object) -> Model:
     own = header.generation if header else {}
     if folder == embedded.FOLDER:
-        return Model(folder, embedded.NAME, header, {**DEFAULT_GENERATION, **own, **embedded.GENERATION})
-    return Model(folder, str(said), header, {**DEFAULT_GENERATION, **own})
+        return Model(folder, embedded.NAME, header, {**own, **embedded.GENERATION})
+    index = folder / "model_index.json"
+    usual = family_at(folder).generation(read_json(index) if index.is_file() else {}, network_config(folder))
+    return Model(folder, str(said), header, {**usual, **own})
 
 
 def _place(model: str | os.PathLike[str] | None) -> Path:

@@ -4,25 +4,47 @@ import pytest
 import torch
 from torch import nn
 
-from dgq.replay import hooked, pack_calls, replay, unpack_calls
+from dgq.replay import hooked, pack_calls, predicted, record_inputs, replay, unpack_calls
 
 
 def test_packed_calls_are_those_that_were_given():
     shared = torch.randn(2, 3)
     calls = [
-        {"sample": torch.randn(1, 4), "cond": {"text": shared, "none": None}, "context": shared, "return_dict": False},
-        {"sample": torch.randn(1, 4).t(), "cond": {"text": shared}, "context": shared},
+        {"sample": torch.randn(1, 4), "cond": {"text": shared, "none": None}, "context": shared, "scale": 1.5},
+        {"sample": torch.randn(1, 4).t(), "cond": {"text": shared}, "parts": [shared, shared], "shapes": [[(1, 4, 4)]]},
     ]
     packed = pack_calls(calls)
     assert len({tensor.data_ptr() for tensor in packed.values()}) == len(packed)  # a file may not share
     assert all(tensor.is_contiguous() for tensor in packed.values())
     for call, again in zip(calls, unpack_calls(packed), strict=True):
-        assert set(again) == {"sample", "cond", "context"}
+        assert set(again) == set(call)
         assert torch.equal(again["sample"], call["sample"])
         assert torch.equal(again["cond"]["text"], shared)
-    for wrong in ("sample", "x/sample/", "0/a/b/c"):
-        with pytest.raises(ValueError):  # noqa: PT011 (of int() and of unpacking)
-            unpack_calls({wrong: shared})
+        assert again["cond"].get("none") is None
+    assert all(torch.equal(*pair) for pair in zip(unpack_calls(packed)[1]["parts"], calls[1]["parts"], strict=True))
+    assert unpack_calls(packed)[1]["shapes"] == [[[1, 4, 4]]]
+    with pytest.raises(KeyError):
+        unpack_calls({"0": shared})
+    with pytest.raises(ValueError, match="Expecting value"):
+        unpack_calls({"form": torch.zeros(3, dtype=torch.uint8)})
+
+
+def test_calls_are_recorded_whole_but_for_the_kind_of_their_result():
+    class Network(nn.Module):
+        def forward(self, sample, parts, shapes, return_dict=True):
+            return sample
+
+    network, x = Network(), torch.zeros(2)
+    run = lambda *_: (network(sample=x, parts=[x], shapes=[(1, 2)], return_dict=False), x.add_(1))  # noqa: E731
+    (call,) = record_inputs(run, network, ["a cat"])[0]
+    assert {name: value for name, value in call.items() if name not in ("sample", "parts")} == {"shapes": [(1, 2)]}
+    assert torch.equal(call["parts"][0], torch.zeros(2))  # not what became of it
+
+
+def test_samples_in_a_list_are_stacked():
+    network = nn.Module()
+    network.forward = lambda x, return_dict: ([x, x + 1],)
+    assert torch.equal(predicted(network, {"x": torch.zeros(3)}), torch.stack([torch.zeros(3), torch.ones(3)]))
 
 
 def test_hooks_go_with_the_replay_also_where_it_fails():

@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 from tiny_pipelines import BUILDERS
 
+from dgq.architectures import ARCHITECTURES
 from dgq.checkpoint.writing import WEIGHTS_NAME
+from dgq_cli import bench_command
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_the_help_names_every_architecture() -> None:
+    assert bench_command.NAMES.split(", ") == list(ARCHITECTURES)
 
 
 def test_step_of_a_checkpoint_as_json_and_csv(dgq_command: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dgq.integer.attention import LogAttnProcessor
 from dgq.integer.channels import no_groups
 from dgq.integer.layer import IntegerLayer
 from dgq.recipe import LayerPlan
+from dgq.replay import take_apart
 
 TENSORS = {
     "a.weight": torch.randn(3, 5), "a.bias": torch.randn(3).to(torch.bfloat16), "half": torch.randn(1, 2, 2).half(),
@@ -54,30 +55,33 @@ def test_a_stream_of_other_tensors_is_refused(tmp_path: Path) -> None:
 def test_calls_come_back_as_they_were(tmp_path: Path) -> None:
     calls = [
         {"sample": torch.randn(1, 4, 2, 2).contiguous(memory_format=torch.channels_last), "timestep": torch.tensor(i),
-         "added_cond_kwargs": {"text_embeds": torch.randn(1, 3), "time_ids": torch.randn(1, 6)}, "return_dict": False}
+         "added_cond_kwargs": {"text_embeds": torch.randn(1, 3), "time_ids": torch.randn(1, 6)}, "shapes": [[1, 2]]}
         for i in range(11)
     ]  # fmt: skip
     files.save_calls(calls, tmp_path / "calls")
     read = files.load_calls(tmp_path / "calls")
     assert len(read) == 11
     for call, again in zip(calls, read, strict=True):
-        assert again.keys() == {"sample", "timestep", "added_cond_kwargs"}
+        assert again.keys() == call.keys()
+        assert again["shapes"] == [[1, 2]]
         assert torch.equal(again["sample"], call["sample"])
         assert torch.equal(again["timestep"], call["timestep"])
         assert torch.equal(again["added_cond_kwargs"]["time_ids"], call["added_cond_kwargs"]["time_ids"])
-    names = ["added_cond_kwargs/text_embeds", "added_cond_kwargs/time_ids", "sample", "timestep"]
-    assert list(files.flatten(read[0])) == names
 
 
 def test_a_flat_unet_puts_its_tensors_back_in_place() -> None:
     class Echo(torch.nn.Module):
-        def forward(self, sample: Tensor, added: dict[str, Tensor], return_dict: bool) -> tuple[Tensor]:
+        def forward(
+            self, sample: Tensor, added: dict[str, Tensor], parts: list[Tensor], scale: float, return_dict: bool
+        ) -> tuple[Tensor]:
             assert not return_dict
-            return (sample - added["b"],)
+            return (scale * sample - added["b"] + parts[1],)
 
-    call = {"sample": torch.ones(2), "added": {"b": torch.tensor([3.0, 4.0])}}
-    flat = files.flatten(call)
-    assert torch.equal(files._Flat(Echo(), list(flat))(*flat.values()), torch.tensor([-2.0, -3.0]))
+    parts = [torch.zeros(2), torch.tensor([0.5, 0.25])]
+    call = {"sample": torch.ones(2), "added": {"b": torch.tensor([3.0, 4.0])}, "parts": parts, "scale": 2.0}
+    form, tensors = take_apart(call)
+    assert len(tensors) == 4
+    assert torch.equal(files._Flat(Echo(), form)(*tensors), torch.tensor([-0.5, -1.75]))
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +145,7 @@ def test_a_failed_task_is_told_in_one_line_and_leaves_nothing(tmp_path: Path) ->
     with pytest.raises(DgqError, match=r"writing the random files failed: .*nosuch") as caught:
         files.write("random", config={}, target=tmp_path / "out", dtype="nosuch")
     assert "\n" not in caught.value.message
-    with pytest.raises(DgqError, match=r"nowhere: has no unet$"):
+    with pytest.raises(DgqError, match=r"nowhere: has no unet nor transformer$"):
         files.write("dgq", source=tmp_path / "nowhere", target=tmp_path / "out", wbits=8, search=False)
     with pytest.raises(DgqError, match=r"^the UNet's configuration cannot be used"):
         files.write("random", config={"down_block_types": ["NoBlock"]}, target=tmp_path / "out", dtype="float32")
@@ -167,7 +171,7 @@ def test_nothing_is_imported_from_the_working_folder(tmp_path: Path, monkeypatch
         (tmp_path / f"{name}.py").write_text(f"open('{name}-was-here', 'w')\nraise SystemExit('poisoned')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # as in an interactive Python
-    with pytest.raises(DgqError, match=r"nosuch: has no unet$"):
+    with pytest.raises(DgqError, match=r"nosuch: has no unet nor transformer$"):
         files.write("dgq", source=tmp_path / "nosuch", target=tmp_path / "out", wbits=8, search=False)
     spec = Spec("torch", str(tmp_path / "nosuch"), "float32", str(tmp_path / "nosuch"))
     with pytest.raises(DgqError, match="nosuch"):

@@ -1,5 +1,6 @@
 """Steps of an architecture and of a model folder, from the files that are written to the rows."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ import torch
 
 from dgq import doctor
 from dgq.bench import Options, bench, bench_architecture, bench_step, steps
+from dgq.bench.files import load_calls
 from dgq.bench.systems import Size, System
+from dgq.bench.worker import cast
 from dgq.checkpoint.reading import read_header
 from dgq.errors import DgqError
 
@@ -79,6 +82,25 @@ def test_every_system_in_its_place(small_config: Path, planned: dict[str, list[A
         assert system.needed(Size(10**9)) > 2**30  # the memory of every kind is known
 
 
+@pytest.mark.parametrize("network", ["UNet2DConditionModel", "ZImageTransformer2DModel"])
+def test_an_architecture_is_called_for_pictures_of_the_size_asked_for(
+    network: str, small_config: Path, planned: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    """Calls of lists, too, come back from their file, and go to the network in half precision."""
+    file = small_config
+    if network.startswith("ZImage"):
+        file = tmp_path / "z.json"
+        tiny = {"dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32}
+        file.write_text(json.dumps({"_class_name": network, "in_channels": 4, "axes_dims": [4, 6, 6], **tiny}))
+    bench_architecture(str(file), (8,), Options(1, CPU, work=tmp_path), pixels=64)
+    assert planned["written"] == ["random", "random", "dgq"]
+    (calls,) = tmp_path.rglob("calls.safetensors")
+    call = cast(load_calls(calls)[0], torch.bfloat16, CPU)
+    pictures = call["x"] if network.startswith("ZImage") else call["sample"]
+    assert [tuple(one.shape) for one in pictures] == [(4, 1, 8, 8) if "x" in call else (4, 8, 8)] * 2
+    assert {one.dtype for one in pictures} == {torch.bfloat16}
+
+
 def test_a_peer_whose_files_fail_is_a_note(
     small_config: Path, planned: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +132,8 @@ def test_what_an_architecture_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path:
         bench(arch="sd-v1.4", what="kernels", device="cpu")
     with pytest.raises(DgqError, match="only an architecture's files are kept"):
         bench(work=tmp_path, device="cpu")
+    with pytest.raises(DgqError, match="a model has its own size"):
+        bench(pixels=64, device="cpu")
     gib = 2**30
     monkeypatch.setattr(doctor, "memory", lambda: {"total": gib, "available": gib})
     with pytest.raises(DgqError, match=r"sd-v1\.4 takes 6\.\d GiB in float32, 0\.9 GiB are free"):

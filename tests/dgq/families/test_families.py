@@ -44,8 +44,9 @@ class Toy(Family):
     shortened = (("transformer_blocks", "block"),)
 
     def call(
-        self, config: Any, batch: int, device: torch.device, *, tokens: int = 77, timestep: int = 500, seed: int = 0
-    ) -> dict[str, Any]:
+        self, config: Any, batch: int, device: torch.device, *, tokens: int, timestep: int = 500, seed: int = 0,
+        pixels: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         size = config.sample_size
         return {
             "hidden_states": torch.zeros(batch, config.in_channels, size, size, device=device),
@@ -91,11 +92,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def toy() -> Iterator[Toy]:
+def unknown() -> Iterator[None]:
+    """dgq without the family that knows this network."""
+    families = FAMILIES[:]
+    FAMILIES[:] = [family for family in families if family.network != Toy.network]
+    yield
+    FAMILIES[:] = families
+
+
+@pytest.fixture
+def toy(unknown: None) -> Toy:
     family = Toy()
     FAMILIES.append(family)
-    yield family
-    FAMILIES.remove(family)
+    return family
 
 
 def test_a_family_is_calibrated_loaded_drawn_inspected_and_measured(toy: Toy, folder: Path, tmp_path: Path) -> None:
@@ -161,7 +170,9 @@ def test_a_family_is_benched_by_its_configuration(toy: Toy, folder: Path, tmp_pa
     assert {case.plan.in_features for case in model_cases(folder)} >= {32, 128}
 
 
-def test_without_its_family_it_is_refused_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
+def test_without_its_family_it_is_refused_before_anything_is_loaded(
+    unknown: None, folder: Path, tmp_path: Path
+) -> None:
     for attempt in (
         lambda: dgq.load(folder),
         lambda: calibrate(folder, tmp_path / "out", Recipe()),
@@ -175,9 +186,19 @@ def test_without_its_family_it_is_refused_before_anything_is_loaded(folder: Path
         architectures.skeleton({**CONFIG, "_class_name": "SD3Transformer2DModel"})
 
 
+@pytest.mark.parametrize("name", ["flux.1-dev", "sd3.5-medium", "qwen-image", "pixart-sigma", "sana-1.6b"])
+def test_a_network_of_no_family_is_quantized_nearly_as_by_its_own(name: str) -> None:
+    """By the names that layers have in diffusers: no block's layer stays float, no embedder is quantized."""
+    network = architectures.network(architectures.ARCHITECTURES[name])
+    family = family_of(network)
+    layers = [at for at, one in network.named_modules() if isinstance(one, torch.nn.Linear | torch.nn.Conv2d)]
+    assert {at for at in layers if UNKNOWN.kept(at)} == {at for at in layers if family.kept(at)}
+    assert [UNKNOWN.weight_bits(at, 4) for at in layers] == [family.weight_bits(at, 4) for at in layers]
+
+
 def test_networks_of_no_family_keep_a_first_and_a_last_convolution() -> None:
     assert family_of(torch.nn.Linear(2, 2)) is UNKNOWN
-    assert UNKNOWN.float_layers == FIRST_AND_LAST
+    assert all(UNKNOWN.kept(name) for name in FIRST_AND_LAST)
     with pytest.raises(DgqError, match="has no network that dgq works with"):
         network_of(object())
 
