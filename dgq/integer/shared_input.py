@@ -94,4 +94,5 @@ def prepare_all(model: nn.Module, device: torch.device) -> None:
         if hasattr(module, "to_q") and hasattr(module, "to_k") and hasattr(module, "to_v"):
             known: Any = module
             shared = [known.to_k, known.to_v]
-            join(shared if known.is_cross_attention else [known.to_q, *shared], device)
+            cross = getattr(known, "is_cross_attention", False)
+            join(shared if cross else [known.to_q, *shared], device)
