@@ -11,14 +11,15 @@ or build (a configuration that claims any size) ends in its own errors, and othe
 from __future__ import annotations
 
 import copy
-import types
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import CustomDtype
+from diffusers.models.unets import unet_2d_condition
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -28,7 +29,7 @@ from dgq_kernels import native
 
 from ..errors import DgqError
 from ..family import family_of
-from ..integer.attention import AttentionPlan, use_log_attention
+from ..integer.attention import AttentionPlan, LogAttnProcessor, use_log_attention
 from ..integer.dequantize import dequantize
 from ..integer.layer import IntegerLayer
 from ..integer.on_the_fly import Arrivals, plan_without_data
@@ -192,11 +193,18 @@ class DgqQuantizer(DiffusersQuantizer):
         self._arrivals: Arrivals | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """A float weight that goes to the disk would never be quantized."""
-        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+        """What goes to the disk is not seen here: a float weight would never be quantized, scales would be cast."""
+        if not isinstance(device_map, dict) or "disk" not in device_map.values():
+            return
+        if not self.pre_quantized:
             raise DgqError(
                 "device_map puts layers on the disk, where they cannot be quantized",
                 "load and save the model without it first, then load the checkpoint with it",
+            )
+        if self._dtype != torch.float32:
+            raise DgqError(
+                f"device_map puts quantized layers on the disk, whose scales would become {self._dtype}",
+                "leave the dtype out",
             )
 
     def update_torch_dtype(self, torch_dtype: Any) -> torch.dtype:
@@ -251,7 +259,7 @@ class DgqQuantizer(DiffusersQuantizer):
             self.quantization_config = DgqConfig.of(self._finish(model))
             model.config["quantization_config"] = self.quantization_config
             self._layers, self._arrivals = [], None
-        _tell_what_is_float(model)
+        _make_quantized(model)
         # Packed now, torch.compile finds nothing to do before a first call; where there is CUDA the model will move.
         if not torch.cuda.is_available() and {weight.device.type for weight in model.parameters()} == {"cpu"}:
             prepare_all(model, torch.device("cpu"))
@@ -303,7 +311,7 @@ class DgqQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: Any) -> Any:
         """Plain layers of the model's dtype, with the float weights that the integers stand for."""
         dequantize(model, model.dtype)
-        for name in ("num_parameters", "_keep_in_fp32_modules", "quantization_method"):
+        for name in (*_METHODS, "_keep_in_fp32_modules", "quantization_method"):
             model.__dict__.pop(name, None)
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(config)
@@ -322,8 +330,9 @@ class DgqQuantizer(DiffusersQuantizer):
         return True
 
 
-def _tell_what_is_float(model: Any) -> None:
-    """Let diffusers see the float model's dtype and number of parameters: those of quantized layers are others.
+def _make_quantized(model: Any) -> None:
+    """Let diffusers see the float model's dtype and number of parameters, those of quantized layers being others, and
+    answer what a quantized model is asked otherwise.
 
     diffusers takes the first float parameter's dtype for the model's, but for the modules kept in float32.
     """
@@ -335,22 +344,48 @@ def _tell_what_is_float(model: Any) -> None:
             break
     if in_float32:
         model._keep_in_fp32_modules = [*(model._keep_in_fp32_modules or ()), *in_float32]
-    model.num_parameters = types.MethodType(_num_parameters, model)
+    for name, method in _METHODS.items():
+        if hasattr(model, name):
+            setattr(model, name, functools.partial(method, model))
 
 
 def _num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     """`ModelMixin.num_parameters` of the float model; those of quantized layers are not trained."""
-    own = type(model).num_parameters(model, only_trainable, exclude_embeddings)
+    own = int(type(model).num_parameters(model, only_trainable, exclude_embeddings))
     if only_trainable:
-        return int(own)
+        return own
     for module in model.modules():
         if isinstance(module, IntegerLayer):
             stored = sum(weight.numel() for weight in module.parameters(recurse=False))
             own += module.out_features * (module.plan.reduction + module.plan.bias) - stored
-    return int(own)
+    return own
+
+
+def _to(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`ModelMixin.to`, which refuses every dtype, the model's own as well: pipelines made of others and IP-Adapters ask
+    for that. Quantized layers keep theirs."""
+    dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+    return nn.Module.to(model, *args, **kwargs) if dtype == model.dtype else type(model).to(model, *args, **kwargs)
+
+
+def _fuse_qkv_projections(model: Any) -> None:
+    raise DgqError(
+        "a quantized model's queries, keys and values read one quantized input already: nothing is left to fuse",
+        "leave fuse_qkv_projections out",
+    )
+
+
+# What a quantized model answers in its class's place.
+_METHODS: dict[str, Callable[..., Any]] = {
+    "num_parameters": _num_parameters,
+    "to": _to,
+    "fuse_qkv_projections": _fuse_qkv_projections,
+}
 
 
 def register() -> None:
-    """Teach diffusers the method "dgq"."""
+    """Teach diffusers the method "dgq", and that `set_default_attn_processor` may replace its attention."""
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = DgqQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = DgqConfig
+    unets: Any = unet_2d_condition
+    unets.CROSS_ATTENTION_PROCESSORS = (*unets.CROSS_ATTENTION_PROCESSORS, LogAttnProcessor)
