@@ -260,8 +260,8 @@ class DgqQuantizer(DiffusersQuantizer):
             model.config["quantization_config"] = self.quantization_config
             self._layers, self._arrivals = [], None
         _make_quantized(model)
-        # Packed now, torch.compile finds nothing to do before a first call; where there is CUDA the model will move.
-        if not torch.cuda.is_available() and {weight.device.type for weight in model.parameters()} == {"cpu"}:
+        # Packed now, torch.compile finds nothing to do before a first call.
+        if all(_stays(weight.device) for weight in model.parameters()):
             prepare_all(model, torch.device("cpu"))
         return model
 
@@ -297,7 +297,8 @@ class DgqQuantizer(DiffusersQuantizer):
             if not finite(stored):
                 place = weights_place(self._files)
                 raise DgqError(f"{place}: tensor {param_name!r} holds values that are not finite")
-            self._arrivals.take(param_name, stored, target_device)
+            device = torch.device(target_device)
+            self._arrivals.take(param_name, stored, device, _stays(device))
             native.page_out(stored)
             return
         module_name, _, leaf = param_name.rpartition(".")
@@ -328,6 +329,11 @@ class DgqQuantizer(DiffusersQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _stays(device: torch.device) -> bool:
+    """Whether what is loaded to a device will run there; where there is CUDA, the model will move."""
+    return device.type == "cpu" and not torch.cuda.is_available()
 
 
 def _make_quantized(model: Any) -> None:
