@@ -9,7 +9,7 @@ Load a checkpoint and draw:
 
 from __future__ import annotations
 
-from .checkpoint.diffusers import register
+from .checkpoint.diffusers import DgqConfig, register
 from .errors import DgqError
 from .pictures.pipelines import load
 from .tuning.apply import load_tuned, set_tuned, unload_tuned
@@ -17,4 +17,4 @@ from .version import __version__
 
 register()
 
-__all__ = ["DgqError", "__version__", "load", "load_tuned", "set_tuned", "unload_tuned"]
+__all__ = ["DgqConfig", "DgqError", "__version__", "load", "load_tuned", "set_tuned", "unload_tuned"]

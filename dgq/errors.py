@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 
-class DgqError(Exception):
+class DgqError(ValueError):
     """A known failure, said in one line; the command line prints it and exits with 1.
+
+    It is a ValueError for whoever asks diffusers to load something and expects its errors.
 
     Args:
         message: what went wrong and where (file, tensor, option).

@@ -1,4 +1,5 @@
-"""diffusers integration: `from_pretrained` of a dgq checkpoint, after `import dgq`.
+"""diffusers integration: `from_pretrained` of a dgq checkpoint, and of a float model with a `DgqConfig`, after
+`import dgq`.
 
 diffusers has no public way to register a quantization method; both of its tables are extended here.
 
@@ -10,24 +11,37 @@ or build (a configuration that claims any size) ends in its own errors, and othe
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import CustomDtype
+from diffusers.models.unets import unet_2d_condition
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from dgq_kernels import native
+
 from ..errors import DgqError
+from ..family import family_of
+from ..integer.attention import AttentionPlan, LogAttnProcessor, use_log_attention
+from ..integer.dequantize import dequantize
 from ..integer.layer import IntegerLayer
+from ..integer.on_the_fly import Arrivals, plan_without_data
+from ..integer.plan import Layer
 from ..integer.shared_input import prepare_all
-from ..integer.skeleton import stored_names
+from ..integer.skeleton import fuse, stored_names
+from ..recipe import Recipe
+from ..version import __version__
 from .apply import apply_header
 from .header import QUANT_METHOD, Header
 from .reading import verify_tensors, weights_place
-from .values import verify_values
+from .values import finite, verify_values
 
 
 class DgqMethod(StrEnum):
@@ -37,73 +51,272 @@ class DgqMethod(StrEnum):
 
 
 class DgqConfig(QuantizationConfigMixin):
-    """`quantization_config` of a dgq checkpoint as diffusers hands it around; see `checkpoint.Header`."""
+    """What diffusers hands around as `quantization_config`: what to make of a float model while it is loaded, or what a
+    dgq checkpoint holds.
 
-    def __init__(self, **fields: Any) -> None:
-        try:
-            self.header = Header.from_dict(fields)
-        except DgqError as error:  # diffusers does not say which folder it reads
-            raise DgqError(f"config.json: {error.message}", error.hint) from None
+        UNet2DConditionModel.from_pretrained(folder, quantization_config=DgqConfig(wbits=8, abits=8))
+
+    quantizes without calibration: weights to nearest with a searched range, activations dynamically. It is the integer
+    recipe (`recipe.Recipe`) as far as that needs no data.
+
+    Args:
+        wbits: bits of the weights, 4 or 8.
+        abits: bits of the activations, 4 to 8.
+        channels: "none", or "rotate": every layer is rotated whose channels a block of 16, 64 or 256 divides.
+        attention: "log" where the text begins with a start token (`family.Family.start_token`), or "float".
+        weight_group: input channels that share an int4 sub-scale, 32 or 64.
+        modules_to_not_convert: modules that stay float beside those that do in any case: names, parts of names between
+            dots, or shell patterns of whole names.
+
+    Attributes:
+        recipe: the integer recipe asked for.
+        header: of a quantized model; None before there is one.
+
+    Raises:
+        DgqError: a value that cannot be, or an argument that is none.
+    """
+
+    def __init__(
+        self,
+        wbits: int = 4,
+        abits: int = 8,
+        channels: str = "none",
+        attention: str = "log",
+        weight_group: int = 32,
+        modules_to_not_convert: Sequence[str] | None = None,
+        **unknown: Any,
+    ) -> None:
         self.quant_method: Any = DgqMethod.DGQ
+        self.header: Header | None = None
+        self.modules_to_not_convert: Sequence[str] = modules_to_not_convert or []
+        if unknown:
+            raise DgqError(
+                f"DgqConfig has no argument {next(iter(unknown))!r}",
+                f"it has {', '.join(_ASKED)}, modules_to_not_convert",
+            )
+        names = self.modules_to_not_convert
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise DgqError(f"DgqConfig: modules_to_not_convert {names!r} is no list of names")
+        if channels not in ("none", "rotate"):
+            raise DgqError(
+                f"DgqConfig: channels {channels!r} is neither 'none' nor 'rotate'",
+                "other ways to handle them need calibration: dgq calibrate",
+            )
+        asked = dict(zip(_ASKED, (wbits, abits, channels, attention, weight_group), strict=False))
+        try:
+            self.recipe = Recipe.from_dict({**asked, "rounding": "nearest"})
+        except DgqError as error:
+            raise DgqError(f"DgqConfig: {error.message}", error.hint) from None
+
+    @classmethod
+    def of(cls, header: Header) -> DgqConfig:
+        """The configuration of a quantized model."""
+        config = cls()
+        config.header, config.recipe = header, header.recipe
+        config.modules_to_not_convert = header.modules_to_not_convert
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From JSON: of a checkpoint's config.json, or of what is asked for.
+
+        Raises:
+            DgqError: a damaged header, or as the class.
+        """
+        if "format_version" in config_dict:
+            try:
+                config = cls.of(Header.from_dict(config_dict))
+            except DgqError as error:  # diffusers does not say which folder it reads
+                raise DgqError(f"config.json: {error.message}", error.hint) from None
+        else:
+            config = cls(**{key: value for key, value in config_dict.items() if key != "quant_method"})
+        return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(self.header.to_dict())
+        """JSON: the header of a quantized model, else what was asked for."""
+        if self.header is not None:
+            return copy.deepcopy(self.header.to_dict())
+        asked = {name: getattr(self.recipe, name) for name in _ASKED}
+        return {"quant_method": QUANT_METHOD, **asked, "modules_to_not_convert": list(self.modules_to_not_convert)}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict` without what is at its default; a header whole."""
+        if self.header is not None:
+            return self.to_dict()
+        default = DgqConfig().to_dict()
+        return {key: value for key, value in self.to_dict().items() if key == "quant_method" or value != default[key]}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return iter(self.to_dict().items())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DgqConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"DgqConfig({self.header.recipe.label}, {len(self.header.method.layers(self.header))} layers)"
+        if self.header is not None:
+            return f"DgqConfig({self.recipe.label}, {len(self.header.method.layers(self.header))} layers)"
+        asked = {"wbits": self.recipe.wbits, "abits": self.recipe.abits, **self.to_diff_dict()}
+        return f"DgqConfig({', '.join(f'{key}={value!r}' for key, value in asked.items() if key != 'quant_method')})"
+
+
+_ASKED = ("wbits", "abits", "channels", "attention", "weight_group")  # of a recipe
 
 
 class DgqQuantizer(DiffusersQuantizer):
-    """Swaps a model's layers for packed ones before its weights are loaded, and checks every tensor."""
+    """Loads the packed layers of a checkpoint, every tensor checked, or quantizes a float model's as they are read."""
 
-    # no conversion happens at load time: only checkpoints made by `dgq calibrate` can be loaded
-    requires_calibration = True
-    # diffusers may read shards in threads and sets dtypes meanwhile; one file needs no threads
+    # diffusers may read shards in threads and sets dtypes meanwhile
     supports_parallel_loading = False
+    use_keep_in_fp32_modules = True
 
     quantization_config: DgqConfig
 
     def __init__(self, quantization_config: DgqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        header = quantization_config.header
+        if self.pre_quantized and header is None:
+            raise DgqError(
+                "config.json: quantization_config says what was asked for, and not what the weights are",
+                "it belongs to no checkpoint: quantize the float model again",
+            )
+        if not self.pre_quantized and header is not None:
+            raise DgqError(
+                "the quantization_config is that of a checkpoint, and the model is a float one",
+                "ask by DgqConfig(wbits=..., abits=...)",
+            )
         self._files: list[Path] = []
         self._kept: set[str] = set()
+        self._dtype = torch.float32
+        self._layers: list[Layer] = []
+        self._arrivals: Arrivals | None = None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """What goes to the disk is not seen here: a float weight would never be quantized, scales would be cast."""
+        if not isinstance(device_map, dict) or "disk" not in device_map.values():
+            return
+        if not self.pre_quantized:
+            raise DgqError(
+                "device_map puts layers on the disk, where they cannot be quantized",
+                "load and save the model without it first, then load the checkpoint with it",
+            )
+        if self._dtype != torch.float32:
+            raise DgqError(
+                f"device_map puts quantized layers on the disk, whose scales would become {self._dtype}",
+                "leave the dtype out",
+            )
+
+    def update_torch_dtype(self, torch_dtype: Any) -> torch.dtype:
+        self._dtype = torch_dtype or torch.float32
+        return self._dtype
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
+        """What a float weight will take, for placing it."""
+        if self.pre_quantized:
+            return torch_dtype
+        return torch.int8 if self.quantization_config.recipe.wbits == 8 else CustomDtype.INT4
+
+    def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """The parameters that take something else than `adjust_target_dtype` says."""
+        if self.pre_quantized:
+            return {name: value.dtype for name, value in model.named_parameters() if name in self._kept}
+        weights = {f"{layer.plan.owner(layer.name)}.weight" for layer in self._layers}
+        return {name: torch_dtype for name, _ in model.named_parameters() if name not in weights}
+
+    def get_cuda_warm_up_factor(self) -> int:
+        """Parameters by the bytes of the dtype that one will take."""
+        values = 1 if self.pre_quantized else 8 // self.quantization_config.recipe.wbits
+        return int(self._dtype.itemsize * values)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self._files = [Path(file) for file in checkpoint_files]
         return loaded_keys
 
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        if missing_keys:
+            raise DgqError(f"{weights_place(self._files)}: tensor {min(missing_keys)!r} is missing")
+        return missing_keys
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        header = self.quantization_config.header
+        if header is None:
+            config = self.quantization_config
+            self._layers = plan_without_data(model, config.recipe, config.modules_to_not_convert)
+            self._arrivals = Arrivals(model, self._layers)
+            return
         with torch.device("meta"):
-            apply_header(model, self.quantization_config.header, self._files[0].parent / "config.json")
+            apply_header(model, header, self._files[0].parent / "config.json")
         verify_tensors(self._files, model)
         # tensors that quantized layers brought along keep their stored dtype whatever torch_dtype is asked for
         self._kept = stored_names(model) | (set(model.state_dict()) - set(dict(model.named_parameters())))
         model.config["quantization_config"] = self.quantization_config
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        verify_values(weights_place(self._files), model)
-        # Packed now, torch.compile finds nothing to do before a first call; where there is CUDA the model will move.
-        if not torch.cuda.is_available() and {weight.device.type for weight in model.parameters()} == {"cpu"}:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        if self._arrivals is None:
+            verify_values(weights_place(self._files), model)
+        else:
+            self.quantization_config = DgqConfig.of(self._finish(model))
+            model.config["quantization_config"] = self.quantization_config
+            self._layers, self._arrivals = [], None
+        _make_quantized(model)
+        # Packed now, torch.compile finds nothing to do before a first call.
+        if all(_stays(weight.device) for weight in model.parameters()):
             prepare_all(model, torch.device("cpu"))
         return model
+
+    def _finish(self, model: nn.Module) -> Header:
+        """What was made of a float model: its blocks and attention as a checkpoint's are, and the header."""
+        folder = self._files[0].parent
+        config = self.quantization_config
+        header = Header(
+            config.recipe,
+            {layer.name: layer.plan for layer in self._layers},
+            base_model=(folder.parent if folder.name == family_of(model).component else folder).name,
+            dgq_version=__version__,
+            modules_to_not_convert=list(config.modules_to_not_convert),
+        )
+        if config.recipe.attention == "log" and family_of(model).start_token:
+            header.attention = AttentionPlan.for_activations(config.recipe.abits)
+            use_log_attention(model, header.attention)
+        fuse(model)
+        return header
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        return param_name in self._kept
+        return param_name in self._kept if self._arrivals is None else self._arrivals.expects(param_name)
 
     def create_quantized_param(  # type: ignore[override]
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: torch.device,
         state_dict: dict[str, Any], *args: Any, **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Set one tensor from the file; `param_value` has already been cast, so it is not used."""
+        """Take one tensor from the file; `param_value` has already been cast, so it is not used."""
+        stored = state_dict[param_name]
+        if self._arrivals is not None:
+            if not finite(stored):
+                place = weights_place(self._files)
+                raise DgqError(f"{place}: tensor {param_name!r} holds values that are not finite")
+            device = torch.device(target_device)
+            self._arrivals.take(param_name, stored, device, _stays(device))
+            native.page_out(stored)
+            return
         module_name, _, leaf = param_name.rpartition(".")
         module = model.get_submodule(module_name)
-        value = state_dict[param_name].to(device=target_device, dtype=getattr(module, leaf).dtype)
+        value = stored.to(device=target_device, dtype=getattr(module, leaf).dtype)
         if isinstance(module, IntegerLayer):
             module.set_stored(leaf, value)
         else:
             setattr(module, leaf, value)
+
+    def _dequantize(self, model: Any) -> Any:
+        """Plain layers of the model's dtype, with the float weights that the integers stand for."""
+        dequantize(model, model.dtype)
+        for name in (*_METHODS, "_keep_in_fp32_modules", "quantization_method"):
+            model.__dict__.pop(name, None)
+        config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+        model._internal_dict = type(model.config)(config)
+        return model
 
     @property
     def is_serializable(self) -> bool:
@@ -113,8 +326,72 @@ class DgqQuantizer(DiffusersQuantizer):
     def is_trainable(self) -> bool:
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _stays(device: torch.device) -> bool:
+    """Whether what is loaded to a device will run there; where there is CUDA, the model will move."""
+    return device.type == "cpu" and not torch.cuda.is_available()
+
+
+def _make_quantized(model: Any) -> None:
+    """Let diffusers see the float model's dtype and number of parameters, those of quantized layers being others, and
+    answer what a quantized model is asked otherwise.
+
+    diffusers takes the first float parameter's dtype for the model's, but for the modules kept in float32.
+    """
+    in_float32 = []
+    for name, module in model.named_modules():
+        if isinstance(module, IntegerLayer):
+            in_float32.append(f"{name}.")
+        elif any(weight.is_floating_point() for weight in module.parameters(recurse=False)):
+            break
+    if in_float32:
+        model._keep_in_fp32_modules = [*(model._keep_in_fp32_modules or ()), *in_float32]
+    for name, method in _METHODS.items():
+        if hasattr(model, name):
+            setattr(model, name, functools.partial(method, model))
+
+
+def _num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """`ModelMixin.num_parameters` of the float model; those of quantized layers are not trained."""
+    own = int(type(model).num_parameters(model, only_trainable, exclude_embeddings))
+    if only_trainable:
+        return own
+    for module in model.modules():
+        if isinstance(module, IntegerLayer):
+            stored = sum(weight.numel() for weight in module.parameters(recurse=False))
+            own += module.out_features * (module.plan.reduction + module.plan.bias) - stored
+    return own
+
+
+def _to(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`ModelMixin.to`, which refuses every dtype, the model's own as well: pipelines made of others and IP-Adapters ask
+    for that. Quantized layers keep theirs."""
+    dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+    return nn.Module.to(model, *args, **kwargs) if dtype == model.dtype else type(model).to(model, *args, **kwargs)
+
+
+def _fuse_qkv_projections(model: Any) -> None:
+    raise DgqError(
+        "a quantized model's queries, keys and values read one quantized input already: nothing is left to fuse",
+        "leave fuse_qkv_projections out",
+    )
+
+
+# What a quantized model answers in its class's place.
+_METHODS: dict[str, Callable[..., Any]] = {
+    "num_parameters": _num_parameters,
+    "to": _to,
+    "fuse_qkv_projections": _fuse_qkv_projections,
+}
+
 
 def register() -> None:
-    """Teach diffusers the method "dgq"."""
+    """Teach diffusers the method "dgq", and that `set_default_attn_processor` may replace its attention."""
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = DgqQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = DgqConfig
+    unets: Any = unet_2d_condition
+    unets.CROSS_ATTENTION_PROCESSORS = (*unets.CROSS_ATTENTION_PROCESSORS, LogAttnProcessor)

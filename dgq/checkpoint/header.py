@@ -34,6 +34,7 @@ class Header:
         generation: default "steps" and "guidance" of `dgq generate`.
         calibration: how it was made and what was measured then (seed, prompts, sqnr_db per layer, fidelity).
         dgq_version: version that wrote the file.
+        modules_to_not_convert: what a quantization on the fly was told to leave in float.
     """
 
     recipe: Recipe
@@ -44,6 +45,7 @@ class Header:
     generation: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     dgq_version: str = ""
+    modules_to_not_convert: list[str] = field(default_factory=list)
 
     @property
     def method(self) -> Method:
@@ -63,6 +65,8 @@ class Header:
             "generation": self.generation,
             "calibration": self.calibration,
         }
+        if self.modules_to_not_convert:
+            data["modules_to_not_convert"] = self.modules_to_not_convert
         if self.table is None:
             return data
         return {**data, self.recipe.name: self.table.to_dict() if hasattr(self.table, "to_dict") else self.table}
@@ -107,6 +111,7 @@ class Header:
             generation=_numbers(_of_type(data, "generation", dict, {}), {"steps": int, "guidance": int | float}),
             calibration=_calibration(_of_type(data, "calibration", dict, {})),
             dgq_version=_of_type(data, "dgq_version", str, ""),
+            modules_to_not_convert=_names(_of_type(data, "modules_to_not_convert", list, [])),
         )
 
 
@@ -131,6 +136,13 @@ def _of_type(data: dict[str, Any], name: str, kind: Any, default: Any = None) ->
     if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and abs(value) > 2**64):
         raise DgqError(f"quantization_config: damaged ({name} is {shortened(value)})")
     return value
+
+
+def _names(names: list[Any]) -> list[str]:
+    """The list itself, where it holds texts."""
+    if not all(isinstance(name, str) for name in names):
+        raise DgqError(f"quantization_config: damaged (modules_to_not_convert is {shortened(names)})")
+    return names
 
 
 def _numbers(data: dict[str, Any], kinds: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ def verify_values(place: Path, model: nn.Module) -> None:
     """Refuse what no calibration writes and a kernel must not meet: values that are not finite, scales that are not
     positive, an order that is none, sub-scales of 0, groups that are not there.
 
-    A change that leaves all of them in range (another weight, another scale) cannot be seen here.
+    A change that leaves all of them in range (another weight, another scale) cannot be seen here, nor what a device
+    map leaves on the disk.
 
     Args:
         place: of the weights, for the message.
@@ -31,6 +32,8 @@ def verify_values(place: Path, model: nn.Module) -> None:
         DgqError: the first wrong tensor and where it is wrong.
     """
     for name, module in model.named_modules():
+        if any(tensor.is_meta for _, tensor in _stored(module)):
+            continue
         for leaf, tensor in _stored(module):
             if tensor.is_floating_point() and not finite(tensor):
                 at = f"at {_first(~torch.isfinite(tensor))} of {tensor.numel()}"

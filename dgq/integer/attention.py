@@ -46,8 +46,9 @@ class LogAttnProcessor:
 
     quantizes = True  # as measurement asks
 
-    def __init__(self, plan: AttentionPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: AttentionPlan | None = None) -> None:
+        """Of 8 bits without a plan: whoever makes a processor anew by its class (IP-Adapters do) has none."""
+        self.plan = plan or AttentionPlan.for_activations(8)
 
     def __call__(
         self,

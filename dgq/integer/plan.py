@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DgqError
-from ..family import family_of
+from ..family import UNKNOWN, family_of
 from ..recipe import LayerPlan, Recipe
 from .stored import stored_shapes
 
@@ -65,19 +66,37 @@ def quantizable(network: nn.Module) -> tuple[dict[str, nn.Linear | nn.Conv2d], d
     """Layers the method quantizes, and those it cannot with the reason: ({name: module}, {name: reason}).
 
     Every Linear and Conv2d except its family's `float_layers`, the first and the last one among them (DGQ paper,
-    section 5.1).
+    section 5.1), and what diffusers says to keep in float32. Of a network that nothing is known of, so are the modules
+    that diffusers keeps out of casting layer by layer, and the first and the last convolution by their order.
     """
     family = family_of(network)
+    stay = _kept_by_diffusers(network, family is UNKNOWN)
     layers: dict[str, nn.Linear | nn.Conv2d] = {}
     skipped: dict[str, str] = {}
     for name, module in network.named_modules():
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             continue
-        if reason := family.kept(name) or (isinstance(module, nn.Conv2d) and _unsupported(module)):
+        if reason := family.kept(name) or stay.get(name) or (isinstance(module, nn.Conv2d) and _unsupported(module)):
             skipped[name] = reason
         else:
             layers[name] = module
     return layers, skipped
+
+
+def _kept_by_diffusers(network: nn.Module, unknown: bool) -> dict[str, str]:
+    """{name: reason} of layers whose precision diffusers' class of the network cares for."""
+    names = [name for name, _ in network.named_modules()]
+    in_float32, patterns = (
+        getattr(network, attribute, None) or ()
+        for attribute in ("_keep_in_fp32_modules", "_skip_layerwise_casting_patterns")
+    )
+    found = {name: "diffusers keeps it in float32" for name in names if not set(in_float32).isdisjoint(name.split("."))}
+    if unknown:
+        casts = "diffusers keeps it out of casting"
+        found |= {name: casts for name in names if any(re.search(pattern, name) for pattern in patterns)}
+        convolutions = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
+        found |= dict.fromkeys(convolutions[:1] + convolutions[-1:], "first and last convolution stay float")
+    return found
 
 
 def _unsupported(conv: nn.Conv2d) -> str | None:

@@ -50,6 +50,12 @@ def test_plain_diffusers(example, tiny_checkpoint, tmp_path):
     assert Image.open(tmp_path / "cat.png").size == (16, 16)
 
 
+def test_on_the_fly(example, tiny_pipeline, tmp_path):
+    printed = example("on_the_fly.py", tiny_pipeline, tmp_path / "out")
+    assert re.fullmatch(r"DgqConfig\(wbits=8, .*\): [\d.]+ MiB, the same picture again\n", printed)
+    assert (tmp_path / "out" / "unet" / "config.json").is_file()
+
+
 def test_inspect_layers(example, tiny_checkpoint):
     first, *rest = example("inspect_layers.py", tiny_checkpoint).splitlines()
     assert first.startswith("integer W4A8: ")

@@ -201,3 +201,85 @@ def test_files_of_format_1_still_load(tiny_w8_checkpoint, tmp_path):
     assert reshaped > 5
     save_file(state, file, metadata={"format": "pt"})
     assert torch.equal(call(dgq.load(old, device="cpu").unet), expected)
+
+
+def close(a, b):
+    return float((a - b).norm() / b.norm()) < 0.05
+
+
+def test_layers_left_on_the_disk(unet, tmp_path):
+    """By a device map: the hooks that read them also move what a layer is handed, norms of fused blocks say."""
+    from diffusers import UNet2DConditionModel
+
+    expected = plain_call(unet)
+    unet.save_pretrained(tmp_path)
+    parts = {name: "disk" if "down" in name else "cpu" for name, _ in unet.named_children()}
+    for number, places in enumerate(({"": "disk"}, parts)):
+        options = {"device_map": places, "offload_folder": tmp_path / f"offload-{number}"}
+        again = UNet2DConditionModel.from_pretrained(tmp_path, **options)
+        assert any(layer.stored.is_meta for layer in layers(again))
+        assert close(call(again), expected)
+    with pytest.raises(DgqError, match="whose scales would become"):
+        UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float16, **options)
+
+
+def test_the_default_attention_may_take_the_place_of_the_logarithmic(unet):
+    expected = call(unet)
+    unet.set_default_attn_processor()
+    assert {type(one).__name__ for one in unet.attn_processors.values()} == {"AttnProcessor"}
+    assert close(call(unet), expected)
+
+
+def test_projections_are_fused_already(unet):
+    expected = call(unet)
+    with pytest.raises(DgqError, match="read one quantized input already"):
+        unet.fuse_qkv_projections()
+    assert torch.equal(call(unet), expected)
+
+
+def test_an_ip_adapter(unet):
+    weights, place = {}, 1
+    generator = torch.Generator().manual_seed(0)
+    for name in unet.attn_processors:
+        if name.endswith("attn2.processor"):
+            width = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            for part in ("to_k_ip", "to_v_ip"):
+                weights[f"{place}.{part}.weight"] = torch.randn(width, 32, generator=generator)
+            place += 2
+    projection = {
+        "proj.weight": torch.randn(4 * 32, 16, generator=generator), "proj.bias": torch.zeros(4 * 32),
+        "norm.weight": torch.ones(32), "norm.bias": torch.zeros(32),
+    }  # fmt: skip
+    unet._load_ip_adapter_weights([{"ip_adapter": weights, "image_proj": projection}])
+    kinds = {name.split(".")[-2]: type(one).__name__ for name, one in unet.attn_processors.items()}
+    assert kinds == {"attn1": "LogAttnProcessor", "attn2": "IPAdapterAttnProcessor2_0"}
+    sample, text = (
+        torch.randn(size, generator=torch.Generator().manual_seed(0)) for size in ((2, 4, 8, 8), (2, 24, 32))
+    )
+    pictures = {"image_embeds": [torch.randn(2, 1, 16, generator=generator)]}
+    with torch.no_grad():
+        result = unet(sample, torch.tensor(500), text, added_cond_kwargs=pictures).sample
+        others = {"image_embeds": [-pictures["image_embeds"][0]]}
+        assert not close(unet(sample, torch.tensor(500), text, added_cond_kwargs=others).sample, result)
+    assert bool(torch.isfinite(result).all())
+
+
+def test_another_pipeline_takes_the_model_over(tiny_checkpoint):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    pipe = dgq.load(tiny_checkpoint, device="cpu")
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    assert other.unet is pipe.unet
+    with pytest.raises(ValueError, match="quantized model to a new `dtype`"):
+        StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.float16)
+    assert pipe.unet.dtype == torch.float32
+
+
+def test_copies_and_pickles_answer_for_themselves(unet, tmp_path):
+    expected, number = call(unet), unet.num_parameters()
+    torch.save(unet, tmp_path / "model.pt")
+    for again in (copy.deepcopy(unet), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(call(again), expected)
+        again.dequantize()
+        assert again.num_parameters() == number == unet.num_parameters()
+    assert torch.equal(call(unet), expected)
