@@ -73,13 +73,14 @@ def network(which: Architecture) -> nn.Module:
 
 def random_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The float32 weights, one after the other, of a network on the meta device, such that activations stay in range:
-    matrices of deviation 1 / sqrt(inputs), gains of 1, biases of 0. The same in every call."""
+    matrices of deviation 1 / sqrt(inputs), gains of 1, biases of 0; tables that belong to them likewise. The same in
+    every call."""
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in network.named_parameters():
-        if parameter.dim() > 1:
-            yield name, torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5
+    for name, tensor in network.state_dict().items():
+        if tensor.dim() > 1:
+            yield name, torch.randn(tensor.shape, generator=generator) * tensor[0].numel() ** -0.5
         else:
-            yield name, torch.full(parameter.shape, 1.0 if name.endswith("weight") else 0.0)
+            yield name, torch.full(tensor.shape, 1.0 if name.endswith("weight") else 0.0)
 
 
 def call(

@@ -136,7 +136,7 @@ def random_model(config: dict[str, Any], target: str, dtype: str) -> None:
     described: Any = network
     with atomic_folder(Path(target)) as folder:
         place = _network_folder(folder / family_of(network).component, json.loads(described.to_json_string()))
-        specs = {name: (parameter.shape, kind) for name, parameter in network.named_parameters()}
+        specs = {name: (tensor.shape, kind) for name, tensor in network.state_dict().items()}
         stream_safetensors(place, specs, (tensor for _, tensor in architectures.random_weights(network)))
 
 

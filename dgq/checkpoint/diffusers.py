@@ -35,7 +35,7 @@ from ..integer.layer import IntegerLayer
 from ..integer.on_the_fly import Arrivals, plan_without_data
 from ..integer.plan import Layer
 from ..integer.shared_input import prepare_all
-from ..integer.skeleton import fuse, stored_names
+from ..integer.skeleton import BLOCK_NAMES, fuse, stored_names
 from ..recipe import Recipe
 from ..version import __version__
 from .apply import apply_header
@@ -312,7 +312,7 @@ class DgqQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: Any) -> Any:
         """Plain layers of the model's dtype, with the float weights that the integers stand for."""
         dequantize(model, model.dtype)
-        for name in (*_METHODS, "_keep_in_fp32_modules", "quantization_method"):
+        for name in (*_METHODS, *BLOCK_NAMES, "_keep_in_fp32_modules", "quantization_method"):
             model.__dict__.pop(name, None)
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(config)

@@ -112,5 +112,6 @@ class Flux(Family):
             "timestep": torch.full((batch,), timestep / 1000, device=device),
             "img_ids": places.float().to(device),
             "txt_ids": torch.zeros(tokens, 3, device=device),
-            "guidance": torch.full((batch,), 3.5, device=device) if config.guidance_embeds else None,
+            # 1000 times this is a number that bfloat16 has
+            "guidance": torch.full((batch,), 4.0, device=device) if config.guidance_embeds else None,
         }

@@ -12,6 +12,9 @@ from .layer import IntegerLayer
 from .plan import own_columns
 from .stored import stored_shapes
 
+# Where a network of diffusers names the classes of its blocks.
+BLOCK_NAMES = ("_repeated_blocks", "_no_split_modules")
+
 
 class SplitLayer(nn.ModuleList):
     """A linear layer or 1x1 convolution over joined tensors, one integer layer for each: y is the sum of their results.
@@ -73,9 +76,14 @@ def build_skeleton(network: nn.Module, plans: dict[str, LayerPlan]) -> None:
 def fuse(network: nn.Module) -> None:
     """Change the class of every module of a quantized network that can leave work to its quantized layers, in place.
 
-    Exact types only: a subclass has a forward of its own.
+    Exact types only: a subclass has a forward of its own. diffusers finds blocks (to compile them, or to keep them on
+    one device) by the names of their classes, and is told the new ones.
     """
     known = family_of(network).fused
+    for attribute in BLOCK_NAMES:
+        if names := getattr(network, attribute, None):
+            added = [fused.__name__ for kind, (_, fused) in known.items() if kind.__name__ in names]
+            setattr(network, attribute, [*names, *added])
     for module in network.modules():
         if type(module) in known:
             leaves_work, fused = known[type(module)]

@@ -16,7 +16,7 @@ from dgq.bench.files import load_network, random_model
 from dgq.bench.layers import model_cases
 from dgq.calibration.estimate import estimate
 from dgq.calibration.run import Options, calibrate
-from dgq.checkpoint.reading import family_at, read_header
+from dgq.checkpoint.reading import family_at, read_header, tensor_table, weight_files
 from dgq.errors import DgqError
 from dgq.family import FAMILIES, FIRST_AND_LAST, UNKNOWN, Family, family_of, network_of
 from dgq.inspection.inspect import inspect, short_block, split_name
@@ -163,6 +163,8 @@ def test_a_picture_is_the_one_that_diffusers_makes(toy: Toy, folder: Path, monke
 def test_a_family_is_benched_by_its_configuration(toy: Toy, folder: Path, tmp_path: Path) -> None:
     config = {**CONFIG, "_class_name": toy.network}
     random_model(config, str(tmp_path / "random"), "float32")
+    (weights,) = weight_files(tmp_path / "random" / "transformer")
+    assert set(tensor_table(weights)) == set(architectures.skeleton(config).state_dict())  # its table of positions too
     network = load_network(tmp_path / "random", torch.float32)
     call = architectures.call(network, 2, torch.device("cpu"))
     with torch.no_grad():

@@ -230,6 +230,21 @@ def test_the_default_attention_may_take_the_place_of_the_logarithmic(unet):
     assert close(call(unet), expected)
 
 
+def test_blocks_are_found_by_their_names(unet):
+    """To compile them one by one, and to keep them on one device."""
+    from diffusers.models.attention import BasicTransformerBlock
+
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    assert {type(block).__name__ for block in blocks} <= set(unet._get_no_split_modules("auto"))
+    expected = call(unet)
+    unet.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    assert all(block._compiled_call_impl is not None for block in blocks)
+    assert torch.equal(call(unet), expected)
+    torch.compiler.reset()
+    unet.dequantize()
+    assert not {"_repeated_blocks", "_no_split_modules"} & set(vars(unet))
+
+
 def test_projections_are_fused_already(unet):
     expected = call(unet)
     with pytest.raises(DgqError, match="read one quantized input already"):

@@ -178,6 +178,20 @@ def test_axis_ranges_match_loops() -> None:
             assert ranges.high["pixel"][step, p] == max(seen[:, p].flatten().tolist())
 
 
+def test_ragged_ranges_take_texts_of_any_length() -> None:
+    ranges = AxisRanges("text", 1, ragged=True)
+    seen = [randn(1, length, 5, seed=length) for length in (3, 6, 4)]
+    for x in seen:
+        ranges.update(0, x)
+    assert ranges.low["channel"][0].tolist() == torch.cat(seen, 1).amin((0, 1)).tolist()
+    for p in range(6):
+        assert ranges.high["pixel"][0, p] == max(float(x[:, p].max()) for x in seen if x.shape[1] > p)
+    strict = AxisRanges("text", 1)
+    strict.update(0, seen[0])
+    with pytest.raises(DgqError, match=r"differ in size along the pixel axis \(3 and 6\)"):
+        strict.update(0, seen[1])
+
+
 def test_two_dimensional_inputs_are_per_tensor() -> None:
     ranges = AxisRanges("time_embedding", 1)
     x = randn(2, 8)
