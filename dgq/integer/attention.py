@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import dgq_kernels
 
 from ..errors import DgqError
+from .gradient import needed
 from .layer import is_direct
 from .shared_input import project
 
@@ -37,7 +38,7 @@ class AttentionPlan:
 
 class LogAttnProcessor:
     """A diffusers attention processor that runs `dgq_kernels.log_attention_eager`, or float attention on CPUs where
-    that is the faster of the two.
+    that is the faster of the two, and where gradients are wanted.
 
     Cross-attention keeps column 0, the start token, apart in float: it takes most of the probability and would
     otherwise set the scale for all others. A `residual` shaped like the result is added by the last layer;
@@ -90,7 +91,7 @@ class LogAttnProcessor:
             q = module.norm_q(q)
         if module.norm_k is not None:
             k = module.norm_k(k)
-        if dgq_kernels.log_attention_pays(q.device):
+        if dgq_kernels.log_attention_pays(q.device) and not needed(q, k, v):
             out = dgq_kernels.log_attention_eager(q, k, v, module.scale, self.plan.bits, self.plan.fraction_bits, cross)
         else:
             k, v = k.to(q.dtype), v.to(q.dtype)

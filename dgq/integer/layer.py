@@ -14,7 +14,8 @@ from dgq_kernels import backend, native, packing
 
 from ..recipe import LayerPlan
 from .channels import ChannelGroups, to_matrix
-from .prepared import Activation, Prepared, form_of, shaped
+from .gradient import needed, straight_through
+from .prepared import Activation, Prepared, apply, form_of, gate, shaped
 from .stored import StoredWeight, stored_shapes
 from .weights import IntegerWeight
 
@@ -210,6 +211,7 @@ class IntegerLayer(nn.Module):
         """x (..., C) for a linear layer, (B, C, H, W) for a convolution; returns x's dtype.
 
         What happens to x before the product is done while it is quantized, where engine or ops can: in this order.
+        Where gradients are wanted, that of x is the float layer's, of the weight that the integers stand for.
 
         Args:
             residual: added to the result, shaped like it.
@@ -218,6 +220,10 @@ class IntegerLayer(nn.Module):
             activation: applied after the norm.
             offset: (B, C), added to the x of a convolution before its norm.
         """
+        if needed(x, residual, sample_bias, norm, offset):
+            y = straight_through(self, apply(x, norm, activation, offset), lambda x: IntegerLayer.forward(self, x))
+            y = y if sample_bias is None else y + sample_bias.to(y.dtype)[:, :, None, None]
+            return y if residual is None else y + residual
         if self.plan.kind == "pointwise":
             y = self.over_pixels(x, norm, None if residual is None else residual.permute(0, 2, 3, 1), activation)
             return y.permute(0, 3, 1, 2)
@@ -231,10 +237,18 @@ class IntegerLayer(nn.Module):
         activation: Activation = "none",
     ) -> Tensor:
         """A linear layer or 1x1 convolution over pixels: x (B, C, H, W) -> (B, H, W, N), like the residual."""
+        if needed(x, norm, residual):
+            x = apply(x, norm, activation, None)
+            if self.plan.kind == "linear":
+                return self(x.permute(0, 2, 3, 1), residual)
+            y = self(x).permute(0, 2, 3, 1)
+            return y if residual is None else y + residual
         return self.prepare(x.device).over_pixels(self, x, norm, residual, activation)
 
     def gated(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """value * gelu(gate) (..., N / 2) of the two halves (..., N) that `forward` gives for x (..., C)."""
+        if needed(x, norm):
+            return gate(self(x, norm=norm))
         return self.prepare(x.device).gated(self, x, norm)
 
     def set_scales(self, weight_scale: Tensor, inv_divisor: Tensor | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .gradient import needed
 from .layer import IntegerLayer, is_direct
 from .prepared import ByOps, Dense, Joined, Packed
 
@@ -74,7 +75,7 @@ def project(layers: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = Non
     """The results of several layers on one input (..., C), normalized first; normalized and quantized once where the
     engine can, or in one product where they were joined (`join`)."""
     own: list[Any] = [layer for layer in layers if is_direct(layer, "linear")]
-    if len(own) == len(layers):
+    if len(own) == len(layers) and not needed(x, norm):
         ready = [layer.prepare(x.device) for layer in own]
         results = ready[0].together(own, ready, x, norm)
         if results is not None:
