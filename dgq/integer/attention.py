@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import dgq_kernels
 
 from ..errors import DgqError
+from .adapters import direct
 from .gradient import needed
-from .layer import is_direct
 from .shared_input import project
 
 FRACTION_BITS = {8: 4, 6: 3}
@@ -98,8 +98,9 @@ class LogAttnProcessor:
             out = nn.functional.scaled_dot_product_attention(q, k, v, scale=module.scale)
         out = out.transpose(1, 2).flatten(2)
         plain = len(shape) == 3 and not module.residual_connection and module.rescale_output_factor == 1
-        if residual is not None and plain and is_direct(module.to_out[0], "linear"):
-            fused: Tensor = module.to_out[0](out, residual)
+        last = direct(module.to_out[0], "linear")
+        if residual is not None and plain and last is not None:
+            fused: Tensor = last(out, residual)
             return fused
         hidden_states = module.to_out[1](module.to_out[0](out))
         if len(shape) == 4:

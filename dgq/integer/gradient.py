@@ -49,20 +49,22 @@ def straight_through(layer: IntegerLayer, x: Tensor, run: Callable[[Tensor], Ten
 
 
 def _input_gradient(layer: IntegerLayer, gradient: Tensor, shape: torch.Size) -> Tensor:
-    plan, factor, scale = layer.plan, input_factor(layer), layer._scale().detach()
-
-    def rows(start: int, stop: int) -> Tensor:
-        """Of the float weight that the integers stand for: float32 (stop - start, K), channels in natural order."""
-        matrix = layer.natural_rows(start, stop) * scale[start:stop, None]
-        by_channel = rotate_channels(matrix.view(len(matrix), -1, plan.in_features), plan.rotation, -1)
-        return (by_channel if factor is None else by_channel * factor).flatten(1)
-
-    weight = Weight(layer.out_features, plan.reduction, rows)
+    plan, factor = layer.plan, input_factor(layer)
+    weight = Weight(layer.out_features, plan.reduction, lambda start, stop: float_rows(layer, start, stop, factor))
     if plan.kind == "conv2d":
         size = (plan.kernel_size, plan.stride, plan.padding)
         return conv2d_input_gradient(gradient, weight, shape, *size)
     axis = 1 if plan.kind == "pointwise" else -1
     return linear_input_gradient(gradient.movedim(axis, -1), weight).movedim(-1, axis)
+
+
+def float_rows(layer: IntegerLayer, start: int, stop: int, factor: Tensor | None) -> Tensor:
+    """Rows of the matrix that the integers stand for, float32 (stop - start, K), channels in natural order; start is a
+    multiple of 16, `factor` that of `input_factor`."""
+    plan = layer.plan
+    matrix = layer.natural_rows(start, stop) * layer._scale().detach()[start:stop, None]
+    by_channel = rotate_channels(matrix.view(len(matrix), -1, plan.in_features), plan.rotation, -1)
+    return (by_channel if factor is None else by_channel * factor).flatten(1)
 
 
 def input_factor(layer: IntegerLayer) -> Tensor | None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dgq_kernels import backend, native, packing
 
+from ..errors import DgqError
 from ..recipe import LayerPlan
 from .channels import ChannelGroups, to_matrix
-from .gradient import needed, straight_through
+from .gradient import float_rows, input_factor, needed, straight_through
 from .prepared import Activation, Prepared, apply, form_of, gate, shaped
 from .stored import StoredWeight, stored_shapes
 from .weights import IntegerWeight
@@ -109,6 +110,21 @@ class IntegerLayer(nn.Module):
             return parameter
         shape = shaped(torch.empty(self.out_features, self.plan.reduction, device="meta"), self.plan).shape
         return StoredWeight.of(shape, torch.int8, self.stored.device, lambda: shaped(self.integer_weight(), self.plan))
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """What takes an adapter off sets the weight that it read. Raises DgqError for another one."""
+        if not torch.equal(value, self.weight):
+            raise DgqError("a packed weight cannot be changed", "adapters stay beside it: they cannot be fused")
+
+    def dequantize(self) -> Tensor:
+        """The weight that the integers stand for, float32, shaped as the float layer's; made anew."""
+        return shaped(float_rows(self, 0, self.out_features, input_factor(self)), self.plan)
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """By this name peft knows layers to ask for `dequantize` where it needs the float weight (DoRA)."""
+        return self.stored
 
     def integer_weight(self) -> Tensor:
         """The int8 matrix W' (N, K), channels in stored order."""
@@ -329,11 +345,11 @@ def is_direct(module: object, kind: str | None = None) -> bool:
     return not (module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
 
 
-class IntegerLinear(IntegerLayer, nn.Linear):  # type: ignore[misc, override]
+class IntegerLinear(IntegerLayer, nn.Linear):  # type: ignore[misc]
     """An integer layer that is an `nn.Linear`."""
 
 
-class IntegerConv2d(IntegerLayer, nn.Conv2d):  # type: ignore[override]
+class IntegerConv2d(IntegerLayer, nn.Conv2d):
     """An integer layer that is an `nn.Conv2d`."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:

@@ -2,21 +2,70 @@
 
 from __future__ import annotations
 
+import types
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from ..errors import DgqError
 from ..family import family_of
 from ..recipe import LayerPlan
 from .layer import IntegerLayer
-from .stored import stored_shapes
+from .stored import StoredWeight, stored_shapes
 
 
-class SplitLayer(nn.ModuleList):
+class SplitLayer(nn.ModuleList, nn.Conv2d):
     """A 1x1 convolution over joined tensors, one integer layer for each: y is the sum of their results.
 
     A shortcut in the up path reads the hidden state and the skip side by side. Their sizes differ by an order of
     magnitude, and with one scale a row the smaller one would be rounded away (docs/method.md, item 4).
     """
+
+    in_channels: int
+    out_channels: int
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Adapters make float convolutions of `type(layer)`: they get them."""
+        return nn.Conv2d(*args, **kwargs) if args and type(args[0]) is int else super().__new__(cls)
+
+    def __init__(self, parts: list[IntegerLayer]) -> None:
+        nn.Module.__init__(self)  # not nn.Conv2d's, which allocates a weight
+        self.in_channels, self.out_channels = sum(part.in_features for part in parts), parts[0].out_features
+        self.kernel_size = self.stride = self.dilation = (1, 1)
+        self.padding, self.output_padding, self.groups = (0, 0), (0, 0), 1
+        self.transposed, self.padding_mode = False, "zeros"
+        self.extend(parts)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What takes an adapter off sets weight and bias that it read."""
+        if name not in ("weight", "bias"):
+            super().__setattr__(name, value)
+        elif name == "bias" and value is not self.bias:
+            raise DgqError("the bias of a packed layer cannot be changed")
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """int8 (N, C, 1, 1), the parts' side by side; made when it is read."""
+        first = self.parts[0].stored
+        shape = (self.out_channels, self.in_channels, 1, 1)
+        return StoredWeight.of(
+            shape, torch.int8, first.device, lambda: torch.cat([part.weight for part in self.parts], 1)
+        )
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The first part's, which has it for all."""
+        return self.parts[0].bias
+
+    def dequantize(self) -> Tensor:
+        """The weight that the integers stand for, float32 (N, C, 1, 1)."""
+        return torch.cat([part.dequantize() for part in self.parts], 1)
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """As of `IntegerLayer`."""
+        return self.parts[0].stored
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (B, C, H, W) -> (B, N, H, W)."""
@@ -70,7 +119,7 @@ def build_skeleton(network: nn.Module, plans: dict[str, LayerPlan]) -> None:
 def fuse(network: nn.Module) -> None:
     """Change the class of every module of a quantized network that can leave work to its quantized layers, in place.
 
-    Exact types only: a subclass has a forward of its own.
+    Exact types only: a subclass has a forward of its own. The network also gets a `to` that takes `dtype=None`.
     """
     known = family_of(network).fused
     for module in network.modules():
@@ -78,6 +127,14 @@ def fuse(network: nn.Module) -> None:
             leaves_work, fused = known[type(module)]
             if leaves_work(module):
                 module.__class__ = fused
+    network.__dict__["to"] = types.MethodType(to, network)
+
+
+def to(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`ModelMixin.to`, which takes `dtype=None` for a cast and refuses that: `save_lora_adapter` calls it so."""
+    if "dtype" in kwargs and kwargs["dtype"] is None:
+        del kwargs["dtype"]
+    return type(network).to(network, *args, **kwargs)
 
 
 def stored_names(network: nn.Module) -> set[str]:

@@ -18,7 +18,7 @@ def integer_layers(unet: nn.Module) -> dict[str, IntegerLayer]:
         DgqError: it has none.
     """
     named = ((name, module) for name, module in unet.named_modules() if isinstance(module, IntegerLayer))
-    layers = {name.removesuffix(".base_layer"): module for name, module in named}
+    layers = {name.replace(".base_layer", ""): module for name, module in named}
     if not layers:
         raise DgqError(
             "the model has no integer layer, so there are no scales to tune",
