@@ -324,7 +324,8 @@ class DgqQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Of what stands around integer layers, adapters say: they pass gradients on and learn nothing themselves."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import dgq_kernels
 
 from ..errors import DgqError
-from .layer import is_direct
+from .adapters import direct
+from .gradient import needed
 from .shared_input import project
 
 FRACTION_BITS = {8: 4, 6: 3}
@@ -37,7 +38,7 @@ class AttentionPlan:
 
 class LogAttnProcessor:
     """A diffusers attention processor that runs `dgq_kernels.log_attention_eager`, or float attention on CPUs where
-    that is the faster of the two.
+    that is the faster of the two, and where gradients are wanted.
 
     Cross-attention keeps column 0, the start token, apart in float: it takes most of the probability and would
     otherwise set the scale for all others. A `residual` shaped like the result is added by the last layer;
@@ -91,15 +92,16 @@ class LogAttnProcessor:
             q = module.norm_q(q)
         if module.norm_k is not None:
             k = module.norm_k(k)
-        if dgq_kernels.log_attention_pays(q.device):
+        if dgq_kernels.log_attention_pays(q.device) and not needed(q, k, v):
             out = dgq_kernels.log_attention_eager(q, k, v, module.scale, self.plan.bits, self.plan.fraction_bits, cross)
         else:
             k, v = k.to(q.dtype), v.to(q.dtype)
             out = nn.functional.scaled_dot_product_attention(q, k, v, scale=module.scale)
         out = out.transpose(1, 2).flatten(2)
         plain = len(shape) == 3 and not module.residual_connection and module.rescale_output_factor == 1
-        if residual is not None and plain and is_direct(module.to_out[0], "linear"):
-            fused: Tensor = module.to_out[0](out, residual)
+        last = direct(module.to_out[0], "linear")
+        if residual is not None and plain and last is not None:
+            fused: Tensor = last(out, residual)
             return fused
         hidden_states = module.to_out[1](module.to_out[0](out))
         if len(shape) == 4:

@@ -19,6 +19,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from .adapters import direct
 from .attention import LogAttnProcessor
 from .layer import is_direct
 
@@ -29,13 +30,12 @@ class FusedGEGLU(GEGLU):
     after_norm = ("proj",)
 
     def forward(self, hidden_states: Tensor, *args: Any, norm: nn.Module | None = None, **kwargs: Any) -> Tensor:
-        layer: Any = self.proj
-        if not is_direct(layer, "linear"):
+        layer = direct(self.proj, "linear")
+        if layer is None:
             plain: Any = super()
             result: Tensor = plain.forward(hidden_states if norm is None else norm(hidden_states))
             return result
-        gated: Tensor = layer.gated(hidden_states, norm)
-        return gated
+        return layer.gated(hidden_states, norm)
 
 
 class FusedTransformerBlock(BasicTransformerBlock):
@@ -70,7 +70,8 @@ class FusedTransformerBlock(BasicTransformerBlock):
         hidden = first(x, norm=self.norm3) if fused else first(self.norm3(x))
         for module in middle:
             hidden = module(hidden)
-        out: Tensor = last(hidden, x) if is_direct(last, "linear") else last(hidden) + x
+        layer = direct(last, "linear")
+        out: Tensor = last(hidden) + x if layer is None else layer(hidden, x)
         return out
 
 
@@ -87,26 +88,27 @@ class FusedTransformer(Transformer2DModel):
     after_norm = ("proj_in",)
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
-        layer: Any = self.proj_in
-        if not is_direct(layer):
+        layer = direct(self.proj_in)
+        if layer is None:
             plain: Any = super()
             result: tuple[Tensor, int] = plain._operate_on_continuous_inputs(hidden_states)
             return result
-        return layer.over_pixels(hidden_states, self.norm).flatten(1, 2), layer.out_features
+        return layer.over_pixels(hidden_states, self.norm).flatten(1, 2), self.proj_in.out_features
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
         pixels = hidden_states.reshape(batch_size, height, width, -1)
-        if not is_direct(self.proj_out):
+        layer = direct(self.proj_out)
+        if layer is None:
             plain: Any = super()
             shape = (batch_size, height, width, inner_dim)
             result: Tensor = plain._get_output_for_continuous_inputs(hidden_states, residual, *shape)
             return result
         if not self.use_linear_projection:
-            projected: Tensor = self.proj_out(pixels.permute(0, 3, 1, 2), residual)
+            projected: Tensor = layer(pixels.permute(0, 3, 1, 2), residual)
             return projected
-        moved: Tensor = self.proj_out(pixels, residual.permute(0, 2, 3, 1))
+        moved: Tensor = layer(pixels, residual.permute(0, 2, 3, 1))
         return moved.permute(0, 3, 1, 2)
 
 
@@ -116,7 +118,8 @@ class FusedResnetBlock(ResnetBlock2D):
     after_norm = ("conv1", "conv2", "time_emb_proj")
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        if self.training or not (is_direct(self.conv1, "conv2d") and is_direct(self.conv2, "conv2d")):
+        first, second = direct(self.conv1, "conv2d"), direct(self.conv2, "conv2d")
+        if self.training or first is None or second is None:
             plain: Any = super()
             result: Tensor = plain.forward(input_tensor, temb, *args, **kwargs)
             return result
@@ -124,17 +127,17 @@ class FusedResnetBlock(ResnetBlock2D):
         if temb is not None and self.time_emb_proj is not None:
             embedding = self._embed(temb)
         # the CPU engine adds the embedding to its sums, the ops of the second norm to the mean that they subtract
-        second: Any = self.conv2
         later = second.fuses(input_tensor.device)
-        x = self.conv1(input_tensor, None, None if later else embedding, self.norm1, "silu")
+        x = first(input_tensor, None, None if later else embedding, self.norm1, "silu")
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         out: Tensor = second(x, shortcut, None, self.norm2, "silu", embedding if later else None)
         return out
 
     def _embed(self, temb: Tensor) -> Tensor:
-        layer: Any = self.time_emb_proj
-        if self.skip_time_act or not is_direct(layer, "linear"):
-            plain: Tensor = layer(temb if self.skip_time_act else self.nonlinearity(temb))
+        layer = direct(self.time_emb_proj, "linear")
+        if self.skip_time_act or layer is None:
+            known: Any = self.time_emb_proj
+            plain: Tensor = known(temb if self.skip_time_act else self.nonlinearity(temb))
             return plain
         embedding: Tensor = layer(temb, activation="silu")
         return embedding
@@ -147,9 +150,9 @@ class FusedTimestepEmbedding(TimestepEmbedding):
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
         first: Any = self.linear_1
-        last: Any = self.linear_2
+        last = direct(self.linear_2, "linear")
         post: Any = self.post_act
-        if self.training or condition is not None or not is_direct(last, "linear"):
+        if self.training or condition is not None or last is None:
             plain: Any = super()
             result: Tensor = plain.forward(sample, condition)
             return result

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from dgq_kernels import backend, native, packing
 
+from ..errors import DgqError
 from ..recipe import LayerPlan
 from .channels import ChannelGroups, to_matrix
-from .prepared import Activation, Prepared, form_of, shaped
+from .gradient import float_rows, input_factor, needed, straight_through
+from .prepared import Activation, Prepared, apply, form_of, gate, shaped
 from .stored import StoredWeight, stored_shapes
 from .weights import IntegerWeight
 
@@ -108,6 +110,21 @@ class IntegerLayer(nn.Module):
             return parameter
         shape = shaped(torch.empty(self.out_features, self.plan.reduction, device="meta"), self.plan).shape
         return StoredWeight.of(shape, torch.int8, self.stored.device, lambda: shaped(self.integer_weight(), self.plan))
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """What takes an adapter off sets the weight that it read. Raises DgqError for another one."""
+        if not torch.equal(value, self.weight):
+            raise DgqError("a packed weight cannot be changed", "adapters stay beside it: they cannot be fused")
+
+    def dequantize(self) -> Tensor:
+        """The weight that the integers stand for, float32, shaped as the float layer's; made anew."""
+        return shaped(float_rows(self, 0, self.out_features, input_factor(self)), self.plan)
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """By this name peft knows layers to ask for `dequantize` where it needs the float weight (DoRA)."""
+        return self.stored
 
     def integer_weight(self) -> Tensor:
         """The int8 matrix W' (N, K), channels in stored order."""
@@ -210,6 +227,7 @@ class IntegerLayer(nn.Module):
         """x (..., C) for a linear layer, (B, C, H, W) for a convolution; returns x's dtype.
 
         What happens to x before the product is done while it is quantized, where engine or ops can: in this order.
+        Where gradients are wanted, that of x is the float layer's, of the weight that the integers stand for.
 
         Args:
             residual: added to the result, shaped like it.
@@ -218,6 +236,10 @@ class IntegerLayer(nn.Module):
             activation: applied after the norm.
             offset: (B, C), added to the x of a convolution before its norm.
         """
+        if needed(x, residual, sample_bias, norm, offset):
+            y = straight_through(self, apply(x, norm, activation, offset), lambda x: IntegerLayer.forward(self, x))
+            y = y if sample_bias is None else y + sample_bias.to(y.dtype)[:, :, None, None]
+            return y if residual is None else y + residual
         if self.plan.kind == "pointwise":
             y = self.over_pixels(x, norm, None if residual is None else residual.permute(0, 2, 3, 1), activation)
             return y.permute(0, 3, 1, 2)
@@ -231,10 +253,18 @@ class IntegerLayer(nn.Module):
         activation: Activation = "none",
     ) -> Tensor:
         """A linear layer or 1x1 convolution over pixels: x (B, C, H, W) -> (B, H, W, N), like the residual."""
+        if needed(x, norm, residual):
+            x = apply(x, norm, activation, None)
+            if self.plan.kind == "linear":
+                return self(x.permute(0, 2, 3, 1), residual)
+            y = self(x).permute(0, 2, 3, 1)
+            return y if residual is None else y + residual
         return self.prepare(x.device).over_pixels(self, x, norm, residual, activation)
 
     def gated(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """value * gelu(gate) (..., N / 2) of the two halves (..., N) that `forward` gives for x (..., C)."""
+        if needed(x, norm):
+            return gate(self(x, norm=norm))
         return self.prepare(x.device).gated(self, x, norm)
 
     def set_scales(self, weight_scale: Tensor, inv_divisor: Tensor | None) -> None:
@@ -315,11 +345,11 @@ def is_direct(module: object, kind: str | None = None) -> bool:
     return not (module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
 
 
-class IntegerLinear(IntegerLayer, nn.Linear):  # type: ignore[misc, override]
+class IntegerLinear(IntegerLayer, nn.Linear):  # type: ignore[misc]
     """An integer layer that is an `nn.Linear`."""
 
 
-class IntegerConv2d(IntegerLayer, nn.Conv2d):  # type: ignore[override]
+class IntegerConv2d(IntegerLayer, nn.Conv2d):
     """An integer layer that is an `nn.Conv2d`."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:

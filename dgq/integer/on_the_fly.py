@@ -167,7 +167,7 @@ class Arrivals:
         if prepare:
             for layer in made:
                 layer.prepare(layer.weight_scale.device)
-        self._network.set_submodule(owner, SplitLayer(made) if layers[0].plan.columns else made[0])
+        self._network.set_submodule(owner, SplitLayer.of(made) if layers[0].plan.columns else made[0])
 
 
 def _rounded(layer: Layer, weight: Tensor) -> IntegerWeight:

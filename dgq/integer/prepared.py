@@ -84,8 +84,7 @@ class Prepared:
 
     def gated(self, layer: IntegerLayer, x: Tensor, norm: nn.Module | None) -> Tensor:
         """`IntegerLayer.gated`."""
-        value, gate = self.run(layer, x, None, None, norm, "none", None).chunk(2, dim=-1)
-        return value * nn.functional.gelu(gate)
+        return gate(self.run(layer, x, None, None, norm, "none", None))
 
     def rows(self, start: int, stop: int) -> Tensor | None:
         """Rows [start, stop) of the int8 matrix in natural order where they come from this form; start is a multiple
@@ -138,9 +137,9 @@ class Engine(Prepared):
         norm: nn.Module | None, activation: Activation, offset: Tensor | None,
     ) -> Tensor:  # fmt: skip
         kind = layer.plan.kind
-        before = None if norm is None else self._norm_of(kind, norm, activation)
+        before = None if norm is None or offset is not None else self._norm_of(kind, norm, activation)
         if before is None:
-            x = _apply(x, norm, activation, offset)
+            x = apply(x, norm, activation, offset)
         if kind == "linear":
             return self.engine.linear(x, residual, norm=before)
         if sample_bias is not None and layer.bias is not None:
@@ -150,7 +149,7 @@ class Engine(Prepared):
     def over_pixels(
         self, layer: IntegerLayer, x: Tensor, norm: nn.Module | None, residual: Tensor | None, activation: Activation
     ) -> Tensor:
-        return self.engine.linear(_apply(x, norm, activation, None).permute(0, 2, 3, 1), residual)
+        return self.engine.linear(apply(x, norm, activation, None).permute(0, 2, 3, 1), residual)
 
     def gated(self, layer: IntegerLayer, x: Tensor, norm: nn.Module | None) -> Tensor:
         if not self.engine.can_gate:
@@ -239,7 +238,7 @@ class ByOps(Prepared):
     ) -> Tensor:  # fmt: skip
         codes = self._fused_codes(layer, x, norm, activation, offset) if self.fuses else None
         if codes is None:
-            codes = self._codes(layer, _apply(x, norm, activation, offset))
+            codes = self._codes(layer, apply(x, norm, activation, offset))
         fuses = self.fuses and sample_bias is None
         added = residual if fuses else None
         if layer.plan.kind == "linear":
@@ -265,7 +264,7 @@ class ByOps(Prepared):
                 )
             )  # fmt: skip
         else:
-            codes = self._codes(layer, _apply(x, norm, activation, None).permute(0, 2, 3, 1))
+            codes = self._codes(layer, apply(x, norm, activation, None).permute(0, 2, 3, 1))
         if residual is None or not self.fuses:
             y = self.multiply(layer, codes, x.dtype, None).view(size)
             return y if residual is None else y + residual
@@ -478,7 +477,13 @@ def _unpacker(layer: IntegerLayer, engine: native.Layer) -> Callable[[], Tensor]
     return make
 
 
-def _apply(x: Tensor, norm: nn.Module | None, activation: Activation, offset: Tensor | None) -> Tensor:
+def gate(y: Tensor) -> Tensor:
+    """value * gelu(gate) of the two halves."""
+    value, gates = y.chunk(2, dim=-1)
+    return value * nn.functional.gelu(gates)
+
+
+def apply(x: Tensor, norm: nn.Module | None, activation: Activation, offset: Tensor | None) -> Tensor:
     """`IntegerLayer.forward`'s steps before the product, by torch."""
     if offset is not None:
         x = x + offset.to(x.dtype)[:, :, None, None]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layer import IntegerLayer, is_direct
+from .adapters import Adapted, add_product, direct
+from .gradient import needed
+from .layer import IntegerLayer
 from .plan import shared_inputs
 from .prepared import ByOps, Dense, Joined, Packed
 
@@ -74,14 +75,32 @@ def rescale_joined(layers: Iterable[IntegerLayer]) -> None:
 def project(layers: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = None) -> list[Tensor]:
     """The results of several layers on one input (..., C), normalized first; normalized and quantized once where the
     engine can, or in one product where they were joined (`join`)."""
-    own: list[Any] = [layer for layer in layers if is_direct(layer, "linear")]
+    found = [direct(layer, "linear") for layer in layers]
+    own = [one.layer if isinstance(one, Adapted) else one for one in found if one is not None]
+    adapted = {i: one for i, one in enumerate(found) if isinstance(one, Adapted)}
+    if adapted and norm is not None:
+        x, norm = norm(x), None
+    results = None
     if len(own) == len(layers):
-        ready = [layer.prepare(x.device) for layer in own]
-        results = ready[0].together(own, ready, x, norm)
-        if results is not None:
-            return results
+        if not needed(x, norm):
+            ready = [layer.prepare(x.device) for layer in own]
+            results = ready[0].together(own, ready, x, norm)
+        if results is None:
+            x = x if norm is None else norm(x)
+            results = [layer(x) for layer in own]
+        return _with_adapters(results, x, adapted)
     x = x if norm is None else norm(x)
     return [layer(x) for layer in layers]
+
+
+def _with_adapters(results: list[Tensor], x: Tensor, adapted: dict[int, Adapted]) -> list[Tensor]:
+    """Add the low-rank products of one input, whose first halves are one product."""
+    if adapted:
+        down = torch.cat([one.down.to(x.dtype) for one in adapted.values()])
+        parts = nn.functional.linear(x, down).split([len(one.down) for one in adapted.values()], -1)
+        for (i, one), h in zip(adapted.items(), parts, strict=True):
+            add_product(results[i], h, one.up)
+    return results
 
 
 def prepare_all(model: nn.Module, device: torch.device) -> None:

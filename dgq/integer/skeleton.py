@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +13,7 @@ from ..family import family_of
 from ..recipe import LayerPlan
 from .layer import IntegerLayer
 from .plan import own_columns
-from .stored import stored_shapes
+from .stored import StoredWeight, stored_shapes
 
 # Where a network of diffusers names the classes of its blocks.
 BLOCK_NAMES = ("_repeated_blocks", "_no_split_modules")
@@ -24,6 +27,46 @@ class SplitLayer(nn.ModuleList):
     round the smaller one away (docs/method.md, item 4).
     """
 
+    def __init__(self, parts: list[IntegerLayer]) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's or nn.Conv2d's, which allocates a weight
+        self.in_features, self.out_features = sum(part.in_features for part in parts), parts[0].out_features
+        self.extend(parts)
+
+    @staticmethod
+    def of(parts: list[IntegerLayer]) -> SplitLayer:
+        """One of the class that the parts' kind asks for."""
+        return (SplitLinear if parts[0].plan.kind == "linear" else SplitConv2d)(parts)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What takes an adapter off sets weight and bias that it read."""
+        if name not in ("weight", "bias"):
+            super().__setattr__(name, value)
+        elif name == "bias" and value is not self.bias:
+            raise DgqError("the bias of a packed layer cannot be changed")
+
+    @property
+    def weight(self) -> Tensor:
+        """int8, shaped as the float layer's weight, the parts' side by side; made when it is read."""
+        shapes = [part.weight.shape for part in self.parts]
+        shape = (shapes[0][0], sum(each[1] for each in shapes), *shapes[0][2:])
+        return StoredWeight.of(
+            shape, torch.int8, self.parts[0].stored.device, lambda: torch.cat([part.weight for part in self.parts], 1)
+        )
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The first part's, which has it for all."""
+        return self.parts[0].bias
+
+    def dequantize(self) -> Tensor:
+        """The weight that the integers stand for, float32, shaped as the float layer's."""
+        return torch.cat([part.dequantize() for part in self.parts], 1)
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """As of `IntegerLayer`."""
+        return self.parts[0].stored
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., C) -> (..., N), or (B, C, H, W) -> (B, N, H, W)."""
         y = residual
@@ -36,6 +79,25 @@ class SplitLayer(nn.ModuleList):
     def parts(self) -> list[IntegerLayer]:
         """In the order of their channels."""
         return list(self)  # type: ignore[arg-type]
+
+
+class SplitLinear(SplitLayer, nn.Linear):  # type: ignore[misc, override]
+    """A split layer that is an `nn.Linear`."""
+
+
+class SplitConv2d(SplitLayer, nn.Conv2d):  # type: ignore[override]
+    """A split layer that is an `nn.Conv2d`."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Adapters make float convolutions of `type(layer)`: they get them."""
+        return nn.Conv2d(*args, **kwargs) if args and type(args[0]) is int else super().__new__(cls)
+
+    def __init__(self, parts: list[IntegerLayer]) -> None:
+        super().__init__(parts)
+        self.in_channels, self.out_channels = self.in_features, self.out_features
+        self.kernel_size = self.stride = self.dilation = (1, 1)
+        self.padding, self.output_padding, self.groups = (0, 0), (0, 0), 1
+        self.transposed, self.padding_mode = False, "zeros"
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -61,7 +123,7 @@ def place(network: nn.Module, layers: dict[str, IntegerLayer]) -> None:
         channels = getattr(network.get_submodule(owner), "weight", torch.empty(0, 0)).shape[1]
         if starts != ends[:-1] or ends[-1] != channels or any(part.plan.kind == "conv2d" for part in parts):
             raise DgqError(f"{owner}: parts that end at {ends[1:]} are not its {channels} input channels")
-        _replace(network, owner, SplitLayer(parts))
+        _replace(network, owner, SplitLayer.of(parts))
 
 
 def build_skeleton(network: nn.Module, plans: dict[str, LayerPlan]) -> None:
@@ -77,7 +139,8 @@ def fuse(network: nn.Module) -> None:
     """Change the class of every module of a quantized network that can leave work to its quantized layers, in place.
 
     Exact types only: a subclass has a forward of its own. diffusers finds blocks (to compile them, or to keep them on
-    one device) by the names of their classes, and is told the new ones.
+    one device) by the names of their classes, and is told the new ones. The network also gets a `to` that takes
+    `dtype=None`.
     """
     known = family_of(network).fused
     for attribute in BLOCK_NAMES:
@@ -89,6 +152,14 @@ def fuse(network: nn.Module) -> None:
             leaves_work, fused = known[type(module)]
             if leaves_work(module):
                 module.__class__ = fused
+    network.__dict__["to"] = types.MethodType(to, network)
+
+
+def to(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`ModelMixin.to`, which takes `dtype=None` for a cast and refuses that: `save_lora_adapter` calls it so."""
+    if "dtype" in kwargs and kwargs["dtype"] is None:
+        del kwargs["dtype"]
+    return type(network).to(network, *args, **kwargs)
 
 
 def stored_names(network: nn.Module) -> set[str]:

@@ -45,7 +45,8 @@ class StoredWeight(Tensor):
     """A stored weight whose bytes are held in another form, a backend's blocks say.
 
     It has the shape, dtype and device of the tensor that it stands for, which is made when something reads it: moves,
-    copies and saves see that tensor, and nothing is kept twice. Changing it in place is a DgqError.
+    copies and saves see that tensor, and nothing is kept twice. Changing it in place, or taking its integers for the
+    float weight, is a DgqError.
 
     Attributes:
         make: makes the tensor.
@@ -83,6 +84,11 @@ class StoredWeight(Tensor):
         if function._schema.is_mutable:  # it would change a tensor that nobody keeps
             raise DgqError(
                 "a packed weight cannot be changed in place", "adapters stay beside it: they cannot be fused"
+            )
+
+        if kwargs and (kwargs.get("dtype") or torch.int8).is_floating_point:
+            raise DgqError(
+                "a packed weight has integers, not the float values", "IntegerLayer.dequantize() makes these"
             )
 
         def made(value: Any) -> Any:

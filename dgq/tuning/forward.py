@@ -15,9 +15,10 @@ from dgq_kernels.scaled_product import Weight
 from dgq_kernels.scaled_product.reference import along
 
 from ..integer.channels import rotate_channels
+from ..integer.gradient import input_factor
 from ..integer.layer import IntegerLayer
 from ..recipe import LayerPlan
-from .layout import Layout, fixed_divisor, integer_layers
+from .layout import Layout, integer_layers
 
 
 def expert_of(timestep: float, experts: int, timesteps: int) -> int:
@@ -64,7 +65,7 @@ class _Layer:
         self.layer, self.experts, self.out = layer, experts, f"{name}.out"
         owner = f"{experts.layout.owners[name]}.in"
         self.input = owner if owner in experts.layout.parts else None
-        self.divisor = fixed_divisor(layer)
+        self.divisor = input_factor(layer)
         self.weight = Weight(layer.out_features, layer.plan.reduction, layer.natural_rows)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

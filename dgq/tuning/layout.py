@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import DgqError
@@ -19,7 +18,7 @@ def integer_layers(unet: nn.Module) -> dict[str, IntegerLayer]:
         DgqError: it has none.
     """
     named = ((name, module) for name, module in unet.named_modules() if isinstance(module, IntegerLayer))
-    layers = {name.removesuffix(".base_layer"): module for name, module in named}
+    layers = {name.replace(".base_layer", ""): module for name, module in named}
     if not layers:
         raise DgqError(
             "the model has no integer layer, so there are no scales to tune",
@@ -59,19 +58,3 @@ class Layout:
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """The parts of a vector (..., size) by name, (..., values)."""
         return dict(zip(self.parts, vector.split(list(self.parts.values()), dim=-1), strict=True))
-
-
-def fixed_divisor(layer: IntegerLayer) -> Tensor | None:
-    """float32 (C,), what the integers' inputs are multiplied by, in natural order: the reciprocal of the divisor times
-    the shift that the accumulator adds; None where it is one everywhere."""
-    plan = layer.plan
-    if plan.channels == "none":
-        return None
-    factor: Tensor = layer.inv_divisor.detach()
-    if len(plan.class_ends) > 1:
-        place = torch.arange(plan.in_features, device=factor.device)
-        ends = torch.tensor(plan.class_ends[:-1], device=factor.device)
-        shift = torch.empty_like(factor)
-        shift[layer.order.long()] = 2.0 ** torch.bucketize(place, ends, right=True)
-        factor = factor * shift
-    return None if bool((factor == 1).all()) else factor

@@ -63,5 +63,14 @@ def test_inspect_layers(example, tiny_checkpoint):
     assert rest[-1].startswith("--override ")
 
 
+def test_train_lora(example, tiny_checkpoint, tmp_path):
+    Image.new("RGB", (24, 24), (200, 30, 30)).save(tmp_path / "red.png")
+    *losses, files = example("train_lora.py", tiny_checkpoint, "red.png", "a cat", 11).splitlines()
+    assert len(losses) == 2
+    assert files == "lora/pytorch_lora_weights.safetensors, with.png, without.png"
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
 def test_each_example_has_its_test():
     assert all(f"test_{file.stem}" in globals() for file in EXAMPLES.glob("*.py"))

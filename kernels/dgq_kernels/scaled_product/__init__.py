@@ -28,7 +28,8 @@ class Weight:
 
     Attributes:
         n, k: rows (outputs) and their length.
-        rows: rows(start, stop) -> int8 (stop - start, k), where start is a multiple of 16.
+        rows: rows(start, stop) -> int8 (stop - start, k), where start is a multiple of 16. (The products of gradients
+            alone take rows of floats as well.)
     """
 
     n: int
@@ -57,22 +58,23 @@ class _Linear:
             y[:, part] = rows @ tile.t()
         return y.view(*x.shape[:-1], self.weight.n)
 
-    def backward(self, gradient: Tensor, x: Tensor) -> Tensor:
+    def backward(self, gradient: Tensor) -> Tensor:
         rows = gradient.reshape(-1, self.weight.n)
-        result = x.new_zeros(rows.shape[0], self.weight.k)
-        for part, tile in self.weight.tiles(x):
+        result = gradient.new_zeros(rows.shape[0], self.weight.k)
+        for part, tile in self.weight.tiles(gradient):
             result.addmm_(rows[:, part], tile)
-        return result.view(x.shape)
+        return result.view(*gradient.shape[:-1], self.weight.k)
 
 
 @dataclass(frozen=True)
 class _Conv2d:
-    """Pictures (B, C, H, W) -> (B, N, Ho, Wo), by tiles of output channels."""
+    """Pictures of `size` (B, C, H, W) -> (B, N, Ho, Wo), by tiles of output channels."""
 
     weight: Weight
     kernel: int
     stride: int
     padding: int
+    size: torch.Size
     axis: int = 1
 
     def _tiles(self, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -85,10 +87,10 @@ class _Conv2d:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def backward(self, gradient: Tensor, x: Tensor) -> Tensor:
+    def backward(self, gradient: Tensor) -> Tensor:
         result: Tensor | None = None
-        for part, tile in self._tiles(x):
-            one = conv2d_input(x.shape, tile, gradient[:, part], self.stride, self.padding)
+        for part, tile in self._tiles(gradient):
+            one = conv2d_input(self.size, tile, gradient[:, part], self.stride, self.padding)
             result = one if result is None else result.add_(one)
         assert result is not None
         return result
@@ -111,7 +113,7 @@ class _Scaled(torch.autograd.Function):
         of_out = _reduced(gradient, unscaled, d_out, axis) if for_out else None
         of_x = of_in = None
         if for_x or for_in:
-            of_x = ctx.product.backward(gradient * along(d_out, gradient, axis).to(gradient.dtype), x)
+            of_x = ctx.product.backward(gradient * along(d_out, gradient, axis).to(gradient.dtype))
             of_in = _reduced(of_x, x, d_in, axis) if for_in else None
             if not for_x:
                 of_x = None
@@ -162,5 +164,17 @@ def scaled_conv2d(
     Returns:
         (B, N, Ho, Wo) in x's dtype.
     """
-    y: Tensor = _Scaled.apply(x, d_in, d_out, _Conv2d(weight, kernel, stride, padding))
+    y: Tensor = _Scaled.apply(x, d_in, d_out, _Conv2d(weight, kernel, stride, padding, x.shape))
     return y if bias is None else y + bias.to(y.dtype)[:, None, None]
+
+
+def linear_input_gradient(gradient: Tensor, weight: Weight) -> Tensor:
+    """The gradient of the input of y = W x, float (..., N) -> (..., K) in its dtype, from tiles of the weight."""
+    return _Linear(weight).backward(gradient)
+
+
+def conv2d_input_gradient(
+    gradient: Tensor, weight: Weight, size: torch.Size, kernel: int, stride: int, padding: int
+) -> Tensor:
+    """`linear_input_gradient` of a convolution as of `scaled_conv2d`: float (B, N, Ho, Wo) -> `size`, (B, C, H, W)."""
+    return _Conv2d(weight, kernel, stride, padding, size).backward(gradient)

@@ -264,7 +264,7 @@ def test_joined_inputs_of_different_ranges_have_scales_of_their_own() -> None:
         parts.append(IntegerLayer.from_quantized(plan, absmax_weight(one.weight, plan), groups, one.bias))
     with torch.no_grad():
         target = layer(x)
-        joined, split = (sqnr(target, one(x)) for one in (parts[0], SplitLayer(parts[1:])))
+        joined, split = (sqnr(target, one(x)) for one in (parts[0], SplitLayer.of(parts[1:])))
     assert split > 35
     assert split > joined + 12
 

@@ -1,0 +1,390 @@
+"""Adapters of peft on quantized pipelines: loaded, mixed, taken off, trained, and what stays fused beside them."""
+
+import json
+
+import peft
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import dgq
+from dgq.errors import DgqError
+from dgq.integer.adapters import Adapted, direct
+from dgq.integer.layer import IntegerLayer
+from dgq.recipe import LayerPlan, Recipe
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+TARGETS = {
+    "attention": ATTENTION,
+    "pixels": ["proj_in", "proj_out"],
+    "feed-forward": ["ff.net.0.proj", "ff.net.2"],
+    "convolutions": ["conv1", "conv2", "time_emb_proj", "linear_2", "conv_shortcut"],
+}
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def folders(request, tiny_pipeline, tiny_checkpoint, tmp_path_factory):
+    """(a float pipeline, its checkpoint)."""
+    if request.param == "sd":
+        return tiny_pipeline, tiny_checkpoint
+    from dgq.calibration.run import Options, calibrate
+
+    base = tmp_path_factory.mktemp("sdxl")
+    plain = tiny_pipelines.sdxl(base / "float")
+    recipe = Recipe(wbits=8, rounding="nearest")
+    calibrate(plain, base / "w8", recipe, Options(prompts=["a cat"], steps=1, evaluate=0))
+    return plain, base / "w8"
+
+
+@pytest.fixture
+def pipe(folders):
+    made = dgq.load(folders[1], device="cpu")
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture
+def unet(tiny_checkpoint):
+    return dgq.load(tiny_checkpoint, device="cpu").unet
+
+
+def draw(pipe, **options):
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a cat", num_inference_steps=1, generator=generator, output_type="pt", height=16, width=16, **options)[
+        0
+    ]
+
+
+def call(unet, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 24, 32, generator=generator)
+    with torch.no_grad():
+        return unet(sample.to(dtype), torch.tensor(500), text.to(dtype)).sample
+
+
+def distance(a, b):
+    return float((a - b).float().norm() / b.float().norm())
+
+
+def add(unet, targets=ATTENTION, name="one", **options):
+    torch.manual_seed(len(name))
+    given = {"r": 4, "lora_alpha": 4, "init_lora_weights": False, **options}
+    unet.add_adapter(peft.LoraConfig(target_modules=targets, **given), name)
+
+
+def lora_files(folder, place, seed, text=False, **options):
+    """A LoRA of a float pipeline, as `save_lora_weights` of diffusers writes it; the file."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    torch.manual_seed(seed)
+    shape = {"r": 4, "lora_alpha": 4, "init_lora_weights": False, **options}
+    pipe.unet.add_adapter(peft.LoraConfig(target_modules=[*ATTENTION, "ff.net.2", "proj_in"], **shape))
+    layers = {"unet_lora_layers": peft.get_peft_model_state_dict(pipe.unet)}
+    for name in ("text_encoder", "text_encoder_2"):
+        if text and hasattr(pipe, name):
+            encoder = getattr(pipe, name)
+            encoder.add_adapter(peft.LoraConfig(target_modules=["q_proj", "out_proj"], **shape))
+            layers[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(encoder)
+    pipe.save_lora_weights(place, **layers)
+    return place / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_fused_layers_stay_fused_and_give_what_peft_gives(unet, targets):
+    plain = call(unet)
+    add(unet, TARGETS[targets], "one", lora_alpha=2)
+    add(unet, TARGETS[targets], "other", r=2)
+    unet.set_adapters(["one", "other"], [0.7, 0.4])
+    wrapped = [module for module in unet.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    quantized = [module for module in wrapped if isinstance(module.get_base_layer(), IntegerLayer)]
+    with torch.no_grad():
+        assert all(isinstance(direct(module), Adapted) for module in quantized)
+        got = call(unet)
+        hooks = [module.register_forward_hook(lambda *_: None) for module in wrapped]
+        assert all(direct(module) is None for module in quantized)
+        expected = call(unet)  # every adapter is called as peft has it
+    for hook in hooks:
+        hook.remove()
+    assert distance(got, expected) < 0.03 < 0.06 < distance(got, plain)  # a norm rounded otherwise moves single codes
+    unet.disable_adapters()
+    assert torch.equal(call(unet), plain)
+    unet.enable_adapters()
+    assert torch.equal(call(unet), got)
+    unet.delete_adapters(["one", "other"])
+    assert torch.equal(call(unet), plain)
+
+
+def test_one_layer_with_adapters_is_the_layer_and_the_products():
+    """Every way a layer is called, with two adapters of different ranks, strided and without taps too."""
+    torch.manual_seed(0)
+    norm, group_norm = nn.LayerNorm(32), nn.GroupNorm(8, 32)
+    cases = [("linear", 1, 1, 0), ("pointwise", 1, 1, 0), ("conv2d", 3, 1, 1), ("conv2d", 3, 2, 1)]
+    for kind, kernel, stride, padding in cases:
+        plan = LayerPlan(kind, 32, 64, 8, 8, True, kernel, stride, padding, class_ends=[32])
+        layer = IntegerLayer(plan)
+        for name, value in layer.named_parameters():
+            layer.set_stored(name, torch.randint(-9, 9, value.shape).to(value.dtype))
+        layer.set_stored("weight_scale", torch.rand(64) / 100)
+        holder = nn.ModuleDict({"layer": layer})
+        for r, name in ((3, "a"), (5, "b")):
+            config = peft.LoraConfig(r=r, lora_alpha=2, target_modules=["layer"], init_lora_weights=False)
+            holder = peft.inject_adapter_in_model(config, holder, name)
+        wrapped = holder["layer"]
+        wrapped.set_adapter(["a", "b"])
+        with torch.no_grad():
+            seen = direct(wrapped, kind)
+            assert isinstance(seen, Adapted)
+            assert direct(wrapped, "linear" if kind != "linear" else "conv2d") is None
+            if kind == "linear":
+                x, residual = torch.randn(2, 5, 32), torch.randn(2, 5, 64)
+                expected = wrapped(norm(x))
+                torch.testing.assert_close(seen(x, residual, norm=norm), expected + residual)
+                value, gate = expected.chunk(2, -1)
+                torch.testing.assert_close(seen.gated(x, norm), value * nn.functional.gelu(gate))
+                pixels = torch.randn(2, 32, 3, 4)
+                expected = wrapped(group_norm(pixels).permute(0, 2, 3, 1))
+                torch.testing.assert_close(seen.over_pixels(pixels, group_norm), expected)
+                continue
+            x = torch.randn(2, 32, 6, 4)
+            expected = wrapped(nn.functional.silu(group_norm(x)))
+            residual = torch.randn_like(expected)
+            torch.testing.assert_close(seen(x, residual, None, group_norm, "silu"), expected + residual)
+            if kind == "pointwise":
+                expected = (wrapped(group_norm(x)) + residual).permute(0, 2, 3, 1)
+                torch.testing.assert_close(seen.over_pixels(x, group_norm, residual.permute(0, 2, 3, 1)), expected)
+
+
+@pytest.mark.parametrize("option", ["lora_dropout", "use_dora", "lora_bias"])
+def test_adapters_that_are_more_than_two_products_are_called(unet, option):
+    add(unet, **{option: 0.5 if option == "lora_dropout" else True})
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    unet.train()
+    with torch.no_grad():
+        assert direct(layer) is None
+        unet.eval()
+        assert (direct(layer) is None) == (option != "lora_dropout")
+        call(unet)
+
+
+def test_adapters_in_half_precision(tiny_checkpoint):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_checkpoint, subfolder="unet", dtype=torch.bfloat16)
+    add(unet, [*ATTENTION, "proj_in", "conv1", "ff.net.0.proj"])
+    got = call(unet, torch.bfloat16)
+    assert got.dtype == torch.bfloat16
+    whole = UNet2DConditionModel.from_pretrained(tiny_checkpoint, subfolder="unet")
+    before = call(whole)
+    add(whole, [*ATTENTION, "proj_in", "conv1", "ff.net.0.proj"])
+    assert distance(got, call(whole)) < 0.1 < distance(call(whole), before)
+
+
+def test_files_of_every_format_load_mix_and_come_off(folders, pipe, tmp_path):
+    plain = draw(pipe)
+    file = lora_files(folders[0], tmp_path / "one", 1, text=True)
+    other = lora_files(folders[0], tmp_path / "two", 2)
+    state = load_file(file)
+    parts = {name.split(".")[0] for name in state}
+    assert parts == {"unet", "text_encoder"} | ({"text_encoder_2"} if hasattr(pipe, "text_encoder_2") else set())
+    pipe.load_lora_weights(file, adapter_name="one")
+    one = draw(pipe)
+    assert distance(one, plain) > 0.02
+    float_pipe = DiffusionPipeline.from_pretrained(folders[0])
+    float_pipe.set_progress_bar_config(disable=True)
+    float_plain = draw(float_pipe)
+    float_pipe.load_lora_weights(file, adapter_name="one")
+    noise, change = distance(plain, float_plain), distance(draw(float_pipe), float_plain)
+    assert distance(one, draw(float_pipe)) < max(noise * 1.5, change / 2)
+
+    assert distance(draw(pipe, cross_attention_kwargs={"scale": 0.0}), one) > 0.01
+    pipe.load_lora_weights(other, adapter_name="two")
+    pipe.set_adapters(["one", "two"], [1.0, 0.5])
+    both = draw(pipe)
+    assert distance(both, one) > 0.01
+    pipe.set_adapters("one", {"unet": {"down": 0.0}})
+    assert distance(draw(pipe), one) > 0.01
+    pipe.set_adapters("one")
+    assert torch.equal(draw(pipe), one)
+    pipe.disable_lora()
+    assert torch.equal(draw(pipe), plain)
+    pipe.enable_lora()
+    assert torch.equal(draw(pipe), one)
+    pipe.delete_adapters(["one", "two"])
+    assert torch.equal(draw(pipe), plain)
+
+    of_unet = {name: value for name, value in state.items() if name.startswith("unet.")}
+    kohya = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(of_unet))
+    kohya = {name.replace("unet.", "lora_unet_", 1): value for name, value in kohya.items()}
+    assert all(name.startswith("lora_unet_") and name.endswith((".weight", ".alpha")) for name in kohya)
+    drawn = []
+    for number, form in enumerate((of_unet, kohya, {k.replace("lora.down", "lora_A"): v for k, v in of_unet.items()})):
+        save_file(form, tmp_path / f"{number}.safetensors")
+        pipe.load_lora_weights(tmp_path / f"{number}.safetensors", adapter_name=f"form{number}")
+        drawn.append(draw(pipe))
+        pipe.unload_lora_weights()
+        assert torch.equal(draw(pipe), plain)
+    assert distance(drawn[0], plain) > 0.01
+    for picture in drawn[1:]:
+        assert torch.equal(picture, drawn[0])
+
+
+def test_hot_swap(folders, pipe, tmp_path):
+    first, second = (lora_files(folders[0], tmp_path / str(r), r, r=r) for r in (2, 6))
+    pipe.load_lora_weights(second, adapter_name="x")
+    expected = draw(pipe)
+    pipe.unload_lora_weights()
+    pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(first, adapter_name="x")
+    before = draw(pipe)
+    pipe.load_lora_weights(second, adapter_name="x", hotswap=True)
+    swapped = draw(pipe)
+    assert distance(swapped, expected) < 1e-3 < distance(before, expected)
+
+
+def test_fusing_is_refused_in_a_line_and_changes_nothing(folders, pipe, tmp_path):
+    pipe.load_lora_weights(lora_files(folders[0], tmp_path / "one", 1), adapter_name="one")
+    before = draw(pipe)
+    with pytest.raises(DgqError, match="cannot be changed in place"):
+        pipe.fuse_lora()
+    assert torch.equal(draw(pipe), before)
+
+
+def test_dora_files_change_what_they_change_in_the_float_model(folders, pipe, tmp_path):
+    """Its magnitudes are those of the float weight's columns, which peft asks the layer for."""
+    plain = draw(pipe)
+    file = lora_files(folders[0], tmp_path / "dora", 1, use_dora=True)
+    state = load_file(file)
+    assert any("magnitude" in name for name in state)
+    pipe.load_lora_weights(file, adapter_name="dora")
+    magnitudes = [layer for layer in pipe.unet.modules() if getattr(layer, "lora_magnitude_vector", None)]
+    for layer in magnitudes:
+        held = layer.lora_magnitude_vector["dora"].weight.detach()
+        norm = (layer.get_base_layer().dequantize() + layer.get_delta_weight("dora")).flatten(1).norm(dim=1)
+        assert distance(held.flatten(), norm.detach()) < 0.1
+    assert magnitudes
+    assert distance(draw(pipe), plain) < 1
+
+
+@pytest.mark.parametrize("kind", ["ia3", "vera", "loha", "lokr", "oft"])
+def test_other_tuners_of_peft(unet, kind):
+    plain = call(unet)
+    targets = ["to_k", "to_v", "ff.net.2"]
+    config = {
+        "ia3": lambda: peft.IA3Config(target_modules=targets, feedforward_modules=["ff.net.2"], init_ia3_weights=False),
+        "vera": lambda: peft.VeraConfig(r=4, target_modules=["to_k", "to_v"], init_weights=False),
+        "loha": lambda: peft.LoHaConfig(r=4, target_modules=[*targets, "conv1", "conv_shortcut"], init_weights=False),
+        "lokr": lambda: peft.LoKrConfig(r=4, target_modules=[*targets, "conv1", "conv_shortcut"], init_weights=False),
+        "oft": lambda: peft.OFTConfig(r=4, oft_block_size=0, target_modules=["to_q"], init_weights=False),
+    }[kind]()
+    state = {name: value.clone() for name, value in unet.state_dict().items()}
+    torch.manual_seed(0)
+    model = peft.get_peft_model(unet, config)
+    changed = call(model)
+    assert distance(changed, plain) > 0.02
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 24, 32)
+    model(x, torch.tensor(5), text).sample.square().sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.grad is not None for parameter in trained)
+    again = model.unload()
+    assert torch.equal(call(again), plain)
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+
+
+def test_tuners_that_change_the_weight_are_refused_in_a_line(unet):
+    call(unet)
+    unet.add_adapter(peft.HRAConfig(r=4, target_modules=["to_q"], init_weights=False), "hra")
+    with pytest.raises(DgqError, match="has integers, not the float values"):
+        call(unet)
+    layer = next(module for module in unet.modules() if isinstance(module, IntegerLayer))
+    with pytest.raises(DgqError, match="a packed weight cannot be changed"):
+        layer.weight = torch.zeros_like(layer.weight)
+
+
+def losses(unet, steps, checkpointing=False):
+    """Of a LoRA that learns one picture; the gradients of the first step."""
+    torch.manual_seed(0)
+    unet.requires_grad_(False)
+    add(unet, lora_alpha=8, init_lora_weights="gaussian")
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.train()
+    trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name for name in trained)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    x, target = torch.randn(2, 2, 4, 8, 8, generator=generator)
+    text = torch.randn(2, 24, 32, generator=generator)
+    seen, first = [], {}
+    for _ in range(steps):
+        loss = (unet(x, torch.tensor(500), text).sample - target / 10).square().mean()
+        loss.backward()
+        first = first or {name: parameter.grad.clone() for name, parameter in trained.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(float(loss.detach()))
+    return seen, first
+
+
+def test_a_lora_learns_through_the_frozen_layers(tiny_checkpoint, unet):
+    seen, gradients = losses(unet, 8)
+    assert seen[-1] < seen[0] * 0.7
+    again = dgq.load(tiny_checkpoint, device="cpu").unet
+    _, checkpointed = losses(again, 1, checkpointing=True)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+    assert all(float(gradient.norm()) > 0 for name, gradient in gradients.items() if "lora_B" in name)
+
+
+def test_training_under_autocast(unet):
+    """As diffusers' own scripts do with fp16."""
+    unet.requires_grad_(False)
+    add(unet)
+    with torch.autocast("cpu", torch.bfloat16):
+        unet(torch.randn(1, 4, 8, 8), torch.tensor(5), torch.randn(1, 24, 32)).sample.norm().backward()
+    assert all(float(p.grad.norm()) > 0 for n, p in unet.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_a_trained_lora_is_saved_and_serves_the_float_model(tiny_pipeline, tiny_checkpoint, unet, tmp_path, upcast):
+    from diffusers import UNet2DConditionModel
+
+    losses(unet, 2)
+    unet.eval()
+    if upcast:  # diffusers' own words
+        with pytest.raises(ValueError, match="Casting a quantized model"):
+            unet.save_lora_adapter(tmp_path, adapter_name="one", upcast_before_saving=True)
+        return
+    unet.save_lora_adapter(tmp_path, adapter_name="one")
+    (file,) = tmp_path.glob("*.safetensors")
+    assert not any("packed" in name or "base_layer" in name for name in load_file(file))
+    again = dgq.load(tiny_checkpoint, device="cpu").unet
+    plain = call(again)
+    for model in (again, UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")):
+        before = call(model)
+        model.load_lora_adapter(tmp_path, prefix=None, weight_name=file.name)
+        assert distance(call(model), before) > 0.01
+    assert torch.equal(call(again), call(unet))
+    assert json.loads((tiny_checkpoint / "unet" / "config.json").read_text())["quantization_config"]
+    again.unload_lora()
+    assert torch.equal(call(again), plain)
+
+
+@torch.no_grad()
+def test_a_block_with_adapters_compiles_without_a_break(unet):
+    add(unet)
+    unet.eval()
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    x, text = torch.randn(2, 16, block.norm1.weight.shape[0]), torch.randn(2, 24, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    expected = block(x, encoder_hidden_states=text)
+    torch.testing.assert_close(compiled(x, encoder_hidden_states=text), expected)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        other = torch.randn_like(x)
+        torch.testing.assert_close(
+            compiled(other, encoder_hidden_states=text), block(other, encoder_hidden_states=text)
+        )
