@@ -312,7 +312,7 @@ class DgqQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: Any) -> Any:
         """Plain layers of the model's dtype, with the float weights that the integers stand for."""
         dequantize(model, model.dtype)
-        for name in (*_METHODS, *BLOCK_NAMES, "_keep_in_fp32_modules", "quantization_method"):
+        for name in (*_METHODS, *BLOCK_NAMES, "to", "_keep_in_fp32_modules", "quantization_method"):
             model.__dict__.pop(name, None)
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(config)
@@ -368,13 +368,6 @@ def _num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings
     return own
 
 
-def _to(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`ModelMixin.to`, which refuses every dtype, the model's own as well: pipelines made of others and IP-Adapters ask
-    for that. Quantized layers keep theirs."""
-    dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
-    return nn.Module.to(model, *args, **kwargs) if dtype == model.dtype else type(model).to(model, *args, **kwargs)
-
-
 def _fuse_qkv_projections(model: Any) -> None:
     raise DgqError(
         "a quantized model's queries, keys and values read one quantized input already: nothing is left to fuse",
@@ -385,7 +378,6 @@ def _fuse_qkv_projections(model: Any) -> None:
 # What a quantized model answers in its class's place.
 _METHODS: dict[str, Callable[..., Any]] = {
     "num_parameters": _num_parameters,
-    "to": _to,
     "fuse_qkv_projections": _fuse_qkv_projections,
 }
 

@@ -25,7 +25,8 @@ def float_layer(module: IntegerLayer | SplitLayer, dtype: torch.dtype) -> nn.Lin
             plain = nn.Linear(inputs, outputs, plan.bias)
         else:
             plain = nn.Conv2d(inputs, outputs, plan.kernel_size, plan.stride, plan.padding, bias=plan.bias)
-    plain.weight = nn.Parameter(weight.to(dtype).contiguous())
+    # strides too as a float model has them: a convolution's kernel is chosen by them
+    plain.weight = nn.Parameter(weight.to(dtype).clone(memory_format=torch.contiguous_format))
     if first.bias is not None:
         plain.bias = nn.Parameter(first.bias.detach().to(dtype))
     return plain.train(module.training)

@@ -66,7 +66,8 @@ class FusedTransformerBlock(BasicTransformerBlock):
         if self.attn2 is not None:
             x = _attend(self.attn2, self.norm2, x, encoder_hidden_states)
         first, *middle, last = (module for module in self.ff.net if not isinstance(module, nn.Dropout))
-        fused = isinstance(first, FusedGEGLU) and is_direct(first.proj)  # a hook of offloading would move the norm too
+        # a hook of offloading around the projection would move the norm too
+        fused = isinstance(first, FusedGEGLU) and direct(first.proj, "linear") is not None
         hidden = first(x, norm=self.norm3) if fused else first(self.norm3(x))
         for module in middle:
             hidden = module(hidden)

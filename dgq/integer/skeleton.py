@@ -139,8 +139,7 @@ def fuse(network: nn.Module) -> None:
     """Change the class of every module of a quantized network that can leave work to its quantized layers, in place.
 
     Exact types only: a subclass has a forward of its own. diffusers finds blocks (to compile them, or to keep them on
-    one device) by the names of their classes, and is told the new ones. The network also gets a `to` that takes
-    `dtype=None`.
+    one device) by the names of their classes, and is told the new ones. The network also gets a `to` of its own.
     """
     known = family_of(network).fused
     for attribute in BLOCK_NAMES:
@@ -155,11 +154,16 @@ def fuse(network: nn.Module) -> None:
     network.__dict__["to"] = types.MethodType(to, network)
 
 
-def to(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`ModelMixin.to`, which takes `dtype=None` for a cast and refuses that: `save_lora_adapter` calls it so."""
-    if "dtype" in kwargs and kwargs["dtype"] is None:
+def to(network: Any, *args: Any, **kwargs: Any) -> Any:
+    """`ModelMixin.to`, which refuses every dtype, None and the model's own as well: `save_lora_adapter`, pipelines made
+    of others and IP-Adapters ask for those. Quantized layers keep theirs."""
+    if kwargs.get("dtype", ...) is None:
         del kwargs["dtype"]
-    return type(network).to(network, *args, **kwargs)
+    if not args and not kwargs:
+        return network
+    dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+    same = dtype is not None and dtype == network.dtype
+    return (nn.Module if same else type(network)).to(network, *args, **kwargs)
 
 
 def stored_names(network: nn.Module) -> set[str]:

@@ -9,7 +9,7 @@ from torch import nn
 from dgq.integer.channels import form_groups
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import Layer, plan_layer
-from dgq.integer.rounding import choose_rounded, round_layer
+from dgq.integer.rounding import Roundings, choose_rounded, round_layer
 from dgq.integer.shared_input import project
 from dgq.integer.statistics import Statistics
 from dgq.recipe import Recipe
@@ -49,10 +49,10 @@ def built(kind, wbits, channels):
     planned = Layer("layer", module, plan_layer(module, wbits, recipe))
     statistics = Statistics(planned.plan, 1)
     statistics.add(x)
-    (one,) = choose_rounded([planned], [statistics], recipe)
+    (one,) = choose_rounded([planned], statistics, recipe)
     if channels == "rotate" and module.weight.shape[1] % 16 == 0:
         smooth = form_groups("smooth", statistics.mean_square.sqrt(), wbits)
-        one = round_layer(planned, statistics, recipe, dataclasses.replace(smooth, rotation=16))
+        one = round_layer(planned, Roundings(statistics, recipe), dataclasses.replace(smooth, rotation=16))
     weight = one.groups.unfold(one.weight.dequantize(), one.plan)
     with torch.no_grad():
         module.weight.copy_(weight.view_as(module.weight))
