@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dgq_kernels import native
+
 from ..errors import DgqError
 from ..range_search import SMALLEST_SCALE
 from ..recipe import Recipe
@@ -123,6 +125,10 @@ def _positive(scale: Tensor) -> Tensor:
     return torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
 
 
+# Weights after which freed memory is given back: layers of all sizes leave the heap in fragments.
+GIVE_BACK_WEIGHTS = 2**24
+
+
 class Arrivals:
     """The layers of a float network on the meta device, quantized as their tensors arrive.
 
@@ -140,6 +146,7 @@ class Arrivals:
             self._layers.setdefault(layer.plan.owner(layer.name), []).append(layer)
         self._weights: dict[str, list[IntegerWeight]] = {}  # of layers that are not finished
         self._biases: dict[str, Tensor] = {}
+        self._since = 0  # weights since memory was given back
 
     def expects(self, name: str) -> bool:
         """Whether a tensor of this name belongs to a layer that is quantized."""
@@ -168,6 +175,10 @@ class Arrivals:
             for layer in made:
                 layer.prepare(layer.weight_scale.device)
         self._network.set_submodule(owner, SplitLayer.of(made) if layers[0].plan.columns else made[0])
+        self._since += sum(layer.plan.out_features * layer.plan.reduction for layer in layers)
+        if self._since > GIVE_BACK_WEIGHTS:
+            native.give_back()
+            self._since = 0
 
 
 def _rounded(layer: Layer, weight: Tensor) -> IntegerWeight:

@@ -163,6 +163,13 @@ def page_out(tensor: Tensor) -> None:
         ctypes.CDLL(None).madvise(_Pointer(first), ctypes.c_size_t(last - first), _Int(advice))
 
 
+def give_back() -> None:
+    """Return to the system what was freed of this process's heap, which else may stay as large as its fragments make
+    it; does nothing where the C library has no such call."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(ctypes.c_size_t(0))
+
+
 def available() -> bool:
     """Whether the engine is there.
 
