@@ -117,7 +117,7 @@ class LayerProbe:
         self, name: str, owner: nn.Module, layer: Any, rounded_input: Callable[[Any, Tensor], Tensor], steps: int
     ) -> None:
         self.name, self.owner, self.layer, self.rounded_input = name, owner, layer, rounded_input
-        self.columns: list[int] = layer.plan.columns if isinstance(layer, IntegerLayer) else []  # of joined inputs
+        self.columns: list[int] = layer.plan.columns if isinstance(layer, IntegerLayer) else []
         self.rounded, self.input_rounded = Energies(steps), Energies(steps)
         self.outliers = _Outliers(name, steps)
         self.noise, self.input_noise = [0.0] * steps, 0.0

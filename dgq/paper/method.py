@@ -50,6 +50,7 @@ def _rounded_input(layer: Any, x: Tensor) -> Tensor:
 
 def _cost(network: nn.Module, recipe: Recipe, budget: int) -> Cost:
     """Ranges are small, and searched in no time that counts."""
+    _plans(network, recipe)
     layers = {}
     for name, module in quantizable_layers(network).items():
         n, k = module.weight.shape[0], module.weight[0].numel()

@@ -315,5 +315,7 @@ def test_a_pipeline_of_no_family_is_refused_in_one_line_before_anything_is_loade
 def test_the_paper_recipe_is_of_networks_with_a_start_token(tmp_path: Path) -> None:
     folder = BUILDERS["pixart"](tmp_path / "float")
     with pytest.raises(DgqError, match="the paper recipe sets a start token apart"):
+        estimate(folder, Recipe(name="paper"), Options(prompts=["a cat"], steps=2))
+    with pytest.raises(DgqError, match="the paper recipe sets a start token apart"):
         calibrate(folder, tmp_path / "out", Recipe(name="paper"), Options(prompts=["a cat"], steps=2, evaluate=0))
     assert not (tmp_path / "out").exists()
