@@ -161,7 +161,7 @@ def _print_estimate(estimate: object, label: str, json: bool) -> None:
         ["statistics", f"{mib(data['statistics_bytes'])} in {data['passes']} pass(es)"],
         ["peak memory, about", mib(data["memory_bytes"])],
         ["calls", str(data["calls"])],
-        ["time, very roughly", duration(data["seconds"])],
+        ["time, about", duration(data["seconds"])],
     ]
     for name, value in rows:
         typer.echo(f"{name:<20}{value}")
