@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,7 @@ import typer
 from .common import JsonOption, StageProgress, duration, err, finite, mib, print_json, prompt_count
 
 STAGES = {
-    "resume": "resume", "record": "record", "statistics": "statistics", "quantize": "quantize",
+    "prepare": "prepare", "resume": "resume", "record": "record", "statistics": "statistics", "quantize": "quantize",
     "calibrate": "calibrate", "compare": "compare", "save": "save",
 }  # fmt: skip
 
@@ -26,9 +28,23 @@ def _override(text: str) -> tuple[str, int]:
     return pattern, 0 if bits == "float" else int(bits)
 
 
+def _lora(text: str) -> tuple[Path, float]:
+    file, _, weight = text.rpartition(":")
+    try:
+        scale = float(weight) if file else 1.0
+    except ValueError:  # a colon of the file's name
+        file, scale = "", 1.0
+    if not math.isfinite(scale):
+        raise typer.BadParameter(f"{text!r}: the weight is not finite")
+    return Path(file or text), scale
+
+
 def command(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Diffusers folder or hub id; default: the embedded model.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="Diffusers folder, hub id or single .safetensors file; default: the embedded model."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoint.")] = Path("dgq-checkpoint"),
     wbits: Annotated[int, typer.Option(help="Bits of weights: 4 or 8.")] = 4,
@@ -43,6 +59,14 @@ def command(
     override: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN=BITS", help="Weight bits (4, 8, float) of matching layers; repeatable."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="For a single file: a diffusers folder with its configurations and tokenizer."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:WEIGHT]", help="LoRA fused before calibrating; repeatable."),
     ] = None,
     prompts: Annotated[
         str, typer.Option(metavar="N|FILE", help="How many built-in calibration prompts, or a file with one a line.")
@@ -70,6 +94,9 @@ def command(
     from dgq.errors import DgqError
     from dgq.recipe import Recipe
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
+        err.print("a calibration is the work of one process; the first one does it")
+        return
     overrides = tuple(_override(text) for text in override or [])
     try:
         wanted = Recipe(
@@ -88,11 +115,18 @@ def command(
         prompts=chosen, steps=steps, guidance=guidance, size=size, seed=seed, calls=calls, evaluate=evaluate,
         budget=int(memory * 2**30), overwrite=overwrite, resume=resume,
     )  # fmt: skip
+    loras = [_lora(text) for text in lora or []]
+    from dgq.calibration.sources import float_folder, is_single_file
+
+    made = out.with_name(f"{out.name}-float") if loras or config or is_single_file(model) else None
     if dry_run:
-        _print_estimate(estimate(model, wanted, options), wanted.label, json)
+        shape = str(config) if config and is_single_file(model) else model
+        _print_estimate(estimate(shape, wanted, options), wanted.label, json)
         return
     try:
         with StageProgress(STAGES) as progress:
+            if made is not None:
+                model = str(float_folder(model, made, config, loras, progress))
             header = calibrate(model, out, wanted, options, progress)
     except KeyboardInterrupt:
         err.print("interrupted; the same command with --resume goes on from here")
@@ -127,7 +161,7 @@ def _print_estimate(estimate: object, label: str, json: bool) -> None:
         ["statistics", f"{mib(data['statistics_bytes'])} in {data['passes']} pass(es)"],
         ["peak memory, about", mib(data["memory_bytes"])],
         ["calls", str(data["calls"])],
-        ["time, very roughly", duration(data["seconds"])],
+        ["time, about", duration(data["seconds"])],
     ]
     for name, value in rows:
         typer.echo(f"{name:<20}{value}")

@@ -93,6 +93,8 @@ def _place(model: str | os.PathLike[str] | None) -> Path:
             raise DgqError("the embedded model is not installed", "reinstall dgq, or name a --model")
     elif os.path.isdir(model):  # False too for what can be no path
         folder = Path(model)
+    elif os.path.isfile(model):
+        raise DgqError(f"{model}: is a file, not a folder", "dgq calibrate FILE --config FOLDER makes a model of one")
     else:
         folder = _download(str(model))
     return folder

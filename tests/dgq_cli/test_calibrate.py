@@ -8,6 +8,8 @@ import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 
 def test_calibrate_then_generate(dgq_command, tiny_pipeline, tmp_path):
@@ -82,3 +84,44 @@ def test_ctrl_c_leaves_no_checkpoint_and_resumes(tiny_pipeline, tmp_path, dgq_co
     run = dgq_command(*args, "--resume")
     assert run.returncode == 0, run.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_lora_fused_before_calibrating(dgq_command, tiny_pipeline, tmp_path):
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    file, single = tmp_path / "style.safetensors", tmp_path / "single.safetensors"
+    factors = {f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(64, 2)}
+    save_file(factors, file)
+    save_file(factors, single)
+    given = (
+        "calibrate", tiny_pipeline, "--lora", f"{file}:0.7", "--prompts", 1, "--steps", 1, "--evaluate", 0,
+        "--rounding", "nearest", "--out", tmp_path / "out",
+    )  # fmt: skip
+    run = dgq_command(*given, "--lora", file)
+    assert run.returncode == 0, run.stderr
+    assert json.loads((tmp_path / "out-float" / "sources.json").read_text())["weights"] == [0.7, 1.0]
+    assert (tmp_path / "out" / "model_index.json").is_file()
+    for args, code, message in (
+        ((single, "--out", tmp_path / "x"), 1, "--config"),
+        ((tiny_pipeline, "--lora", f"{file}:nan"), 2, "not finite"),
+    ):
+        run = dgq_command("calibrate", *args)
+        assert run.returncode == code
+        assert message in run.stderr
+        assert "Traceback" not in run.stderr
+
+
+def test_one_of_several_processes_calibrates(dgq_command, tiny_pipeline, tmp_path, monkeypatch):
+    """As `accelerate launch` starts them."""
+    given = (
+        "calibrate", tiny_pipeline, "--prompts", 1, "--steps", 1, "--evaluate", 0, "--rounding", "nearest",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    run = dgq_command(*given)
+    assert run.returncode == 0
+    assert "the first one does it" in run.stderr
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("RANK", "0")
+    assert dgq_command(*given).returncode == 0
+    assert (tmp_path / "out" / "model_index.json").is_file()

@@ -1,0 +1,136 @@
+"""Float folders of what people bring: single-file checkpoints, and models with LoRA fused into them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.reading import SAFETENSORS_DTYPES, check_regular, components, read_json, tensor_table
+from ..checkpoint.writing import COPIED_NAMES
+from ..errors import DgqError
+from ..family import network_of
+from ..outputs import atomic_folder
+from ..pictures.components import one_line
+from ..pictures.pipelines import load, resolve
+from ..progress import Progress, silent
+
+SOURCES = "sources.json"  # in a folder that was made: what it was made of
+
+
+def is_single_file(model: str | None) -> bool:
+    """Whether a model is named by a file, not by a folder or a hub id."""
+    return model is not None and (Path(model).is_file() or model.endswith((".safetensors", ".ckpt")))
+
+
+def float_folder(
+    model: str | None,
+    target: Path,
+    config: Path | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    progress: Progress = silent,
+) -> Path:
+    """Write the diffusers folder of a float model that is none yet; one that was made of the same files stays.
+
+    Args:
+        model: a single-file checkpoint, or with `loras` what `find_model` takes.
+        target: the folder to be.
+        config: for a single file: a diffusers folder of the same kind of model, whose configurations and tokenizers
+            are taken; it needs no weights.
+        loras: files of LoRA and their weights, fused in float32.
+        progress: told of stage "prepare".
+
+    Returns:
+        `target`.
+
+    Raises:
+        DgqError: there is no such file, the configurations are not of this model, a LoRA is of another one, or
+            `target` holds something else.
+    """
+    single = is_single_file(model)
+    if single and config is None:
+        raise DgqError(
+            f"{model}: a single file holds no configurations and no tokenizer",
+            "name a diffusers folder of the same kind of model by --config; it needs no weights",
+        )
+    if config is not None and not single:
+        raise DgqError(f"{config}: configurations are taken for a single-file checkpoint alone", "leave out --config")
+    files = [*([Path(str(model))] if single else []), *(file for file, _ in loras)]
+    made_of = {
+        "model": None if single else model, "config": None if config is None else str(config.resolve()),
+        "files": [_digest(file) for file in files], "weights": [weight for _, weight in loras],
+    }  # fmt: skip
+    if (target / SOURCES).is_file() and read_json(target / SOURCES) == made_of:
+        return target
+    with atomic_folder(target) as folder:
+        progress("prepare", 0, 1, str(target))
+        if single:
+            assert config is not None
+            pipe = _from_single_file(files[0], config, torch.float32 if loras else _dtype(files[0]))
+        else:
+            pipe = load(model, device="cpu", dtype=torch.float32)
+        _fuse(pipe, loras)
+        pipe.save_pretrained(folder, safe_serialization=True)
+        for own in () if single else (resolve(model) / name for name in COPIED_NAMES):
+            if own.is_file():
+                shutil.copy(own, folder / own.name)
+        (folder / SOURCES).write_text(json.dumps(made_of, indent=1) + "\n", encoding="utf-8")
+    progress("prepare", 1, 1, str(target))
+    return target
+
+
+def _digest(file: Path) -> str:
+    check_regular(file)
+    if file.suffix != ".safetensors":
+        raise DgqError(f"{file}: is no safetensors file", "convert it; dgq loads no pickle")
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _dtype(file: Path) -> torch.dtype:
+    """That of most tensors of a file."""
+    most = Counter(dtype for _, dtype in tensor_table(file).values()).most_common(1)[0][0]
+    named = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items() if dtype.is_floating_point}
+    return named.get(most, torch.float32)
+
+
+def _from_single_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    found = components(config)
+    lacking = [name for name in found if not (config / name).is_dir()]
+    if lacking:
+        raise DgqError(f"{config / lacking[0]}: the folder is missing", "--config takes a whole diffusers folder")
+    pipeline: Any = getattr(diffusers, read_json(config / "model_index.json")["_class_name"])
+    optional = dict.fromkeys(name for name in ("safety_checker", "feature_extractor") if name in found)
+    with one_line(file, f"cannot be read as the model of {config}"):
+        return pipeline.from_single_file(
+            str(file), config=str(config), local_files_only=True, torch_dtype=dtype, **optional
+        )
+
+
+def _fuse(pipe: Any, loras: Sequence[tuple[Path, float]]) -> None:
+    """Add LoRA to the weights of a float pipeline.
+
+    Raises:
+        DgqError: a file is none of a LoRA, or of another model's.
+    """
+    network = network_of(pipe)
+    names = []
+    for i, (file, _) in enumerate(loras):
+        name = f"lora{i}"
+        with one_line(file, "cannot be loaded as LoRA of this model"):
+            pipe.load_lora_weights(str(file), adapter_name=name, local_files_only=True)
+        if name not in getattr(network, "peft_config", {}):
+            raise DgqError(f"{file}: holds no LoRA of the {type(network).__name__}")
+        names.append(name)
+    if names:
+        pipe.set_adapters(names, [weight for _, weight in loras])
+        pipe.fuse_lora(adapter_names=names)
+        pipe.unload_lora_weights()
