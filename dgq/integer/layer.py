@@ -321,7 +321,8 @@ class IntegerLayer(nn.Module):
             destination[prefix + "subscales"] = _unshared(self.subscales.detach())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.restore()
+        if any(prefix + name in state_dict for name in self._parameters):  # an adapter's file has nothing of it
+            self.restore()
         name = prefix + "weight"
         if name in state_dict and tuple(state_dict[name].shape) == (self.out_features, self.plan.reduction):
             state_dict[name] = shaped(state_dict[name], self.plan)

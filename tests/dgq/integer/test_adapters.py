@@ -8,6 +8,7 @@ import tiny_pipelines
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
+from pretended_devices import Pretended
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -15,6 +16,7 @@ import dgq
 from dgq.errors import DgqError
 from dgq.integer.adapters import Adapted, direct
 from dgq.integer.layer import IntegerLayer
+from dgq.integer.shared_input import prepare_all
 from dgq.recipe import LayerPlan, Recipe
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -231,6 +233,17 @@ def test_files_of_every_format_load_mix_and_come_off(folders, pipe, tmp_path):
         assert torch.equal(picture, drawn[0])
 
 
+def test_loading_an_adapter_packs_nothing_anew(folders, pipe, tmp_path):
+    draw(pipe)
+    packed = {name: one._prepared for name, one in pipe.unet.named_modules() if isinstance(one, IntegerLayer)}
+    pipe.load_lora_weights(lora_files(folders[0], tmp_path / "one", 1), adapter_name="one")
+    draw(pipe)
+    pipe.unload_lora_weights()
+    after = {name: one._prepared for name, one in pipe.unet.named_modules() if isinstance(one, IntegerLayer)}
+    assert after == packed
+    assert all(packed.values())
+
+
 def test_hot_swap(folders, pipe, tmp_path):
     first, second = (lora_files(folders[0], tmp_path / str(r), r, r=r) for r in (2, 6))
     pipe.load_lora_weights(second, adapter_name="x")
@@ -367,6 +380,30 @@ def test_a_trained_lora_is_saved_and_serves_the_float_model(tiny_pipeline, tiny_
     assert json.loads((tiny_checkpoint / "unet" / "config.json").read_text())["quantization_config"]
     again.unload_lora()
     assert torch.equal(call(again), plain)
+
+
+def test_adapters_and_their_gradients_on_a_device_are_the_cpus(tiny_checkpoint, monkeypatch):
+    """On a pretended one: joined products with adapters beside them, the kernels' stored weights on the way back."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def results(device):
+        unet = dgq.load(tiny_checkpoint, device=device, dtype=torch.float32).unet.requires_grad_(False)
+        place = next(unet.parameters()).device
+        prepare_all(unet, place)
+        add(unet, [*ATTENTION, "proj_in", "ff.net.2", "conv1", "conv_shortcut"])
+        x, text = torch.randn(1, 4, 8, 8).to(place), torch.randn(1, 24, 32).to(place)
+        with torch.no_grad():
+            y = unet(x, torch.tensor(700), text).sample.cpu()
+        unet(x, torch.tensor(700), text).sample.square().mean().backward()
+        return y, {name: one.grad.cpu() for name, one in unet.named_parameters() if one.requires_grad}
+
+    expected, gradients = results("cpu")
+    with Pretended() as mode:
+        got, found = results("cuda")
+    assert distance(got, expected) < 0.05
+    for name, gradient in gradients.items():
+        assert distance(found[name], gradient) < 0.03, name  # single codes move
+    assert "linear_int4" in {op.__name__.split(".")[0] for op, _ in mode.ran if op.namespace == "dgq"}
 
 
 @torch.no_grad()
