@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dgq_kernels import packing
 
@@ -86,7 +86,8 @@ class StoredWeight(Tensor):
                 "a packed weight cannot be changed in place", "adapters stay beside it: they cannot be fused"
             )
 
-        if kwargs and (kwargs.get("dtype") or torch.int8).is_floating_point:
+        others = [value for value in tree_leaves(args) if isinstance(value, Tensor)]
+        if any(one.is_floating_point() for one in others) or (kwargs or {}).get("dtype", torch.int8).is_floating_point:
             raise DgqError(
                 "a packed weight has integers, not the float values", "IntegerLayer.dequantize() makes these"
             )

@@ -78,12 +78,12 @@ def add(unet, targets=ATTENTION, name="one", **options):
     unet.add_adapter(peft.LoraConfig(target_modules=targets, **given), name)
 
 
-def lora_files(folder, place, seed, text=False, **options):
+def lora_files(folder, place, seed, text=False, targets=(*ATTENTION, "ff.net.2", "proj_in"), **options):
     """A LoRA of a float pipeline, as `save_lora_weights` of diffusers writes it; the file."""
     pipe = DiffusionPipeline.from_pretrained(folder)
     torch.manual_seed(seed)
     shape = {"r": 4, "lora_alpha": 4, "init_lora_weights": False, **options}
-    pipe.unet.add_adapter(peft.LoraConfig(target_modules=[*ATTENTION, "ff.net.2", "proj_in"], **shape))
+    pipe.unet.add_adapter(peft.LoraConfig(target_modules=list(targets), **shape))
     layers = {"unet_lora_layers": peft.get_peft_model_state_dict(pipe.unet)}
     for name in ("text_encoder", "text_encoder_2"):
         if text and hasattr(pipe, name):
@@ -265,20 +265,21 @@ def test_fusing_is_refused_in_a_line_and_changes_nothing(folders, pipe, tmp_path
     assert torch.equal(draw(pipe), before)
 
 
-def test_dora_files_change_what_they_change_in_the_float_model(folders, pipe, tmp_path):
-    """Its magnitudes are those of the float weight's columns, which peft asks the layer for."""
-    plain = draw(pipe)
-    file = lora_files(folders[0], tmp_path / "dora", 1, use_dora=True)
-    state = load_file(file)
-    assert any("magnitude" in name for name in state)
+@torch.no_grad()
+def test_dora_files_do_what_they_do_to_the_float_weight(folders, pipe, tmp_path):
+    """Magnitudes are those of the float weight's rows, which peft asks the layer for."""
+    file = lora_files(folders[0], tmp_path / "dora", 1, targets=[*ATTENTION, "ff.net.2"], use_dora=True)
+    assert any("magnitude" in name for name in load_file(file))
     pipe.load_lora_weights(file, adapter_name="dora")
-    magnitudes = [layer for layer in pipe.unet.modules() if getattr(layer, "lora_magnitude_vector", None)]
-    for layer in magnitudes:
-        held = layer.lora_magnitude_vector["dora"].weight.detach()
-        norm = (layer.get_base_layer().dequantize() + layer.get_delta_weight("dora")).flatten(1).norm(dim=1)
-        assert distance(held.flatten(), norm.detach()) < 0.1
-    assert magnitudes
-    assert distance(draw(pipe), plain) < 1
+    adapted = [layer for layer in pipe.unet.modules() if getattr(layer, "lora_magnitude_vector", None)]
+    assert adapted
+    for layer in adapted:
+        base, magnitude = layer.get_base_layer(), layer.lora_magnitude_vector["dora"].weight.flatten()
+        weight = (base.dequantize() + layer.get_delta_weight("dora")).flatten(1)
+        weight = weight * (magnitude / weight.norm(dim=1))[:, None]
+        x = torch.randn(2, 5, base.in_features)
+        expected = nn.functional.linear(x, weight, base.bias)
+        assert distance(layer(x), expected) < 0.1
 
 
 @pytest.mark.parametrize("kind", ["ia3", "vera", "loha", "lokr", "oft"])
@@ -312,6 +313,11 @@ def test_tuners_that_change_the_weight_are_refused_in_a_line(unet):
     unet.add_adapter(peft.HRAConfig(r=4, target_modules=["to_q"], init_weights=False), "hra")
     with pytest.raises(DgqError, match="has integers, not the float values"):
         call(unet)
+    unet.unload_lora()
+    with pytest.raises(
+        DgqError, match="has integers, not the float values"
+    ):  # peft reads a convolution's weight itself
+        add(unet, ["conv1"], use_dora=True)
     layer = next(module for module in unet.modules() if isinstance(module, IntegerLayer))
     with pytest.raises(DgqError, match="a packed weight cannot be changed"):
         layer.weight = torch.zeros_like(layer.weight)
@@ -343,6 +349,7 @@ def losses(unet, steps, checkpointing=False):
 
 
 def test_a_lora_learns_through_the_frozen_layers(tiny_checkpoint, unet):
+    assert unet.hf_quantizer.is_trainable
     seen, gradients = losses(unet, 8)
     assert seen[-1] < seen[0] * 0.7
     again = dgq.load(tiny_checkpoint, device="cpu").unet
