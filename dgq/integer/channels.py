@@ -1,6 +1,6 @@
 """Where a group is formed: outliers among input channels, handled layer by layer (docs/method.md, item 2).
 
-One of these is chosen per layer by the measured error of its output:
+One of these; that of least measured error of the layer's output, the last left aside, unless one is asked for:
 - none: channels stay as they are; the row-wise scale alone carries outliers.
 - smooth: x[k] / c[k] and W[:, k] * c[k] with c = max(1, rms / median rms)^0.5, before weights are quantized.
 - rotate: not by channel but by blocks of them: x and the rows of W times one orthogonal matrix, which spreads what
@@ -150,15 +150,13 @@ def fake_quantize_input(x: Tensor, bits: int, divisor: Tensor, rotation: int = 0
 
 def worth(groups: ChannelGroups) -> float:
     """The share of the output error that a handling has to take away, for what it costs at run time: a multiplication
-    and eight additions a value at most, or channels in another order and sums that are shifted class by class."""
-    if groups.mode == "none" and not groups.rotation:
-        return 0.0
-    return 0.2 if groups.mode == "shift" else 0.05
+    and eight additions a value at most."""
+    return 0.0 if groups.mode == "none" and not groups.rotation else 0.05
 
 
 def candidates(mode: str, rms: Tensor, wbits: int) -> list[ChannelGroups]:
-    """The groups to choose from: for "auto" the channels as they are, "smooth", "shift" and a rotation after "smooth",
-    as far as the layer has them; else the one mode, or the channels as they are.
+    """The groups to choose from: for "auto" the channels as they are, "smooth", and a rotation after "smooth" where a
+    block divides them; else the one mode, or the channels as they are.
 
     Args:
         mode: "auto" or one mode.
@@ -170,6 +168,5 @@ def candidates(mode: str, rms: Tensor, wbits: int) -> list[ChannelGroups]:
         return [dataclasses.replace(plain, rotation=block)]
     if mode != "auto":
         return [form_groups(mode, rms, wbits)]
-    smooth, shift = (form_groups(name, rms, wbits) for name in ("smooth", "shift"))
-    others = [smooth, shift, dataclasses.replace(smooth, rotation=block)] if block else [smooth, shift]
-    return [plain, *(groups for groups in others if worth(groups))]
+    smooth = form_groups("smooth", rms, wbits)
+    return [plain, smooth, *([dataclasses.replace(smooth, rotation=block)] if block else [])]

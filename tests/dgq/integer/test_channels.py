@@ -53,7 +53,7 @@ def test_smooth_divides_only_what_stands_out():
 @pytest.mark.parametrize(
     ("mode", "outliers", "modes"),
     [
-        ("auto", True, ["none", "smooth", "shift", "smooth 16"]), ("auto", False, ["none", "smooth", "smooth 16"]),
+        ("auto", True, ["none", "smooth", "smooth 16"]), ("auto", False, ["none", "smooth", "smooth 16"]),
         ("none", True, ["none"]), ("rotate", True, ["none 16"]), ("shift", True, ["shift"]), ("shift", False, ["none"]),
     ],
 )  # fmt: skip
