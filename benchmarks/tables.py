@@ -85,6 +85,7 @@ def fidelity_table(rows: Iterable[dict[str, Any]]) -> str:
         (
             row["system"],
             f"{row['psnr_db']:.2f}",
+            *(f"{row[key]:.2f}" if key in row else "-" for key in ("psnr_median_db", "psnr_worst_tenth_db")),
             f"{row['latent_mse']:.2e}",
             f"{row['latent_sqnr_db']:.2f}",
             "-" if row["unet_mib"] is None else f"{row['unet_mib']:.1f}",
@@ -92,7 +93,7 @@ def fidelity_table(rows: Iterable[dict[str, Any]]) -> str:
         )
         for row in rows
     )
-    return table(("system", "PSNR (dB)", "latent MSE", "latent SQNR (dB)", "UNet (MiB)", "of float16"), lines)
+    return table(("system", "PSNR (dB)", "median", "worst tenth", "latent MSE", "latent SQNR (dB)", "UNet (MiB)", "of float16"), lines)
 
 
 def fidelity() -> str:
@@ -139,9 +140,28 @@ def recipes() -> str:
         figures = (f"{bold}{cell['psnr_db']:.1f} / {cell['latent_sqnr_db']:.1f}{bold}" for cell in cells)
         return (f"{variant}{bold}{label}{bold}", *figures)
 
-    systems = (("paper G=1", "paper, G = 1"), ("paper G=16", "paper, G = 16"), ("integer", "integer"))
+    systems = (
+        ("paper G=1", "paper, G = 1"), ("paper G=16", "paper, G = 16"),
+        ("integer rotate nearest", "every layer rotated, nearest"), ("integer", "integer"),
+    )  # fmt: skip
     rows = [row(name, *system) for name in ("fidelity-embedded", "fidelity-stress") for system in systems]
     return table(("PSNR / latent SQNR (dB)", "W8A8", "W4A8", "W4A6"), rows)
+
+
+def spread() -> str:
+    """What a mean hides: median and worst tenth."""
+
+    def row(name: str, system: str, label: str) -> tuple[str, ...]:
+        variant = "*stress variant*: " if name == "fidelity-stress" else ""
+        cells = (of_recipe(name, f"{system} {bits}") for bits in ("W8A8", "W4A8", "W4A6"))
+        return (
+            f"{variant}{label}",
+            *(f"{cell['psnr_median_db']:.1f} / {cell['psnr_worst_tenth_db']:.1f}" for cell in cells),
+        )
+
+    systems = (("integer rotate nearest", "every layer rotated, nearest"), ("integer", "**integer**"))
+    rows = [row(name, *system) for name in ("fidelity-embedded", "fidelity-stress") for system in systems]
+    return table(("PSNR, median / worst tenth (dB)", "W8A8", "W4A8", "W4A6"), rows)
 
 
 PEERS = {
@@ -366,7 +386,7 @@ def models() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "fidelity": fidelity, "fidelity-short": fidelity_short, "recipes": recipes, "peers": peers,
+    "fidelity": fidelity, "fidelity-short": fidelity_short, "recipes": recipes, "spread": spread, "peers": peers,
     "step-embedded": step_embedded, "step-sd": step_sd, "step-short": step_short, "products": products,
     "compiled": compiled, "predicted": predicted, "models": models,
 }  # fmt: skip

@@ -363,12 +363,13 @@ def config_for(channels: int, rotation: int = 0) -> Config:
 
 
 def sample_config_for(batch: int, pixels: int, channels: int, rotation: int = 0) -> Config:
-    """About 256 blocks of pixels in all, so that small images still fill a device; tiles of about 4096 values, at
-    least a block of a rotation wide."""
+    """About 256 blocks of pixels in all, so that small images still fill a device; tiles of about 4096 values, of
+    2048 where they are rotated, which spills with more."""
     if triton.knobs.runtime.interpret:
         return Config(128, triton.next_power_of_2(channels), 4)
-    rows = min(64, 4096 // max(rotation, 64), max(4, triton.next_power_of_2(pixels * batch // 256)))
-    return Config(rows, min(4096 // rows, triton.next_power_of_2(channels)), 4)
+    values = 2048 if rotation else 4096
+    rows = min(64, values // max(rotation, 64), max(4, triton.next_power_of_2(pixels * batch // 256)))
+    return Config(rows, min(values // rows, triton.next_power_of_2(channels)), 4)
 
 
 def _check(position: Tensor | None, *vectors: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -203,22 +204,29 @@ def test_pictures_are_fitted(subject):
 
 
 @pytest.mark.slow
-def test_killed_by_a_signal_and_resumed(tiny_checkpoint, subject, tmp_path):
-    """The real command, killed without warning."""
-    out = tmp_path / "x.safetensors"
+def test_killed_twenty_times_and_resumed(tiny_checkpoint, subject, tmp_path):
+    """The real command, stopped at any moment from its first import on; the file is that of an undisturbed run."""
+    whole, out, random_ = tmp_path / "whole.safetensors", tmp_path / "x.safetensors", random.Random(0)
     command = [
         sys.executable, "-m", "dgq_cli", "tune", str(tiny_checkpoint), "--images", str(subject), "--prompt", "a cat",
-        "--steps", "30", "--batch", "1", "--checkpoint-every", "1", "--out",
+        "--steps", "40", "--batch", "1", "--checkpoint-every", "1", "--class-prompt", "a dog", "--class-images", "2",
     ]  # fmt: skip
     environment = {**os.environ, "NO_COLOR": "1"}
-    subprocess.run([*command, str(tmp_path / "whole.safetensors")], check=True, env=environment, capture_output=True)
-    process = subprocess.Popen([*command, str(out)], env=environment, stderr=subprocess.DEVNULL)
-    state = tmp_path / ".x.safetensors.partial" / "state.safetensors"
-    deadline = time.monotonic() + 200
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
-    subprocess.run([*command, str(out), "--resume"], check=True, env=environment, capture_output=True)
-    assert digest(out) == digest(tmp_path / "whole.safetensors")
+    started = time.monotonic()
+    subprocess.run([*command, "--out", str(whole)], check=True, env=environment, capture_output=True)
+    took, stopped = time.monotonic() - started, 0
+    while stopped < 20:
+        process = subprocess.Popen(
+            [*command, "--out", str(out), "--resume"], env=environment, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(timeout=random_.uniform(0, 1.1) * took)
+        except subprocess.TimeoutExpired:
+            process.send_signal(random_.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)))
+            process.wait()
+            stopped += 1
+        if out.exists():
+            assert digest(out) == digest(whole)
+            out.unlink()
+    subprocess.run([*command, "--out", str(out), "--resume"], check=True, env=environment, capture_output=True)
+    assert digest(out) == digest(whole)
