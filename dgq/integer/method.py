@@ -15,7 +15,7 @@ from .attention import AttentionPlan, use_log_attention
 from .channels import fake_quantize_input
 from .plan import Layer, geometry, packed_bytes, plan_layers, quantizable
 from .rates import rounding_seconds
-from .rounding import pass_bytes, passes, quantize_unet
+from .rounding import pass_bytes, passes, quantize_network
 from .skeleton import build_skeleton, fuse
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _calibrate(work: Work) -> Made:
-    layers, sqnr = quantize_unet(
+    layers, sqnr = quantize_network(
         work.network, work.calls, work.recipe, progress=work.progress, store=work.store, done=dict(work.done),
         budget=work.budget,
     )  # fmt: skip

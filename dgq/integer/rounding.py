@@ -258,8 +258,8 @@ def by_input(layers: Sequence[Layer]) -> list[list[Layer]]:
     return list(owned.values())
 
 
-def quantize_unet(
-    unet: nn.Module,
+def quantize_network(
+    network: nn.Module,
     calls: Sequence[dict[str, Any]],
     recipe: Recipe,
     *,
@@ -268,11 +268,11 @@ def quantize_unet(
     done: dict[str, QuantizedLayer] | None = None,
     budget: int = DEFAULT_BUDGET_BYTES,
 ) -> tuple[dict[str, LayerPlan], dict[str, float]]:
-    """Quantize a float UNet in place by the integer recipe.
+    """Quantize a float network in place by the integer recipe.
 
     Args:
-        unet: float model; its quantizable layers are replaced by `IntegerLayer`.
-        calls: recorded UNet calls (keyword arguments), from `record_inputs` and `spread`.
+        network: float model; its quantizable layers are replaced by `IntegerLayer`.
+        calls: recorded calls (keyword arguments), from `record_inputs` and `spread`.
         recipe: an "integer" recipe.
         progress: told of stage "statistics" (calls) and "quantize" (layers, with the layer's SQNR).
         store: called with each finished layer (for resuming).
@@ -282,7 +282,7 @@ def quantize_unet(
     Returns:
         The plan of every quantized layer, and its output SQNR in dB on the calibration samples.
     """
-    layers, _ = plan_layers(unet, recipe)
+    layers, _ = plan_layers(network, recipe)
     finished = dict(done or {})
     todo = [
         layer
@@ -291,7 +291,7 @@ def quantize_unet(
         for layer in together
     ]
     for group in passes(todo, recipe, budget):
-        gathered = gather(unet, group, calls, progress, recipe.rounding == "gptq")
+        gathered = gather(network, group, calls, progress, recipe.rounding == "gptq")
         for together in by_input(group):
             results = quantize_layers(together, gathered.pop(together[0].input), recipe)
             for layer, result in zip(together, results, strict=True):
@@ -299,7 +299,7 @@ def quantize_unet(
                 if store is not None:
                     store(layer.name, result)
                 progress("quantize", len(finished), len(layers), f"{layer.name}  {result.sqnr_db:.1f} dB")
-    place(unet, {layer.name: finished[layer.name].layer for layer in layers})
+    place(network, {layer.name: finished[layer.name].layer for layer in layers})
     return (
         {layer.name: finished[layer.name].layer.plan for layer in layers},
         {layer.name: finished[layer.name].sqnr_db for layer in layers},

@@ -111,16 +111,16 @@ class Statistics:
 
 
 def gather(
-    unet: nn.Module,
+    network: nn.Module,
     layers: Iterable[Layer],
     calls: Sequence[dict[str, Any]],
     progress: Progress = silent,
     moments: bool = True,
 ) -> dict[str, Statistics]:
-    """Replay recorded calls, on any device, through the float UNet and gather the statistics of what some layers read.
+    """Replay recorded calls, on any device, through the float network and gather the statistics of what some layers read.
 
     Args:
-        unet: the float model.
+        network: the float model.
         layers: of several that read one input, the first one's is gathered.
         calls: keyword arguments.
         progress: told of stage "statistics".
@@ -136,5 +136,5 @@ def gather(
         return layer.module.register_forward_pre_hook(lambda _, args: gathered[layer.input].add(layer.own(args[0])))
 
     told: Any = lambda done, total: progress("statistics", done, total, f"call {done}")  # noqa: E731
-    replay(unet, calls, map(hook, readers.values()), told)
+    replay(network, calls, map(hook, readers.values()), told)
     return gathered

@@ -24,7 +24,7 @@ from dgq.integer.rounding import (
     pass_bytes,
     passes,
     quantize_layers,
-    quantize_unet,
+    quantize_network,
     round_layer,
     rounding_bytes,
 )
@@ -129,7 +129,7 @@ def test_a_joined_input_has_a_scale_for_each_part(wbits):
         {"sample": torch.randn(2, 4, 8, 8, generator=g), "timestep": 10, "encoder_hidden_states": torch.randn(2, 5, 32)}
         for _ in range(4)
     ]
-    plans, _ = quantize_unet(unet, calls, Recipe(wbits=wbits))
+    plans, _ = quantize_network(unet, calls, Recipe(wbits=wbits))
     parts = [plan for key, plan in plans.items() if plan.owner(key) == name]
     assert [plan.columns for plan in parts] == [[0, hidden], [hidden, shortcut.in_channels]]
     assert [plan.bias for plan in parts] == [True, False]
@@ -252,7 +252,7 @@ def test_rotated_moments_are_counted_where_a_rotation_is_tried():
 @torch.no_grad()
 def test_whole_net(net, calls, wbits, abits, floor):
     expected = net(calls[0]["sample"])
-    plans, sqnr = quantize_unet(net, calls, Recipe(wbits=wbits, abits=abits))
+    plans, sqnr = quantize_network(net, calls, Recipe(wbits=wbits, abits=abits))
     assert set(plans) == set(sqnr) == {"body", "point", "head.0", "head.1"}
     assert all(isinstance(net.get_submodule(name), IntegerLayer) for name in plans)
     y = net(calls[0]["sample"])
@@ -264,8 +264,8 @@ def test_many_passes_give_the_same_model(net, calls):
     import copy
 
     one, many = copy.deepcopy(net), copy.deepcopy(net)
-    quantize_unet(one, calls, Recipe())
-    quantize_unet(many, calls, Recipe(), budget=1)
+    quantize_network(one, calls, Recipe())
+    quantize_network(many, calls, Recipe(), budget=1)
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, many.state_dict()[name]), name
 
@@ -333,7 +333,7 @@ def test_layers_of_one_input_are_handled_alike():
         seen = Statistics(layer.plan, 1)
         seen.add(x)
         alone[name] = choose_rounded([layer], seen, Recipe(wbits=8))[0].plan
-    plans, _ = quantize_unet(net, [{"sample": x}], Recipe(wbits=8))
+    plans, _ = quantize_network(net, [{"sample": x}], Recipe(wbits=8))
     kinds = {(plan.channels, plan.rotation, tuple(plan.class_ends)) for plan in plans.values()}
     assert len(kinds) == 1
     assert len({(plan.channels, plan.rotation) for plan in alone.values()}) > 1
@@ -393,10 +393,10 @@ def test_finished_layers_are_not_done_again(net, calls):
 
     stored = {}
     first = copy.deepcopy(net)
-    quantize_unet(first, calls, Recipe(), store=stored.__setitem__)
+    quantize_network(first, calls, Recipe(), store=stored.__setitem__)
     again = []
     done = {name: stored[name] for name in ("body", "head.0")}
-    quantize_unet(net, calls, Recipe(), store=lambda name, _: again.append(name), done=done)
+    quantize_network(net, calls, Recipe(), store=lambda name, _: again.append(name), done=done)
     assert again == ["point", "head.1"]
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, net.state_dict()[name])
@@ -405,7 +405,7 @@ def test_finished_layers_are_not_done_again(net, calls):
 def test_layer_with_bad_weights_is_named(net, calls):
     net.point.weight.data[0, 0] = float("nan")
     with pytest.raises(DgqError, match=r"point|body|head"):
-        quantize_unet(net, calls, Recipe())
+        quantize_network(net, calls, Recipe())
 
 
 def test_gather_removes_its_hooks(net, calls):
