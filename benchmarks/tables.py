@@ -93,7 +93,10 @@ def fidelity_table(rows: Iterable[dict[str, Any]]) -> str:
         )
         for row in rows
     )
-    return table(("system", "PSNR (dB)", "median", "worst tenth", "latent MSE", "latent SQNR (dB)", "UNet (MiB)", "of float16"), lines)
+    return table(
+        ("system", "PSNR (dB)", "median", "worst tenth", "latent MSE", "latent SQNR (dB)", "UNet (MiB)", "of float16"),
+        lines,
+    )
 
 
 def fidelity() -> str:

@@ -117,7 +117,7 @@ def gather(
     progress: Progress = silent,
     moments: bool = True,
 ) -> dict[str, Statistics]:
-    """Replay recorded calls, on any device, through the float network and gather the statistics of what some layers read.
+    """Replay recorded calls, on any device, through the float network, and gather the statistics of what layers read.
 
     Args:
         network: the float model.
