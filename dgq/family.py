@@ -237,6 +237,36 @@ class Family:
         raise DgqError(f"how a {self.title} is called is not known")
 
 
+class Patched(Family):
+    """Latents that pipelines take and return as a row for each patch of 2x2.
+
+    Attributes:
+        side: of the default picture's latents.
+    """
+
+    side = 128
+
+    def default_size(self, pipe: Any) -> tuple[int, int]:
+        return self.side * pipe.vae_scale_factor, self.side * pipe.vae_scale_factor
+
+    def size_factor(self, pipe: Any) -> int:
+        return int(2 * pipe.vae_scale_factor)
+
+    def latent_shape(self, pipe: Any, width: int, height: int) -> tuple[int, int, int]:
+        factor = pipe.vae_scale_factor
+        return getattr(pipe, self.component).config.in_channels // 4, height // factor, width // factor
+
+    def packed(self, pipe: Any, latents: Tensor) -> Tensor:
+        """(B, C, h, w) as (B, h / 2 * w / 2, 4 C)."""
+        patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h / 2, 2, w / 2, 2)
+        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def unpacked(self, pipe: Any, latents: Tensor, width: int, height: int) -> Tensor:
+        factor = self.size_factor(pipe)
+        patches = latents.unflatten(1, (height // factor, width // factor)).unflatten(3, (-1, 2, 2))
+        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
 FAMILIES: list[Family] = []
 
 
@@ -303,18 +333,6 @@ def noise(shape: Sequence[int], device: torch.device, generator: torch.Generator
     if device.type == "meta":
         return torch.empty(tuple(shape), device=device)
     return torch.randn(tuple(shape), generator=generator).to(device)
-
-
-def pack_patches(latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) as a row for each patch of 2x2, (B, h / 2 * w / 2, 4 C)."""
-    patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h / 2, 2, w / 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpack_patches(rows: Tensor, height: int, width: int) -> Tensor:
-    """Inverse of `pack_patches`, for latents of this height and width."""
-    patches = rows.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 def chat_tokens(tokenizer: Any, prompt: str, **options: Any) -> int:

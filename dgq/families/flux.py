@@ -8,25 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..family import (
-    Architecture,
-    Family,
-    check_fit,
-    check_scale,
-    no_negative,
-    noise,
-    pack_patches,
-    unpack_patches,
-)
+from ..family import Architecture, Patched, check_fit, check_scale, no_negative, noise
 
 NETWORK = "FluxTransformer2DModel"
 T5_TOKENS = 512  # that the pipeline lets T5 read
-SIDE = 128  # of the latents of a picture of the default size
 
 
-class Flux(Family):
+class Flux(Patched):
     """`FluxTransformer2DModel`: latents packed by patches, guidance an input (dev) or none (schnell)."""
 
     network = NETWORK
@@ -45,7 +34,7 @@ class Flux(Family):
     wide_layers = dict.fromkeys(
         ("*.norm1.linear", "*.norm1_context.linear", "*.norm.linear"), "scales and gates of a whole block"
     )
-    shared_inputs = (*Family.shared_inputs, ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
+    shared_inputs = (*Patched.shared_inputs, ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
     block = re.compile(r"(?:single_)?transformer_blocks\.\d+")
     shortened = (("single_transformer_blocks", "single"), ("transformer_blocks", "block"))
     architectures = {  # noqa: RUF012 (read only)
@@ -71,22 +60,6 @@ class Flux(Family):
         check_fit(folder, self.component, latents, (t5.d_model, config.joint_attention_dim))
         check_fit(folder, self.component, (0, 0), (clip.hidden_size, config.pooled_projection_dim))
 
-    def default_size(self, pipe: Any) -> tuple[int, int]:
-        return SIDE * pipe.vae_scale_factor, SIDE * pipe.vae_scale_factor
-
-    def size_factor(self, pipe: Any) -> int:
-        return int(2 * pipe.vae_scale_factor)
-
-    def latent_shape(self, pipe: Any, width: int, height: int) -> tuple[int, int, int]:
-        factor = pipe.vae_scale_factor
-        return pipe.transformer.config.in_channels // 4, height // factor, width // factor
-
-    def packed(self, pipe: Any, latents: Tensor) -> Tensor:
-        return pack_patches(latents)
-
-    def unpacked(self, pipe: Any, latents: Tensor, width: int, height: int) -> Tensor:
-        return unpack_patches(latents, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-
     def prompt_tokens(self, pipe: Any, prompt: str) -> tuple[int, int]:
         return len(pipe.tokenizer_2(prompt, truncation=False, verbose=False).input_ids), T5_TOKENS
 
@@ -102,7 +75,7 @@ class Flux(Family):
         pixels: int | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
-        side = (SIDE if pixels is None else pixels // 8) // 2
+        side = (self.side if pixels is None else pixels // 8) // 2
         rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
         return {

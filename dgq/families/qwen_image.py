@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..family import Architecture, Family, check_fit, noise, pack_patches, unpack_patches
+from ..family import Architecture, Patched, check_fit, noise
 
 NETWORK = "QwenImageTransformer2DModel"
 TEXT_TOKENS = 512  # that the pipeline lets the network read, its template not among them
-SIDE = 128  # of the latents of a picture of the default size
 
 
-class QwenImage(Family):
+class QwenImage(Patched):
     """`QwenImageTransformer2DModel`: latents packed by patches, video-shaped for the VAE, guidance in two calls."""
 
     network = NETWORK
@@ -49,22 +48,6 @@ class QwenImage(Family):
         latents = (4 * parts["vae"].config.z_dim, config.in_channels)
         check_fit(folder, self.component, latents, (width, config.joint_attention_dim))
 
-    def default_size(self, pipe: Any) -> tuple[int, int]:
-        return SIDE * pipe.vae_scale_factor, SIDE * pipe.vae_scale_factor
-
-    def size_factor(self, pipe: Any) -> int:
-        return int(2 * pipe.vae_scale_factor)
-
-    def latent_shape(self, pipe: Any, width: int, height: int) -> tuple[int, int, int]:
-        factor = pipe.vae_scale_factor
-        return pipe.transformer.config.in_channels // 4, height // factor, width // factor
-
-    def packed(self, pipe: Any, latents: Tensor) -> Tensor:
-        return pack_patches(latents)
-
-    def unpacked(self, pipe: Any, latents: Tensor, width: int, height: int) -> Tensor:
-        return unpack_patches(latents, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-
     def prompt_tokens(self, pipe: Any, prompt: str) -> tuple[int, int]:
         text = pipe.prompt_template_encode.format(prompt)
         count = len(pipe.tokenizer(text, truncation=False, verbose=False).input_ids)
@@ -88,7 +71,7 @@ class QwenImage(Family):
         pixels: int | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
-        side = (SIDE if pixels is None else pixels // 8) // 2
+        side = (self.side if pixels is None else pixels // 8) // 2
         return {
             "hidden_states": noise((batch, side * side, config.in_channels), device, generator),
             "encoder_hidden_states": noise((batch, tokens, config.joint_attention_dim), device, generator),
