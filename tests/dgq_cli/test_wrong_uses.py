@@ -247,7 +247,7 @@ def test_square_brackets_are_text(run, place, tiny_pipeline):
         "--rounding", "nearest", "--channels", "none",
     )  # fmt: skip
     assert (code, out) == (0, "")
-    assert "[/x] [red]  integer W4A8" in err
+    assert "[/x] [red]  integer none nearest W4A8" in err
     assert "[red] dog :cat:" in err
     code, out, err = run(
         "generate", "[/x] [red] :cat:", "--model", "[/x] [red]", "--out", "[red]/[/x]", "--steps", 1, "--seed", 1

@@ -158,7 +158,7 @@ def test_beside_a_lora(pipe, file):
     dgq.load_tuned(pipe, file)
     # a norm in front of a layer with an adapter is torch's: single codes move
     error, change = ((one - tuned).norm() / tuned.norm() for one in (draw(pipe), plain))
-    assert error < 0.05 < 0.2 < change
+    assert error < 0.1 < 0.2 < change
 
 
 def test_moving_the_model_keeps_the_scales(pipe, file):
