@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_transformers import BUILDERS
@@ -106,7 +107,9 @@ def test_a_float_picture_is_the_one_that_diffusers_makes(made: Made) -> None:
         **family.pipeline_arguments(["a cat"], "", made.settings.guidance or 0), num_inference_steps=STEPS, width=width,
         height=height, generator=torch.Generator().manual_seed(7),
     ).images[0]  # fmt: skip
-    assert one[0].image.tobytes() == plain.tobytes()
+    apart = np.abs(np.asarray(one[0].image, dtype=int) - np.asarray(plain, dtype=int))
+    assert apart.max() <= 1  # latents are scaled in another order of operations: a last digit may round otherwise
+    assert (apart > 0).mean() < 1e-3
     assert one[0].image.getextrema() != ((0, 0),) * 3
     assert told == [(1, STEPS), (2, STEPS)]
     for alone, together in zip(one, two, strict=True):
