@@ -30,11 +30,11 @@ from ..family import family_of
 from ..integer.attention import AttentionPlan
 from ..integer.channels import no_groups, to_matrix
 from ..integer.layer import IntegerLayer
+from ..integer.on_the_fly import round_to_nearest
 from ..integer.plan import plan_layers
 from ..integer.skeleton import stored_names
-from ..integer.weights import SUBSCALE_MAX, IntegerWeight, nearest, quantize_weight
 from ..outputs import atomic_folder
-from ..recipe import LayerPlan, Recipe
+from ..recipe import Recipe
 from ..replay import pack_calls, predicted, put_together, take_apart, unpack_calls
 from ..version import __version__
 
@@ -140,27 +140,7 @@ def random_model(config: dict[str, Any], target: str, dtype: str) -> None:
         stream_safetensors(place, specs, (tensor for _, tensor in architectures.random_weights(network)))
 
 
-def searched_weight(matrix: Tensor, plan: LayerPlan) -> IntegerWeight:
-    """A weight rounded to nearest on the best grid of the range search: what calibration does at least."""
-    ones = torch.ones(plan.reduction)
-    return quantize_weight(matrix, plan.wbits, plan.weight_group, ones, nearest(ones))
-
-
-def absmax_weight(matrix: Tensor, plan: LayerPlan) -> IntegerWeight:
-    """A weight (N, K) rounded to nearest on a grid that spans its range: no search, seconds for a thousand million."""
-    largest = matrix.abs().amax(1).clamp(min=1e-12)
-    if plan.wbits == 8:
-        scale = largest / 127
-        return IntegerWeight((matrix / scale[:, None]).round_().to(torch.int8), scale)
-    group, k = plan.weight_group, matrix.shape[1]
-    groups = nn.functional.pad(matrix, (0, -k % group)).unflatten(1, (-1, group))
-    scale = largest / (7.5 * SUBSCALE_MAX)
-    subscales = (groups.abs().amax(2) / (7.5 * scale[:, None])).ceil_().clamp_(1, SUBSCALE_MAX)
-    codes = (groups / (subscales * scale[:, None])[:, :, None]).round_().clamp_(-8, 7).flatten(1)[:, :k]
-    return IntegerWeight(codes.to(torch.int8), scale, subscales.to(torch.uint8), group)
-
-
-def quantized_model(source: str, target: str, wbits: int, search: bool) -> None:
+def quantized_model(source: str, target: str, wbits: int) -> None:
     """A dgq checkpoint (the network only) of a float model, without calibration: nearest rounding, channels as they
     are.
 
@@ -168,7 +148,6 @@ def quantized_model(source: str, target: str, wbits: int, search: bool) -> None:
         source: folder of the float model.
         target: is created.
         wbits: 4 or 8.
-        search: whether each layer's range is searched, or spans its weights (seconds for a thousand million).
     """
     network = load_network(Path(source), torch.float32)
     family = family_of(network)
@@ -187,7 +166,6 @@ def quantized_model(source: str, target: str, wbits: int, search: bool) -> None:
         name: (tensor.shape, torch.float16 if name in halved and tensor.is_floating_point() else tensor.dtype)
         for name, tensor in empty.state_dict().items()
     }
-    rounded = searched_weight if search else absmax_weight
     floats = network.state_dict()
 
     def tensors() -> Iterator[Tensor]:
@@ -200,7 +178,7 @@ def quantized_model(source: str, target: str, wbits: int, search: bool) -> None:
                 continue
             if module != current:  # a layer's tensors follow each other
                 layer, current = layers[module], module
-                weight = rounded(to_matrix(layer.weight), layer.plan)
+                weight = round_to_nearest(to_matrix(layer.weight), layer.plan.wbits, layer.plan.weight_group)
                 groups = no_groups(layer.plan.in_features)
                 made = IntegerLayer.from_quantized(layer.plan, weight, groups, layer.bias).state_dict()
             yield made[leaf]

@@ -217,7 +217,7 @@ def bench_architecture(
         full, lower = (plan.file(dtype, "random", config=config, dtype=dtype) for dtype in ("float32", half))
         plan.floats(full, lower, options)
         for wbits in bits:
-            folder = plan.file(f"dgq-w{wbits}a8", "dgq", source=full, wbits=wbits, search=False)
+            folder = plan.file(f"dgq-w{wbits}a8", "dgq", source=full, wbits=wbits)
             spec = plan.spec("torch", folder, half)
             plan.systems.append(System(f"dgq W{wbits}A8", (spec,), bytes_per_parameter=DGQ_BYTES[wbits]))
         free = plan.check(size, name)
@@ -278,7 +278,7 @@ def bench_step(
         plan.floats(source, source, options)
         if header is None:
             wbits = bits or 4
-            label, quantized = f"dgq W{wbits}A8", plan.file("dgq", "dgq", source=source, wbits=wbits, search=True)
+            label, quantized = f"dgq W{wbits}A8", plan.file("dgq", "dgq", source=source, wbits=wbits)
             notes.append(
                 f"{label} was quantized on the fly, to nearest and without calibration: speed does not depend on the "
                 "rounding, but `dgq calibrate` gives smaller errors and may treat outlier channels at a small cost"

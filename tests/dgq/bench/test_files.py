@@ -17,9 +17,7 @@ from dgq.checkpoint.reading import read_header
 from dgq.checkpoint.writing import WEIGHTS_NAME
 from dgq.errors import DgqError
 from dgq.integer.attention import LogAttnProcessor
-from dgq.integer.channels import no_groups
 from dgq.integer.layer import IntegerLayer
-from dgq.recipe import LayerPlan
 from dgq.replay import take_apart
 
 TENSORS = {
@@ -105,11 +103,9 @@ def test_random_models_of_two_dtypes_have_the_same_weights(
     assert 0.5 < float(unet.conv_in.weight.detach().std() * (4 * 9) ** 0.5) < 1.5
 
 
-@pytest.mark.parametrize(("wbits", "search"), [(8, False), (4, False), (4, True)])
-def test_a_quantized_model_holds_the_float_models_weights(
-    float_model: Path, tmp_path: Path, wbits: int, search: bool
-) -> None:
-    files.quantized_model(str(float_model), str(tmp_path / "quantized"), wbits, search)
+@pytest.mark.parametrize("wbits", [8, 4])
+def test_a_quantized_model_holds_the_float_models_weights(float_model: Path, tmp_path: Path, wbits: int) -> None:
+    files.quantized_model(str(float_model), str(tmp_path / "quantized"), wbits)
     header = read_header(tmp_path / "quantized")
     assert header is not None
     assert header.recipe.wbits == wbits
@@ -129,24 +125,12 @@ def test_a_quantized_model_holds_the_float_models_weights(
     assert torch.equal(unet.conv_norm_out.weight, source.conv_norm_out.weight.half().float())
 
 
-@pytest.mark.parametrize("wbits", [4, 8])
-def test_absmax_weights_are_as_near_as_their_steps(wbits: int) -> None:
-    plan = LayerPlan("linear", 70, 9, wbits, 8, True, class_ends=[70])
-    matrix = torch.randn(9, 70, generator=torch.Generator().manual_seed(0))
-    weight = files.absmax_weight(matrix, plan)
-    step = weight.scale[:, None]
-    if weight.subscales is not None:
-        step = step * weight.subscales.repeat_interleave(32, 1)[:, :70]
-    assert bool(((weight.dequantize() - matrix).abs() <= 0.5001 * step).all())
-    IntegerLayer.from_quantized(plan, weight, no_groups(70), torch.zeros(9))
-
-
 def test_a_failed_task_is_told_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DgqError, match=r"writing the random files failed: .*nosuch") as caught:
         files.write("random", config={}, target=tmp_path / "out", dtype="nosuch")
     assert "\n" not in caught.value.message
     with pytest.raises(DgqError, match=r"nowhere: has no unet nor transformer$"):
-        files.write("dgq", source=tmp_path / "nowhere", target=tmp_path / "out", wbits=8, search=False)
+        files.write("dgq", source=tmp_path / "nowhere", target=tmp_path / "out", wbits=8)
     with pytest.raises(DgqError, match=r"^the UNet's configuration cannot be used"):
         files.write("random", config={"down_block_types": ["NoBlock"]}, target=tmp_path / "out", dtype="float32")
     assert list(tmp_path.iterdir()) == []
@@ -172,7 +156,7 @@ def test_nothing_is_imported_from_the_working_folder(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # as in an interactive Python
     with pytest.raises(DgqError, match=r"nosuch: has no unet nor transformer$"):
-        files.write("dgq", source=tmp_path / "nosuch", target=tmp_path / "out", wbits=8, search=False)
+        files.write("dgq", source=tmp_path / "nosuch", target=tmp_path / "out", wbits=8)
     spec = Spec("torch", str(tmp_path / "nosuch"), "float32", str(tmp_path / "nosuch"))
     with pytest.raises(DgqError, match="nosuch"):
         Worker(spec)
