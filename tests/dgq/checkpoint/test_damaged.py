@@ -13,13 +13,14 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import dgq
-from dgq.bench.files import absmax_weight, load_network
+from dgq.bench.files import load_network
 from dgq.checkpoint.header import Header
 from dgq.checkpoint.writing import write_checkpoint
 from dgq.errors import DgqError
 from dgq.integer.attention import AttentionPlan
 from dgq.integer.channels import form_groups
 from dgq.integer.layer import IntegerLayer
+from dgq.integer.on_the_fly import round_to_nearest
 from dgq.integer.plan import plan_layers
 from dgq.integer.skeleton import place
 from dgq.paper.calibration import calibrate_paper
@@ -56,7 +57,7 @@ def build(tiny_pipeline: Path, name: str, out: Path) -> None:
             plan = dataclasses.replace(
                 layer.plan, channels=groups.mode, class_ends=groups.class_ends, reordered=groups.order is not None
             )
-            weight = absmax_weight(groups.fold(layer.weight), plan)
+            weight = round_to_nearest(groups.fold(layer.weight), plan.wbits, plan.weight_group)
             layers[layer.name] = IntegerLayer.from_quantized(plan, weight, groups, layer.bias)
         header = Header(recipe, {key: one.plan for key, one in layers.items()}, AttentionPlan.for_activations(8))
         place(unet, layers)

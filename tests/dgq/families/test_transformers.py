@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 import dgq
 from dgq import architectures
 from dgq.bench import bench
-from dgq.bench.files import absmax_weight
 from dgq.calibration.estimate import estimate
 from dgq.calibration.resume import Partial
 from dgq.calibration.run import Options, calibrate
@@ -33,6 +32,7 @@ from dgq.inspection.inspect import inspect, short_block, split_name
 from dgq.inspection.measure import MeasureOptions, measure_checkpoint
 from dgq.integer.channels import no_groups
 from dgq.integer.layer import IntegerLayer
+from dgq.integer.on_the_fly import round_to_nearest
 from dgq.integer.plan import Layer, input_owners, plan_layer
 from dgq.integer.skeleton import SplitLayer, stored_names
 from dgq.pictures.generation import Settings, check_prompts, generate
@@ -263,8 +263,8 @@ def test_joined_inputs_of_different_ranges_have_scales_of_their_own() -> None:
             }
         )
         one = Layer("x", layer, plan)
-        groups = no_groups(plan.in_features)
-        parts.append(IntegerLayer.from_quantized(plan, absmax_weight(one.weight, plan), groups, one.bias))
+        weight = round_to_nearest(one.weight, plan.wbits, plan.weight_group)
+        parts.append(IntegerLayer.from_quantized(plan, weight, no_groups(plan.in_features), one.bias))
     with torch.no_grad():
         target = layer(x)
         joined, split = (sqnr(target, one(x)) for one in (parts[0], SplitLayer.of(parts[1:])))

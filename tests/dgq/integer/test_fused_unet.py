@@ -14,7 +14,6 @@ from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-from dgq.bench.files import absmax_weight
 from dgq.integer.attention import AttentionPlan, use_log_attention
 from dgq.integer.channels import no_groups, to_matrix
 from dgq.integer.fused_unet import (
@@ -25,6 +24,7 @@ from dgq.integer.fused_unet import (
     FusedTransformerBlock,
 )
 from dgq.integer.layer import IntegerLayer
+from dgq.integer.on_the_fly import round_to_nearest
 from dgq.integer.plan import plan_layers
 from dgq.integer.skeleton import fuse, place
 from dgq.recipe import Recipe
@@ -55,8 +55,9 @@ def quantize(model: UNet2DConditionModel) -> None:
     """W8A8 in place, without calibration."""
     made = {}
     for layer in plan_layers(model, Recipe(wbits=8, abits=8, rounding="nearest", channels="none"))[0]:
-        weight, groups = absmax_weight(to_matrix(layer.weight), layer.plan), no_groups(layer.plan.in_features)
-        made[layer.name] = IntegerLayer.from_quantized(layer.plan, weight, groups, layer.bias)
+        plan = layer.plan
+        weight = round_to_nearest(to_matrix(layer.weight), plan.wbits, plan.weight_group)
+        made[layer.name] = IntegerLayer.from_quantized(plan, weight, no_groups(plan.in_features), layer.bias)
     place(model, made)
     use_log_attention(model, AttentionPlan(8, 4))
     fuse(model)
