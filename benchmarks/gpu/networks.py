@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgq.architectures import ARCHITECTURES, DEFAULT_NETWORK, Architecture, architecture, call, skeleton
-from dgq.bench.files import absmax_weight
 from dgq.bench.worker import cast
 from dgq.integer.attention import AttentionPlan, use_log_attention
-from dgq.integer.channels import no_groups, to_matrix
-from dgq.integer.layer import IntegerLayer
-from dgq.integer.plan import Layer, plan_layers
+from dgq.integer.on_the_fly import packed, plan_without_data, rounded
+from dgq.integer.plan import Layer
 from dgq.integer.shared_input import prepare_all
 from dgq.integer.skeleton import fuse, place
 from dgq.pictures import embedded
 from dgq.recipe import Recipe
 
 Step = Callable[[], Tensor]
+
+# Weight bits and handling of channels of the quantized networks.
+RECIPES = ((8, "none"), (4, "none"), (8, "rotate"))
 
 TINY = {
     "sample_size": 8, "block_out_channels": [32, 64], "cross_attention_dim": 32, "attention_head_dim": [2, 4],
@@ -36,7 +37,9 @@ TINY = {
 
 def networks(session: Session) -> dict[str, Architecture]:
     """What a report measures."""
-    return {"tiny": Architecture(TINY, 2, DEFAULT_NETWORK)} if session.kind == "cpu" else ARCHITECTURES
+    if session.kind == "cpu":
+        return {"tiny": Architecture(TINY, 2, DEFAULT_NETWORK)}
+    return {name: ARCHITECTURES[name] for name in ("sd-v1.4", "sdxl-turbo")}
 
 
 def embedded_network() -> Architecture:
@@ -44,9 +47,9 @@ def embedded_network() -> Architecture:
     return dataclasses.replace(architecture(str(embedded.FOLDER / "unet" / "config.json")), tokens=24)
 
 
-def plans_of(unet: nn.Module, wbits: int) -> list[Layer]:
-    """The layers of a UNet, W`wbits`A8, rounded to nearest."""
-    return plan_layers(unet, Recipe(wbits=wbits, rounding="nearest", channels="none"))[0]
+def plans_of(unet: nn.Module, wbits: int, channels: str = "none") -> list[Layer]:
+    """The layers of a UNet, W`wbits`A8, rounded to nearest; `channels` "rotate" turns every layer that can be."""
+    return plan_without_data(unet, Recipe(wbits=wbits, rounding="nearest", channels=channels), ())
 
 
 def float_unet(session: Session, which: Architecture, dtype: torch.dtype) -> nn.Module:
@@ -61,12 +64,11 @@ def float_unet(session: Session, which: Architecture, dtype: torch.dtype) -> nn.
     return unet.eval().to(memory_format=torch.channels_last)
 
 
-def quantized(session: Session, which: Architecture, wbits: int) -> nn.Module:
-    """The same UNet by the integer recipe, as `dgq bench --arch` has it."""
+def quantized(session: Session, which: Architecture, wbits: int, channels: str = "none") -> nn.Module:
+    """The same UNet by the integer recipe, as `dgq bench --arch` has it, or with every layer rotated."""
     unet, made = float_unet(session, which, session.half), {}
-    for one in plans_of(unet, wbits):
-        weight, groups = absmax_weight(to_matrix(one.weight), one.plan), no_groups(one.plan.in_features)
-        made[one.name] = IntegerLayer.from_quantized(one.plan, weight, groups, one.bias)
+    for one in plans_of(unet, wbits, channels):
+        made[one.name] = packed(one, rounded(one, one.module.weight.detach().float()), one.bias)
     place(unet, made)
     fuse(unet)
     use_log_attention(unet, AttentionPlan.for_activations(8))
@@ -81,10 +83,15 @@ def step_of(session: Session, unet: nn.Module, which: Architecture, dtype: torch
     return lambda: unet(**inputs, return_dict=False)[0]
 
 
+def label(wbits: int, channels: str) -> str:
+    """A row of `RECIPES` as reports call it."""
+    return f"W{wbits}A8" + (" rotated" if channels == "rotate" else "")
+
+
 def quantized_steps(session: Session) -> Iterator[tuple[str, Step]]:
     """(label, step) of every quantized network, one in memory at a time."""
-    for (name, which), wbits in itertools.product(networks(session).items(), (8, 4)):
-        yield f"{name} W{wbits}A8", step_of(session, quantized(session, which, wbits), which)
+    for (name, which), (wbits, channels) in itertools.product(networks(session).items(), RECIPES):
+        yield f"{name} {label(wbits, channels)}", step_of(session, quantized(session, which, wbits, channels), which)
         session.forget()
 
 

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from networks import (
+    RECIPES,
     Step,
     embedded_network,
     float_unet,
+    label,
     networks,
     own_ops,
     plans_of,
@@ -97,6 +99,8 @@ def compile(session: Session) -> None:
         if row.get("error") or row.get("stack", 0) > MOST_STACK or row.get("shared", 0) > MOST_SHARED
     ]  # fmt: skip
     session.say("compile", variants=len(found), shards=shards, failed_shards=failed, bad=bad)
+    if failed or bad:
+        sys.exit(1)
 
 
 def shard(session: Session) -> None:
@@ -125,20 +129,20 @@ def shard(session: Session) -> None:
     if session.kind != "cpu":  # and what the stage `model` runs
         small = embedded_network()
         todo += [("embedded", small, torch.float16), ("embedded", small, torch.float32)]
-    for (name, which, dtype), wbits in itertools.product(todo, (8, 4)):
+    for (name, which, dtype), (wbits, channels) in itertools.product(todo, RECIPES):
         unet = skeleton(which.config)
-        plans = {one.name: one.plan for one in plans_of(unet, wbits)}
+        plans = {one.name: one.plan for one in plans_of(unet, wbits, channels)}
         apply_header(unet, Header(Recipe(), plans, AttentionPlan.for_activations(8), dgq_version="0"))
         prepare_all(unet.to_empty(device="cpu").requires_grad_(False).to(dtype), torch.device("cpu"))
         try:
             step_of(session, unet, which, dtype)()
         except Exception as error:
-            session.say("shard", kernel=f"{name} W{wbits}A8", error=reason(error))
+            session.say("shard", kernel=f"{name} {label(wbits, channels)}", error=reason(error))
 
 
 def check(session: Session) -> None:
     """Every distinct call of an operator in a step, on its own operands: against the reference, and itself again."""
-    for label, step in quantized_steps(session):
+    for model, step in quantized_steps(session):
         for op in own_ops(step):
             results: list[Any] = []
             for name in ("triton", "triton", "reference"):
@@ -155,7 +159,7 @@ def check(session: Session) -> None:
             differ = max((float((c > 0).float().mean()) for c in codes), default=0.0)
             bad = not all(map(torch.equal, got, again)) or error > 5e-3 or most > 1 or differ > 5e-3
             facts = {"op": op.name, "call": op.text, "error": error, "most": most, "differ": differ, "bad": bad}
-            session.say("check", model=label, **facts)
+            session.say("check", model=model, **facts)
         os.environ["DGQ_BACKEND"] = "triton"
     found = session.said("check")
     bad_rows = [row for row in found if row["bad"]][:20]
@@ -219,11 +223,9 @@ def with_sdpa(step: Step) -> Step:
 
 def systems(session: Session, which: Architecture) -> dict[str, tuple[torch.nn.Module, Step]]:
     """What a step is timed of."""
-    unets = {
-        "float16": float_unet(session, which, session.half),
-        "dgq W8A8": quantized(session, which, 8),
-        "dgq W4A8": quantized(session, which, 4),
-    }
+    unets = {"float16": float_unet(session, which, session.half)}
+    for recipe in RECIPES:
+        unets[f"dgq {label(*recipe)}"] = quantized(session, which, *recipe)
     found = {name: (unet, step_of(session, unet, which)) for name, unet in unets.items()}
     unet, step = found["dgq W8A8"]
     return {**found, "dgq W8A8 sdpa": (unet, with_sdpa(step))}
@@ -294,9 +296,9 @@ def rivals(
 
 def ops(session: Session) -> None:
     """What each operator of a step costs, times how often it runs, beside what float16 and cuBLAS take for it."""
-    for label, step in quantized_steps(session):
+    for model, step in quantized_steps(session):
         for op in own_ops(step):
-            told = {"model": label, "op": op.name, "call": op.text, "count": op.times}
+            told = {"model": model, "op": op.name, "call": op.text, "count": op.times}
             try:
                 rival, int8, work = rivals(session, op.name, op.arguments[0], op.arguments[1:])
                 us = session.microseconds(functools.partial(op.function, *op.arguments))
@@ -311,7 +313,7 @@ def ops(session: Session) -> None:
 
 def profile(session: Session) -> None:
     """The kernels of a replayed and of an eager step by their time, and what takes the host's: profile.txt."""
-    label, step = next(quantized_steps(session))
+    name, step = next(quantized_steps(session))
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * session.cuda]
 
     def took(event: Any) -> float:
@@ -327,7 +329,7 @@ def profile(session: Session) -> None:
             events = [e for e in average if not session.cuda or str(e.device_type).endswith("CUDA")]
             found = sorted(events, key=took, reverse=True)
             launches, total = sum(e.count for e in found), sum(map(took, found))
-            print(f"== {label} {title}: {launches} on the device, {total:.0f} us", file=file)
+            print(f"== {name} {title}: {launches} on the device, {total:.0f} us", file=file)
             print(*(f"{e.count:5} x {took(e):10.1f} us  {e.key[:100]}" for e in found[:40]), sep="\n", file=file)
             print(average.table(sort_by="self_cpu_time_total", row_limit=25), file=file, flush=True)
             top = [[e.key[:60], e.count, took(e)] for e in found[:12]]
@@ -351,7 +353,7 @@ def tiles(session: Session) -> None:
     sizes = ((128, 128, 64, 4, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 3))
     more = [table.Tiling(table.Config(*tile)) for tile in sizes]
     machine = table._machine(session.device) if session.cuda else HOPPER
-    for label, step in quantized_steps(session):
+    for model, step in quantized_steps(session):
         products = [op for op in own_ops(step) if op.name.startswith(("linear", "conv2d"))]
         for op in products if session.cuda else products[:1]:
             run = getattr(linear if op.name.startswith("linear") else conv2d, op.name)
@@ -366,7 +368,7 @@ def tiles(session: Session) -> None:
             chosen = table.choose(kind, *shape, shape[2], machine)
             candidates = [*table.tilings(kind, machine.capability[0], shape[2]), *more] if session.cuda else more[:1]
             for tiling in candidates:
-                told = {"model": label, "op": op.name, "shape": shape, "splits": tiling.splits}
+                told = {"model": model, "op": op.name, "shape": shape, "splits": tiling.splits}
                 told["tile"] = "x".join(map(str, tiling.config))
                 try:
                     us = session.microseconds(functools.partial(run, *op.arguments, out=out, tiling=tiling))

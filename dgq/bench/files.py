@@ -28,9 +28,7 @@ from ..checkpoint.writing import WEIGHTS_NAME
 from ..errors import DgqError
 from ..family import family_of
 from ..integer.attention import AttentionPlan
-from ..integer.channels import no_groups, to_matrix
-from ..integer.layer import IntegerLayer
-from ..integer.on_the_fly import round_to_nearest
+from ..integer.on_the_fly import packed, rounded
 from ..integer.plan import plan_layers
 from ..integer.skeleton import stored_names
 from ..outputs import atomic_folder
@@ -178,9 +176,8 @@ def quantized_model(source: str, target: str, wbits: int) -> None:
                 continue
             if module != current:  # a layer's tensors follow each other
                 layer, current = layers[module], module
-                weight = round_to_nearest(to_matrix(layer.weight), layer.plan.wbits, layer.plan.weight_group)
-                groups = no_groups(layer.plan.in_features)
-                made = IntegerLayer.from_quantized(layer.plan, weight, groups, layer.bias).state_dict()
+                weight = rounded(layer, layer.module.weight.detach().float())
+                made = packed(layer, weight, layer.bias).state_dict()
             yield made[leaf]
 
     with atomic_folder(Path(target)) as folder:

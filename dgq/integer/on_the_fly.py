@@ -24,8 +24,9 @@ from .plan import Layer, plan_layers
 from .skeleton import SplitLayer
 from .weights import SUBSCALE_MAX, IntegerWeight
 
-# Weights of a block that is searched in the cache.
+# Weights of a block that is searched in the cache; elsewhere a launch costs more than a pass over memory.
 BLOCK_ELEMENTS = 2**17
+DEVICE_BLOCK_ELEMENTS = 2**24
 
 # Ranges of an int8 row that are tried, as shares of its largest weight.
 INT8_SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6)
@@ -79,7 +80,8 @@ def round_to_nearest(matrix: Tensor, bits: int, group: int) -> IntegerWeight:
         bits: 8 (per-channel int8) or 4 (two-level int4).
         group: values per int4 sub-scale.
     """
-    parts = matrix.split(max(1, BLOCK_ELEMENTS // matrix.shape[1]))
+    block = BLOCK_ELEMENTS if matrix.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
+    parts = matrix.split(max(1, block // matrix.shape[1]))
     if bits == 8:
         codes, scale = zip(*map(_round_int8, parts), strict=True)
         return IntegerWeight(torch.cat(codes), torch.cat(scale), None, group)
@@ -166,11 +168,11 @@ class Arrivals:
         if leaf == "bias":
             self._biases[owner] = value
         else:
-            self._weights[owner] = [_rounded(layer, value) for layer in layers]
+            self._weights[owner] = [rounded(layer, value) for layer in layers]
         if owner not in self._weights or (layers[0].plan.bias and owner not in self._biases):
             return
         weights, bias = self._weights.pop(owner), self._biases.pop(owner, None)
-        made = [_packed(layer, weight, bias) for layer, weight in zip(layers, weights, strict=True)]
+        made = [packed(layer, weight, bias) for layer, weight in zip(layers, weights, strict=True)]
         if prepare:
             for layer in made:
                 layer.prepare(layer.weight_scale.device)
@@ -181,12 +183,14 @@ class Arrivals:
             self._since = 0
 
 
-def _rounded(layer: Layer, weight: Tensor) -> IntegerWeight:
+def rounded(layer: Layer, weight: Tensor) -> IntegerWeight:
+    """A layer's part of its module's float32 weight, rotated as the plan says and rounded to nearest."""
     own, plan = layer.own(weight), layer.plan
     matrix = to_matrix(rotate_channels(own if plan.kind == "conv2d" else own.flatten(1), plan.rotation))
     return round_to_nearest(matrix.contiguous(), plan.wbits, plan.weight_group)
 
 
-def _packed(layer: Layer, weight: IntegerWeight, bias: Tensor | None) -> IntegerLayer:
+def packed(layer: Layer, weight: IntegerWeight, bias: Tensor | None) -> IntegerLayer:
+    """The quantized layer of what `rounded` made, with the module's bias where it is this layer's."""
     groups = dataclasses.replace(no_groups(layer.plan.in_features), rotation=layer.plan.rotation)
     return IntegerLayer.from_quantized(layer.plan, weight, groups, bias if layer.plan.bias else None)
