@@ -90,9 +90,11 @@ def label(wbits: int, channels: str) -> str:
 
 def quantized_steps(session: Session) -> Iterator[tuple[str, Step]]:
     """(label, step) of every quantized network, one in memory at a time."""
-    for (name, which), (wbits, channels) in itertools.product(networks(session).items(), RECIPES):
-        yield f"{name} {label(wbits, channels)}", step_of(session, quantized(session, which, wbits, channels), which)
-        session.forget()
+    for (name, which), recipe in itertools.product(networks(session).items(), RECIPES):
+        title = f"{name} {label(*recipe)}"
+        if session.only in title:
+            yield title, step_of(session, quantized(session, which, *recipe), which)
+            session.forget()
 
 
 class Op(NamedTuple):

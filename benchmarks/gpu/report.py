@@ -21,7 +21,7 @@ from session import KINDS, Session
 
 # Seconds. The first seven make one report; the others want a call of their own.
 LIMITS = {
-    "doctor": 50, "compile": 100, "check": 60, "steps": 100, "ops": 70, "profile": 30, "model": 110,
+    "doctor": 90, "compile": 100, "check": 60, "steps": 100, "ops": 70, "profile": 30, "model": 110,
     "tests": 200, "tiles": 150, "ncu": 100, "compiled": 280,
 }  # fmt: skip
 FIRST = tuple(LIMITS)[:7]
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=KINDS, default="cuda")
     parser.add_argument("--seconds", type=float, default=540, help="for all stages together")
+    parser.add_argument("--only", default="", help="networks whose label holds this, as in 'sd-v1.4 W8A8'")
     parser.add_argument("--run", choices=[*LIMITS, *PARTS], help=argparse.SUPPRESS)
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -91,7 +92,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     # what runs on a pretended device runs on the CPU
     kind = "pretend" if options.run == "shard" and options.device == "cuda" else options.device
-    session = Session(options.out.resolve(), kind, options.shard)
+    session = Session(options.out.resolve(), kind, options.shard, options.only)
     if not options.run:
         lead(session, options.stages, options.seconds)
         return

@@ -24,11 +24,13 @@ class Session:
         out: folder of report.jsonl and the other files.
         kind: "cuda"; "cpu" runs a tiny UNet in Triton's interpreter; "pretend" compiles for sm_90 and launches nothing.
         shard: "i/n", the part of the kernels that a process of the stage `compile` takes.
+        only: what the labels of the networks hold that the stages look at; "": all of them.
     """
 
     out: Path
     kind: str
     shard: str = "0/1"
+    only: str = ""
 
     @property
     def cuda(self) -> bool:
@@ -63,7 +65,7 @@ class Session:
     def command(self, stage: str, *more: str) -> list[str]:
         """The command line of a process that runs one stage of this report."""
         script = Path(__file__).with_name("report.py").resolve()
-        line = [sys.executable, str(script), "--run", stage, "--out", str(self.out), "--device", self.kind]
+        line = [sys.executable, str(script), "--run", stage, "--out", str(self.out), "--device", self.kind, "--only", self.only]
         return [*line, *more]
 
     def timed(self, run: Callable[[], Any]) -> float:

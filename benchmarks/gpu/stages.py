@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -40,12 +41,12 @@ from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.jit import JITFunction
 
 import dgq
-import dgq_kernels
 from dgq.architectures import Architecture, skeleton
 from dgq.bench import rows, worker
 from dgq.calibration.run import Options, calibrate
 from dgq.checkpoint.apply import apply_header
 from dgq.checkpoint.header import Header
+from dgq.integer import prepared
 from dgq.integer.attention import AttentionPlan
 from dgq.integer.shared_input import prepare_all
 from dgq.pictures import generation
@@ -54,6 +55,8 @@ from dgq.self_test import relative_error
 from dgq_kernels.conv2d import triton as conv2d
 from dgq_kernels.linear import tiles as table
 from dgq_kernels.linear import triton as linear
+
+log_attention = importlib.import_module("dgq_kernels.log_attention")  # the package has the operator by that name
 
 PEAK_TOPS = 1979.0  # dense int8 of an H100 or H200 SXM, by the data sheet
 
@@ -123,27 +126,34 @@ def shard(session: Session) -> None:
         return idle
 
     JITFunction._do_compile = share
+    # what takes a CPU long, of rubbish
+    prepared.column_sum = lambda matrix, *_: torch.empty(len(matrix), dtype=torch.int32)
+    F.scaled_dot_product_attention = lambda query, *_, **__: query
     torch.set_num_threads(1)
     pretend(functools.partial(session.say, "shard"))
     todo = [(name, which, torch.float16) for name, which in networks(session).items()]
     if session.kind != "cpu":  # and what the stage `model` runs
         small = embedded_network()
         todo += [("embedded", small, torch.float16), ("embedded", small, torch.float32)]
-    for (name, which, dtype), (wbits, channels) in itertools.product(todo, RECIPES):
+    for (name, which, dtype), recipe in itertools.product(todo, RECIPES):
+        if session.only not in f"{name} {label(*recipe)}":
+            continue
         unet = skeleton(which.config)
-        plans = {one.name: one.plan for one in plans_of(unet, wbits, channels)}
+        plans = {one.name: one.plan for one in plans_of(unet, *recipe)}
         apply_header(unet, Header(Recipe(), plans, AttentionPlan.for_activations(8), dgq_version="0"))
         prepare_all(unet.to_empty(device="cpu").requires_grad_(False).to(dtype), torch.device("cpu"))
         try:
-            step_of(session, unet, which, dtype)()
+            step = step_of(session, unet, which, dtype)
+            for run in (step, with_log_attention(step)):
+                run()
         except Exception as error:
-            session.say("shard", kernel=f"{name} {label(wbits, channels)}", error=reason(error))
+            session.say("shard", kernel=f"{name} {label(*recipe)}", error=reason(error))
 
 
 def check(session: Session) -> None:
     """Every distinct call of an operator in a step, on its own operands: against the reference, and itself again."""
     for model, step in quantized_steps(session):
-        for op in own_ops(step):
+        for op in own_ops(with_log_attention(step)):
             results: list[Any] = []
             for name in ("triton", "triton", "reference"):
                 os.environ["DGQ_BACKEND"] = name
@@ -207,16 +217,15 @@ def model(session: Session) -> None:
     generation.grid(images, columns=len(prompts)).save(session.out / "pictures.png")
 
 
-def with_sdpa(step: Step) -> Step:
-    """The step with torch's attention where it has log attention."""
+def with_log_attention(step: Step) -> Step:
+    """The step with log attention where it has torch's because that is the faster."""
 
     def run() -> torch.Tensor:
-        log = dgq_kernels.log_attention_pays
-        dgq_kernels.log_attention_pays = lambda _: False
+        log_attention.FORCED, before = True, log_attention.FORCED
         try:
             return step()
         finally:
-            dgq_kernels.log_attention_pays = log
+            log_attention.FORCED = before
 
     return run
 
@@ -228,7 +237,7 @@ def systems(session: Session, which: Architecture) -> dict[str, tuple[torch.nn.M
         unets[f"dgq {label(*recipe)}"] = quantized(session, which, *recipe)
     found = {name: (unet, step_of(session, unet, which)) for name, unet in unets.items()}
     unet, step = found["dgq W8A8"]
-    return {**found, "dgq W8A8 sdpa": (unet, with_sdpa(step))}
+    return {**found, "dgq W8A8 log attention": (unet, with_log_attention(step))}
 
 
 def steps(session: Session) -> None:
@@ -297,7 +306,8 @@ def rivals(
 def ops(session: Session) -> None:
     """What each operator of a step costs, times how often it runs, beside what float16 and cuBLAS take for it."""
     for model, step in quantized_steps(session):
-        for op in own_ops(step):
+        attention = [op for op in own_ops(with_log_attention(step)) if op.name == "log_attention"]
+        for op in own_ops(step) + attention:
             told = {"model": model, "op": op.name, "call": op.text, "count": op.times}
             try:
                 rival, int8, work = rivals(session, op.name, op.arguments[0], op.arguments[1:])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from .. import native
-from ..backend import implementation, operator, select
+from ..backend import chosen, implementation, operator
 from ..fakes import register_fake
 from . import cpu, reference
 
@@ -88,9 +90,18 @@ def log_attention_eager(
     return y if y.dtype == dtype else y.to(dtype)
 
 
+# DGQ_LOG_ATTENTION=1 or 0 in the environment decides for every device; read once, as compiled code cannot ask.
+FORCED = {"1": True, "0": False}.get(os.environ.get("DGQ_LOG_ATTENTION", ""))
+
+
 def log_attention_pays(device: torch.device) -> bool:
-    """Whether log attention is faster than float attention on a device; compiled code always has it."""
-    return torch.compiler.is_compiling() or native.attention_pays() or select(device) != "cpu"
+    """Whether log attention is faster than float attention on a device, as far as it was measured (docs/triton.md,
+    docs/performance.md); code compiled for the CPU always has it."""
+    if FORCED is not None:
+        return FORCED
+    if device.type == "cuda":
+        return False
+    return torch.compiler.is_compiling() or native.attention_pays() or chosen(device).name != "cpu"
 
 
 @register_fake(log_attention)
