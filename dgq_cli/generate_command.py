@@ -56,6 +56,9 @@ def command(
         typer.Option(metavar="FILE[:STRENGTH]", help="Draw with scales of dgq tune; repeatable, they add up."),
     ] = None,
     device: DeviceOption = None,
+    graph: Annotated[
+        bool, typer.Option("--graph/--no-graph", help="On CUDA, replay the network's steps from a CUDA graph.")
+    ] = True,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="Write settings into the PNG.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures of the same name.")] = False,
     json: JsonOption = False,
@@ -86,7 +89,7 @@ def command(
     settings = Settings(steps, guidance, negative, width, height, chosen, batch).resolved(found)
     if (found.folder / "concepts.json").is_file():
         _hint(prompts, found.folder)
-    pipe = load(found, device=device)
+    pipe = load(found, device=device, graph=None if graph else False)
     label = found.label
     for number, (file, strength) in enumerate(map(_tuned, tuned or [])):
         load_tuned(pipe, file, strength, f"{file.stem}-{number}")

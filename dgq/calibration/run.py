@@ -137,7 +137,7 @@ def _calibrated(
 ) -> Header:  # fmt: skip
     """`calibrate`, in the place that it works in."""
     folder = model.folder
-    pipe = load(model, dtype=torch.float32)
+    pipe = load(model, dtype=torch.float32, graph=False)
     check_prompts(pipe, prompts)
     network = network_of(pipe)
     # an override that matches no layer is told before the work
@@ -167,7 +167,7 @@ def _calibrated(
     header.layers, header.attention, header.table = made.layers, made.attention, made.table
     header.calibration |= made.facts
     if reference:
-        pipe = load(model, dtype=torch.float32, network=network)
+        pipe = load(model, dtype=torch.float32, network=network, graph=False)
         pictures = _evaluate(pipe, folder, settings, options, prompts, recipe.label, progress, len(reference))
         header.calibration["fidelity"] = compare(reference, pictures)
     progress("save", 0, 1, str(out))

@@ -84,8 +84,8 @@ def measure_checkpoint(
         raise DgqError(f"{base}: is quantized", "compare with a float model")
     settings = Settings(options.steps, options.guidance, seed=options.seed).resolved(model)
     prompts = evaluation_prompts(base, options.prompts)
-    pipe = load(against, device=options.device, dtype=torch.float32)
-    quantized = network_of(load(model, device=options.device, dtype=torch.float32))
+    pipe = load(against, device=options.device, dtype=torch.float32, graph=False)
+    quantized = network_of(load(model, device=options.device, dtype=torch.float32, graph=False))
     recorded = record_inputs(
         lambda prompt, i: generate(pipe, [prompt], dataclasses.replace(settings, seed=settings.seed + i)),
         network_of(pipe), prompts, progress,

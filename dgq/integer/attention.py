@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,10 @@ class LogAttnProcessor:
     Cross-attention keeps column 0, the start token, apart in float: it takes most of the probability and would
     otherwise set the scale for all others. A `residual` shaped like the result is added by the last layer;
     a `norm` is applied to the hidden states first, by the layers that take them.
+
+    Attributes:
+        plan: of the codes.
+        given: attention -> (context, its keys, its values): projected before, where it is called with that context.
     """
 
     quantizes = True  # as measurement asks
@@ -50,6 +56,7 @@ class LogAttnProcessor:
     def __init__(self, plan: AttentionPlan | None = None) -> None:
         """Of 8 bits without a plan: whoever makes a processor anew by its class (IP-Adapters do) has none."""
         self.plan = plan or AttentionPlan.for_activations(8)
+        self.given: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(
         self,
@@ -84,7 +91,11 @@ class LogAttnProcessor:
 
         if cross:
             (query,) = project([module.to_q], hidden_states, norm)
-            key, value = project([module.to_k, module.to_v], context)
+            given = self.given.get(module) if self.given else None
+            if given is not None and given[0] is context:
+                _, key, value = given
+            else:
+                key, value = project([module.to_k, module.to_v], context)
         else:
             query, key, value = project([module.to_q, module.to_k, module.to_v], hidden_states, norm)
         q, k, v = heads(query), heads(key), heads(value)
@@ -112,6 +123,31 @@ class LogAttnProcessor:
         if module.rescale_output_factor != 1:
             hidden_states = hidden_states / module.rescale_output_factor
         return hidden_states if residual is None else hidden_states + residual
+
+
+def text_readers(network: nn.Module, context: Tensor) -> list[Any]:
+    """The cross-attentions whose keys and values `given` may hold for a context: all that depend on nothing else."""
+    modules: Iterator[Any] = network.modules()
+    return [
+        module
+        for module in modules
+        if isinstance(getattr(module, "processor", None), LogAttnProcessor)
+        and module.is_cross_attention
+        and not module.norm_cross
+        and module.to_k.in_features == context.shape[-1]
+    ]
+
+
+@contextlib.contextmanager
+def given(readers: Sequence[Any], context: Tensor, projected: Sequence[Sequence[Tensor]]) -> Iterator[None]:
+    """Let cross-attentions that are called with a context take these as its keys and values."""
+    for module, (key, value) in zip(readers, projected, strict=True):
+        module.processor.given[module] = context, key, value
+    try:
+        yield
+    finally:
+        for module in readers:
+            module.processor.given.clear()
 
 
 def use_log_attention(network: Any, plan: AttentionPlan) -> None:

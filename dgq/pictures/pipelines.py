@@ -16,6 +16,7 @@ from ..checkpoint.reading import check_folder, family_at, network_config, read_h
 from ..devices import check_device
 from ..errors import DgqError
 from ..family import family_of, network_of
+from ..graphs import use_graphs
 from ..integer.shared_input import prepare_all
 from . import embedded
 from .components import assemble
@@ -151,6 +152,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     network: Any = None,
+    graph: bool | None = None,
 ) -> Any:
     """Load a text-to-image pipeline, quantized or float, strictly.
 
@@ -159,6 +161,7 @@ def load(
         device: default CUDA where there is one, else CPU.
         dtype: dtype of everything that is not quantized; default float16 on CUDA, float32 on the CPU.
         network: takes the place of the folder's.
+        graph: replay the network's calls from CUDA graphs (`dgq.use_graphs`); default on CUDA.
 
     Returns:
         A diffusers pipeline in eval mode. Integer weights and their scales keep their types whatever `dtype` is.
@@ -180,4 +183,6 @@ def load(
     pipe.set_progress_bar_config(disable=True)
     pipe = pipe.to(place)
     prepare_all(network_of(pipe), place)
+    if graph or (graph is None and place.type == "cuda"):
+        use_graphs(pipe)
     return pipe

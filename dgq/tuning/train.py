@@ -166,7 +166,9 @@ def tune(
     check_output(out, options.overwrite)
     with workplace(out) as work:
         # float16 has no room for small gradients
-        pipe = load(folder, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        pipe = load(
+            folder, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, graph=False
+        )
         name = embedded.NAME if header.base_model in ("", embedded.NAME) else header.base_model
         base = Base(name, header.recipe.label, content_hash(pipe.unet))
         run = _Run(pipe, folder, base, subjects, pictures, out, options, State(work, progress), progress)

@@ -1,0 +1,353 @@
+"""Calls replayed from graphs. Without a CUDA device a trace of torch's operators stands for the graph: as a graph does,
+it repeats what ran, on the same tensors, and knows nothing of the Python that asked for it."""
+
+import copy
+import logging
+import pickle
+
+import peft
+import pytest
+import tiny_pipelines
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+import dgq
+from dgq import graphs
+from dgq.family import network_of
+from dgq.graphs import Graphs
+from dgq.pictures.generation import Settings, generate
+
+CUDA = torch.cuda.is_available()
+
+
+class Traced:
+    """Stands for `graphs.capture`; counts calls, and how often the text was projected, apart."""
+
+    def __init__(self):
+        self.captured = self.replayed = self.projected = 0
+
+    def __call__(self, run, pool):
+        forms = []
+
+        def leaves():
+            found, form = pytree.tree_flatten(run())
+            forms.append(form)
+            return [leaf for leaf in found if leaf is not None]
+
+        traced = make_fx(leaves)()
+        written = [leaf.clone() for leaf in traced()]
+        self.captured += bool(written)
+
+        def replay():
+            self.replayed += bool(written)
+            self.projected += not written
+            for place, value in zip(written, traced(), strict=True):
+                place.copy_(value)
+
+        return replay, pytree.tree_unflatten(written, forms[0]) if written else None
+
+
+@pytest.fixture(autouse=True)
+def by_operators(monkeypatch):
+    """The CPU engine is called past torch's dispatcher: a trace would not see it."""
+    monkeypatch.setenv("DGQ_BACKEND", "reference")
+
+
+def graphed(network):
+    network.forward = Graphs(network, Traced(), ["cpu"])
+    return network
+
+
+def captures(network):
+    return network.forward.capture.captured
+
+
+@pytest.fixture
+def unet(tiny_checkpoint):
+    return graphed(dgq.load(tiny_checkpoint, device="cpu").unet)
+
+
+def call(seed=0, batch=2, size=8):
+    generator = torch.Generator().manual_seed(seed)
+    sample, text = (torch.randn(shape, generator=generator) for shape in ((batch, 4, size, size), (batch, 24, 32)))
+    return {"sample": sample, "timestep": torch.tensor(100 * (seed + 1)), "encoder_hidden_states": text}
+
+
+@torch.no_grad()
+def check(unet, new=None, **more):
+    """Four calls, of which the graph has to follow each; `new` of them captures."""
+    before = captures(unet)
+    for seed in range(4):
+        arguments = {**call(seed), **more}
+        assert torch.equal(unet(**arguments).sample, unet.forward.plain(**arguments).sample)
+    if new is not None:
+        assert captures(unet) - before == new
+
+
+def test_pictures_are_those_of_the_eager_network(tiny_checkpoint):
+    pipe = dgq.load(tiny_checkpoint, device="cpu")
+    settings = Settings(steps=4, guidance=3.0, seed=1)
+
+    def draw():
+        return [picture.latents for picture in generate(pipe, ["a cat", "a dog"], settings)]
+
+    expected = draw()
+    graphed(pipe.unet)
+    assert all(map(torch.equal, draw(), expected))
+    # the first call of the form runs as it is; each picture's text is projected once
+    did = pipe.unet.forward.capture
+    assert (did.captured, did.replayed, did.projected) == (1, 2 * 4 - 1, 2)
+
+
+def test_sdxl_and_a_transformer_are_captured(tmp_path, tiny_pipeline):
+    import tiny_transformers
+
+    for make in (tiny_pipelines.sdxl, tiny_transformers.sd3):
+        pipe = dgq.load(make(tmp_path / make.__name__), device="cpu", graph=False)
+        network = network_of(pipe)
+        settings = Settings(steps=3, guidance=3.0, seed=1)
+        expected = generate(pipe, ["a cat"], settings)[0].latents
+        graphed(network)
+        torch.testing.assert_close(generate(pipe, ["a cat"], settings)[0].latents, expected)
+        assert captures(network) == 1
+        assert network.forward.capture.replayed
+
+
+@torch.no_grad()
+def test_each_form_of_a_call_has_its_graph(unet):
+    check(unet, 1)
+    check(unet, 1, return_dict=True)  # another form: the argument is given
+    check(unet, 1, encoder_hidden_states=torch.randn(2, 9, 32))
+    first, second = unet(**call(0)).sample, unet(**call(1)).sample
+    assert not torch.equal(first, second)
+    assert torch.equal(first, unet(**call(0)).sample)  # not overwritten
+    for size in (4, 8, 12, 16, 20):  # a form that was forgotten is captured again
+        for _ in range(2):
+            unet(**call(0, size=size))
+    assert len(unet.forward.known) == graphs.KEPT
+
+
+@torch.no_grad()
+def test_a_timestep_may_be_a_number_and_arguments_positional(unet):
+    given = call()
+    expected = unet.forward.plain(**given).sample
+    for time in (100, 100.0, torch.tensor([100, 100])):
+        for _ in range(3):
+            (got,) = unet(given["sample"], time, given["encoder_hidden_states"], return_dict=False)
+            assert torch.equal(got, expected)
+        different = time + 100 if isinstance(time, torch.Tensor) else type(time)(200)
+        later = unet(given["sample"], different, given["encoder_hidden_states"], return_dict=False)[0]
+        assert not torch.equal(later, expected)
+    assert captures(unet) == 3  # int64, float32, a row for each sample
+
+
+@torch.no_grad()
+def test_the_text_is_projected_when_it_is_another(unet):
+    given = call()
+    for _ in range(2):
+        unet(**given)
+    did = unet.forward.capture
+
+    def compare(projected):
+        before = did.projected
+        assert torch.equal(unet(**given).sample, unet.forward.plain(**given).sample)
+        assert did.projected - before == projected
+
+    compare(0)
+    given["sample"] = torch.randn_like(given["sample"])
+    compare(0)
+    given["encoder_hidden_states"] = torch.randn_like(given["encoder_hidden_states"])
+    compare(1)
+    compare(0)
+    given["encoder_hidden_states"].mul_(2)  # in place
+    compare(1)
+    with torch.inference_mode():
+        given["encoder_hidden_states"] = given["encoder_hidden_states"] * 1
+    compare(1)
+    compare(1)  # such a tensor does not tell its changes
+    kept = unet.forward.known[next(iter(unet.forward.known))].kept
+    assert any(x and isinstance(x[0], list) for x in kept), "nothing else keeps what was projected"
+
+
+def test_adapters_come_change_and_go(unet):
+    check(unet, 1)
+    torch.manual_seed(0)
+    options = {"r": 4, "lora_alpha": 4, "init_lora_weights": False, "target_modules": ["to_q", "to_v"]}
+    unet.add_adapter(peft.LoraConfig(**options), "one")
+    check(unet, 1)
+    unet.set_adapters(["one"], [0.5])
+    check(unet, 1)
+    unet.add_adapter(peft.LoraConfig(**options), "two")
+    unet.set_adapters(["one", "two"], [0.5, 0.7])
+    check(unet, 1)
+    unet.disable_adapters()
+    check(unet, 1)
+    unet.enable_adapters()
+    check(unet)
+    for module in unet.modules():  # loaded in place, as a hot swap does
+        if hasattr(module, "lora_A"):
+            torch.nn.init.normal_(module.lora_A["one"].weight)
+    check(unet, 0)
+    unet.unload_lora()
+    check(unet)
+
+
+def test_tuned_scales_and_their_experts(tiny_checkpoint, tmp_path):
+    from dgq.tuning.apply import attach
+    from dgq.tuning.file import Base, Description, Subject, Tuned, content_hash
+    from dgq.tuning.layout import Layout
+
+    pipe = dgq.load(tiny_checkpoint, device="cpu")
+    unet = graphed(pipe.unet)
+    check(unet, 1)
+    layout = Layout.of(unet, True)
+    vectors = torch.randn(2, layout.size, generator=torch.Generator().manual_seed(0)) * 0.1
+    about = Description(Base("tiny", "", content_hash(unet)), 2, 1000, True, [Subject("a cat", 3)], 5)
+    attach(pipe, "one", Tuned(about, vectors))
+
+    @torch.no_grad()
+    def compare(times):
+        for time in times:
+            given = {**call(), "timestep": torch.tensor(time)}
+            got = unet(**given).sample  # its hook gives the layers the expert's scales
+            assert torch.equal(got, unet.forward.plain(**given).sample)
+        return got
+
+    tuned = compare([900, 100, 901, 101, 902, 102])
+    before = captures(unet)
+    assert before == 3  # without, and each expert
+    compare([900, 100, 400, 600])
+    assert captures(unet) == before
+    dgq.set_tuned(pipe, {"one": 0.5})
+    assert not torch.equal(compare([900, 101, 901, 102]), tuned)
+    dgq.unload_tuned(pipe)
+    check(unet)
+
+
+def test_processors_freeu_and_modules_that_were_exchanged(unet):
+    check(unet, 1)
+    before = unet.attn_processors
+    unet.set_attn_processor(AttnProcessor2_0())
+    check(unet, 1)
+    unet.set_attn_processor(before)
+    check(unet)
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    check(unet, 1)
+    unet.disable_freeu()
+    check(unet)
+    unet.conv_out = copy.deepcopy(unet.conv_out)
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(2)
+    check(unet, 1)
+    unet.conv_in.weight.data = unet.conv_in.weight.data * 2
+    check(unet, 1)
+    layer = unet.mid_block.resnets[0].conv1
+    layer.restore()
+    layer.set_stored(layer._stored_name, layer.stored_tensor().clone().flip(0))
+    layer.prepare(torch.device("cpu"))
+    check(unet, 1)
+
+
+def told(caplog):
+    return [record.message.partition("graph: ")[2] for record in caplog.records if record.name == "dgq.graphs"]
+
+
+@pytest.mark.parametrize("offloading", [False, True])
+def test_hooks_are_called_each_time(unet, caplog, offloading):
+    check(unet, 1)
+    calls = []
+    if offloading:
+        add_hook_to_module(unet.mid_block.resnets[0], ModelHook())
+        hook = unet.mid_block.resnets[0]._hf_hook
+        hook.post_forward = lambda module, output: calls.append(1) or output
+    else:
+        unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))
+    with caplog.at_level(logging.WARNING):
+        check(unet, 0)
+    assert len(calls) == 8
+    assert len(told(caplog)) == 1
+
+
+def test_what_a_graph_cannot_hold_runs_as_it_is(unet, caplog):
+    with caplog.at_level(logging.WARNING):
+        unet.train()
+        check(unet, 0)
+        unet.eval()
+        check(unet, 0, cross_attention_kwargs={"scale": object()})
+        unet._hf_hook = None  # what accelerate's offloading leaves
+        check(unet, 0)
+        del unet._hf_hook
+
+        class Own(AttnProcessor2_0):
+            pass
+
+        processors = unet.attn_processors
+        unet.set_attn_processor(Own())
+        check(unet, 0)
+        unet.set_attn_processor(processors)
+    reasons = told(caplog)
+    assert len(reasons) == 4, reasons
+    with torch.enable_grad():  # as training wants it
+        given = call()
+        given["sample"].requires_grad_()
+        unet(**given).sample.sum().backward()
+        assert given["sample"].grad is not None
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        unet.forward.capture = failing = Failing()
+        check(unet, 1)
+    assert failing.captured == 1  # it is not tried again
+    assert told(caplog) == ["a call could not be captured (no such operation)"]
+
+
+class Failing(Traced):
+    def __call__(self, run, pool):
+        self.captured += 1
+        raise RuntimeError("no such operation\nwith more lines")
+
+
+def test_copies_and_pickles_have_their_own_graphs(unet):
+    check(unet, 1)
+    for other in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        assert other.forward.network is other
+        with torch.no_grad():
+            other.conv_out.weight.mul_(2)
+            assert not torch.equal(other(**call()).sample, unet(**call()).sample)
+        check(other, 1)
+
+
+@torch.no_grad()
+def test_torch_compile_looks_through(unet):
+    expected = unet.forward.plain(**call(), return_dict=False)[0]
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    for _ in range(3):
+        assert torch.equal(compiled(**call(), return_dict=False)[0], expected)
+    assert captures(unet) == 0
+
+
+def test_loading_uses_them_on_cuda_alone(tiny_checkpoint):
+    pipe = dgq.load(tiny_checkpoint, device="cpu")
+    assert "forward" not in pipe.unet.__dict__
+    dgq.use_graphs(pipe)
+    dgq.use_graphs(pipe.unet)  # once is enough
+    assert isinstance(pipe.unet.forward, Graphs)
+    check_eager = pipe.unet(**call()).sample
+    assert not pipe.unet.forward.known  # on the CPU there are none
+    dgq.use_graphs(pipe, False)
+    assert torch.equal(pipe.unet(**call()).sample, check_eager)
+    assert "forward" not in pipe.unet.__dict__
+
+
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@torch.no_grad()
+def test_replays_on_a_device(tiny_checkpoint, monkeypatch):
+    monkeypatch.setenv("DGQ_BACKEND", "")
+    unet = dgq.load(tiny_checkpoint, device="cuda").unet
+    assert isinstance(unet.forward, Graphs)
+    for seed in range(4):
+        given = {name: value.to("cuda", unet.dtype) for name, value in call(seed).items()}
+        assert torch.equal(unet(**given).sample, unet.forward.plain(**given).sample)
+    assert sum(entry is not None for entry in unet.forward.known.values()) == 1
