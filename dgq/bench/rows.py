@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import os
 import time
@@ -18,9 +19,11 @@ import torch
 from dgq_kernels import backend
 
 from ..errors import DgqError
+from ..graphs import Pool, capture
 from ..outputs import check_output, refusal
 
 WARM_UP = 2
+GRAPH_CALLS = 20
 FACTS = ("date", "model", "dgq", "torch", "cpu", "cores", "threads", "isa", "device", "backend")
 
 Table = Literal["kernels", "step"]
@@ -37,7 +40,8 @@ class Row:
         ratio_to_float32: p50_ms over float32's p50_ms in the same turns; below 1 is faster than float32.
         relative_error: norm of the output's difference to float32 over the norm of float32's output.
         disk_mib: the network's files that were loaded.
-        peak_rss_mib: peak resident memory of a process that only loads the network and runs steps.
+        peak_rss_mib: peak resident memory of a process that only loads the network and runs steps; on CUDA what it took
+            of the device's.
         weights_mib: the network's weights in memory, with what a backend keeps beside them.
         gops: 10^9 operations a second (2 a multiply-accumulate) at p50_ms.
         peak_fraction: of an int8 product: gops over the machine's int8 peak (`layers.int8_peak`).
@@ -135,6 +139,16 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     begin = time.perf_counter()
     run()
     return 1000 * (time.perf_counter() - begin)
+
+
+def timer(run: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """What tells the milliseconds of one call; on CUDA of one among `GRAPH_CALLS` in a graph, where no launch waits for
+    the host, with operands as warm as the caches keep them."""
+    if device.type != "cuda":
+        return functools.partial(timed, run, device)
+    with torch.cuda.device(device):
+        replay, _ = capture(lambda: [run() for _ in range(GRAPH_CALLS)], Pool())
+    return lambda: timed(replay, device) / GRAPH_CALLS
 
 
 def interleaved(

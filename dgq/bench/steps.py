@@ -87,6 +87,11 @@ class _Plan:
         calls, device = str(self.root / "calls.safetensors"), str(self.device)
         return Spec(kind, str(folder), dtype, calls, device, torch.get_num_threads())
 
+    @property
+    def loaded(self) -> str:
+        """The kind of a dgq system: as `dgq.load` makes it."""
+        return "graph" if self.device.type == "cuda" else "torch"
+
     def floats(self, full: Path, half: Path, options: Options) -> None:
         """The float systems, and those that quantize a float model by themselves."""
         lower = dtype_name(half_dtype(self.device))
@@ -96,6 +101,8 @@ class _Plan:
             for kind in ("torch", "compile", "torchao", "sdnq")
         }
         self.systems += [System(spec.dtype, (spec,)) for spec in both["torch"]]
+        if self.device.type == "cuda":
+            self.systems.append(System(f"{lower} in a CUDA graph", (self.spec("graph", half, lower),)))
         if options.compiled:
             self.systems.append(System("torch.compile", both["compile"]))
         if "torchao" in options.peers:
@@ -218,7 +225,7 @@ def bench_architecture(
         plan.floats(full, lower, options)
         for wbits in bits:
             folder = plan.file(f"dgq-w{wbits}a8", "dgq", source=full, wbits=wbits)
-            spec = plan.spec("torch", folder, half)
+            spec = plan.spec(plan.loaded, folder, half)
             plan.systems.append(System(f"dgq W{wbits}A8", (spec,), bytes_per_parameter=DGQ_BYTES[wbits]))
         free = plan.check(size, name)
         save_calls([call(500, 0)], root / "calls.safetensors")
@@ -287,7 +294,7 @@ def bench_step(
             label, quantized = f"dgq {header.recipe.label.removeprefix('integer ')}", folder
         plan.systems.append(
             System(
-                label, (plan.spec("torch", quantized, work_dtype),), comparable=float_folder is not None,
+                label, (plan.spec(plan.loaded, quantized, work_dtype),), comparable=float_folder is not None,
                 bytes_per_parameter=10.0 if simulated else DGQ_BYTES[8],
             )
         )  # fmt: skip
@@ -304,7 +311,7 @@ def bench_step(
 
 def _record(folder: Path, device: torch.device) -> list[Call]:
     """The network's calls of one picture of `RECORDED_STEPS` steps."""
-    pipe = load(folder, device=device, dtype=torch.float32)
+    pipe = load(folder, device=device, dtype=torch.float32, graph=False)
     settings = Settings(RECORDED_STEPS).resolved(folder)
     settings = dataclasses.replace(settings, guidance=max(settings.guidance or 0, 1.5))
     prompts = evaluation_prompts(folder, 1)

@@ -41,6 +41,7 @@ PEERS = {"openvino": ("openvino", "nncf"), "torchao": ("torchao",), "sdnq": ("sd
 OVERHEAD = 2**30
 BYTES = {
     ("torch", "float32"): 4.0, ("torch", "float16"): 2.0, ("torch", "bfloat16"): 2.0,
+    ("graph", "float32"): 4.0, ("graph", "float16"): 2.0, ("graph", "bfloat16"): 2.0,
     ("compile", "float32"): 10.0, ("compile", "float16"): 5.0, ("compile", "bfloat16"): 5.0,
     ("torchao", "float32"): 10.0, ("torchao", "float16"): 5.5, ("torchao", "bfloat16"): 5.5,
     ("sdnq", "float32"): 6.0, ("sdnq", "float16"): 4.0, ("sdnq", "bfloat16"): 4.0,

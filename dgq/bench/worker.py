@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..devices import over_tensors
 from ..errors import DgqError
+from ..graphs import use_graphs
 from ..integer.layer import IntegerLayer
 from ..integer.shared_input import prepare_all
 from ..integer.stored import StoredWeight
@@ -87,6 +88,11 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes of this process: on CUDA of the device's memory."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss()
+
+
 def _eager(spec: Spec, **options: Any) -> Any:
     """A network, float (channels-last) or dgq's, as `from_pretrained` makes it."""
     network = load_network(Path(spec.folder), getattr(torch, spec.dtype), **options)
@@ -101,6 +107,12 @@ def _steps(network: Any) -> Step:
 
 def _load_torch(spec: Spec) -> tuple[Step, Any]:
     network = _eager(spec)
+    return _steps(network), network
+
+
+def _load_graph(spec: Spec) -> tuple[Step, Any]:
+    network = _eager(spec)
+    use_graphs(network)
     return _steps(network), network
 
 
@@ -152,7 +164,7 @@ def _load_openvino(spec: Spec) -> tuple[Step, Any]:
 
 
 LOADERS: dict[str, Callable[[Spec], tuple[Step, Any]]] = {
-    "torch": _load_torch, "compile": _load_compile, "torchao": _load_torchao, "sdnq": _load_sdnq,
+    "torch": _load_torch, "graph": _load_graph, "compile": _load_compile, "torchao": _load_torchao, "sdnq": _load_sdnq,
     "openvino": _load_openvino,
 }  # fmt: skip
 
@@ -168,9 +180,9 @@ def _serve(spec: Spec, output: str, answer: Callable[..., None]) -> None:
     run = functools.partial(step, inputs[len(inputs) // 2])
     warm = min(timed(run, device) for _ in range(WARM_UP))
     weights = None if network is None else weight_bytes(network)
-    answer(load={"ms": warm, "weight_bytes": weights, "peak_rss_bytes": peak_rss()})
+    answer(load={"ms": warm, "weight_bytes": weights, "peak_rss_bytes": peak_memory(device)})
     for _ in sys.stdin:
-        answer(ms=timed(run, device), peak_rss_bytes=peak_rss())
+        answer(ms=timed(run, device), peak_rss_bytes=peak_memory(device))
 
 
 def main(text: str, output: str) -> None:
