@@ -92,7 +92,7 @@ def quantized_steps(session: Session) -> Iterator[tuple[str, Step]]:
     """(label, step) of every quantized network, one in memory at a time."""
     for (name, which), recipe in itertools.product(networks(session).items(), RECIPES):
         title = f"{name} {label(*recipe)}"
-        if session.only in title:
+        if session.wants(title):
             yield title, step_of(session, quantized(session, which, *recipe), which)
             session.forget()
 

@@ -83,7 +83,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=KINDS, default="cuda")
     parser.add_argument("--seconds", type=float, default=540, help="for all stages together")
-    parser.add_argument("--only", default="", help="networks whose label holds this, as in 'sd-v1.4 W8A8'")
+    parser.add_argument(
+        "--only", default="", help="networks whose label holds one of these, as in 'sd-v1.4 W8A8,embedded'"
+    )
+    parser.add_argument("--checkpoints", default="", help="folder of checkpoints for the stage `model`")
     parser.add_argument("--run", choices=[*LIMITS, *PARTS], help=argparse.SUPPRESS)
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -92,7 +95,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     # what runs on a pretended device runs on the CPU
     kind = "pretend" if options.run == "shard" and options.device == "cuda" else options.device
-    session = Session(options.out.resolve(), kind, options.shard, options.only)
+    session = Session(options.out.resolve(), kind, options.shard, options.only, options.checkpoints)
     if not options.run:
         lead(session, options.stages, options.seconds)
         return

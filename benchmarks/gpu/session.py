@@ -24,13 +24,19 @@ class Session:
         out: folder of report.jsonl and the other files.
         kind: "cuda"; "cpu" runs a tiny UNet in Triton's interpreter; "pretend" compiles for sm_90 and launches nothing.
         shard: "i/n", the part of the kernels that a process of the stage `compile` takes.
-        only: what the labels of the networks hold that the stages look at; "": all of them.
+        only: texts with commas between, one of which the labels of the networks hold that the stages look at.
+        checkpoints: folder of checkpoints of the embedded model that the stage `model` draws with; "": it makes some.
     """
 
     out: Path
     kind: str
     shard: str = "0/1"
     only: str = ""
+    checkpoints: str = ""
+
+    def wants(self, label: str) -> bool:
+        """Whether `only` names a network."""
+        return any(text in label for text in self.only.split(","))
 
     @property
     def cuda(self) -> bool:
@@ -66,6 +72,7 @@ class Session:
         """The command line of a process that runs one stage of this report."""
         script = Path(__file__).with_name("report.py").resolve()
         where = ["--out", str(self.out), "--device", self.kind, "--only", self.only]
+        where += ["--checkpoints", self.checkpoints]
         return [sys.executable, str(script), "--run", stage, *where, *more]
 
     def timed(self, run: Callable[[], Any]) -> float:

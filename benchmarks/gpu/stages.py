@@ -46,6 +46,7 @@ from dgq.bench import rows, worker
 from dgq.calibration.run import Options, calibrate
 from dgq.checkpoint.apply import apply_header
 from dgq.checkpoint.header import Header
+from dgq.graphs import Graphs
 from dgq.integer import prepared
 from dgq.integer.attention import AttentionPlan
 from dgq.integer.shared_input import prepare_all
@@ -136,7 +137,7 @@ def shard(session: Session) -> None:
         small = embedded_network()
         todo += [("embedded", small, torch.float16), ("embedded", small, torch.float32)]
     for (name, which, dtype), recipe in itertools.product(todo, RECIPES):
-        if session.only not in f"{name} {label(*recipe)}":
+        if not session.wants(f"{name} {label(*recipe)}"):
             continue
         unet = skeleton(which.config)
         plans = {one.name: one.plan for one in plans_of(unet, *recipe)}
@@ -182,39 +183,66 @@ def calibrate_quickly(out: str, wbits: str) -> None:
     calibrate(None, Path(out), recipe, Options(prompts=["a cat"], steps=2, evaluate=0))
 
 
+def checkpoints(session: Session, work: Path) -> dict[str, Path]:
+    """Checkpoints of the embedded model by their name: those that were given, or such as are made quickly."""
+    if session.checkpoints:
+        return {folder.name: folder for folder in sorted(Path(session.checkpoints).iterdir())}
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DGQ_BACKEND": "", "TRITON_INTERPRET": "0"}
+    where = str(Path(__file__).parent)
+    hidden["PYTHONPATH"] = os.pathsep.join([where, os.environ.get("PYTHONPATH", "")])
+    found = {}
+    for wbits in (8, 4) if session.cuda else (4,):
+        folder = found[f"w{wbits}a8"] = work / f"w{wbits}a8"
+        code = "import stages, sys; stages.calibrate_quickly(*sys.argv[1:])"
+        subprocess.run([sys.executable, "-c", code, str(folder), str(wbits)], env=hidden, check=True)
+    return found
+
+
 def model(session: Session) -> None:
-    """The embedded model drawn on both devices; pictures.png: cpu, cuda float32, cuda float16 of W8A8, then of W4A8."""
+    """The embedded model drawn on both devices with the same attention; pictures.png has a row for each of them."""
     prompts, count = (["a cat", "a dog"], 10) if session.cuda else (["a cat"], 1)
     images: list[Any] = []
 
-    def draw(folder: Path, place: Any, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    def draw(folder: Path, place: Any, dtype: torch.dtype, **options: Any) -> tuple[torch.Tensor, float]:
+        pipe = dgq.load(folder, device=place, dtype=dtype, **options)
         begin = time.monotonic()
-        pipe = dgq.load(folder, device=place, dtype=dtype)
         drawn = generation.generate(pipe, prompts, generation.Settings(steps=count, guidance=3.0, seed=3))
         images.extend(one.image for one in drawn)
         return torch.stack([one.latents.float().cpu() for one in drawn]), time.monotonic() - begin
 
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DGQ_BACKEND": "", "TRITON_INTERPRET": "0"}
-    for wbits in (8, 4) if session.cuda else (4,):
-        with tempfile.TemporaryDirectory() as work:
-            folder = Path(work) / f"w{wbits}a8"
-            code = "import stages, sys; stages.calibrate_quickly(*sys.argv[1:])"
-            where = str(Path(__file__).parent)
-            paths = os.pathsep.join([where, os.environ.get("PYTHONPATH", "")])
-            ask = [sys.executable, "-c", code, str(folder), str(wbits)]
-            subprocess.run(ask, env={**hidden, "PYTHONPATH": paths}, check=True)
+    kinds = [(torch.float32, None), (torch.float32, False), (torch.float16, None)] if session.cuda else [
+        (torch.float32, None)
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as work:
+        for (name, folder), forced in itertools.product(checkpoints(session, Path(work)).items(), (False, True)):
+            log_attention.FORCED = forced
             os.environ["DGQ_BACKEND"] = "" if session.cuda else "reference"
             expected, cpu_seconds = draw(folder, "cpu", torch.float32)
             os.environ["DGQ_BACKEND"] = "triton"
-            for dtype in (torch.float32, torch.float16)[: 1 + session.cuda]:
-                told: dict[str, Any] = {"wbits": wbits, "dtype": str(dtype), "cpu_seconds": cpu_seconds}
+            for dtype, graph in kinds[: 1 if forced else None]:
+                told: dict[str, Any] = {"model": name, "dtype": str(dtype), "log_attention": forced}
+                told |= {"graph": graph is None, "cpu_seconds": cpu_seconds}
                 try:
-                    got, seconds = draw(folder, session.device, dtype)
+                    got, seconds = draw(folder, session.device, dtype, graph=graph)
                     error = float((got - expected).norm() / expected.norm())
                     session.say("model", latents_error=error, seconds=seconds, **told)
                 except Exception as failure:
                     session.say("model", error=reason(failure), **told)
     generation.grid(images, columns=len(prompts)).save(session.out / "pictures.png")
+
+
+def through_graphs(unet: torch.nn.Module, step: Step) -> Step:
+    """The step as `dgq.load` has it."""
+    graphs = Graphs(unet)
+
+    def run() -> torch.Tensor:
+        unet.forward = graphs
+        try:
+            return step()
+        finally:
+            del unet.forward
+
+    return run
 
 
 def with_log_attention(step: Step) -> Step:
@@ -231,7 +259,7 @@ def with_log_attention(step: Step) -> Step:
 
 
 def systems(session: Session, which: Architecture) -> dict[str, tuple[torch.nn.Module, Step]]:
-    """What a step is timed of."""
+    """What a step is timed of, and its network."""
     unets = {"float16": float_unet(session, which, session.half)}
     for recipe in RECIPES:
         unets[f"dgq {label(*recipe)}"] = quantized(session, which, *recipe)
@@ -259,12 +287,20 @@ def steps(session: Session) -> None:
                 peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if session.cuda else None
                 weights = worker.weight_bytes(unet) / 2**20
                 facts[system] = {"error": error, "host_ms": host, "activations_mib": peak, "weights_mib": weights}
-                runs[f"{system} eager"] = step
+                if system in ("float16", "dgq W8A8"):
+                    runs[f"{system} eager"] = step
                 runs[f"{system} graph"] = session.graphed(step)
+                if "attention" not in system:  # which graphs do not know as what they depend on
+                    loaded = runs[f"{system} loaded"] = through_graphs(unet, step)
+                    begun = time.perf_counter()
+                    for _ in range(3):
+                        begun = time.perf_counter()
+                        loaded()
+                    facts[system]["loaded_host_ms"] = 1000 * (time.perf_counter() - begun)
             except Exception as failure:
                 session.say("steps", model=name, system=system, error=reason(failure))
         timers = {key: functools.partial(session.timed, run) for key, run in runs.items()}
-        times = rows.interleaved(timers, 15 if session.cuda else 1, 2 * session.cuda)
+        times = rows.interleaved(timers, 11 if session.cuda else 1, 2 * session.cuda)
         base = statistics.median(times.get("float16 graph") or [float("nan")])
         for key, values in times.items():
             low, middle, high = (sorted(values)[int(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8))

@@ -35,3 +35,20 @@ def test_no_device_is_one_line_and_no_index_is_asked(tmp_path):
 
 def test_a_stage_ends_at_its_limit():
     assert not load().run("sleeper", 1, [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ))
+
+
+def test_the_report_runs_on_a_pretended_device(tmp_path):
+    """All but the compilation, of which this shard has no share."""
+    script = SCRIPT.with_name("report.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    where = ["--out", str(tmp_path), "--device", "pretend", "--only", "embedded W8A8"]
+    run = subprocess.run(
+        [sys.executable, str(script), "--run", "shard", "--shard", "99999/100000", *where],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert not (tmp_path / "report.jsonl").exists()  # no error either
+    code = "import report, stages; assert all(callable(getattr(stages, name)) for name in report.LIMITS)"
+    environment["PYTHONPATH"] = os.pathsep.join([str(script.parent), environment["PYTHONPATH"]])
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
