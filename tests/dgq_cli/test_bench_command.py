@@ -23,8 +23,9 @@ def test_the_help_names_every_architecture() -> None:
 def test_step_of_a_checkpoint_as_json_and_csv(dgq_command: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "results" / "bench.csv"
     run = dgq_command(
-        "bench", "--model", tiny_checkpoint, "--what", "step", "--repeats", 1, "--threads", 1, "--json", "--csv", file
-    )
+        "bench", "--model", tiny_checkpoint, "--what", "step", "--repeats", 1, "--threads", 1, "--json", "--csv", file,
+        alone=True,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     data = json.loads(run.stdout)
     assert set(data) == {"machine", "rows", "notes"}

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 def test_calibrate_then_generate(dgq_command, tiny_pipeline, tmp_path):
     out = tmp_path / "w8"
     run = dgq_command(
-        "calibrate", tiny_pipeline, "--out", out, "--wbits", 8, "--prompts", 2, "--steps", 2, "--evaluate", 1, "--json"
-    )
+        "calibrate", tiny_pipeline, "--out", out, "--wbits", 8, "--prompts", 2, "--steps", 2, "--evaluate", 1, "--json",
+        alone=True,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert result["checkpoint"] == str(out)

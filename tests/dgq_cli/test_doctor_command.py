@@ -19,7 +19,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def test_json_of_a_healthy_machine(dgq_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    run = dgq_command("doctor", "--json")
+    run = dgq_command("doctor", "--json", alone=True)
     assert run.returncode == 0, run.stderr
     assert "hf_secret" not in run.stdout
     data = json.loads(run.stdout)

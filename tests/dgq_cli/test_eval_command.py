@@ -38,7 +38,7 @@ def test_report_of_a_checkpoint(dgq_command: Run, checkpoint: Path, tmp_path: Pa
     sheet, file, page = tmp_path / "grid.png", tmp_path / "report.json", tmp_path / "page.html"
     run = dgq_command(
         "eval", checkpoint, "--prompts", 8, "--steps", 3, "--batch", 4, "--floor", 2, "--seed", 1, "--grid", sheet,
-        "--out", file, "--html", page, "--json",
+        "--out", file, "--html", page, "--json", alone=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)

@@ -14,7 +14,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_json_of_a_checkpoint(dgq_command: Run, tiny_checkpoint: Path) -> None:
-    run = dgq_command("inspect", tiny_checkpoint, "--json", "--worst", 3)
+    run = dgq_command("inspect", tiny_checkpoint, "--json", "--worst", 3, alone=True)
     assert run.returncode == 0, run.stderr
     data = json.loads(run.stdout)
     assert data["quantized"] is True
