@@ -104,9 +104,9 @@ def quantize_rows_kernel(
     x_offsets = row[:, None].to(tl.int64) * x_row + channel[None, :]
     x = tl.load(x_ptr + x_offsets, mask=inside, other=0.0).to(tl.float32)
     if INPUT == _LAYER_NORM:
-        mean = tl.sum(x, axis=1) / channels
+        mean = tl.div_rn(tl.sum(x, axis=1), 1.0 * channels)
         x = tl.where(inside, x - mean[:, None], 0.0)
-        variance = tl.sum(x * x, axis=1) / channels
+        variance = tl.div_rn(tl.sum(x * x, axis=1), 1.0 * channels)
         x *= tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[:, None]
         if GAIN:
             x *= tl.load(norm_weight_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)[None, :]
@@ -201,7 +201,7 @@ def sample_statistics_kernel(
         channel = first + tl.arange(0, BLOCK_CHANNELS)
         inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
         x = tl.load(base + pixel[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(x, axis=0) / count
+        mean = tl.div_rn(tl.sum(x, axis=0), count)
         difference = tl.where(inside, x - mean[None, :], 0.0)
         tl.store(mean_ptr + out + channel, mean, mask=channel < channels)
         tl.store(square_ptr + out + channel, tl.sum(difference * difference, axis=0), mask=channel < channels)
@@ -232,7 +232,7 @@ def group_statistics_kernel(
         means = tl.load(mean_ptr + base + block[:, None] * channels + lane[None, :], mask=inside, other=0.0)
         means = tl.where(inside, means + shift[None, :], 0.0)
         total += tl.sum(means * count[:, None], axis=0)
-    mean = tl.sum(total, axis=0) / size
+    mean = tl.div_rn(tl.sum(total, axis=0), size)
     squares = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     for first in range(0, blocks, BLOCK_ROWS):
         block = first + tl.arange(0, BLOCK_ROWS)
@@ -246,7 +246,7 @@ def group_statistics_kernel(
         )
     channel = group * GROUP + lane
     gain = tl.full((BLOCK_CHANNELS,), 1.0, tl.float32) * tl.div_rn(
-        1.0, tl.sqrt_rn(tl.sum(squares, axis=0) / size + eps)
+        1.0, tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), size) + eps)
     )
     if GAIN:
         gain *= tl.load(norm_weight_ptr + channel, mask=lane < GROUP, other=0.0).to(tl.float32)
