@@ -15,9 +15,9 @@ import dgq_kernels
 pytest.importorskip("triton")
 
 FLOAT_KERNELS = {
-    "quantize_rows_kernel", "quantize_long_rows_kernel", "sample_statistics_kernel", "group_statistics_kernel",
-    "sample_range_kernel", "quantize_samples_kernel", "base2_rows_kernel", "base2_kernel", "key_statistics_kernel",
-    "key_codes_kernel", "sum_splits_kernel",
+    "quantize_rows_kernel", "quantize_long_rows_kernel", "group_statistics_kernel", "sample_range_kernel",
+    "quantize_samples_kernel", "base2_rows_kernel", "base2_kernel", "key_statistics_kernel", "key_codes_kernel",
+    "sum_splits_kernel",
 }  # fmt: skip
 
 
