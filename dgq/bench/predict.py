@@ -323,8 +323,7 @@ def _pass(work: Work, system: str, device: Device) -> Cost:
     read = 2 * (work.outputs if quantized and work.gated else work.inputs)
     again = read if read > device.cache * 1e6 else 0
     if quantized:
-        launches = work.rereads + 2 if work.rereads else 1
-        return Cost(read + work.outputs, work.rereads * again, launches=launches)
+        return Cost(read + work.outputs, work.rereads * again, launches=1 + work.rereads)
     # torch: a norm's statistics apart, SiLU after those of residual blocks and GEGLU's product as passes of their own
     launches = {"group norm": 1 + work.rereads, "geglu": 2}.get(work.kind, 1)
     more = (again if work.rereads else 0) + (4 * work.outputs if launches == 3 else 0)

@@ -107,6 +107,16 @@ def test_samples(backend, data):
     assert torch.equal(y.isnan(), affected[:, None, None, None].expand_as(y))
 
 
+@pytest.mark.parametrize("pixel", [(0, 3), (32, 26)])
+def test_a_norm_of_several_parts(backend, pixel):
+    """Where no kernel holds a group's pixels at once."""
+    x = torch.randn(2, 80, 33, 27, device=DEVICE)
+    x[1, 50, *pixel] = float("inf")
+    arguments = (2, None, None, 1e-5, True, 8, None, 1, None)
+    _, scale, _ = run(backend, "group_norm_quantize_samples", x, *arguments)
+    assert scale.isnan().tolist() == [False, True]
+
+
 def test_an_added_embedding(backend):
     x, offset = torch.randn(2, 6, 4, 4, device=DEVICE), torch.zeros(2, 6, device=DEVICE)
     offset[1, 4] = float("inf")

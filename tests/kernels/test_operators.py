@@ -1,13 +1,16 @@
 """Every operator is registered as torch wants it (`torch.library.opcheck`: schema, autograd, fake tensors, compilation)
 on its kernels, and returns what its fake form says on the reference too."""
 
+import math
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgq_kernels
 from dgq_kernels import native
-from dgq_kernels.samples import samples
+from dgq_kernels.samples import reference, samples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Their weights are oneDNN's opaque tensors, which cannot be copied: test_linear and test_conv2d trace them instead.
@@ -94,3 +97,28 @@ def test_fake_operands_are_on_one_device(name):
                 mixed = [form(x, torch.device(other) if i == left else second) for i, x in enumerate(arguments)]
                 with pytest.raises(ValueError, match=f"{name}.*: tensors on {other} and cuda:1"):
                     operator(*mixed)
+
+
+class Divisors(TorchDispatchMode):
+    """Keeps the numbers that tensors are divided by."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+            by = arguments[1]
+            if not isinstance(by, torch.Tensor) or (by.dim() == 0 and by.device.type == "cpu"):
+                self.numbers.append(float(by))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("name", sorted({sample.operator for sample in samples()}))
+def test_references_round_alike_on_every_device(name):
+    """On CUDA torch divides by a number in multiplying by its rounded reciprocal: exact for powers of two alone."""
+    for sample in samples():
+        if sample.operator == name:
+            with Divisors() as seen:
+                reference(name)(*sample.arguments)
+            assert not [number for number in seen.numbers if math.frexp(number)[0] != 0.5]

@@ -1,6 +1,7 @@
 """Every kernel compiles for real GPUs: int8 tensor-core products are there, nothing spills."""
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -14,20 +15,41 @@ import dgq_kernels
 pytest.importorskip("triton")
 
 FLOAT_KERNELS = {
-    "quantize_rows_kernel", "quantize_long_rows_kernel", "sample_statistics_kernel", "group_statistics_kernel",
-    "sample_range_kernel", "quantize_samples_kernel", "base2_rows_kernel", "base2_kernel", "key_statistics_kernel",
-    "key_codes_kernel", "sum_splits_kernel",
+    "quantize_rows_kernel", "quantize_long_rows_kernel", "group_statistics_kernel", "sample_range_kernel",
+    "quantize_samples_kernel", "base2_rows_kernel", "base2_kernel", "key_statistics_kernel", "key_codes_kernel",
+    "sum_splits_kernel",
 }  # fmt: skip
+
+
+# Prints the kernels' divisions, square roots and fused products in PTX, one case a line.
+LIST_ROUNDING = """
+import collections, json, re
+from dgq_kernels import aot
+from dgq_kernels.log_attention import aot as attention
+from dgq_kernels.quantize_activation import aot as quantize
+seen = set()
+for case in (*quantize.cases(9), *attention.cases(9)):
+    kind = case.kernel.__name__, *(case.constants.get(name) for name in ("INPUT", "SILU", "ROTATION"))
+    if kind not in seen:
+        seen.add(kind)
+        found = re.findall(r"\\b(?:div|sqrt|rsqrt|rcp|fma|mad)\\.[a-z.]*f32", aot.compile_case(case, "90").asm["ptx"])
+        print(json.dumps([f"{case.kernel.__name__} {case.config}", collections.Counter(found)]))
+"""
+
+
+def uninterpreted(*command):
+    """What a Python process without the interpreter prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     """The table for one target per kernel family of instructions; in a process without the interpreter."""
     path = tmp_path_factory.mktemp("aot") / "aot.csv"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "dgq_kernels.aot", "--csv", str(path), "--quick", "--targets", "80", "89", "90"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
+    uninterpreted("-m", "dgq_kernels.aot", "--csv", str(path), "--quick", "--targets", "80", "89", "90")
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -56,6 +78,18 @@ def test_plain_int8_operands_stay_packed(table):
             assert int(row["prmt"]) == 0, row
         if "int4" in row["kernel"]:
             assert int(row["prmt"]) < 8, row
+
+
+def test_quantizers_round_as_the_reference():
+    """No approximate division or root, no fused product, where the interpreter would not show it: left are GELU's and
+    SiLU's own, which the reference computes in another way too. (`log_attention_base2` is not of integers.)"""
+    cases = [json.loads(line) for line in uninterpreted("-c", LIST_ROUNDING).splitlines()]
+    assert len(cases) > 20
+    assert any(found.get("div.rn.f32") for _, found in cases)
+    for case, found in cases:
+        if "base2" not in case:
+            allowed = {"div.full.f32"} if "silu" in case else {"fma.rn.ftz.f32"} if "geglu" in case else set()
+            assert set(found) <= {"div.rn.f32", "sqrt.rn.f32", *allowed}, case
 
 
 @pytest.mark.parametrize("target", ["80", "86", "89"])

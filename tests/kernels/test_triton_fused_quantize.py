@@ -15,6 +15,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # SiLU of a large negative number: 0
 
 
+class Noted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, name, launched):
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(self.name)
+        return self.kernel[grid]
+
+
 def move(*values):
     return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in values]
 
@@ -176,6 +187,36 @@ def test_norms_of_large_means_and_constant_inputs():
     constant = torch.full((3, 50), 7.0)
     check("layer_norm_quantize_rows", constant, *gains(50), 1e-5, 8, None, None)
     check("group_norm_quantize_samples", torch.full((1, 4, 5, 5), 7.0), 2, None, None, 1e-5, True, 8, None, 1, None)
+
+
+@pytest.mark.parametrize(("batch", "groups", "parts"), [(1, 2, 8), (2, 16, 4)])
+@pytest.mark.parametrize("spread", [0.0, 300.0])
+def test_statistics_of_several_parts(batch, groups, parts, spread):
+    """Of images that no program holds at once, of which the last parts are ragged or empty; with means that fall from
+    pixel to pixel."""
+    channels, height, width = 40 * groups, 33, 37
+    assert kernels.groups_for(height * width, 40, kernels.PROGRAMS // (batch * groups)).parts == parts
+    x = image(batch, channels, height, width, offset=20.0)
+    x += torch.linspace(spread, 0, height * width).view(height, width)
+    weight, bias = gains(channels)
+    norm = (groups, weight, bias, 1e-5)
+    check("group_norm_quantize_samples", x, *norm, True, 8, None, 1, None, torch.randn(batch, channels) * 3)
+    if groups == 2:
+        check("group_norm_quantize_rows", x, *norm, 8, None, None)
+        check("group_norm_quantize_samples", x.half(), 2, None, None, 1e-5, False, 4, weight.abs() + 0.1, 0, None)
+
+
+def test_a_norm_is_one_launch_more(monkeypatch):
+    """The statistics' parts are made one by the kernel that needs them."""
+    launched = []
+    for name in ("group_statistics_kernel", "sample_range_kernel", "quantize_samples_kernel", "quantize_rows_kernel"):
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, Noted(kernel, name, launched))
+    x = image(1, 80, 33, 27).to(DEVICE)
+    kernels.group_norm_quantize_samples(x, 2, None, None, 1e-5, True, 8, None, 1, None)
+    kernels.group_norm_quantize_rows(x, 2, None, None, 1e-5, 8, None, None)
+    samples = ["group_statistics_kernel", "sample_range_kernel", "quantize_samples_kernel"]
+    assert launched == [*samples, "group_statistics_kernel", "quantize_rows_kernel"]
 
 
 def test_rows_too_long_for_registers():

@@ -78,7 +78,8 @@ def symmetric_scale(x: Tensor, dims: tuple[int, ...], bits: int) -> Tensor:
     Magnitudes below 1e-30 count as zero, so that the reciprocal of a scale is always finite.
     """
     largest = x.abs().amax(dims, keepdim=True)
-    scale = torch.where(largest > 1e-30, largest / (2 ** (bits - 1) - 1), torch.ones_like(largest))
+    top = torch.full_like(largest, 2 ** (bits - 1) - 1)  # a tensor: on CUDA torch multiplies by 1 / a number instead
+    scale = torch.where(largest > 1e-30, largest / top, torch.ones_like(largest))
     return scale.masked_fill_(~(largest < torch.inf), torch.nan)
 
 

@@ -244,7 +244,7 @@ def log_attention_kernel(
         total = others * total + start
     out_base = (head // heads).to(tl.int64) * out_batch + (head % heads).to(tl.int64) * out_head
     out_offsets = out_base + row[:, None].to(tl.int64) * out_row + channel[None, :]
-    numerator *= (1.0 / total)[:, None]
+    numerator *= tl.div_rn(1.0, total)[:, None]
     tl.store(out_ptr + out_offsets, numerator.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -299,7 +299,7 @@ def running_kernel(
     numerator = accumulator.to(tl.float32) * tl.load(v_scale_ptr + head * WIDTH + channel)[None, :]
     out_base = (head // heads).to(tl.int64) * out_batch + (head % heads).to(tl.int64) * out_head
     out_offsets = out_base + row[:, None].to(tl.int64) * out_row + channel[None, :]
-    numerator *= (1.0 / (normaliser.to(tl.float32) + poison))[:, None]
+    numerator *= tl.div_rn(1.0, normaliser.to(tl.float32) + poison)[:, None]
     tl.store(out_ptr + out_offsets, numerator.to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -18,7 +18,8 @@ def cases(major: int) -> Iterator[aot_case.Case]:
         "below_ptr": "*i32", "above_ptr": "*i32",
     }  # fmt: skip
     flags = {
-        "DIVIDE": True, "PLACE": True, "ROTATION": 0, "OFFSET": True, "GAIN": True, "SMALLEST": 1e-30, "TOP": 255,
+        "DIVIDE": True, "PLACE": True, "ROTATION": 0, "OFFSET": True, "GAIN": True, "SHIFT": False, "SMALLEST": 1e-30,
+        "TOP": 255,
     }  # fmt: skip
 
     def case(kernel: Any, config: quantize.Config, note: str, **constants: Any) -> aot_case.Case:
@@ -46,16 +47,19 @@ def cases(major: int) -> Iterator[aot_case.Case]:
     for pixels, channels in ((4096, 320), (256, 1280)):
         tile = quantize.sample_config_for(2, pixels, channels)
         group = channels // 32
-        width = 16 if group < 16 else 64
-        yield case(quantize.sample_statistics_kernel, tile, "")
-        whole = quantize.Config(32, width, 4)
-        yield case(quantize.group_statistics_kernel, whole, f"group={group}", GROUP=group, SHIFT=True)
+        for most in (1, 4):
+            groups = quantize.groups_for(pixels, group, most)
+            if most == 1 or groups.parts > 1:
+                note, parts = f"group={group} parts={groups.parts}", {"GROUP": group, "PARTS": groups.parts}
+                whole = quantize.Config(groups.rows, groups.channels, groups.warps)
+                yield case(quantize.group_statistics_kernel, whole, note, SHIFT=True, **parts)
         for norm, note in ((False, "plain"), (True, "norm silu")):
             fused = {"NORM": norm, "SILU": norm, "OFFSET": norm}
-            yield case(quantize.sample_range_kernel, tile, note, **fused)
+            merge = {**parts, "SHIFT": True} if norm else {"GROUP": 1, "PARTS": 1}
+            yield case(quantize.sample_range_kernel, tile, note, **fused, **merge)
             yield case(quantize.quantize_samples_kernel, tile, note, BLOCK_RANGES=256, **fused)
             block = 256 if channels % 256 == 0 else 64
             turned = {"PLACE": False, "ROTATION": block, **fused}
             wide, note = quantize.sample_config_for(2, pixels, channels, block), f"{note} rotated by {block}"
-            yield case(quantize.sample_range_kernel, wide, note, **turned)
+            yield case(quantize.sample_range_kernel, wide, note, **turned, **merge)
             yield case(quantize.quantize_samples_kernel, wide, note, BLOCK_RANGES=256, **turned)

@@ -17,7 +17,7 @@ def _codes(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Ten
     NaN where x somewhere is. The scale is NaN where the range is not finite."""
     top = 2**bits - 1
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high - low) / top
+    scale = (high - low) / torch.full_like(high, top)  # by a tensor: on CUDA torch multiplies by 1 / a number instead
     finite = scale < torch.inf
     scale = torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale))
     inverse = 1 / scale

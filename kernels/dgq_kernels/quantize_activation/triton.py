@@ -1,8 +1,9 @@
 """Activation quantization on CUDA, alone or fused with the norm or activation that precedes it.
 
 Rows: one program holds whole rows in registers, so the input is read once. Samples: the range of a whole image is
-needed before the first code, so a pass for the range and one for the codes, and with a norm one for its statistics;
-partial results go through memory in a fixed order, never through atomics, so results do not vary from run to run.
+needed before the first code, so a pass for the range and one for the codes, and with a norm one for its statistics:
+each pass is one kernel. Partial results go through memory, and the next pass makes them one, in a fixed order, never
+through atomics, so results do not vary from run to run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _SIGN = tl.constexpr(-(1 << 31))
 # What a row is before its quantization: itself, normalized, gated, activated, or normalized over a group of pixels.
 _PLAIN, _LAYER_NORM, _GEGLU, _SILU, _GROUP_NORM = (tl.constexpr(i) for i in range(5))
 LONGEST_ROW = 8192  # channels that a program's registers hold
+PROGRAMS = 128  # of a norm's statistics, at most, where more than one share a group: about one for a multiprocessor
 
 
 class Config(NamedTuple):
@@ -104,9 +106,9 @@ def quantize_rows_kernel(
     x_offsets = row[:, None].to(tl.int64) * x_row + channel[None, :]
     x = tl.load(x_ptr + x_offsets, mask=inside, other=0.0).to(tl.float32)
     if INPUT == _LAYER_NORM:
-        mean = tl.sum(x, axis=1) / channels
+        mean = tl.div_rn(tl.sum(x, axis=1), 1.0 * channels)
         x = tl.where(inside, x - mean[:, None], 0.0)
-        variance = tl.sum(x * x, axis=1) / channels
+        variance = tl.div_rn(tl.sum(x * x, axis=1), 1.0 * channels)
         x *= tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[:, None]
         if GAIN:
             x *= tl.load(norm_weight_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)[None, :]
@@ -184,80 +186,89 @@ def quantize_long_rows_kernel(
 
 
 @triton.jit
-def sample_statistics_kernel(
-    x_ptr, mean_ptr, square_ptr, pixels, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
-):
-    """Of each channel in a block of pixels: its mean, and the sum of squared differences to that mean.
+def group_statistics_kernel(
+    x_ptr, shift_ptr, norm_weight_ptr, centre_ptr, gain_ptr, pixels, channels, share, eps,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Of one group in the `share` pixels of one part of a sample: x (B, pixels, channels) plus shift (B, channels).
 
-    x (B, pixels, channels); mean and square float32 (B, blocks, channels). Means first keeps variances exact where
-    the mean is large.
+    One part: centre (its mean, less the shift) and gain (norm weight / deviation), float32 (B, channels). More: its
+    mean, and the sum of squared differences to it, in their places, (B, PARTS, groups); `_merged` makes them one.
     """
-    block, sample = tl.program_id(0), tl.program_id(1)
-    pixel = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    count = tl.minimum(pixels - block * BLOCK_ROWS, BLOCK_ROWS).to(tl.float32)
-    base = x_ptr + sample.to(tl.int64) * pixels * channels
-    out = (sample * tl.num_programs(0) + block).to(tl.int64) * channels
-    for first in range(0, channels, BLOCK_CHANNELS):
-        channel = first + tl.arange(0, BLOCK_CHANNELS)
-        inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-        x = tl.load(base + pixel[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(x, axis=0) / count
-        difference = tl.where(inside, x - mean[None, :], 0.0)
-        tl.store(mean_ptr + out + channel, mean, mask=channel < channels)
-        tl.store(square_ptr + out + channel, tl.sum(difference * difference, axis=0), mask=channel < channels)
+    group, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    lane = tl.arange(0, BLOCK_CHANNELS)
+    channel = group * GROUP + lane
+    in_group = lane < GROUP
+    base = x_ptr + sample.to(tl.int64) * pixels * channels + channel[None, :]
+    shift = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+    if SHIFT:
+        shift = tl.load(shift_ptr + sample * channels + channel, mask=in_group, other=0.0).to(tl.float32)
+    begin = part * share
+    end = tl.minimum(begin + share, pixels)
+    pixel = begin + tl.arange(0, BLOCK_ROWS)
+    inside = (pixel < end)[:, None] & in_group[None, :]
+    x = tl.load(base + pixel[:, None] * channels, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
+    # differences to the mean of the first pixels: it is near enough to that of all to keep the digits of the variance
+    known = 1.0 * tl.maximum(GROUP * tl.minimum(end - begin, BLOCK_ROWS), 1)
+    pivot = tl.div_rn(tl.sum(tl.where(inside, x, 0.0)), known)
+    apart = tl.where(inside, x - pivot, 0.0)
+    square = apart * apart
+    for first in range(begin + BLOCK_ROWS, end, BLOCK_ROWS):
+        pixel = first + tl.arange(0, BLOCK_ROWS)
+        inside = (pixel < end)[:, None] & in_group[None, :]
+        x = tl.load(base + pixel[:, None] * channels, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
+        x = tl.where(inside, x - pivot, 0.0)
+        apart += x
+        square += x * x
+    size = 1.0 * tl.maximum(GROUP * (end - begin), 1)
+    total = tl.sum(apart)
+    off = tl.div_rn(total, size)
+    mean = pivot + off
+    squares = tl.sum(square) - total * off
+    if PARTS == 1:
+        gain = tl.zeros((BLOCK_CHANNELS,), tl.float32) + tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, size) + eps))
+        if GAIN:
+            gain *= tl.load(norm_weight_ptr + channel, mask=in_group, other=0.0).to(tl.float32)
+        out = sample * channels + channel
+        tl.store(centre_ptr + out, mean - shift, mask=in_group)
+        tl.store(gain_ptr + out, gain, mask=in_group)
+    else:
+        out = (sample * PARTS + part) * tl.num_programs(0) + group
+        tl.store(centre_ptr + out, mean)
+        tl.store(gain_ptr + out, squares)
 
 
 @triton.jit
-def group_statistics_kernel(
-    mean_ptr, square_ptr, shift_ptr, norm_weight_ptr, centre_ptr, gain_ptr, blocks, pixels, channels, block_pixels, eps,
-    GROUP: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+def _merged(
+    mean_ptr, square_ptr, shift_ptr, norm_weight_ptr, sample, channel, in_channels, pixels, channels, share, eps,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
-    """From the blocks' statistics each group's: centre (its mean) and gain (norm weight / deviation), (B, channels).
-
-    With SHIFT they are those of x + shift (B, channels), and the centre is what to take from x itself."""
-    group, sample = tl.program_id(0), tl.program_id(1)
-    lane = tl.arange(0, BLOCK_CHANNELS)
-    base = sample.to(tl.int64) * blocks * channels + group * GROUP
-    size = 1.0 * pixels * GROUP  # no method of pixels, which is a constant where it is 1
-    shift = tl.zeros((BLOCK_CHANNELS,), tl.float32)
-    if SHIFT:
-        at = shift_ptr + sample * channels + group * GROUP + lane
-        shift = tl.load(at, mask=lane < GROUP, other=0.0).to(tl.float32)
-    total = tl.zeros((BLOCK_CHANNELS,), tl.float32)
-    for first in range(0, blocks, BLOCK_ROWS):
-        block = first + tl.arange(0, BLOCK_ROWS)
-        inside = (block < blocks)[:, None] & (lane < GROUP)[None, :]
-        count = tl.minimum(pixels - block * block_pixels, block_pixels).to(tl.float32)
-        means = tl.load(mean_ptr + base + block[:, None] * channels + lane[None, :], mask=inside, other=0.0)
-        means = tl.where(inside, means + shift[None, :], 0.0)
-        total += tl.sum(means * count[:, None], axis=0)
-    mean = tl.sum(total, axis=0) / size
-    squares = tl.zeros((BLOCK_CHANNELS,), tl.float32)
-    for first in range(0, blocks, BLOCK_ROWS):
-        block = first + tl.arange(0, BLOCK_ROWS)
-        inside = (block < blocks)[:, None] & (lane < GROUP)[None, :]
-        count = tl.minimum(pixels - block * block_pixels, block_pixels).to(tl.float32)
-        offsets = base + block[:, None] * channels + lane[None, :]
-        means = tl.load(mean_ptr + offsets, mask=inside, other=0.0)
-        apart = tl.where(inside, (means + shift[None, :]) - mean, 0.0)
-        squares += tl.sum(
-            tl.load(square_ptr + offsets, mask=inside, other=0.0) + apart * apart * count[:, None], axis=0
-        )
-    channel = group * GROUP + lane
-    gain = tl.full((BLOCK_CHANNELS,), 1.0, tl.float32) * tl.div_rn(
-        1.0, tl.sqrt_rn(tl.sum(squares, axis=0) / size + eps)
-    )
+    """(centre, gain) of channels from the parts' statistics, as `group_statistics_kernel` has them."""
+    at = sample * PARTS * (channels // GROUP) + channel // GROUP
+    size = 0.0
+    mean = tl.zeros(channel.shape, tl.float32)
+    squares = tl.zeros(channel.shape, tl.float32)
+    for part in tl.static_range(PARTS):
+        more = 1.0 * tl.maximum(tl.minimum(pixels - part * share, share), 0)
+        size += more
+        fraction = tl.div_rn(more, size)
+        apart = tl.load(mean_ptr + at, mask=in_channels, other=0.0) - mean
+        squares += tl.load(square_ptr + at, mask=in_channels, other=0.0)
+        squares += apart * ((size - more) * fraction * GROUP) * apart
+        mean += apart * fraction
+        at += channels // GROUP
+    gain = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, size * GROUP) + eps))
     if GAIN:
-        gain *= tl.load(norm_weight_ptr + channel, mask=lane < GROUP, other=0.0).to(tl.float32)
-    out = sample * channels + channel
-    tl.store(centre_ptr + out, mean - shift, mask=lane < GROUP)
-    tl.store(gain_ptr + out, gain, mask=lane < GROUP)
+        gain *= tl.load(norm_weight_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)
+    if SHIFT:
+        mean -= tl.load(shift_ptr + sample * channels + channel, mask=in_channels, other=0.0).to(tl.float32)
+    return mean, gain
 
 
 @triton.jit
 def _load_sample(
-    x_tile, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, sample, channel, channels, inside,
+    x_tile, centre, gain, norm_bias_ptr, inv_divisor_ptr, channel, channels, inside,
     NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, ROTATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -266,9 +277,8 @@ def _load_sample(
     x = tl.load(x_tile, mask=inside, other=0.0).to(tl.float32)
     in_channels = channel < channels
     if NORM:
-        at = sample * channels + channel
-        x -= tl.load(centre_ptr + at, mask=in_channels, other=0.0)[None, :]
-        x *= tl.load(gain_ptr + at, mask=in_channels, other=0.0)[None, :]
+        x -= centre[None, :]
+        x *= gain[None, :]
         if OFFSET:
             x += tl.load(norm_bias_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)[None, :]
         if SILU:
@@ -283,11 +293,15 @@ def _load_sample(
 
 @triton.jit
 def sample_range_kernel(
-    x_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, below_ptr, above_ptr, pixels, channels,
-    NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, ROTATION: tl.constexpr,
+    x_ptr, mean_ptr, square_ptr, shift_ptr, norm_weight_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr,
+    below_ptr, above_ptr, pixels, channels, share, eps,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr, NORM: tl.constexpr,
+    OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, ROTATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The range of each block of pixels over all channels: below and above (B, blocks) int32, as `reach` has them."""
+    """The range of each block of pixels over all channels: below and above (B, blocks) int32, as `reach` has them.
+
+    With a norm of more than one part, centre and gain are made here, and written by a sample's first program."""
     block, sample = tl.program_id(0), tl.program_id(1)
     pixel = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     base = x_ptr + sample.to(tl.int64) * pixels * channels
@@ -295,10 +309,26 @@ def sample_range_kernel(
     above = 0
     for first in range(0, channels, BLOCK_CHANNELS):
         channel = first + tl.arange(0, BLOCK_CHANNELS)
-        inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+        in_channels = channel < channels
+        inside = (pixel < pixels)[:, None] & in_channels[None, :]
+        centre = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+        gain = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+        if NORM:
+            at = sample * channels + channel
+            if PARTS == 1:
+                centre = tl.load(centre_ptr + at, mask=in_channels, other=0.0)
+                gain = tl.load(gain_ptr + at, mask=in_channels, other=0.0)
+            else:
+                centre, gain = _merged(
+                    mean_ptr, square_ptr, shift_ptr, norm_weight_ptr, sample, channel, in_channels, pixels, channels,
+                    share, eps, GROUP, PARTS, SHIFT, GAIN,
+                )  # fmt: skip
+                if block == 0:
+                    tl.store(centre_ptr + at, centre, mask=in_channels)
+                    tl.store(gain_ptr + at, gain, mask=in_channels)
         x = _load_sample(
-            base + pixel[:, None] * channels + channel[None, :], centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr,
-            sample, channel, channels, inside, NORM, OFFSET, SILU, DIVIDE, ROTATION, BLOCK_ROWS, BLOCK_CHANNELS,
+            base + pixel[:, None] * channels + channel[None, :], centre, gain, norm_bias_ptr, inv_divisor_ptr,
+            channel, channels, inside, NORM, OFFSET, SILU, DIVIDE, ROTATION, BLOCK_ROWS, BLOCK_CHANNELS,
         )  # fmt: skip
         tile_below, tile_above = reach(x, None)
         below = tl.maximum(below, tile_below)
@@ -338,10 +368,14 @@ def quantize_samples_kernel(
     image = (y >= 0) & (y < height) & (x_at >= 0) & (x_at < width) & (pixel < padded)
     inside = image[:, None] & (channel < channels)[None, :]
     base = x_ptr + sample.to(tl.int64) * height * width * channels
+    centre = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+    gain = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+    if NORM:
+        centre = tl.load(centre_ptr + sample * channels + channel, mask=channel < channels, other=0.0)
+        gain = tl.load(gain_ptr + sample * channels + channel, mask=channel < channels, other=0.0)
     x = _load_sample(
-        base + (y * width + x_at)[:, None] * channels + channel[None, :], centre_ptr, gain_ptr, norm_bias_ptr,
-        inv_divisor_ptr, sample, channel, channels, inside, NORM, OFFSET, SILU, DIVIDE, ROTATION,
-        BLOCK_ROWS, BLOCK_CHANNELS,
+        base + (y * width + x_at)[:, None] * channels + channel[None, :], centre, gain, norm_bias_ptr,
+        inv_divisor_ptr, channel, channels, inside, NORM, OFFSET, SILU, DIVIDE, ROTATION, BLOCK_ROWS, BLOCK_CHANNELS,
     )  # fmt: skip
     place = channel
     if PLACE:
@@ -370,6 +404,36 @@ def sample_config_for(batch: int, pixels: int, channels: int, rotation: int = 0)
     values = 2048 if rotation else 4096
     rows = min(64, values // max(rotation, 64), max(4, triton.next_power_of_2(pixels * batch // 256)))
     return Config(rows, min(values // rows, triton.next_power_of_2(channels)), 4)
+
+
+class Groups(NamedTuple):
+    """How a norm's statistics are taken: pixels and channels per tile, warps, parts of a sample and their pixels."""
+
+    rows: int
+    channels: int
+    warps: int
+    parts: int
+    share: int
+
+
+def groups_for(pixels: int, group: int, most_parts: int) -> Groups:
+    """One program for each group of a part, of up to 16384 values at once; parts of one tile or more."""
+    channels = triton.next_power_of_2(group)
+    rows = min(max(1, 16384 // channels), triton.next_power_of_2(pixels))
+    tiles = triton.cdiv(pixels, rows)
+    parts = min(most_parts, triton.next_power_of_2(tiles))
+    warps = min(16, max(4, rows * channels // 1024))
+    return Groups(rows, channels, warps, parts, triton.cdiv(tiles, parts) * rows)
+
+
+class Norm(NamedTuple):
+    """What `sample_range_kernel` takes of a norm: centre and gain, which it makes itself of more than one part, of
+    these parts (mean, square, shift, weight) and sizes (share, eps, GROUP, PARTS, SHIFT, GAIN)."""
+
+    centre: Tensor | None = None
+    gain: Tensor | None = None
+    parts: tuple[Tensor | None, ...] = (None,) * 4
+    sizes: tuple[float, ...] = (0, 0.0, 1, 1, False, False)
 
 
 def _check(position: Tensor | None, *vectors: Tensor | None) -> None:
@@ -479,8 +543,8 @@ def group_norm_quantize_rows(
         y = torch.nn.functional.group_norm(x.float().contiguous(), groups, weight, bias, eps)
         rows = y.permute(0, 2, 3, 1).reshape(-1, channels)
         return _rows(rows, channels, bits, inv_divisor, position, rotation, out, _PLAIN.value)
-    centre, gain = _group_statistics(x, groups, weight, eps, None)
-    last = (_GROUP_NORM.value, gain, bias, eps, centre, pixels)
+    norm = _group_statistics(x, groups, weight, eps, None, 0)
+    last = (_GROUP_NORM.value, norm.gain, bias, eps, norm.centre, pixels)
     return _rows(rows, channels, bits, inv_divisor, position, rotation, out, *last)
 
 
@@ -493,7 +557,7 @@ def quantize_samples(
     Raises:
         ValueError: position is not int32, or something per channel is not contiguous.
     """
-    return _samples(x, bits, inv_divisor, padding, position, out, None, None, None, False, rotation)
+    return _samples(x, bits, inv_divisor, padding, position, out, Norm(), None, False, rotation)
 
 
 def group_norm_quantize_samples(
@@ -504,39 +568,37 @@ def group_norm_quantize_samples(
     """See `dgq_kernels.group_norm_quantize_samples`; `out` and errors as in `quantize_samples`."""
     _check(None, weight, bias)
     x = x.contiguous(memory_format=torch.channels_last)
-    centre, gain = _group_statistics(x, groups, weight, eps, None if offset is None else offset.contiguous())
-    return _samples(x, bits, inv_divisor, padding, position, out, centre, gain, bias, silu, rotation)
+    norm = _group_statistics(x, groups, weight, eps, None if offset is None else offset.contiguous(), PROGRAMS)
+    return _samples(x, bits, inv_divisor, padding, position, out, norm, bias, silu, rotation)
 
 
 def _group_statistics(
-    x: Tensor, groups: int, weight: Tensor | None, eps: float, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(centre, gain) float32 (B, C) such that (x - centre) * gain is the norm of x + shift, without its offset."""
+    x: Tensor, groups: int, weight: Tensor | None, eps: float, shift: Tensor | None, programs: int
+) -> Norm:
+    """Of x + shift (B, C), by about so many programs, or one for each group: (x - centre) * gain is its norm without
+    the offset."""
     batch, channels, height, width = x.shape
-    config = sample_config_for(batch, height * width, channels)
-    blocks = triton.cdiv(height * width, config.rows)
-    mean, square = x.new_empty((2, batch, blocks, channels), dtype=torch.float32)
+    group, pixels = channels // groups, height * width
+    tile = groups_for(max(1, pixels), group, max(1, programs // max(1, batch * groups)))
     centre, gain = x.new_empty((2, batch, channels), dtype=torch.float32)
+    many = tile.parts > 1
+    mean, square = x.new_empty((2, batch, tile.parts, groups), dtype=torch.float32) if many else (centre, gain)
+    sizes = (tile.share, eps, group, tile.parts, shift is not None, weight is not None)
     if x.numel():
-        sample_statistics_kernel[(blocks, batch)](
-            x, mean, square, height * width, channels,
-            BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, num_warps=config.warps, enable_fp_fusion=False,
+        group_statistics_kernel[(groups, tile.parts, batch)](
+            x, shift, weight, mean, square, pixels, channels, *sizes,
+            BLOCK_ROWS=tile.rows, BLOCK_CHANNELS=tile.channels, num_warps=tile.warps, enable_fp_fusion=False,
         )  # fmt: skip
-        group = channels // groups
-        group_statistics_kernel[(groups, batch)](
-            mean, square, shift, weight, centre, gain, blocks, height * width, channels, config.rows, eps,
-            GROUP=group, SHIFT=shift is not None, GAIN=weight is not None, BLOCK_ROWS=32,
-            BLOCK_CHANNELS=triton.next_power_of_2(group), num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return centre, gain
+    if many:
+        return Norm(centre, gain, (mean, square, shift, weight), sizes)
+    return Norm(centre, gain)
 
 
 def _samples(
     x: Tensor, bits: int, inv_divisor: Tensor | None, padding: int, position: Tensor | None,
-    out: tuple[Tensor, Tensor, Tensor] | None, centre: Tensor | None, gain: Tensor | None, bias: Tensor | None,
-    silu: bool, rotation: int,
+    out: tuple[Tensor, Tensor, Tensor] | None, norm: Norm, bias: Tensor | None, silu: bool, rotation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The range and the codes of x, or of (x - centre) * gain + bias and what follows it."""
+    """The range and the codes of x, or of its norm with `bias` and what follows it."""
     _check(position, inv_divisor)
     x = x.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
@@ -552,16 +614,17 @@ def _samples(
     blocks = triton.cdiv(height * width, config.rows)
     below, above = x.new_empty((2, batch, blocks), dtype=torch.int32)
     flags: dict[str, Any] = {
-        "NORM": centre is not None, "OFFSET": bias is not None, "SILU": silu, "DIVIDE": inv_divisor is not None,
+        "NORM": norm.gain is not None, "OFFSET": bias is not None, "SILU": silu, "DIVIDE": inv_divisor is not None,
         "ROTATION": rotation, "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "num_warps": config.warps,
         "enable_fp_fusion": False,
     }  # fmt: skip
     sample_range_kernel[(blocks, batch)](
-        x, centre, gain, bias, inv_divisor, below, above, height * width, channels, **flags
-    )
+        x, *norm.parts, norm.centre, norm.gain, bias, inv_divisor, below, above, height * width, channels,
+        *norm.sizes, **flags,
+    )  # fmt: skip
     grid = (triton.cdiv(size[2] * size[3], config.rows), triton.cdiv(channels, config.channels), batch)
     quantize_samples_kernel[grid](
-        x, centre, gain, bias, inv_divisor, position, below, above, codes, scale, zero_point,
+        x, norm.centre, norm.gain, bias, inv_divisor, position, below, above, codes, scale, zero_point,
         height, width, channels, padding, blocks,
         PLACE=position is not None, SMALLEST=SMALLEST_SCALE, TOP=2**bits - 1, BLOCK_RANGES=256, **flags,
     )  # fmt: skip
