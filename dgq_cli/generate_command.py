@@ -57,6 +57,9 @@ def command(
     ] = None,
     device: DeviceOption = None,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="Write settings into the PNG.")] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the checkpoint's files with their checksums first.")
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures of the same name.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -86,7 +89,7 @@ def command(
     settings = Settings(steps, guidance, negative, width, height, chosen, batch).resolved(found)
     if (found.folder / "concepts.json").is_file():
         _hint(prompts, found.folder)
-    pipe = load(found, device=device)
+    pipe = load(found, device=device, verify=verify)
     label = found.label
     for number, (file, strength) in enumerate(map(_tuned, tuned or [])):
         load_tuned(pipe, file, strength, f"{file.stem}-{number}")

@@ -65,7 +65,18 @@ class Session:
     def command(self, stage: str, *more: str) -> list[str]:
         """The command line of a process that runs one stage of this report."""
         script = Path(__file__).with_name("report.py").resolve()
-        line = [sys.executable, str(script), "--run", stage, "--out", str(self.out), "--device", self.kind, "--only", self.only]
+        line = [
+            sys.executable,
+            str(script),
+            "--run",
+            stage,
+            "--out",
+            str(self.out),
+            "--device",
+            self.kind,
+            "--only",
+            self.only,
+        ]
         return [*line, *more]
 
     def timed(self, run: Callable[[], Any]) -> float:
