@@ -18,7 +18,7 @@ GLIBC := 2.28
 WHEEL_CXX ?= $(abspath $(TOOLS_BIN))/python-zig c++
 
 .PHONY: demo test test-all test-aarch64 test-wheel test-no-compiler lint types docs wheel wheel-aarch64 sdist gpu aot \
-	sanitize sanitize-native bench fidelity tables embedded-data embedded-train clean
+	sanitize sanitize-native fuzz bench fidelity tables embedded-data embedded-train clean
 
 demo: $(VENV)/ready
 	$(BIN)/dgq calibrate --out $(DEMO)/dgq-emoji-w4a8 --wbits 4 --abits 8 --overwrite
@@ -103,6 +103,12 @@ sanitize-native: $(VENV)/ready
 	DGQ_CPU_LIBRARY=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_native.py tests/kernels/test_native_hostile.py
+
+# Checkpoints of the embedded model, damaged in every way: each is refused in one line, or draws the same picture.
+CASES ?= 1000
+SEED ?= 1
+fuzz: $(VENV)/ready
+	$(BIN)/python benchmarks/fuzz.py --cases $(CASES) --seed $(SEED)
 
 bench: $(VENV)/ready
 	$(BIN)/dgq bench --csv benchmarks/results.csv

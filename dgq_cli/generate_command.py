@@ -60,6 +60,9 @@ def command(
         bool, typer.Option("--graph/--no-graph", help="On CUDA, replay the network's steps from a CUDA graph.")
     ] = True,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="Write settings into the PNG.")] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the checkpoint's files with their checksums first.")
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures of the same name.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -89,7 +92,7 @@ def command(
     settings = Settings(steps, guidance, negative, width, height, chosen, batch).resolved(found)
     if (found.folder / "concepts.json").is_file():
         _hint(prompts, found.folder)
-    pipe = load(found, device=device, graph=None if graph else False)
+    pipe = load(found, device=device, graph=None if graph else False, verify=verify)
     label = found.label
     for number, (file, strength) in enumerate(map(_tuned, tuned or [])):
         load_tuned(pipe, file, strength, f"{file.stem}-{number}")

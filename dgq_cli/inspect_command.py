@@ -42,6 +42,9 @@ def command(
     against: Annotated[
         str, typer.Option(metavar="float|MODEL", help="Measure against the model it was made of, or another.")
     ] = "float",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every file, and compare it with its checksum.")
+    ] = False,
     prompts: Annotated[
         int, typer.Option(min=1, max=1000, help="Measured prompts; calibration draws none of them.")
     ] = 4,
@@ -56,14 +59,15 @@ def command(
 ) -> None:
     """Print a checkpoint's recipe, sizes and per-layer errors, and suggest where more bits would help.
 
-    By itself it reads headers alone. With --measure it runs the float model's pictures through every layer."""
+    By itself it reads headers alone; --verify reads every file, and --measure runs the float model's pictures
+    through every layer."""
     if png is not None and png.suffix.lower() != ".png":
         raise typer.BadParameter(f"--png {png} is not a .png file")
     if against != "float" and not measure and png is None:
         raise typer.BadParameter("--against needs --measure")
     if checkpoint is not None and Path(checkpoint).is_file():
-        if measure or png is not None:
-            raise typer.BadParameter(f"{checkpoint} is a file: --measure and --png are of checkpoints")
+        if measure or verify or png is not None:
+            raise typer.BadParameter(f"{checkpoint} is a file: --measure, --verify and --png are of checkpoints")
         _tuned(Path(checkpoint), json)
         return
     from dgq.devices import check_device
@@ -81,10 +85,11 @@ def command(
             check_available()
             check_output(png)
         options = MeasureOptions(prompts, steps, guidance, seed, device, against)
-        inspect(checkpoint, worst, budget / 100)  # what is wrong with the checkpoint comes before the work
+        # what is wrong with the checkpoint comes before the work
+        inspect(checkpoint, worst, budget / 100, verify=verify)
         with StageProgress({"record": "float", "measure": "measure"}) as progress:
             measurement = measure_checkpoint(checkpoint, options, progress)
-    found = inspect(checkpoint, worst, budget / 100, measurement)
+    found = inspect(checkpoint, worst, budget / 100, measurement, verify)
     if png is not None:
         from dgq.inspection.plot import draw
 
@@ -251,12 +256,14 @@ def _summary(found: Inspection) -> list[tuple[str, str]]:
     fidelity = calibration.pop("fidelity", None)
     overrides = ", ".join(f"{pattern}={bits}" for pattern, bits in found.recipe["overrides"])
     size = mib(found.unet_bytes)
+    state = ", every one as it was written" if found.verified else "; --verify compares them"
     rows = [
         ("checkpoint", found.path),
         ("recipe", found.label),
         ("rounding", found.words["rounding"]),
         ("base model", found.base_model or "unknown"),
         ("dgq", found.dgq_version or "unknown"),
+        ("checksums", f"of {found.checksums} files{state}" if found.checksums else "none (written by an older dgq)"),
         (f"{found.network} file", f"{size}, {found.ratio:.1%} of float16 ({mib(found.float16_bytes)})"),
         ("bits per weight", f"{found.bits_per_weight:.2f} with scales and biases"),
         ("kept float", mib(found.float_bytes)),

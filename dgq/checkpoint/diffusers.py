@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import CustomDtype
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets import unet_2d_condition
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -38,6 +40,7 @@ from ..integer.shared_input import prepare_all
 from ..integer.skeleton import BLOCK_NAMES, fuse, stored_names
 from ..recipe import Recipe
 from ..version import __version__
+from . import checksums
 from .apply import apply_header
 from .header import QUANT_METHOD, Header
 from .reading import verify_tensors, weights_place
@@ -245,6 +248,8 @@ class DgqQuantizer(DiffusersQuantizer):
             self._layers = plan_without_data(model, config.recipe, config.modules_to_not_convert)
             self._arrivals = Arrivals(model, self._layers)
             return
+        if checksums.wanted():
+            checksums.verify(self._files[0].parent)
         with torch.device("meta"):
             apply_header(model, header, self._files[0].parent / "config.json")
         verify_tensors(self._files, model)
@@ -375,9 +380,21 @@ def _fuse_qkv_projections(model: Any) -> None:
     )
 
 
+def _save_pretrained(model: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+    """As the class does; then the checksums of what was written. One that is pushed as well goes without them."""
+    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
+    if is_main_process and os.path.isdir(save_directory):
+        checksums.record(Path(save_directory))
+
+
+# Pipelines look which arguments it takes. functools.wraps would give it another name, by which it cannot be pickled.
+_save_pretrained.__wrapped__ = ModelMixin.save_pretrained  # type: ignore[attr-defined]
+
+
 # What a quantized model answers in its class's place.
 _METHODS: dict[str, Callable[..., Any]] = {
     "num_parameters": _num_parameters,
+    "save_pretrained": _save_pretrained,
     "fuse_qkv_projections": _fuse_qkv_projections,
 }
 

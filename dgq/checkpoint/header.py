@@ -19,6 +19,7 @@ READABLE_VERSIONS = (1, 2)
 
 
 QUANT_METHOD = "dgq"
+CHECKSUMS = "checksums"  # of files: no part of what a loaded model is (`checksums`)
 
 
 @dataclass
@@ -87,8 +88,8 @@ class Header:
                 f"this dgq reads {' and '.join(map(str, READABLE_VERSIONS))}",
                 "install the dgq that wrote it, or calibrate again",
             )
-        known = {item.name for item in dataclasses.fields(cls)} - {"table"} | {"quant_method", "format_version"}
-        known |= set(METHODS)
+        known = {item.name for item in dataclasses.fields(cls)} - {"table"} | set(METHODS)
+        known |= {"quant_method", "format_version", CHECKSUMS}
         if unknown := sorted(set(data) - known):
             raise DgqError(f"quantization_config: unknown field {unknown[0]!r}")
         layers: dict[str, LayerPlan] = {}

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import DgqError
 from ..integer.skeleton import stored_names
 from ..outputs import atomic_folder, save_tensors
+from . import checksums
 from .header import QUANT_METHOD
 from .reading import COPIED_SUFFIXES, component_at, family_at, read_json, tensor_table, weight_files
 
@@ -157,6 +158,7 @@ def write_checkpoint(
         save_tensors(state, file, {"format": "pt"})
         card = model_card(header, target.name, family_at(base), file.stat().st_size)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        checksums.record(place, pipeline=True)
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
 

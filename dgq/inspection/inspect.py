@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import checksums
 from ..checkpoint.header import Header
 from ..checkpoint.reading import (
     SAFETENSORS_DTYPES,
@@ -81,6 +82,8 @@ class Inspection:
         suggestion: None where no per-layer error is known or no 4-bit layer fits the budget.
         measurement: what each layer and step was found to do, where that was measured.
         network: what its kind of network is called; words: the method's "rounding" and "attention", for people.
+        checksums: of how many files the checkpoint holds one; 0 for those of older versions.
+        verified: whether the files were compared with them, and are as they were written.
     """
 
     path: str
@@ -104,6 +107,8 @@ class Inspection:
     measurement: Measurement | None = None
     network: str = ""
     words: dict[str, str] = field(default_factory=dict)
+    checksums: int = 0
+    verified: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object; "suggestion" also holds the "command_line"."""
@@ -115,23 +120,27 @@ class Inspection:
 
 def inspect(
     model: str | os.PathLike[str] | None, worst: int = 10, budget: float = DEFAULT_BUDGET,
-    measurement: Measurement | None = None,
+    measurement: Measurement | None = None, verify: bool = False,
 ) -> Inspection:  # fmt: skip
-    """Describe a checkpoint from its headers; no weight is read.
+    """Describe a checkpoint from its headers; no weight is read, but where its files are to be verified.
 
     Args:
         model: checkpoint folder, hub id, or None for the embedded model.
         worst: how many layers to list by their error.
         budget: share of the network's file that the suggested overrides may add.
         measurement: of this checkpoint, from `measure_checkpoint`; its figures then decide which layers are the worst.
+        verify: compare every file with its checksum.
 
     Raises:
-        DgqError: the model does not exist or is damaged, or `worst` or `budget` is out of range.
+        DgqError: the model does not exist or is damaged, a file is not as it was written or there are no
+            checksums, or `worst` or `budget` is out of range.
     """
     if worst < 0 or not 0 <= budget <= 1:
         raise DgqError(f"worst {worst} or budget {budget} is out of range", "worst counts layers, budget is a share")
     folder = resolve(model)
     header = read_header(folder)
+    if verify and not checksums.verify(component_at(folder)):
+        raise DgqError(f"{folder}: has no checksums to verify", "it is a float model, or of an older dgq")
     tensors = _tensors(folder)
     size = network_bytes(folder)
     if header is None:
@@ -162,7 +171,7 @@ def inspect(
         attention=attention, words=header.method.words(header.recipe, attention),
         calibration={key: value for key, value in header.calibration.items() if key != "sqnr_db"},
         layers=layers, worst=ranked[:worst], suggestion=suggestion, measurement=measurement,
-        network=family_at(folder).title,
+        network=family_at(folder).title, checksums=len(checksums.stored(component_at(folder))), verified=verify,
     )  # fmt: skip
 
 

@@ -11,8 +11,9 @@ import torch
 
 from dgq_kernels import backend, native
 
+from ..checkpoint import checksums
 from ..checkpoint.header import Header
-from ..checkpoint.reading import check_folder, family_at, network_config, read_header, read_json
+from ..checkpoint.reading import check_folder, component_at, family_at, network_config, read_header, read_json
 from ..devices import check_device
 from ..errors import DgqError
 from ..family import family_of, network_of
@@ -153,6 +154,7 @@ def load(
     dtype: torch.dtype | None = None,
     network: Any = None,
     graph: bool | None = None,
+    verify: bool = True,
 ) -> Any:
     """Load a text-to-image pipeline, quantized or float, strictly.
 
@@ -162,6 +164,8 @@ def load(
         dtype: dtype of everything that is not quantized; default float16 on CUDA, float32 on the CPU.
         network: takes the place of the folder's.
         graph: replay the network's calls from CUDA graphs (`dgq.use_graphs`); default on CUDA.
+        verify: hold a checkpoint's files against their checksums first; those of older versions have none. False takes
+            files that were changed on purpose.
 
     Returns:
         A diffusers pipeline in eval mode. Integer weights and their scales keep their types whatever `dtype` is.
@@ -179,7 +183,10 @@ def load(
         native.available()
     except ValueError as error:
         raise DgqError(str(error)) from None
-    pipe = assemble(folder, dtype, {} if network is None else {family_of(network).component: network})
+    if verify and checksums.wanted():
+        checksums.verify(component_at(folder))
+    with checksums.left_out():
+        pipe = assemble(folder, dtype, {} if network is None else {family_of(network).component: network})
     pipe.set_progress_bar_config(disable=True)
     pipe = pipe.to(place)
     prepare_all(network_of(pipe), place)

@@ -1,6 +1,7 @@
 """`dgq inspect` as a user runs it."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,29 @@ def test_text_of_a_checkpoint(tiny_checkpoint: Path, capsys: pytest.CaptureFixtu
     assert "worst 2 layers by output SQNR" in text
     assert "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj" in text  # names are never cut
     assert "dgq calibrate ... --override '" in text
+
+
+def test_files_are_compared_with_their_checksums_on_demand(
+    dgq_command: Run, tiny_checkpoint: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    run = dgq_command("inspect", folder, "--verify")
+    assert run.returncode == 0, run.stderr
+    assert "of 10 files, every one as it was written" in run.stdout
+    merges = folder / "tokenizer" / "tokenizer.json"
+    merges.write_text(merges.read_text() + " ")
+    assert "of 10 files; --verify compares them" in dgq_command("inspect", folder).stdout
+    for command in (("inspect", folder, "--verify", "--json"), ("generate", "a cat", "--model", folder)):
+        run = dgq_command(*command)
+        assert (run.returncode, run.stdout) == (1, "")
+        assert f"error: {merges}: is not as it was written: another checksum" in run.stderr
+    picture = tmp_path / "cat.png"
+    run = dgq_command("generate", "a cat", "--model", folder, "--no-verify", "--steps", 1, "--out", picture)
+    assert run.returncode == 0, run.stderr
+    assert picture.exists()
+    run = dgq_command("inspect", tiny_pipeline, "--verify")
+    assert run.returncode == 1
+    assert f"error: {tiny_pipeline}: has no checksums to verify" in run.stderr
 
 
 def test_text_of_a_float_model(tiny_pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
