@@ -26,15 +26,18 @@ class Case:
 
 def case(
     kernel: Any, config: tuple[int, ...], pointers: dict[str, str], constants: dict[str, Any], warps: int,
-    stages: int = 3, note: str = "", integer: bool = True, permutes: int | None = None,
+    stages: int = 3, note: str = "", integer: bool = True, permutes: int | None = None, registers: int | None = None,
 ) -> Case:  # fmt: skip
-    """A case whose remaining parameters are int32 sizes, or float where the name says scale or eps."""
+    """A case whose remaining parameters are int32 sizes, or float where the name says scale or eps; `registers` is the
+    most that a thread may have."""
     types = {}
     for name in kernel.arg_names:
         if name in constants:
             types[name] = "constexpr"
         else:
             types[name] = pointers.get(name, "fp32" if name.endswith("_scale") or name == "eps" else "i32")
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    if registers is not None:
+        options["maxnreg"] = registers
     label = "x".join(str(value) for value in config) + (f" {note}" if note else "")
     return Case(kernel, label, types, constants, options, integer, permutes)

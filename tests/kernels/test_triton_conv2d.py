@@ -126,6 +126,15 @@ def test_gpu_tiles(channels):
     check_int4(data, 1, 64, config=Config(32, 64, 64, 4, 1))
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 48, 6, 5, 70, 3, 1, 1), (2, 32, 6, 5, 70, 3, 1, 1)])
+def test_one_product_per_step(shape, splits):
+    """Steps within a row of taps, across one end and across several, and a K tail."""
+    *sizes, stride = shape
+    config = Config(32, 64, 32, 4, 1, True)
+    check_int8(inputs(*sizes), stride, [sizes[1]], config=config, splits=splits, residual=True)
+
+
 @pytest.mark.parametrize("value", [0, 255])
 @pytest.mark.parametrize("weight", [127, -128])
 def test_extremes(value, weight):

@@ -19,6 +19,7 @@ from ..linear.triton import (
     class_range,
     class_steps,
     finish,
+    load_pairs,
     run_product,
     signed,
     signed_within,
@@ -61,20 +62,20 @@ def tap_offsets(k, first, jump, SEGMENT: tl.constexpr, SPAN: tl.constexpr, CHANN
 @triton.jit
 def _load_codes(
     x_tile, first, lane, jump,
-    SEGMENT: tl.constexpr, REDUCTION: tl.constexpr, HALF: tl.constexpr, CHANNELS: tl.constexpr,
+    SEGMENT: tl.constexpr, REDUCTION: tl.constexpr, LENGTH: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The codes (BLOCK_ROWS, HALF) of K first.. as int8; x_tile (BLOCK_ROWS, 1) points at the windows."""
+    """The codes (BLOCK_ROWS, LENGTH) of K first..; x_tile (BLOCK_ROWS, 1) points at the windows."""
     k = first + lane
-    offsets = tap_offsets(k, first, jump, SEGMENT, HALF, CHANNELS, 16)
-    if REDUCTION % (2 * HALF) == 0:
+    offsets = tap_offsets(k, first, jump, SEGMENT, LENGTH, CHANNELS, 16)
+    if REDUCTION % STEP == 0:
         return tl.load(x_tile + offsets[None, :])
     return tl.load(x_tile + offsets[None, :], mask=(k < REDUCTION)[None, :], other=0)
 
 
 @triton.jit
-def _load_weight(w_tile, first, lane, REDUCTION: tl.constexpr, HALF: tl.constexpr):
-    """The weights (HALF, BLOCK_CHANNELS) of K first..; 0 past the end, where codes may then be anything."""
-    if REDUCTION % (2 * HALF) == 0:
+def _load_weight(w_tile, first, lane, REDUCTION: tl.constexpr, STEP: tl.constexpr):
+    """The weights (length of `lane`, BLOCK_CHANNELS) of K first..; 0 past the end, where codes may then be anything."""
+    if REDUCTION % STEP == 0:
         return tl.load(w_tile + first)
     return tl.load(w_tile + first, mask=(first + lane < REDUCTION)[:, None], other=0)
 
@@ -104,7 +105,7 @@ def conv2d_int8_kernel(
     CHANNELS: tl.constexpr, KERNEL_HEIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, STRIDE: tl.constexpr,
     CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """codes (B, height, width, CHANNELS), weight (channels, KERNEL_HEIGHT, KERNEL_WIDTH, CHANNELS), out
     (rows = B * out_height * out_width, channels), all contiguous; scale and zero_point (B,); ends (CLASSES,) int32."""
@@ -113,24 +114,30 @@ def conv2d_int8_kernel(
     row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    lane = tl.arange(0, HALF)
+    STEP: tl.constexpr = 2 * HALF
+    lane = tl.arange(0, STEP if WHOLE else HALF)
     x_tile = codes_ptr + window_offsets(row, rows, out_height, out_width, height, width, STRIDE, CHANNELS)[:, None]
     w_tile = weight_ptr + tl.minimum(channel, channels - 1)[None, :].to(tl.int64) * REDUCTION + lane[:, None]
     jump = (width - KERNEL_WIDTH) * CHANNELS
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.int32)
-    if CLASSES == 1:
+    if WHOLE:
+        low, high = split_range(REDUCTION, STEP, SPLIT)
+        for first in range(low, high, STEP):
+            x = _load_codes(x_tile, first, lane, jump, SEGMENT, REDUCTION, STEP, STEP, CHANNELS)
+            w = _load_weight(w_tile, first, lane, REDUCTION, STEP)
+            accumulator = tl.dot(signed(x, ASSEMBLY), w, accumulator, out_dtype=tl.int32)
+    elif CLASSES == 1:
         # Two products per step, as in the linear kernel.
-        low, high = split_range(REDUCTION, 2 * HALF, SPLIT)
-        for first in range(low, high, 2 * HALF):
-            x0 = signed(_load_codes(x_tile, first, lane, jump, SEGMENT, REDUCTION, HALF, CHANNELS), ASSEMBLY)
-            w0 = _load_weight(w_tile, first, lane, REDUCTION, HALF)
-            x1 = signed(_load_codes(x_tile, first + HALF, lane, jump, SEGMENT, REDUCTION, HALF, CHANNELS), ASSEMBLY)
-            w1 = _load_weight(w_tile, first + HALF, lane, REDUCTION, HALF)
-            accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
-            accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
+        low, high = split_range(REDUCTION, STEP, SPLIT)
+        for first in range(low, high, STEP):
+            x0 = _load_codes(x_tile, first, lane, jump, SEGMENT, REDUCTION, HALF, STEP, CHANNELS)
+            w0 = _load_weight(w_tile, first, lane, REDUCTION, STEP)
+            x1 = _load_codes(x_tile, first + HALF, lane, jump, SEGMENT, REDUCTION, HALF, STEP, CHANNELS)
+            w1 = _load_weight(w_tile, first + HALF, lane, REDUCTION, STEP)
+            accumulator = tl.dot(signed(x0, ASSEMBLY), w0, accumulator, out_dtype=tl.int32)
+            accumulator = tl.dot(signed(x1, ASSEMBLY), w1, accumulator, out_dtype=tl.int32)
     else:
         TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
-        STEP: tl.constexpr = 2 * HALF
         line = width * CHANNELS
         w_tile = weight_ptr + tl.minimum(channel, channels - 1)[None, :].to(tl.int64) * REDUCTION
         low, high = split_range(CHANNELS, STEP, SPLIT)
@@ -166,8 +173,8 @@ def conv2d_int8_kernel(
                 left = tl.where(left == 0, span, left)
     finish(
         accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
-        partial_ptr, row, row // (out_height * out_width), channel, rows, channels, HAS_BIAS, HAS_RESIDUAL, False,
-        SPLIT,
+        partial_ptr, row, row // (out_height * out_width), channel_block * BLOCK_CHANNELS, rows, channels, HAS_BIAS,
+        HAS_RESIDUAL, False, SPLIT, 2 if WHOLE else 1,
     )  # fmt: skip
 
 
@@ -198,10 +205,10 @@ def conv2d_int4_kernel(
     jump = (width - KERNEL_SIZE) * CHANNELS
     accumulator = tl.zeros((BLOCK_CHANNELS, BLOCK_ROWS), tl.int32)
     low_byte, high_byte = split_range(packed_row, HALF, SPLIT)
+    pair = load_pairs(m_tile, low_byte, group, subscale_row, GROUP)
     for first in range(low_byte, high_byte, HALF):
+        next_pair = load_pairs(m_tile, first + HALF, group, subscale_row, GROUP)
         packed = tl.load(w_tile + first, mask=(first + byte < packed_row)[None, :], other=0)
-        at = first // GROUP
-        pair = tl.load(m_tile + at, mask=(at + group // 2 < subscale_row)[None, :], other=0)
         m, offset = subscales(pair, group % 2, BLOCK_CHANNELS, GROUPS, GROUP)
         low, high = unpack_two_level(packed, m, offset, ASSEMBLY)
         low_k = 2 * first + low_lane
@@ -215,10 +222,11 @@ def conv2d_int4_kernel(
         x_high = signed(tl.load(x_tile + high_at, mask=(high_k < REDUCTION)[:, None], other=0), ASSEMBLY)
         accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
         accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
+        pair = next_pair
     finish(
         accumulator.T, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
-        partial_ptr, row, row // (out_height * out_width), channel, rows, channels, HAS_BIAS, HAS_RESIDUAL, False,
-        SPLIT,
+        partial_ptr, row, row // (out_height * out_width), channel_block * BLOCK_CHANNELS, rows, channels, HAS_BIAS,
+        HAS_RESIDUAL, False, SPLIT, 1,
     )  # fmt: skip
 
 

@@ -26,8 +26,8 @@ def products(major: int, int8: Any, int4: Any, gates: bool) -> Iterator[aot_case
     def case(kernel: Any, config: tiles.Config, note: str, constants: dict[str, Any], **mode: bool) -> aot_case.Case:
         every = {
             "HAS_BIAS": True, "HAS_RESIDUAL": True, "GATED": False, "SPLIT": False, "ASSEMBLY": major > 0,
-            "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "HALF": config.half, **window, **constants,
-            **mode,
+            "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "HALF": config.half, "WHOLE": config.whole,
+            **window, **constants, **mode,
         }  # fmt: skip
         if every["GATED"]:
             every |= {"HAS_RESIDUAL": False, "residual_ptr": None}
@@ -36,7 +36,12 @@ def products(major: int, int8: Any, int4: Any, gates: bool) -> Iterator[aot_case
         mine = {name: value for name, value in every.items() if name in kernel.arg_names}
         note = " ".join((note, *(name.lower() for name, on in mode.items() if on)))
         permutes = 24 if kernel is int4 else 0
-        return aot_case.case(kernel, config, EPILOGUE, mine, config.warps, config.stages, note, permutes=permutes)
+        length = config.half * (2 if config.whole else 1)  # of a product
+        tile = (config.rows, config.channels, length, config.warps, config.stages)
+        registers = config.registers if config.resident else None
+        return aot_case.case(
+            kernel, tile, EPILOGUE, mine, config.warps, config.stages, note, permutes=permutes, registers=registers
+        )
 
     for kind, classes in (("int8", 1), ("shifted", 3)):
         constants: dict[str, Any] = {"CLASSES": classes, **({"ends_ptr": None} if classes == 1 else {}), **square}
@@ -67,7 +72,7 @@ def cases(major: int) -> Iterator[aot_case.Case]:
         "HALF": config.half,
     }  # fmt: skip
     yield aot_case.case(
-        linear.linear_float_groups_kernel, config, EPILOGUE, constants, config.warps, config.stages, permutes=24
+        linear.linear_float_groups_kernel, config[:5], EPILOGUE, constants, config.warps, config.stages, permutes=24
     )
     for gated in (False, True):
         constants = {

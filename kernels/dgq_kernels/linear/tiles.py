@@ -15,13 +15,29 @@ import torch
 
 
 class Config(NamedTuple):
-    """Tile of rows, output channels and reduction length (one of the two products of a step), warps and stages."""
+    """A tile.
+
+    Attributes:
+        rows, channels: of the output.
+        half: of the reduction's length in a step.
+        warps, stages: as Triton takes them.
+        whole: a step is one product, otherwise two of `half`. Only without shift classes.
+        resident: programs that are to share a multiprocessor, which bounds their `registers`; 0 leaves it to the
+            compiler.
+    """
 
     rows: int
     channels: int
     half: int
     warps: int
     stages: int
+    whole: bool = False
+    resident: int = 0
+
+    @property
+    def registers(self) -> int:
+        """The most registers a thread may have for `resident` programs: of 65536, handed out by eights."""
+        return min(255, 65536 // (self.resident * self.warps * 32) // 8 * 8)
 
 
 class Tiling(NamedTuple):
@@ -53,11 +69,18 @@ class Machine(NamedTuple):
 
 # Kind of product -> major compute capability -> tiles, the largest first. Chosen by the compile table
 # (../aot.csv): fewest instructions per product, no spill under any release; 8.6, 8.9 and 12.0 have 99 KiB of
-# shared memory. "shifted" has shift classes; "int4" serves both sizes of groups.
+# shared memory. "shifted" has shift classes; "int4" serves both sizes of groups. int8 on 9.0: the fastest of fifteen
+# tiles that an H100 was given, each on some shape of real models.
 TILES: dict[str, dict[int, tuple[Config, ...]]] = {
     "int8": {
         8: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 2)),
-        9: (Config(128, 128, 64, 8, 4), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 3)),
+        9: (
+            Config(128, 128, 64, 8, 3, True, 2),
+            Config(128, 64, 64, 4, 3, True, 3),
+            Config(64, 128, 64, 4, 4, True, 2),
+            Config(64, 64, 64, 4, 5, True, 3),
+            Config(64, 32, 128, 4, 4, True, 2),
+        ),
         10: (Config(128, 128, 64, 8, 4), Config(64, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
         12: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 2)),
     },
@@ -69,7 +92,12 @@ TILES: dict[str, dict[int, tuple[Config, ...]]] = {
     },
     "int4": {  # tall: a weight that was unpacked once serves many rows
         8: (Config(256, 64, 64, 8, 3), Config(128, 64, 64, 8, 2), Config(64, 64, 32, 4, 4)),
-        9: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 32, 4, 4)),
+        9: (
+            Config(128, 128, 64, 8, 3, False, 1),
+            Config(128, 64, 64, 4, 3, False, 3),
+            Config(64, 64, 64, 4, 4, False, 4),
+            Config(32, 64, 64, 4, 4, False, 4),
+        ),
         10: (Config(256, 64, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 32, 4, 4)),
         12: (Config(256, 64, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 32, 4, 4)),
     },
@@ -90,6 +118,21 @@ _L2_BYTES = 64
 _L2_BYTES_SHARED = 13
 _TILE_CLOCKS = 1500
 _LAUNCH_CLOCKS = 1500
+# Figures of `_resident_clocks`, fitted to 80 times of int8 products on an H100 (they are in
+# tests/kernels/test_triton_tiles.py; the error's root mean square is 6%): clocks of a launch with the start and the end
+# of a tile; clocks beyond products and bytes, for each product to int32 is waited for; bytes per clock that a
+# multiprocessor moves; how many times a code, which passes through registers, and a weight count among them, and a
+# weight's bytes; bytes per clock and multiprocessor from L2 when all of them ask, and to the output. A further launch:
+# 2.5 us from the end of one small kernel to that of the next, measured in a CUDA graph. What int4 counts is an
+# estimate: codes go back to shared memory, weights are unpacked.
+_START_CLOCKS = 4200
+_STEP_CLOCKS = 130
+_STEP_BYTES = 144
+_INT8_COUNTS = (2.5, 1.0, 1.0)
+_INT4_COUNTS = (4.0, 2.5, 0.5)
+_FETCHED_BYTES = 40
+_STORED_BYTES = 11.4
+_FURTHER_LAUNCH_CLOCKS = 5000
 _SPLITS = (1, 2, 4, 8, 16)
 
 
@@ -115,10 +158,13 @@ def tilings(kind: str, major: int, length: int) -> Iterator[Tiling]:
 def clocks(tiling: Tiling, kind: str, rows: int, channels: int, reduction: int, machine: Machine) -> float:
     """Modelled clocks of a product of (rows, reduction) and (channels, reduction); a rank, not a prediction.
 
-    Tiles are handed out in waves, and an idle multiprocessor in the last wave costs as much as a busy one. Tiles of
-    four warps count in pairs, as one alone does not fill a multiprocessor.
+    `_resident_clocks` where the tile tells how many programs share a multiprocessor. Otherwise tiles are handed out in
+    waves, and an idle multiprocessor in the last wave costs as much as a busy one. Tiles of four warps count in pairs,
+    as one alone does not fill a multiprocessor.
     """
     config, splits = tiling
+    if config.resident:
+        return _resident_clocks(tiling, kind, rows, channels, reduction, machine)
     multiprocessors = machine.multiprocessors
     macs = _MACS.get(machine.capability, _MACS.get(machine.capability[0], _MACS_OTHERS))
     programs = math.ceil(rows / config.rows) * math.ceil(channels / config.channels) * splits
@@ -134,6 +180,39 @@ def clocks(tiling: Tiling, kind: str, rows: int, channels: int, reduction: int, 
         sums = 4 * splits * rows * channels
         rate = _L2_BYTES_SHARED if machine.holds(sums) else min(_L2_BYTES_SHARED, machine.memory)
         total += _LAUNCH_CLOCKS + 2 * sums / (rate * multiprocessors)
+    return total
+
+
+def _resident_clocks(
+    tiling: Tiling, kind: str, rows: int, channels: int, reduction: int, machine: Machine
+) -> float:  # fmt: skip
+    """`clocks` on 9.0, from measured times of int8 products.
+
+    Three things may take most: the programs that follow each other in one place, each of which waits for its steps; the
+    work of the programs of one multiprocessor, which overlap; and what all of them move.
+    """
+    config, splits = tiling
+    multiprocessors = machine.multiprocessors
+    step = 2 * config.half
+    length = reduction / splits
+    steps = math.ceil(length / step)
+    programs = math.ceil(rows / config.rows) * math.ceil(channels / config.channels) * splits
+    code_counts, weight_counts, weight_bytes = _INT4_COUNTS if kind == "int4" else _INT8_COUNTS
+    fetched = (config.rows + config.channels * weight_bytes) * length
+    stored = config.rows * config.channels * (2 if splits == 1 else 4)
+    products = config.rows * config.channels * step / _MACS[9]
+    moved = (config.rows * code_counts + config.channels * weight_counts) * step / _STEP_BYTES
+    alone = _STEP_CLOCKS * (1 if config.whole else 2) + products + moved
+    waves = math.ceil(programs / (multiprocessors * config.resident))
+    most = math.ceil(programs / multiprocessors)
+    waiting = waves * (_START_CLOCKS + steps * alone + stored / _STORED_BYTES)
+    working = _START_CLOCKS + most * (steps * max(products, moved) + stored / _STORED_BYTES)
+    moving = _START_CLOCKS + programs / multiprocessors * (fetched / _FETCHED_BYTES + stored / _STORED_BYTES)
+    total = (waiting**4 + working**4 + moving**4) ** 0.25  # a maximum, but neither hides the next one wholly
+    if splits > 1:  # int32 sums are read and added by a second kernel
+        sums = 4 * splits * rows * channels
+        rate = _FETCHED_BYTES if machine.holds(sums) else machine.memory
+        total += _FURTHER_LAUNCH_CLOCKS + sums / (rate * multiprocessors)
     return total
 
 

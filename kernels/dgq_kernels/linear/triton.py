@@ -114,12 +114,13 @@ def weight_row(place, channels, GATED: tl.constexpr):
 
 
 @triton.jit
-def finish(
+def _finish_part(
     accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
-    partial_ptr, row, scale_row, place, rows, channels, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    partial_ptr, row, scale_row, first, rows, channels, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Dequantize, gate and write an accumulator (row, place); of a split reduction, write it to `partial` as it is."""
+    """`finish` of one part."""
+    place = first + tl.arange(0, accumulator.shape[1])
     if SPLIT:
         # 32-bit offsets: splits are for small outputs, and 64-bit ones spill
         partial_ptr += tl.program_id(1).to(tl.int64) * rows * channels
@@ -129,7 +130,7 @@ def finish(
         HALF: tl.constexpr = accumulator.shape[1] // 2
         outputs = channels // 2
         value, gate = tl.split(accumulator.reshape(accumulator.shape[0], HALF, 2))
-        out = tl.min(place, axis=0) // 2 + tl.arange(0, HALF)
+        out = first // 2 + tl.arange(0, HALF)
         y = dequantize(
             gate, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
             scale_row, outputs + out, row < rows, out < outputs, HAS_BIAS,
@@ -145,6 +146,35 @@ def finish(
             scale_row, place, row < rows, place < channels, HAS_BIAS,
         )  # fmt: skip
         store(y, residual_ptr, out_ptr, row, place, rows, channels, HAS_RESIDUAL)
+
+
+@triton.jit
+def finish(
+    accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
+    partial_ptr, row, scale_row, first, rows, channels, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Dequantize, gate and write an accumulator (row, place first.., a number and not a vector: its alignment is what
+    makes stores wide); of a split reduction, write it to `partial` as it is.
+
+    PARTS: 2 to do its left and right half one after the other, which needs fewer registers.
+    """
+    if PARTS == 2:
+        WIDTH: tl.constexpr = accumulator.shape[1] // 2
+        left, right = tl.split(accumulator.reshape(accumulator.shape[0], 2, WIDTH).permute(0, 2, 1))
+        _finish_part(
+            left, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
+            partial_ptr, row, scale_row, first, rows, channels, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT,
+        )  # fmt: skip
+        _finish_part(
+            right, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
+            partial_ptr, row, scale_row, first + WIDTH, rows, channels, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT,
+        )  # fmt: skip
+    else:
+        _finish_part(
+            accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
+            partial_ptr, row, scale_row, first, rows, channels, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -212,18 +242,18 @@ def linear_int8_kernel(
     residual_ptr, out_ptr, ends_ptr, rows, channels, reduction, partial_ptr,
     CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
     SPLIT: tl.constexpr, ASSEMBLY: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """codes (rows, reduction), weight (channels, reduction), ends (CLASSES,) int32; all contiguous."""
     row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     place = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    lane = tl.arange(0, HALF)
+    STEP: tl.constexpr = 2 * HALF
+    lane = tl.arange(0, STEP if WHOLE else HALF)
     # Rows and channels past the end repeat the last one: they are never stored, and their loads need no mask.
     x_tile = codes_ptr + tl.minimum(row, rows - 1)[:, None].to(tl.int64) * reduction + lane[None, :]
     w_tile = weight_ptr + weight_row(place, channels, GATED)[None, :].to(tl.int64) * reduction + lane[:, None]
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.int32)
-    STEP: tl.constexpr = 2 * HALF
     low, high = split_range(reduction, STEP, SPLIT)
     for reverse in range(CLASSES):
         if CLASSES == 1:
@@ -244,24 +274,30 @@ def linear_int8_kernel(
                 accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
                 accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
         for first in range(begin, end, STEP):
-            # Two products per step: with one, Triton 3.9 carries int8 operands bytewise through its prefetch.
             second = first + HALF
-            if CLASSES == 1:
-                # Past the end weights are 0, so codes may be anything; only with `other` 0 are loads asynchronous.
-                x0 = tl.load(x_tile + first, mask=(first + lane < reduction)[None, :], other=0)
-                w0 = tl.load(w_tile + first, mask=(first + lane < reduction)[:, None], other=0)
-                x1 = tl.load(x_tile + second, mask=(second + lane < reduction)[None, :], other=0)
-                w1 = tl.load(w_tile + second, mask=(second + lane < reduction)[:, None], other=0)
-            else:  # whole steps lie within the class
-                x0 = tl.load(x_tile + first)
-                w0 = tl.load(w_tile + first)
-                x1 = tl.load(x_tile + second)
-                w1 = tl.load(w_tile + second)
-            accumulator = tl.dot(signed(x0, ASSEMBLY), w0, accumulator, out_dtype=tl.int32)
-            accumulator = tl.dot(signed(x1, ASSEMBLY), w1, accumulator, out_dtype=tl.int32)
+            if WHOLE:
+                x = tl.load(x_tile + first, mask=(first + lane < reduction)[None, :], other=0)
+                w = tl.load(w_tile + first, mask=(first + lane < reduction)[:, None], other=0)
+                accumulator = tl.dot(signed(x, ASSEMBLY), w, accumulator, out_dtype=tl.int32)
+            else:
+                # Two products per step: on 8.x Triton 3.9 carries int8 operands bytewise through its prefetch of one.
+                if CLASSES == 1:
+                    # Past the end weights are 0, so codes may be anything; only with `other` 0 are loads asynchronous.
+                    x0 = tl.load(x_tile + first, mask=(first + lane < reduction)[None, :], other=0)
+                    w0 = tl.load(w_tile + first, mask=(first + lane < reduction)[:, None], other=0)
+                    x1 = tl.load(x_tile + second, mask=(second + lane < reduction)[None, :], other=0)
+                    w1 = tl.load(w_tile + second, mask=(second + lane < reduction)[:, None], other=0)
+                else:  # whole steps lie within the class
+                    x0 = tl.load(x_tile + first)
+                    w0 = tl.load(w_tile + first)
+                    x1 = tl.load(x_tile + second)
+                    w1 = tl.load(w_tile + second)
+                accumulator = tl.dot(signed(x0, ASSEMBLY), w0, accumulator, out_dtype=tl.int32)
+                accumulator = tl.dot(signed(x1, ASSEMBLY), w1, accumulator, out_dtype=tl.int32)
     finish(
         accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
-        partial_ptr, row, row, place, rows, channels, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT,
+        partial_ptr, row, row, channel_block * BLOCK_CHANNELS, rows, channels, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT,
+        2 if WHOLE else 1,
     )  # fmt: skip
 
 
@@ -340,6 +376,16 @@ def unpack_two_level(packed, m, offset, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
+def load_pairs(m_tile, first, group, subscale_row, GROUP: tl.constexpr):
+    """The sub-scale bytes of the step that begins at byte `first`, 0 past the end.
+
+    A step loads those of the next one: so few bytes are not copied asynchronously, and would be waited for.
+    """
+    at = first // GROUP  # 2 * first weights, GROUP to a nibble
+    return tl.load(m_tile + at, mask=(at + group // 2 < subscale_row)[None, :], other=0)
+
+
+@triton.jit
 def subscales(pair, odd, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
     """(m, offset) int32 (CHANNELS, GROUPS * GROUP // 2): each group's sub-scale beside its bytes.
 
@@ -381,10 +427,10 @@ def linear_int4_kernel(
     m_tile = subscale_ptr + last * subscale_row + (group // 2)[None, :]
     accumulator = tl.zeros((BLOCK_CHANNELS, BLOCK_ROWS), tl.int32)
     low_byte, high_byte = split_range(packed_row, HALF, SPLIT)
+    pair = load_pairs(m_tile, low_byte, group, subscale_row, GROUP)
     for first in range(low_byte, high_byte, HALF):
+        next_pair = load_pairs(m_tile, first + HALF, group, subscale_row, GROUP)
         packed = tl.load(w_tile + first, mask=(first + byte < packed_row)[None, :], other=0)
-        at = first // GROUP  # of the sub-scale bytes: 2 * first weights, GROUP to a nibble
-        pair = tl.load(m_tile + at, mask=(at + group // 2 < subscale_row)[None, :], other=0)
         m, offset = subscales(pair, group % 2, BLOCK_CHANNELS, GROUPS, GROUP)
         low, high = unpack_two_level(packed, m, offset, ASSEMBLY)
         low_k = 2 * first + low_lane[:, None]
@@ -393,9 +439,10 @@ def linear_int4_kernel(
         x_high = signed(tl.load(x_tile + high_k, mask=high_k < reduction, other=0), ASSEMBLY)
         accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
         accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
+        pair = next_pair
     finish(
         accumulator.T, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
-        partial_ptr, row, row, place, rows, channels, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT,
+        partial_ptr, row, row, channel_block * BLOCK_CHANNELS, rows, channels, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT, 1,
     )  # fmt: skip
 
 
@@ -433,13 +480,16 @@ def run_product(
 
     def run(tiling: Tiling) -> None:
         config, splits = tiling
+        own = {"WHOLE": config.whole} if "WHOLE" in kernel.arg_names else {}
+        options = {"maxnreg": config.registers} if config.resident else {}
         partial = None
         if splits > 1:
             partial = torch.empty((splits, rows, channels), dtype=torch.int32, device=out.device)
         kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(channels, config.channels), splits)](
             *arguments, partial_ptr=partial, SPLIT=splits > 1, ASSEMBLY=not triton.knobs.runtime.interpret,
             BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, HALF=config.half,
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **flags, **constants,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **flags, **constants, **own,
+            **options,
         )  # fmt: skip
         if partial is not None:
             gated = constants.get("GATED", False)
