@@ -167,7 +167,7 @@ def write(file: Path, tuned: Tuned, layout: Layout) -> None:
         DgqError: it cannot be written.
     """
     parts = {name: part.half().contiguous() for name, part in layout.split(tuned.vectors.cpu()).items()}
-    text = tuned.about.to_json(**{CHECKSUM: _checksum(tuned.about, parts)})
+    text = tuned.about.to_json(checksum=_checksum(tuned.about, parts))
     with atomic_file(file) as handle:  # one key: safetensors writes several in an order that changes from file to file
         save_tensors(parts, Path(handle.name), {KEY: text})
 
