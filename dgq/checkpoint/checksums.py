@@ -162,7 +162,7 @@ def crc32(file: Path) -> str:
             starts = range(0, os.fstat(stream.fileno()).st_size, SPAN)
             if len(starts) < 2:
                 return f"{_span(stream.fileno(), 0)[0]:08x}"
-            with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 16, len(starts))) as pool:
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 16, len(starts))) as pool:
                 spans = list(pool.map(_span, [stream.fileno()] * len(starts), starts))
     except OSError as error:
         raise DgqError(f"{file}: cannot be read ({error.strerror})") from None

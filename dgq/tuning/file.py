@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .layout import Layout, integer_layers
 
 KEY = "dgq_tuned"  # of the file's metadata
 FORMAT_VERSION = 1
+CHECKSUM = "checksum"  # of the whole file, in its description
 MAX_EXPERTS = 64
 
 
@@ -82,14 +84,14 @@ class Description:
     options: dict[str, Any] = field(default_factory=dict)
     dgq_version: str = __version__
 
-    def to_json(self) -> str:
-        """The metadata's text."""
-        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, sort_keys=True)
+    def to_json(self, **more: str) -> str:
+        """The metadata's text, with more fields where they are given."""
+        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self), **more}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Description:
-        """Inverse of `to_json`. Raises DgqError: it is none, or of another version; a field is missing, unknown or out
-        of range."""
+        """Inverse of `to_json`, the checksum left out. Raises DgqError: it is none, or of another version; a field is
+        missing, unknown or out of range."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -105,11 +107,12 @@ class Description:
             **data, "base": strict(Base, data.get("base", {})),
             "subjects": [strict(Subject, one) for one in data["subjects"]],
         }  # fmt: skip
-        plain = {name: value for name, value in data.items() if name not in ("base", "subjects", "options")}
+        others = ("base", "subjects", "options", CHECKSUM)
+        plain = {name: value for name, value in data.items() if name not in others}
         checked = strict(_Plain, plain)
         if not 1 <= checked.experts <= MAX_EXPERTS or not 1 <= checked.timesteps <= 10**5 or checked.steps < 0:
             raise DgqError(f"{checked.experts} experts of {checked.timesteps} timesteps are out of range")
-        return cls(**data)
+        return cls(**{name: value for name, value in data.items() if name != CHECKSUM})
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,14 @@ def content_hash(unet: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _checksum(about: Description, parts: dict[str, Tensor]) -> str:
+    """CRC-32 in hexadecimal of the description's text and the tensors, by name."""
+    value = zlib.crc32(about.to_json().encode())
+    for name in sorted(parts):
+        value = zlib.crc32(parts[name].contiguous().numpy().tobytes(), zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
+
+
 def write(file: Path, tuned: Tuned, layout: Layout) -> None:
     """Write a file, whole or not at all; the changes are stored in float16.
 
@@ -156,11 +167,13 @@ def write(file: Path, tuned: Tuned, layout: Layout) -> None:
         DgqError: it cannot be written.
     """
     parts = {name: part.half().contiguous() for name, part in layout.split(tuned.vectors.cpu()).items()}
+    text = tuned.about.to_json(checksum=_checksum(tuned.about, parts))
     with atomic_file(file) as handle:  # one key: safetensors writes several in an order that changes from file to file
-        save_tensors(parts, Path(handle.name), {KEY: tuned.about.to_json()})
+        save_tensors(parts, Path(handle.name), {KEY: text})
 
 
-def _open(file: Path) -> tuple[Description, dict[str, Tensor]]:
+def _open(file: Path) -> tuple[Description, dict[str, Tensor], Any]:
+    """The description, the tensors and the stored checksum, None where there is none."""
     check_regular(file)
     try:
         with safe_open(str(file), framework="pt") as handle:
@@ -173,9 +186,10 @@ def _open(file: Path) -> tuple[Description, dict[str, Tensor]]:
     if KEY not in metadata:
         raise DgqError(f"{file}: holds no tuned scales", "dgq tune makes such files; a LoRA is loaded by diffusers")
     try:
-        return Description.from_json(metadata[KEY]), tensors
+        about = Description.from_json(metadata[KEY])
     except DgqError as error:
         raise DgqError(f"{file}: {error.message}", error.hint) from None
+    return about, tensors, json.loads(metadata[KEY]).get(CHECKSUM)
 
 
 def describe(file: Path) -> tuple[Description, dict[str, tuple[int, ...]]]:
@@ -184,9 +198,10 @@ def describe(file: Path) -> tuple[Description, dict[str, tuple[int, ...]]]:
     Raises:
         DgqError: it cannot be read, holds no tuned scales, or is damaged.
     """
-    about, tensors = _open(file)
+    about, tensors, checksum = _open(file)
     for name, tensor in tensors.items():
         _check(file, name, tensor, about.experts)
+    _verify(file, about, tensors, checksum)
     return about, {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -197,6 +212,11 @@ def _check(file: Path, name: str, tensor: Tensor, experts: int) -> None:
         )
     if not finite(tensor):
         raise DgqError(f"{file}: tensor {name!r} holds values that are not finite", "it is damaged: copy it again")
+
+
+def _verify(file: Path, about: Description, tensors: dict[str, Tensor], checksum: Any) -> None:
+    if checksum is not None and checksum != _checksum(about, tensors):
+        raise DgqError(f"{file}: is not as it was written: another checksum", "it is damaged: copy it again")
 
 
 def read(file: Path, unet: nn.Module, content: str | None = None) -> Tuned:
@@ -211,7 +231,7 @@ def read(file: Path, unet: nn.Module, content: str | None = None) -> Tuned:
         DgqError: it cannot be read or is damaged; it was tuned on another checkpoint; a tensor is missing, unknown or
             of another shape.
     """
-    about, tensors = _open(file)
+    about, tensors, checksum = _open(file)
     content = content_hash(unet) if content is None else content
     if about.base.content != content:
         raise DgqError(
@@ -227,4 +247,5 @@ def read(file: Path, unet: nn.Module, content: str | None = None) -> Tuned:
         _check(file, name, tensor, about.experts)
         if tensor.shape[1] != layout.parts[name]:
             raise DgqError(f"{file}: tensor {name!r} has {tensor.shape[1]} values, expected {layout.parts[name]}")
+    _verify(file, about, tensors, checksum)
     return Tuned(about, torch.cat([tensors[name].float() for name in layout.parts], dim=1))
