@@ -133,6 +133,8 @@ def test_one_product_per_step(shape, splits):
     *sizes, stride = shape
     config = Config(32, 64, 32, 4, 1, True)
     check_int8(inputs(*sizes), stride, [sizes[1]], config=config, splits=splits, residual=True)
+    config = Config(32, 64, 64, 4, 1, True)
+    check_int4(inputs(*sizes), stride, 64 if sizes[1] % 16 else 32, config=config, splits=splits, residual=True)
 
 
 @pytest.mark.parametrize("value", [0, 255])

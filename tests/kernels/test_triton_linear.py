@@ -226,11 +226,10 @@ def test_split_int4_reductions_are_exact(group):
     check_int4(6, 431, 42, group, config=Config(32, 32, 32, 4, 1), splits=8, extreme=-8)
 
 
-WHOLE = Config(32, 32, 32, 4, 1, True)
-
-
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("config", [WHOLE, Config(64, 32, 128, 4, 1, True), Config(16, 64, 64, 4, 1, True, 3)])
+@pytest.mark.parametrize(
+    "config", [Config(32, 32, 32, 4, 1, True), Config(64, 32, 128, 4, 1, True), Config(16, 64, 64, 4, 1, True, 3)]
+)
 def test_one_product_per_step(config, splits):
     """Ends of rows, of channels and of the reduction inside a tile, the epilogue's halves of a tile past the end."""
     for m, k, n in ((6, 42, 123), (70, 431, 6), (33, 320, 130), (1, 512, 1)):
@@ -239,6 +238,17 @@ def test_one_product_per_step(config, splits):
     check_int8(6, 431, 42, [431], config=config, splits=splits, residual=residual)
     for m, k, n in ((6, 42, 2), (42, 131, 122), (40, 320, 66)):
         check_int8(m, k, n, [k], config=config, splits=splits, gated=True)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("group", packing.GROUP_SIZES)
+def test_one_int4_product_per_step(group, splits):
+    """Weights in the order of K, and sub-scales of the next step past the end."""
+    for config in (Config(32, 32, 64, 4, 1, True), Config(16, 64, 128, 4, 1, True)):
+        for m, k, n in ((6, 42, 123), (40, 500, 70), (1, 512, 1)):
+            check_int4(m, k, n, group, config=config, splits=splits)
+        check_int4(6, 431, 42, group, config=config, splits=splits, extreme=-8)
+        check_int4(42, 131, 122, group, config=config, splits=splits, gated=True)
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -19,6 +19,7 @@ from ..linear.triton import (
     class_range,
     class_steps,
     finish,
+    in_order,
     load_pairs,
     run_product,
     signed,
@@ -185,7 +186,7 @@ def conv2d_int4_kernel(
     CHANNELS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """As `conv2d_int8_kernel`, the weight as `linear_int4_kernel` takes it, over K = (tap row, tap column, channel)."""
     SEGMENT: tl.constexpr = KERNEL_SIZE * CHANNELS
@@ -197,13 +198,18 @@ def conv2d_int4_kernel(
     byte = tl.arange(0, HALF)
     low_lane = byte // (GROUP // 2) * GROUP + byte % (GROUP // 2)
     high_lane = low_lane + GROUP // 2
-    x_tile = codes_ptr + window_offsets(row, rows, out_height, out_width, height, width, STRIDE, CHANNELS)[None, :]
+    lane = tl.arange(0, 2 * HALF)
+    x_tile = codes_ptr + window_offsets(row, rows, out_height, out_width, height, width, STRIDE, CHANNELS)
+    x_tile = x_tile[:, None] if WHOLE else x_tile[None, :]
     last = tl.minimum(channel, channels - 1)[:, None].to(tl.int64)
     w_tile = packed_ptr + last * packed_row + byte[None, :]
     group = tl.arange(0, GROUPS)
     m_tile = subscale_ptr + last * subscale_row + (group // 2)[None, :]
     jump = (width - KERNEL_SIZE) * CHANNELS
-    accumulator = tl.zeros((BLOCK_CHANNELS, BLOCK_ROWS), tl.int32)
+    if WHOLE:
+        accumulator = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.int32)
+    else:
+        accumulator = tl.zeros((BLOCK_CHANNELS, BLOCK_ROWS), tl.int32)
     low_byte, high_byte = split_range(packed_row, HALF, SPLIT)
     pair = load_pairs(m_tile, low_byte, group, subscale_row, GROUP)
     for first in range(low_byte, high_byte, HALF):
@@ -211,22 +217,29 @@ def conv2d_int4_kernel(
         packed = tl.load(w_tile + first, mask=(first + byte < packed_row)[None, :], other=0)
         m, offset = subscales(pair, group % 2, BLOCK_CHANNELS, GROUPS, GROUP)
         low, high = unpack_two_level(packed, m, offset, ASSEMBLY)
-        low_k = 2 * first + low_lane
-        high_k = 2 * first + high_lane
-        low_at = tap_offsets(low_k, 2 * first, jump, SEGMENT, 2 * HALF, CHANNELS, 16)[:, None]
-        if CHANNELS % GROUP == 0:  # a group does not cross the end of a row
-            high_at = low_at + GROUP // 2
+        if WHOLE:
+            x = _load_codes(x_tile, 2 * first, lane, jump, SEGMENT, REDUCTION, 2 * HALF, 2 * HALF, CHANNELS)
+            w = in_order(low, high, BLOCK_CHANNELS, GROUPS, GROUP)
+            accumulator = tl.dot(signed(x, ASSEMBLY), w.T, accumulator, out_dtype=tl.int32)
         else:
-            high_at = tap_offsets(high_k, 2 * first, jump, SEGMENT, 2 * HALF, CHANNELS, 16)[:, None]
-        x_low = signed(tl.load(x_tile + low_at, mask=(low_k < REDUCTION)[:, None], other=0), ASSEMBLY)
-        x_high = signed(tl.load(x_tile + high_at, mask=(high_k < REDUCTION)[:, None], other=0), ASSEMBLY)
-        accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
-        accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
+            low_k = 2 * first + low_lane
+            high_k = 2 * first + high_lane
+            low_at = tap_offsets(low_k, 2 * first, jump, SEGMENT, 2 * HALF, CHANNELS, 16)[:, None]
+            if CHANNELS % GROUP == 0:  # a group does not cross the end of a row
+                high_at = low_at + GROUP // 2
+            else:
+                high_at = tap_offsets(high_k, 2 * first, jump, SEGMENT, 2 * HALF, CHANNELS, 16)[:, None]
+            x_low = signed(tl.load(x_tile + low_at, mask=(low_k < REDUCTION)[:, None], other=0), ASSEMBLY)
+            x_high = signed(tl.load(x_tile + high_at, mask=(high_k < REDUCTION)[:, None], other=0), ASSEMBLY)
+            accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
+            accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
         pair = next_pair
+    if not WHOLE:
+        accumulator = accumulator.T
     finish(
-        accumulator.T, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
+        accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
         partial_ptr, row, row // (out_height * out_width), channel_block * BLOCK_CHANNELS, rows, channels, HAS_BIAS,
-        HAS_RESIDUAL, False, SPLIT, 1,
+        HAS_RESIDUAL, False, SPLIT, 2 if WHOLE else 1,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ class Config(NamedTuple):
         rows, channels: of the output.
         half: of the reduction's length in a step.
         warps, stages: as Triton takes them.
-        whole: a step is one product, otherwise two of `half`. Only without shift classes.
+        whole: a step is one product, otherwise two of `half`. Not with shift classes.
         resident: programs that are to share a multiprocessor, which bounds their `registers`; 0 leaves it to the
             compiler.
     """
@@ -69,8 +69,8 @@ class Machine(NamedTuple):
 
 # Kind of product -> major compute capability -> tiles, the largest first. Chosen by the compile table
 # (../aot.csv): fewest instructions per product, no spill under any release; 8.6, 8.9 and 12.0 have 99 KiB of
-# shared memory. "shifted" has shift classes; "int4" serves both sizes of groups. int8 on 9.0: the fastest of fifteen
-# tiles that an H100 was given, each on some shape of real models.
+# shared memory. "shifted" has shift classes; "int4" serves both sizes of groups. int8 on 9.0: of fifteen tiles that an
+# H100 was given, those that are fastest for some shape of real models.
 TILES: dict[str, dict[int, tuple[Config, ...]]] = {
     "int8": {
         8: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 2)),
@@ -93,10 +93,10 @@ TILES: dict[str, dict[int, tuple[Config, ...]]] = {
     "int4": {  # tall: a weight that was unpacked once serves many rows
         8: (Config(256, 64, 64, 8, 3), Config(128, 64, 64, 8, 2), Config(64, 64, 32, 4, 4)),
         9: (
-            Config(128, 128, 64, 8, 3, False, 1),
-            Config(128, 64, 64, 4, 3, False, 3),
-            Config(64, 64, 64, 4, 4, False, 4),
-            Config(32, 64, 64, 4, 4, False, 4),
+            Config(128, 128, 64, 8, 3, True, 1),
+            Config(128, 64, 64, 4, 3, True, 2),
+            Config(64, 64, 64, 4, 4, True, 4),
+            Config(64, 32, 64, 4, 4, True, 4),
         ),
         10: (Config(256, 64, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 32, 4, 4)),
         12: (Config(256, 64, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 32, 4, 4)),
@@ -120,16 +120,16 @@ _TILE_CLOCKS = 1500
 _LAUNCH_CLOCKS = 1500
 # Figures of `_resident_clocks`, fitted to 80 times of int8 products on an H100 (they are in
 # tests/kernels/test_triton_tiles.py; the error's root mean square is 6%): clocks of a launch with the start and the end
-# of a tile; clocks beyond products and bytes, for each product to int32 is waited for; bytes per clock that a
-# multiprocessor moves; how many times a code, which passes through registers, and a weight count among them, and a
-# weight's bytes; bytes per clock and multiprocessor from L2 when all of them ask, and to the output. A further launch:
-# 2.5 us from the end of one small kernel to that of the next, measured in a CUDA graph. What int4 counts is an
-# estimate: codes go back to shared memory, weights are unpacked.
+# of a tile; clocks of a step beyond products and bytes, as a product to int32 is waited for; bytes per clock that a
+# multiprocessor moves; how many times a code, which passes through registers, counts among them, and a weight; bytes
+# per clock and multiprocessor from L2 when all of them ask, and to the output. A further launch: 2.5 us from the end of
+# one small kernel to that of the next, measured in a CUDA graph. What an int4 weight counts is an estimate: it is read,
+# unpacked and written again.
 _START_CLOCKS = 4200
 _STEP_CLOCKS = 130
 _STEP_BYTES = 144
-_INT8_COUNTS = (2.5, 1.0, 1.0)
-_INT4_COUNTS = (4.0, 2.5, 0.5)
+_CODE_COUNTS = 2.5
+_WEIGHT_COUNTS = {"int8": 1.0, "int4": 3.5}
 _FETCHED_BYTES = 40
 _STORED_BYTES = 11.4
 _FURTHER_LAUNCH_CLOCKS = 5000
@@ -183,9 +183,7 @@ def clocks(tiling: Tiling, kind: str, rows: int, channels: int, reduction: int, 
     return total
 
 
-def _resident_clocks(
-    tiling: Tiling, kind: str, rows: int, channels: int, reduction: int, machine: Machine
-) -> float:  # fmt: skip
+def _resident_clocks(tiling: Tiling, kind: str, rows: int, channels: int, reduction: int, machine: Machine) -> float:
     """`clocks` on 9.0, from measured times of int8 products.
 
     Three things may take most: the programs that follow each other in one place, each of which waits for its steps; the
@@ -197,15 +195,13 @@ def _resident_clocks(
     length = reduction / splits
     steps = math.ceil(length / step)
     programs = math.ceil(rows / config.rows) * math.ceil(channels / config.channels) * splits
-    code_counts, weight_counts, weight_bytes = _INT4_COUNTS if kind == "int4" else _INT8_COUNTS
-    fetched = (config.rows + config.channels * weight_bytes) * length
+    fetched = (config.rows + config.channels * (0.5 if kind == "int4" else 1.0)) * length
     stored = config.rows * config.channels * (2 if splits == 1 else 4)
     products = config.rows * config.channels * step / _MACS[9]
-    moved = (config.rows * code_counts + config.channels * weight_counts) * step / _STEP_BYTES
-    alone = _STEP_CLOCKS * (1 if config.whole else 2) + products + moved
+    moved = (config.rows * _CODE_COUNTS + config.channels * _WEIGHT_COUNTS[kind]) * step / _STEP_BYTES
     waves = math.ceil(programs / (multiprocessors * config.resident))
     most = math.ceil(programs / multiprocessors)
-    waiting = waves * (_START_CLOCKS + steps * alone + stored / _STORED_BYTES)
+    waiting = waves * (_START_CLOCKS + steps * (_STEP_CLOCKS + products + moved) + stored / _STORED_BYTES)
     working = _START_CLOCKS + most * (steps * max(products, moved) + stored / _STORED_BYTES)
     moving = _START_CLOCKS + programs / multiprocessors * (fetched / _FETCHED_BYTES + stored / _STORED_BYTES)
     total = (waiting**4 + working**4 + moving**4) ** 0.25  # a maximum, but neither hides the next one wholly

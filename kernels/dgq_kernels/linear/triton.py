@@ -400,18 +400,32 @@ def subscales(pair, odd, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl
 
 
 @triton.jit
+def in_order(low, high, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """The weights (CHANNELS, GROUPS * GROUP) in the order of K, from the nibbles (CHANNELS, half of it) of a step.
+
+    No thread needs another one's: the halves of a group are at least as long as what a thread loads at once.
+    """
+    low = low.reshape(CHANNELS, GROUPS, GROUP // 2)
+    high = high.reshape(CHANNELS, GROUPS, GROUP // 2)
+    return tl.join(low, high).permute(0, 1, 3, 2).reshape(CHANNELS, GROUPS * GROUP)
+
+
+@triton.jit
 def linear_int4_kernel(
     codes_ptr, scale_ptr, zero_point_ptr, packed_ptr, subscale_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr,
     residual_ptr, out_ptr, rows, channels, reduction, packed_row, subscale_row, partial_ptr,
     GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
     SPLIT: tl.constexpr, ASSEMBLY: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """codes (rows, reduction); packed (channels, packed_row), subscale (channels, subscale_row); all contiguous.
 
     A step covers HALF bytes, 2 * HALF weights in GROUPS whole groups: one product takes the low nibbles of all its
     groups, one the high ones, and the codes are loaded with the gaps that this order needs. Weights are the left
     operand: unpacked, they stay in registers.
+
+    WHOLE: one product of codes and weights in their own order, for 9.0. There the right operand lies in shared memory
+    in any case, so it is the weights, which must be written anyway, and codes go no further than registers.
     """
     GROUPS: tl.constexpr = 2 * HALF // GROUP
     row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
@@ -420,12 +434,17 @@ def linear_int4_kernel(
     byte = tl.arange(0, HALF)
     low_lane = byte // (GROUP // 2) * GROUP + byte % (GROUP // 2)
     high_lane = low_lane + GROUP // 2
-    x_tile = codes_ptr + tl.minimum(row, rows - 1)[None, :].to(tl.int64) * reduction
+    lane = tl.arange(0, 2 * HALF)
+    x_row = tl.minimum(row, rows - 1)[:, None] if WHOLE else tl.minimum(row, rows - 1)[None, :]
+    x_tile = codes_ptr + x_row.to(tl.int64) * reduction
     last = weight_row(place, channels, GATED)[:, None].to(tl.int64)
     w_tile = packed_ptr + last * packed_row + byte[None, :]
     group = tl.arange(0, GROUPS)
     m_tile = subscale_ptr + last * subscale_row + (group // 2)[None, :]
-    accumulator = tl.zeros((BLOCK_CHANNELS, BLOCK_ROWS), tl.int32)
+    if WHOLE:
+        accumulator = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.int32)
+    else:
+        accumulator = tl.zeros((BLOCK_CHANNELS, BLOCK_ROWS), tl.int32)
     low_byte, high_byte = split_range(packed_row, HALF, SPLIT)
     pair = load_pairs(m_tile, low_byte, group, subscale_row, GROUP)
     for first in range(low_byte, high_byte, HALF):
@@ -433,16 +452,25 @@ def linear_int4_kernel(
         packed = tl.load(w_tile + first, mask=(first + byte < packed_row)[None, :], other=0)
         m, offset = subscales(pair, group % 2, BLOCK_CHANNELS, GROUPS, GROUP)
         low, high = unpack_two_level(packed, m, offset, ASSEMBLY)
-        low_k = 2 * first + low_lane[:, None]
-        high_k = 2 * first + high_lane[:, None]
-        x_low = signed(tl.load(x_tile + low_k, mask=low_k < reduction, other=0), ASSEMBLY)
-        x_high = signed(tl.load(x_tile + high_k, mask=high_k < reduction, other=0), ASSEMBLY)
-        accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
-        accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
+        if WHOLE:
+            k = (2 * first + lane)[None, :]
+            x = signed(tl.load(x_tile + k, mask=k < reduction, other=0), ASSEMBLY)
+            w = in_order(low, high, BLOCK_CHANNELS, GROUPS, GROUP)
+            accumulator = tl.dot(x, w.T, accumulator, out_dtype=tl.int32)
+        else:
+            low_k = 2 * first + low_lane[:, None]
+            high_k = 2 * first + high_lane[:, None]
+            x_low = signed(tl.load(x_tile + low_k, mask=low_k < reduction, other=0), ASSEMBLY)
+            x_high = signed(tl.load(x_tile + high_k, mask=high_k < reduction, other=0), ASSEMBLY)
+            accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
+            accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
         pair = next_pair
+    if not WHOLE:
+        accumulator = accumulator.T
     finish(
-        accumulator.T, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
-        partial_ptr, row, row, channel_block * BLOCK_CHANNELS, rows, channels, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT, 1,
+        accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
+        partial_ptr, row, row, channel_block * BLOCK_CHANNELS, rows, channels, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT,
+        2 if WHOLE else 1,
     )  # fmt: skip
 
 
@@ -480,16 +508,14 @@ def run_product(
 
     def run(tiling: Tiling) -> None:
         config, splits = tiling
-        own = {"WHOLE": config.whole} if "WHOLE" in kernel.arg_names else {}
         options = {"maxnreg": config.registers} if config.resident else {}
         partial = None
         if splits > 1:
             partial = torch.empty((splits, rows, channels), dtype=torch.int32, device=out.device)
         kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(channels, config.channels), splits)](
             *arguments, partial_ptr=partial, SPLIT=splits > 1, ASSEMBLY=not triton.knobs.runtime.interpret,
-            BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, HALF=config.half,
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **flags, **constants, **own,
-            **options,
+            BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, HALF=config.half, WHOLE=config.whole,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **flags, **constants, **options,
         )  # fmt: skip
         if partial is not None:
             gated = constants.get("GATED", False)
