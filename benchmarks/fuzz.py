@@ -444,7 +444,8 @@ def judged(folder: Path, route: str, size: int, wanted: bytes) -> tuple[str, str
         pipe = load(folder, route)
     except dgq.DgqError as error:
         named = str(folder) in error.message or (route == "diffusers" and error.message.startswith("config.json: "))
-        return "refused" if named and "\n" not in error.message else "unnamed", error.message
+        line = "\n" not in error.message and len(error.message) < 1000
+        return "refused" if named and line else "unnamed", error.message[:1000]
     except Exception as error:
         return "library", f"{type(error).__name__}: {error}"[:300]
     try:

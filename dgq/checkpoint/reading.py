@@ -236,7 +236,7 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
         if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
             continue
         if not name.isascii() or not name.isidentifier():
-            raise DgqError(f"{file}: component {name!r} is not a plain folder name")
+            raise DgqError(f"{file}: component {shortened(name)} is not a plain folder name")
         if len(entry) != 2 or not all(isinstance(part, str) for part in entry) or entry[0] not in LIBRARIES:
             raise DgqError(f"{file}: component {name!r} is {shortened(entry)}, not a class of {', '.join(LIBRARIES)}")
         found[name] = (entry[0], entry[1])

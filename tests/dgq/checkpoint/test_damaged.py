@@ -313,6 +313,12 @@ def test_tensors_that_are_not_the_components(copy_of, file, base):
         refused(dgq.load, folder, str(file))
 
 
+def test_a_long_name_is_told_in_short(copy_of):
+    folder = copy_of("w4")
+    edit_json(folder / "model_index.json", lambda index: index.update({"[" * 10**5: ["diffusers", "AutoencoderKL"]}))
+    assert len(refused(dgq.load, folder, "model_index.json: component '[[")) < 500
+
+
 def test_tensors_that_old_text_encoders_hold(copy_of):
     folder = copy_of("w4")
     more = {
