@@ -75,7 +75,7 @@ TILES: dict[str, dict[int, tuple[Config, ...]]] = {
     "int8": {
         8: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 2)),
         9: (
-            Config(128, 128, 64, 8, 3, True, 2),
+            Config(128, 128, 64, 4, 3, True, 2),
             Config(128, 64, 64, 4, 3, True, 3),
             Config(64, 128, 64, 4, 4, True, 2),
             Config(64, 64, 64, 4, 5, True, 3),
