@@ -271,6 +271,8 @@ def systems(session: Session, which: Architecture) -> dict[str, tuple[torch.nn.M
 def steps(session: Session) -> None:
     """Whole UNet steps, eager and replayed from a graph, in turns; error against float32, memory, the host's time."""
     for name, which in networks(session).items():
+        if not any(text in name or name in text for text in session.only.split(",")):
+            continue
         exact = step_of(session, float_unet(session, which, torch.float32), which, torch.float32)()
         runs: dict[str, Step] = {}
         facts: dict[str, dict[str, Any]] = {}
