@@ -205,6 +205,8 @@ class Graphs:
         statics = [x.clone() for x in inputs]
         args, kwargs = unflatten(call, iter(statics))
         assert self.read is not None
+        if not any(self.known.values()):  # memory that its last graph gave back is not to be had again
+            self.pool = Pool()
         entry = Entry(statics, lambda: None, None, self.read.kept())
         try:
             # what depends on the text alone is made once for all steps

@@ -4,6 +4,7 @@ it repeats what ran, on the same tensors, and knows nothing of the Python that a
 import copy
 import logging
 import pickle
+import weakref
 
 import peft
 import pytest
@@ -28,6 +29,10 @@ class Traced:
 
     def __init__(self):
         self.captured = self.replayed = self.projected = 0
+        self.graphs = {}  # pool -> what was captured in it
+
+    def __reduce__(self):
+        return Traced, ()
 
     def __call__(self, run, pool):
         forms = []
@@ -47,6 +52,10 @@ class Traced:
             for place, value in zip(written, traced(), strict=True):
                 place.copy_(value)
 
+        earlier = self.graphs.setdefault(pool, [])
+        if earlier and not any(graph() for graph in earlier):
+            raise RuntimeError("torch takes no pool again whose graphs are all gone")
+        earlier.append(weakref.ref(replay))
         return replay, pytree.tree_unflatten(written, forms[0]) if written else None
 
 
