@@ -95,7 +95,9 @@ def test_calibrate_compares_on_the_device(made):
     assert made.header.calibration["fidelity"]["latent_sqnr_db"] > (0 if made.header.table else 10)
     if made.header.table is None:
         product = "int4" if made.header.recipe.wbits == 4 else "int8"
-        assert {f"linear_{product}", "quantize_samples", "log_attention"} <= operators(made.ran, SECOND)
+        ran = operators(made.ran, SECOND)
+        assert {f"linear_{product}", "quantize_samples"} <= ran
+        assert "log_attention" not in ran  # torch's is the faster one there
 
 
 def test_a_loaded_model_runs_on_its_device(made, monkeypatch):

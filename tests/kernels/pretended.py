@@ -10,6 +10,7 @@ minutes.
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from dgq.integer.plan import plan_layers
 from dgq.integer.shared_input import prepare_all
 from dgq_kernels import packing
 
+log_attention = importlib.import_module("dgq_kernels.log_attention")  # the package has the operator by that name
 LAUNCHES: list[tuple[str, int]] = []
 
 
@@ -205,7 +207,8 @@ def step(name, dtypes=(torch.float16,)):
         prepare_all(unet.to_empty(device="cpu").requires_grad_(False).to(dtype), torch.device("cpu"))
         call = architectures.call(unet, which.batch, torch.device("cpu"), tokens=which.tokens)
         call = {key: worker.cast(value, dtype, torch.device("cpu")) for key, value in call.items()}
-        attempt(f"{name} W{wbits}A8", functools.partial(unet, **call))
+        for log_attention.FORCED in (False, True):
+            attempt(f"{name} W{wbits}A8", functools.partial(unet, **call))
 
 
 def main(parts):

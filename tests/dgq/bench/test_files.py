@@ -17,6 +17,7 @@ from dgq.checkpoint.reading import read_header
 from dgq.checkpoint.writing import WEIGHTS_NAME
 from dgq.errors import DgqError
 from dgq.integer.attention import LogAttnProcessor
+from dgq.integer.channels import to_matrix
 from dgq.integer.layer import IntegerLayer
 from dgq.replay import take_apart
 
@@ -118,7 +119,7 @@ def test_a_quantized_model_holds_the_float_models_weights(float_model: Path, tmp
     for name, layer in layers.items():
         owner = source.get_submodule(layer.plan.owner(name))
         weight = owner.weight[:, slice(*layer.plan.columns)] if layer.plan.columns else owner.weight
-        matrix = files.to_matrix(weight)
+        matrix = to_matrix(weight)
         stored = layer.natural_weight * layer.weight_scale[:, None]
         assert float((stored - matrix).norm() / matrix.norm()) < (0.01 if wbits == 8 else 0.2), name
         assert not layer.plan.bias or torch.equal(layer.bias, owner.bias)
