@@ -33,6 +33,8 @@ def lead(session: Session, stages: list[str], seconds: float) -> None:
     """Run the stages one after the other and end with a short table."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    if session.cache:
+        environment["TRITON_CACHE_DIR"] = session.cache
     if session.kind == "cpu":
         environment |= {"TRITON_INTERPRET": "1", "DGQ_BACKEND": "triton"}
     end = time.monotonic() + seconds
@@ -87,6 +89,9 @@ def main() -> None:
         "--only", default="", help="networks whose label holds one of these, as in 'sd-v1.4 W8A8,embedded'"
     )
     parser.add_argument("--checkpoints", default="", help="folder of checkpoints for the stage `model`")
+    parser.add_argument(
+        "--cache", default="", help="folder of Triton's cache, whose keys any build of the same release finds"
+    )
     parser.add_argument("--run", choices=[*LIMITS, *PARTS], help=argparse.SUPPRESS)
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -95,10 +100,15 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     # what runs on a pretended device runs on the CPU
     kind = "pretend" if options.run == "shard" and options.device == "cuda" else options.device
-    session = Session(options.out.resolve(), kind, options.shard, options.only, options.checkpoints)
+    session = Session(options.out.resolve(), kind, options.shard, options.only, options.checkpoints, options.cache)
     if not options.run:
         lead(session, options.stages, options.seconds)
         return
+    if options.cache:
+        import triton
+        from triton.runtime import cache
+
+        cache.triton_key = lambda: triton.__version__
     import stages
     import torch
 

@@ -26,6 +26,7 @@ class Session:
         shard: "i/n", the part of the kernels that a process of the stage `compile` takes.
         only: texts with commas between, one of which the labels of the networks hold that the stages look at.
         checkpoints: folder of checkpoints of the embedded model that the stage `model` draws with; "": it makes some.
+        cache: folder of Triton's cache; "": its own choice.
     """
 
     out: Path
@@ -33,6 +34,7 @@ class Session:
     shard: str = "0/1"
     only: str = ""
     checkpoints: str = ""
+    cache: str = ""
 
     def wants(self, label: str) -> bool:
         """Whether `only` names a network."""
@@ -72,7 +74,7 @@ class Session:
         """The command line of a process that runs one stage of this report."""
         script = Path(__file__).with_name("report.py").resolve()
         where = ["--out", str(self.out), "--device", self.kind, "--only", self.only]
-        where += ["--checkpoints", self.checkpoints]
+        where += ["--checkpoints", self.checkpoints, "--cache", self.cache]
         return [sys.executable, str(script), "--run", stage, *where, *more]
 
     def timed(self, run: Callable[[], Any]) -> float:

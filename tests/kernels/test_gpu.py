@@ -42,7 +42,16 @@ def test_the_report_runs_on_a_pretended_device(tmp_path):
     script = SCRIPT.with_name("report.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("TRITON_INTERPRET", None)
-    where = ["--out", str(tmp_path), "--device", "pretend", "--only", "embedded W8A8"]
+    where = [
+        "--out",
+        str(tmp_path),
+        "--device",
+        "pretend",
+        "--only",
+        "embedded W8A8",
+        "--cache",
+        str(tmp_path / "kernels"),
+    ]
     run = subprocess.run(
         [sys.executable, str(script), "--run", "shard", "--shard", "99999/100000", *where],
         env=environment, capture_output=True, text=True,
