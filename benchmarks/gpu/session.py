@@ -89,18 +89,18 @@ class Session:
             return run
         import torch
 
+        from dgq.graphs import Pool, capture
+
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run()
             run()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = run()
+        again, kept = capture(run, Pool())
 
         def replay() -> Any:
-            graph.replay()
+            again()
             return kept
 
         return replay

@@ -271,7 +271,7 @@ def systems(session: Session, which: Architecture) -> dict[str, tuple[torch.nn.M
 def steps(session: Session) -> None:
     """Whole UNet steps, eager and replayed from a graph, in turns; error against float32, memory, the host's time."""
     for name, which in networks(session).items():
-        if not any(text in name or name in text for text in session.only.split(",")):
+        if not any(session.wants(f"{name} {label(*recipe)}") for recipe in RECIPES):
             continue
         exact = step_of(session, float_unet(session, which, torch.float32), which, torch.float32)()
         runs: dict[str, Step] = {}
@@ -294,8 +294,7 @@ def steps(session: Session) -> None:
                 runs[f"{system} graph"] = session.graphed(step)
                 if "attention" not in system:  # which graphs do not know as what they depend on
                     loaded = runs[f"{system} loaded"] = through_graphs(unet, step)
-                    begun = time.perf_counter()
-                    for _ in range(3):
+                    for _ in range(3):  # as it is, captured, replayed
                         begun = time.perf_counter()
                         loaded()
                     facts[system]["loaded_host_ms"] = 1000 * (time.perf_counter() - begun)

@@ -146,6 +146,7 @@ def timer(run: Callable[[], object], device: torch.device) -> Callable[[], float
     the host, with operands as warm as the caches keep them."""
     if device.type != "cuda":
         return functools.partial(timed, run, device)
+    run()  # what is compiled or packed at a first call cannot be captured
     with torch.cuda.device(device):
         replay, _ = capture(lambda: [run() for _ in range(GRAPH_CALLS)], Pool())
     return lambda: timed(replay, device) / GRAPH_CALLS
