@@ -82,7 +82,7 @@ class StageProgress:
             TextColumn("{task.fields[detail]}", style="dim", markup=False), console=err,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
-        self._started: dict[str, float] = {}
+        self._runs: dict[str, tuple[float, int, int]] = {}  # when a stage began, at which part, and where it is
         self._last = 0.0
 
     def __enter__(self) -> StageProgress:
@@ -97,13 +97,21 @@ class StageProgress:
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
         title = self._titles.get(stage, stage)
         now = time.monotonic()
-        started = self._started.setdefault(stage, now)
+        started, first, before = self._runs.get(stage, (now, done, 0))
+        again = done < before  # another pass over the same calls
+        if again:
+            started, first = now, done
+        self._runs[stage] = started, first, done
         if not err.is_terminal:
             if now - self._last > self.QUIET_SECONDS or done == total:
                 self._last = now
-                left = (now - started) / max(done - 1, 1) * (total - done)
-                err.print(f"{title} {done}/{total}, about {duration(left)} left  {detail}".rstrip(), soft_wrap=True)
+                left = ""
+                if done > first:
+                    left = f", about {duration((now - started) / (done - first) * (total - done))} left"
+                err.print(f"{title} {done}/{total}{left}  {detail}".rstrip(), soft_wrap=True)
             return
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(title, total=total, detail="")
+        elif again:
+            self._bars.reset(self._tasks[stage], total=total)
         self._bars.update(self._tasks[stage], completed=done, total=total, detail=detail[:60])
