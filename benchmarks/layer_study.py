@@ -175,15 +175,14 @@ ACTIVATIONS: dict[str, Format] = {
 class ChannelGrid:
     """Plain int4, one step per output channel: absmax, or found by the range search."""
 
+    low, high = -8, 7
+
     def __init__(self, weight: Tensor, importance: Tensor, search: bool) -> None:
         self.group = weight.shape[1]
         self.scale = search_symmetric(weight, 7, -8, importance) if search else weight.abs().amax(1) / 7.5
 
     def start_group(self, columns: Tensor, importance: Tensor) -> Tensor:
         return self.scale
-
-    def round(self, columns: Tensor, step: Tensor) -> Tensor:
-        return (columns / step.view(-1, *[1] * (columns.dim() - 1))).round().clamp(-8, 7)
 
     def result(self, codes: Tensor) -> IntegerWeight:
         return IntegerWeight(codes.to(torch.int8), self.scale)

@@ -157,16 +157,12 @@ class GroupGrid:
     group = 32
 
     def __init__(self, bits: int) -> None:
-        self.high = 2 ** (bits - 1) - 1
+        self.low, self.high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         self.steps: list[Tensor] = []
 
     def start_group(self, columns: Tensor, importance: Tensor) -> Tensor:
-        self.steps.append(search_symmetric(columns, self.high, -self.high - 1, importance))
+        self.steps.append(search_symmetric(columns, self.high, self.low, importance))
         return self.steps[-1]
-
-    def round(self, columns: Tensor, step: Tensor) -> Tensor:
-        step = step.view(-1, *[1] * (columns.dim() - 1))
-        return (columns / step).round().clamp(-self.high - 1, self.high)
 
     def result(self, codes: Tensor) -> IntegerWeight:
         return IntegerWeight(codes.to(torch.int8), torch.ones(len(codes)))

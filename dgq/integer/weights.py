@@ -13,14 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dgq_kernels.weight_rounding import round_columns, search_subscales
+
 from ..errors import DgqError
 from ..range_search import search_symmetric
 
 SUBSCALE_MAX = 15
-
-
-# Elements of the temporary that tries all sub-scales at once: it stays in the cache.
-SEARCH_ELEMENTS = 2**19
 
 
 # Columns that GPTQ rounds before it tells all others.
@@ -70,15 +68,14 @@ class Rounding(Protocol):
 
 
 class Grid(Protocol):
-    """The values a weight may take, fixed group by group along K."""
+    """The values a weight may take, fixed group by group along K: multiples of a step by the integers low..high."""
 
     group: int
+    low: int
+    high: int
 
     def start_group(self, columns: Tensor, importance: Tensor) -> Tensor:
         """Fix the grid of the next `group` columns (N, g) and return its step, float32 (N,)."""
-
-    def round(self, columns: Tensor, step: Tensor) -> Tensor:
-        """Codes (float) of columns (N, ...) on a grid of this step (broadcast over the rest)."""
 
     def result(self, codes: Tensor) -> IntegerWeight:
         """The finished weight from all codes (N, K)."""
@@ -92,16 +89,14 @@ class Int8Grid:
         importance: float32 (K,), mean square of the inputs, or ones.
     """
 
+    low, high = -127, 127
+
     def __init__(self, weight: Tensor, importance: Tensor) -> None:
         self.group = weight.shape[1]
         self.scale = search_symmetric(weight, 127, -127, importance)
 
     def start_group(self, columns: Tensor, importance: Tensor) -> Tensor:
         return self.scale
-
-    def round(self, columns: Tensor, step: Tensor) -> Tensor:
-        step = step.view(-1, *[1] * (columns.dim() - 1))
-        return (columns / step).round().clamp(-127, 127)
 
     def result(self, codes: Tensor) -> IntegerWeight:
         return IntegerWeight(codes.to(torch.int8), self.scale)
@@ -119,6 +114,8 @@ class TwoLevelGrid:
         importance: float32 (K,), weights of the squared error.
     """
 
+    low, high = -8, 7
+
     def __init__(self, weight: Tensor, group: int, importance: Tensor) -> None:
         self.group = group
         n, k = weight.shape
@@ -129,35 +126,16 @@ class TwoLevelGrid:
         self.scale = widest / (8 * SUBSCALE_MAX)
         for factor in (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.58):
             scale = factor * widest / (7.5 * SUBSCALE_MAX)
-            error = self._search(padded, importance, scale)[1].sum(1)
+            error = search_subscales(padded, importance, scale)[1].sum(1)
             better = error < best
             best = torch.where(better, error, best)
             self.scale = torch.where(better, scale, self.scale)
         self._subscales: list[Tensor] = []
 
-    @staticmethod
-    def _search(groups: Tensor, importance: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The best sub-scales of groups (N, G, g) weighted by importance (G, g), and their squared errors (N, G)."""
-        candidates = torch.arange(1, SUBSCALE_MAX + 1, device=groups.device, dtype=torch.float32)
-        best, errors = [], []
-        rows = max(1, SEARCH_ELEMENTS // (groups[0].numel() * SUBSCALE_MAX))
-        for part, part_scale in zip(groups.split(rows), scale.split(rows), strict=True):
-            steps = (part_scale[:, None] * candidates)[:, None, :, None]
-            values = part[:, :, None, :]
-            error = (values / steps).round_().clamp_(-8, 7).mul_(steps).sub_(values).square_()
-            least, index = (error * importance[:, None, :]).sum(-1).min(-1)
-            best.append(candidates[index])
-            errors.append(least)
-        return torch.cat(best), torch.cat(errors)
-
     def start_group(self, columns: Tensor, importance: Tensor) -> Tensor:
-        m = self._search(columns[:, None], importance[None], self.scale)[0][:, 0]
-        self._subscales.append(m.to(torch.uint8))
+        m = search_subscales(columns[:, None], importance[None], self.scale)[0][:, 0]
+        self._subscales.append(m)
         return self.scale * m
-
-    def round(self, columns: Tensor, step: Tensor) -> Tensor:
-        step = step.view(-1, *[1] * (columns.dim() - 1))
-        return (columns / step).round().clamp(-8, 7)
 
     def result(self, codes: Tensor) -> IntegerWeight:
         return IntegerWeight(codes.to(torch.int8), self.scale, torch.stack(self._subscales, 1), self.group)
@@ -171,7 +149,7 @@ def nearest(importance: Tensor) -> Rounding:
         for start in range(0, weight.shape[1], grid.group):
             part = slice(start, start + grid.group)
             step = grid.start_group(weight[:, part], importance[part])
-            codes[:, part] = grid.round(weight[:, part], step)
+            codes[:, part] = (weight[:, part] / step[:, None]).round_().clamp_(grid.low, grid.high)
         return grid.result(codes)
 
     return run
@@ -290,21 +268,16 @@ def _sweep(
         rows: rows of a matrix (K, K) by which a change of one column pulls at the columns after it.
         diagonal: float32 (K,), of that matrix.
         step_at: the grid's step (N,) for the block of columns that starts here; asked once a block, in order.
-        grid: whose `round` gives the codes.
+        grid: whose codes are used.
     """
     k = rounded.shape[1]
     block = min(grid.group, BLOCK)
     for start in range(0, k, block):
         end = min(start + block, k)
         step, ahead = step_at(start), rows(start, end)
-        # a column's values side by side
-        before, pull = rounded[:, start:end].t().contiguous(), slope[:, start:end].t().contiguous()
-        after = torch.empty_like(before)
-        for i in range(end - start):
-            torch.mul(grid.round(before[i] - pull[i] / diagonal[start + i], step), step, out=after[i])
-            pull[i + 1 :].addr_(ahead[i, i + 1 : end - start], after[i] - before[i])
-        rounded[:, start:end] = after.t()
-        slope[:, end:].addmm_((after - before).t(), ahead[:, end - start :])
+        part = slice(start, end)
+        change = round_columns(rounded[:, part], slope[:, part], ahead, diagonal[part], step, grid.low, grid.high)
+        slope[:, end:].addmm_(change, ahead[:, end - start :])
 
 
 def quantize_weight(weight: Tensor, bits: int, group: int, importance: Tensor, rounding: Rounding) -> IntegerWeight:

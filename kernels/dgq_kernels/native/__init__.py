@@ -1,4 +1,5 @@
-"""The CPU engine: a layer's quantization, integer product and epilogue in one call, and log attention.
+"""The CPU engine: a layer's quantization, integer product and epilogue in one call, log attention, and the inner loops
+of rounding a weight.
 
 A small C++ library (engine.cpp) called through ctypes, without torch's dispatcher: a layer of a small model costs a
 few microseconds beside its arithmetic. The instruction set (AMX, AVX512-VNNI, AVX-VNNI or AVX2; NEON's i8mm or dot
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from .build import LIBRARY
 
-ABI = 7
+ABI = 8
 ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx", "neon-dot", "neon-i8mm")
 BLOCK = 16  # output channels in a block of the packed weight
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -90,6 +91,11 @@ _SIGNATURES: dict[str, tuple[type, Sequence[type]]] = {
         (_Pointer, _Pointer, _Long, _Long, _Long, _Int, _Pointer, _Pointer, _Pointer, _Pointer, _Int),
     ),
     "dgq_attention": (_Int, (_Pointer, _Int)),
+    "dgq_round_columns": (
+        _Int,
+        (*(_Pointer, _Long) * 3, *(_Pointer,) * 3, _Long, _Long, ctypes.c_float, ctypes.c_float, _Int),
+    ),
+    "dgq_search_subscales": (_Int, (_Pointer, _Long, *(_Pointer,) * 4, *(_Long,) * 3, _Int)),
 }
 
 
@@ -570,6 +576,68 @@ def attention(
 def _other_shapes(q: Tensor, k: Tensor, v: Tensor) -> ValueError:
     shapes = [tuple(x.shape) for x in (q, k, v)]
     return ValueError(f"q (B, H, T, d) and k, v (B, H, S, d) expected, got {shapes}")
+
+
+def _matrix(name: str, tensor: Tensor, rows: int, columns: int) -> Tensor:
+    """A float32 matrix on the CPU whose rows may lie apart; ValueError where it is something else."""
+    if tensor.dtype != torch.float32 or not tensor.is_cpu or tensor.shape != (rows, columns):
+        got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name}: float32 {(rows, columns)} on the CPU expected, got {got}")
+    in_rows = tensor.stride(1) == 1 and (rows == 1 or tensor.stride(0) >= columns)
+    return tensor if in_rows else tensor.contiguous()
+
+
+def _row(matrix: Tensor) -> int:
+    """How far the rows lie apart."""
+    return max(matrix.stride(0), matrix.shape[1])
+
+
+def round_columns(
+    values: Tensor, pull: Tensor, ahead: Tensor, diagonal: Tensor, step: Tensor, low: int, high: int
+) -> Tensor:
+    """`dgq_kernels.weight_rounding.round_columns`; `values`' last axis has to be dense.
+
+    Raises:
+        ValueError: shapes or dtypes outside of what is said there; the tensors are not on the CPU.
+    """
+    rows, columns = values.shape
+    if (found := _matrix("values", values, rows, columns)) is not values:
+        raise ValueError("values: rows in one piece expected, which are rounded in place")
+    pull = _matrix("pull", pull, rows, columns)
+    ahead = _matrix("ahead", ahead[:, :columns], columns, columns)
+    diagonal = _checked("diagonal", diagonal, torch.float32, columns)
+    step = _checked("step", step, torch.float32, rows)
+    change = torch.empty(rows, columns)
+    if rows:
+        engine = _engine()
+        matrices = [part for matrix in (found, pull, ahead) for part in (matrix.data_ptr(), _row(matrix))]
+        vectors = [tensor.data_ptr() for tensor in (diagonal, step, change)]
+        code = engine.library.dgq_round_columns(*matrices, *vectors, rows, columns, low, high, torch.get_num_threads())
+        engine.check(code)
+    return change
+
+
+def search_subscales(groups: Tensor, importance: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`dgq_kernels.weight_rounding.search_subscales`.
+
+    Raises:
+        ValueError: shapes or dtypes outside of what is said there; the tensors are not on the CPU.
+    """
+    rows, count, size = groups.shape
+    if not (groups.stride(2) == 1 and groups.stride(1) == size) and count > 1:
+        groups = groups.contiguous()
+    values = _matrix("groups", groups.flatten(1), rows, count * size)
+    importance = _checked("importance", importance, torch.float32, count, size)
+    scale = _checked("scale", scale, torch.float32, rows)
+    best, error = torch.empty(rows, count, dtype=torch.uint8), torch.empty(rows, count)
+    if best.numel():
+        engine = _engine()
+        others = [tensor.data_ptr() for tensor in (importance, scale, best, error)]
+        code = engine.library.dgq_search_subscales(
+            values.data_ptr(), _row(values), *others, rows, count, size, torch.get_num_threads()
+        )
+        engine.check(code)
+    return best, error
 
 
 # The same calls as operators, which torch.compile and torch.export can trace: the packed weight and all else that a

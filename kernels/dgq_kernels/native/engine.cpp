@@ -143,7 +143,8 @@ static void nothing() {}
      ELEMENTWISE::quantize_affine, ELEMENTWISE::rotate, ELEMENTWISE::affine, ELEMENTWISE::epilogue,             \
      ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of,                                                     \
      ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head, ELEMENTWISE::prepare_query,                  \
-     ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::panel, BEGIN, END}
+     ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::panel, ELEMENTWISE::round_columns,           \
+     ELEMENTWISE::search_subscales, BEGIN, END}
 
 static const Kernels all_kernels[ISA_COUNT] = {
     DGQ_KERNELS(plain, probabilities, portable, nothing, nothing),
@@ -631,7 +632,8 @@ static void attend(const Attention& a, int threads) {
 // What a call may end in; dgq_error has the words.
 enum Error : int32_t {
     NONE, NO_MEMORY, NO_ISA, THREADS, NO_POINTER, DTYPE, LAYER_SIZES, BITS, GROUP, ORDER, UNEQUAL, NOT_LINEAR, GATE,
-    NORM, WINDOW, ROTATION, INPUT_SIZES, ATTENTION_SIZES, ATTENTION_BITS, LOGIT_SCALE, ERROR_COUNT
+    NORM, WINDOW, ROTATION, INPUT_SIZES, ATTENTION_SIZES, ATTENTION_BITS, LOGIT_SCALE, BLOCK_SIZES,
+    ERROR_COUNT
 };
 static const char* const error_texts[ERROR_COUNT] = {
     "done",
@@ -655,6 +657,7 @@ static const char* const error_texts[ERROR_COUNT] = {
     "attention needs 1 to 66311 keys (the start key apart), 1 to 32768 channels, and tensors that memory can hold",
     "codes of 2 to 8 bits expected, and 0 to 5 fractional bits of a probability's, no more than it has",
     "a positive, finite scale of the logits expected",
+    "1 to 64 columns and values of a group expected, and matrices that memory can hold",
 };
 
 struct Refused {
@@ -754,7 +757,7 @@ template <class Body> static int32_t guarded(const Body& body) {
 extern "C" {
 
 // Changes with every change of the structures or functions below.
-int32_t dgq_abi() { return 7; }
+int32_t dgq_abi() { return 8; }
 
 // The sizes of Layer, Stored, Norm and Attention, for callers that describe them once more.
 int64_t dgq_struct_bytes(int32_t which) {
@@ -868,6 +871,48 @@ int32_t dgq_attention(const dgq::Attention* attention, int32_t threads) {
         check_call(attention->dtype, threads);
         check_attention(*attention);
         attend(*attention, threads);
+    });
+}
+
+// weight_rounding/__init__.py; rows of values, pull and ahead lie values_row, pull_row and ahead_row floats apart.
+int32_t dgq_round_columns(
+    float* values, int64_t values_row, const float* pull, int64_t pull_row, const float* ahead, int64_t ahead_row,
+    const float* diagonal, const float* step, float* change, int64_t rows, int64_t columns, float low, float high,
+    int32_t threads) {
+    using namespace dgq;
+    return guarded([&] {
+        check_call(FLOAT32, threads);
+        expect(values && pull && ahead && diagonal && step && change, NO_POINTER);
+        expect(columns >= 1 && columns <= MOST_COLUMNS && values_row >= columns && pull_row >= columns, BLOCK_SIZES);
+        expect(ahead_row >= columns && fits({rows, values_row, 4}) && fits({rows, pull_row, 4}), BLOCK_SIZES);
+        expect(fits({columns, ahead_row, 4}), BLOCK_SIZES);
+        const Columns job{values, pull, ahead, diagonal, step, change, rows, columns, values_row, pull_row, ahead_row,
+                          low, high};
+        // a task is a few rows: waking the threads costs more than rounding one
+        constexpr int64_t rows_of_task = 64;
+        parallel(threads, ceil_div(rows, rows_of_task), [&](int64_t task) {
+            const int64_t end = (task + 1) * rows_of_task < rows ? (task + 1) * rows_of_task : rows;
+            for (int64_t first = task * rows_of_task; first < end; first += 16) kernels->round_columns(job, first);
+        });
+    });
+}
+
+// weight_rounding/__init__.py; rows of values lie values_row floats apart.
+int32_t dgq_search_subscales(
+    const float* values, int64_t values_row, const float* importance, const float* scale, uint8_t* best, float* error,
+    int64_t rows, int64_t groups, int64_t size, int32_t threads) {
+    using namespace dgq;
+    return guarded([&] {
+        check_call(FLOAT32, threads);
+        expect(values && importance && scale && best && error, NO_POINTER);
+        expect(size >= 1 && size <= MOST_COLUMNS && fits({groups, size, 4}), BLOCK_SIZES);
+        expect(values_row >= groups * size && fits({rows, values_row, 4}), BLOCK_SIZES);
+        const Groups job{values, importance, scale, best, error, rows, groups, size, values_row};
+        const int64_t rows_of_task = ceil_div(256, groups);
+        parallel(threads, ceil_div(rows, rows_of_task), [&](int64_t task) {
+            const int64_t end = (task + 1) * rows_of_task < rows ? (task + 1) * rows_of_task : rows;
+            for (int64_t row = task * rows_of_task; row < end; ++row) kernels->search_subscales(job, row);
+        });
     });
 }
 }  // extern "C"

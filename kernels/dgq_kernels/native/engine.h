@@ -14,6 +14,7 @@ constexpr int TILE_ROWS = 32;
 constexpr int GROUP_ROWS = 16;
 constexpr int BLOCK_COLS = 16;
 constexpr int TILE_COLS = 2 * BLOCK_COLS;
+constexpr int MOST_COLUMNS = 64, SUBSCALES = 15;
 constexpr int K_BLOCK = 64;  // bytes of K in a cache line, and in an AMX tile row
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
@@ -92,6 +93,22 @@ struct Probabilities {
     alignas(64) uint8_t bytes[256];  // of every code; those from the top code on are zero
 };
 
+// A block of columns of a weight that is rounded, and groups of weights whose sub-scales are sought
+// (weight_rounding/__init__.py).
+struct Columns {
+    float* values;  // (rows, columns), rows `values_row` apart; so are those of the others
+    const float *pull, *ahead, *diagonal, *step;
+    float* change;  // (rows, columns), contiguous
+    int64_t rows, columns, values_row, pull_row, ahead_row;
+    float low, high;
+};
+struct Groups {
+    const float *values, *importance, *scale;  // (rows, groups, size), rows `values_row` apart; (groups, size); (rows,)
+    uint8_t* best;                             // (rows, groups)
+    float* error;
+    int64_t rows, groups, size, values_row;
+};
+
 // What differs between instruction sets. Every implementation gives the same bits.
 struct Kernels {
     // Widen `range` by n values times inv_divisor (or 1 where null); to infinity where one is not finite.
@@ -150,6 +167,9 @@ struct Kernels {
         const int32_t* start, int32_t* c, ptrdiff_t ldc);
     // The sums of a panel of rows and 16 or 32 columns, in rows of 32; room for whole groups of rows.
     void (*panel)(const Rows& a, const int8_t* b, ptrdiff_t b_stride, int64_t rows, int cols, int32_t* c);
+    // Rows [first, first + 16), as far as there are some, of at most MOST_COLUMNS columns.
+    void (*round_columns)(const Columns& columns, int64_t first);
+    void (*search_subscales)(const Groups& groups, int64_t row);
     void (*thread_begin)();
     void (*thread_end)();
 };
