@@ -12,8 +12,8 @@ def cases(major: int) -> Iterator[aot_case.Case]:
     """On a major compute capability, 0 for AMD."""
     for head_dim in (40, 64, 80, 128, 160):
         width = attention.padded_width(head_dim)
-        tiles = attention.config_for(width, major)
         for start in (False, True):
+            tiles = attention.config_for(width, major, start)
             yield aot_case.case(
                 attention.log_attention_kernel, tiles,
                 {"q_ptr": "*fp16", "k_ptr": "*i8", "v_ptr": "*i8", "v_scale_ptr": "*fp32", "v_sum_ptr": "*i32",
@@ -33,7 +33,7 @@ def cases(major: int) -> Iterator[aot_case.Case]:
                  "FRACTION_BITS": 4, "TOP": 255, "QK_TOP": 127},
                 tiles.warps, tiles.stages, f"d={head_dim} self", permutes=64,
             )  # fmt: skip
-        tile = (attention.config_for(width, major).keys, width)
+        tile = (attention.config_for(width, major, True).keys, width)
         halves = {f"{name}_ptr": "*fp16" for name in ("k", "v")}
         floats = {f"{name}_ptr": "*fp32" for name in ("statistics", "v_scale", "key_step", "start_k", "start_v")}
         codes = {"k_codes_ptr": "*i8", "v_codes_ptr": "*i8", "v_sum_ptr": "*i32"}

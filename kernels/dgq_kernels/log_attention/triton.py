@@ -402,10 +402,12 @@ def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-def config_for(width: int, major: int) -> Config:
-    """Tile sizes for a padded head width and a compute capability, the largest that do not spill."""
+def config_for(width: int, major: int, start: bool) -> Config:
+    """The largest tiles that do not spill: for a padded head width, a compute capability, a start token or none."""
     if triton.knobs.runtime.interpret:
         return Config(128, 128, 4, 1)  # the interpreter's cost is per tile
+    if (width, major, start) == (64, 9, True):
+        return Config(128, 64, 8, 1)  # the start token takes registers too; two tiles of keys need no pipeline
     if (width, major) == (128, 10):
         return Config(64, 32, 8, 2)  # products arrive from tensor memory: one more copy in registers
     return {32: Config(128, 64, 8, 3), 64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2)}.get(
@@ -505,7 +507,7 @@ def log_attention(
     q = q if q.stride(3) == 1 else q.contiguous()
     batch, heads, rows, head_dim = q.shape
     width = padded_width(head_dim)
-    config = config_for(width, _major(q.device))
+    config = config_for(width, _major(q.device), start_token)
     own = quantize_keys(k, v, scale, fraction_bits, start_token, qk_bits, v_bits, config.keys)
     log_attention_kernel[(triton.cdiv(rows, config.rows), batch * heads)](
         q, own.k, own.v, own.v_scale, own.v_sum, own.key_step, own.start_k, own.start_v, out,
