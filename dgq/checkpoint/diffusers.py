@@ -22,8 +22,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import CustomDtype
+from diffusers.models.controlnets import (
+    ControlNetModel,
+    ControlNetUnionModel,
+    SparseControlNetModel,
+    UNetControlNetXSModel,
+)
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.unets import unet_2d_condition
+from diffusers.models.unets import UNetMotionModel, unet_2d_condition
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -447,8 +453,37 @@ _METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
+# Networks that are made of a UNet's float weights, and the class method that copies them.
+_COPIES: tuple[tuple[Any, str], ...] = (
+    (UNetMotionModel, "from_unet2d"),
+    (ControlNetModel, "from_unet"),
+    (ControlNetUnionModel, "from_unet"),
+    (SparseControlNetModel, "from_unet"),
+    (UNetControlNetXSModel, "from_unet"),
+)
+
+
+def _refuse_to_copy(kind: Any, name: str) -> None:
+    """Let a class method that copies a UNet's weights say so where they are packed."""
+    copies = getattr(kind, name).__func__
+
+    @functools.wraps(copies)
+    def copied(cls: Any, unet: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(module, IntegerLayer) for module in unet.modules()):
+            raise DgqError(
+                f"{cls.__name__}.{name} copies float weights, and the UNet's are packed",
+                f"give it the float UNet, or unet.dequantize(); {cls.__name__}.from_pretrained takes a DgqConfig too",
+            )
+        return copies(cls, unet, *args, **kwargs)
+
+    setattr(kind, name, classmethod(copied))
+
+
 def register() -> None:
-    """Teach diffusers the method "dgq", and that `set_default_attn_processor` may replace its attention."""
+    """Teach diffusers the method "dgq", that `set_default_attn_processor` may replace its attention, and what cannot be
+    made of a quantized UNet."""
+    for kind, name in _COPIES:
+        _refuse_to_copy(kind, name)
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = DgqQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = DgqConfig
     unets: Any = unet_2d_condition
