@@ -29,13 +29,13 @@ def vae() -> Any:
     )
 
 
-def text_encoder(projection: bool = False, tokens: int = TOKENS) -> Any:
+def text_encoder(projection: bool = False, tokens: int = TOKENS, width: int = WIDTH) -> Any:
     """CLIP's text model of one layer, with its projection to the pooled embedding or without."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=600, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=tokens, bos_token_id=598, eos_token_id=599, pad_token_id=599, projection_dim=WIDTH,
+        vocab_size=600, hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=tokens, bos_token_id=598, eos_token_id=599, pad_token_id=599, projection_dim=width,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
@@ -84,24 +84,24 @@ def stable_diffusion(
 
 
 def stable_diffusion_xl(folder: Path, scheduler: Any, **options: Any) -> Path:
-    """SDXL: two text encoders, a pooled embedding and sizes, several transformer blocks a layer."""
+    """SDXL: two text encoders of different widths, a pooled embedding and sizes, several transformer blocks a layer."""
     from diffusers import StableDiffusionXLPipeline
 
-    sizes = 8
+    sizes, second = 8, 2 * WIDTH
     xl: dict[str, Any] = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "transformer_layers_per_block": (1, 2),
         "attention_head_dim": (2, 4),
-        "cross_attention_dim": 2 * WIDTH,
+        "cross_attention_dim": WIDTH + second,
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": sizes,
-        "projection_class_embeddings_input_dim": 6 * sizes + WIDTH,
+        "projection_class_embeddings_input_dim": 6 * sizes + second,
     }
     pipe = StableDiffusionXLPipeline(
         unet=unet(**{**xl, **options}), vae=vae(), scheduler=scheduler,
-        text_encoder=text_encoder(), text_encoder_2=text_encoder(projection=True),
+        text_encoder=text_encoder(), text_encoder_2=text_encoder(projection=True, width=second),
         tokenizer=tokenizer(), tokenizer_2=tokenizer(), force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder)

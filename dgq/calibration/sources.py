@@ -17,11 +17,27 @@ from ..checkpoint.writing import COPIED_NAMES
 from ..errors import DgqError
 from ..family import network_of
 from ..outputs import atomic_folder
-from ..pictures.components import one_line
+from ..pictures.components import one_line, quiet, without_bars
 from ..pictures.pipelines import load, resolve
 from ..progress import Progress, silent
 
 SOURCES = "sources.json"  # in a folder that was made: what it was made of
+
+OTHER_KIND = "it may be of another kind of model"
+
+# What a single file calls its parts, as the original code has them.
+PARTS = {
+    "UNet": ("model.diffusion_model.",),
+    "VAE": ("first_stage_model.", "vae."),
+    "text encoder": ("cond_stage_model.", "conditioner.embedders."),
+}
+# A text encoder's tensors, the kind of model that has it, and that kind's pipelines.
+SD, XL = "Stable Diffusion 1 or 2", "SDXL"
+ENCODERS = {
+    "conditioner.embedders.1.": (XL, ("StableDiffusionXLPipeline",)),
+    "conditioner.embedders.0.": ("SDXL's refiner", ()),
+    "cond_stage_model.": (SD, ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")),
+}
 
 
 def is_single_file(model: str | None) -> bool:
@@ -29,6 +45,8 @@ def is_single_file(model: str | None) -> bool:
     return model is not None and (Path(model).is_file() or model.endswith((".safetensors", ".ckpt")))
 
 
+@without_bars()
+@quiet("transformers")
 def float_folder(
     model: str | None,
     target: Path,
@@ -51,7 +69,7 @@ def float_folder(
 
     Raises:
         DgqError: there is no such file, the configurations are not of this model, a LoRA is of another one, or
-            `target` holds something else.
+            `target` holds something else. What the tensors' names tell is told before anything is loaded.
     """
     single = is_single_file(model)
     if single and config is None:
@@ -62,6 +80,10 @@ def float_folder(
     if config is not None and not single:
         raise DgqError(f"{config}: configurations are taken for a single-file checkpoint alone", "leave out --config")
     files = [*([Path(str(model))] if single else []), *(file for file, _ in loras)]
+    if single and config is not None:
+        _check_single(files[0], config)
+    for file, _ in loras:
+        _check_lora(file)
     made_of = {
         "model": None if single else model, "config": None if config is None else str(config.resolve()),
         "files": [_digest(file) for file in files], "weights": [weight for _, weight in loras],
@@ -85,10 +107,49 @@ def float_folder(
     return target
 
 
-def _digest(file: Path) -> str:
+def _names(file: Path) -> list[str]:
+    """Names of a file's tensors."""
     check_regular(file)
     if file.suffix != ".safetensors":
         raise DgqError(f"{file}: is no safetensors file", "convert it; dgq loads no pickle")
+    return list(tensor_table(file))
+
+
+def _check_single(file: Path, config: Path) -> None:
+    """Refuse, by the names of its tensors, what is no whole checkpoint of the kind that a folder is of."""
+    names = _names(file)
+    for part, prefixes in PARTS.items():
+        if any(name.startswith(prefixes) for name in names):
+            continue
+        if any("lora" in name for name in names):
+            raise DgqError(f"{file}: is a LoRA, not a model", "name the model, and this file by --lora")
+        raise DgqError(
+            f"{file}: holds no {part} (no tensor {prefixes[0]}*)",
+            f"single files are whole checkpoints of {SD} or {XL}; other models are given as diffusers folders",
+        )
+    encoder = (known for prefix, known in ENCODERS.items() if any(name.startswith(prefix) for name in names))
+    kind, pipelines = next(encoder)
+    components(config)  # a pipeline that dgq does not work with is told as one
+    pipeline = read_json(config / "model_index.json")["_class_name"]
+    if not pipelines:
+        raise DgqError(f"{file}: is {kind}, which draws from pictures", "dgq works with what draws from a text alone")
+    if pipeline not in pipelines:
+        raise DgqError(f"{file}: is {kind}, but {config} is a {pipeline}", f"name a folder of {kind} by --config")
+
+
+def _check_lora(file: Path) -> None:
+    """Refuse, by the names of its tensors, what is no LoRA that diffusers reads."""
+    names = _names(file)
+    reason = ""
+    if any(part in name for name in names for part in (".hada_", ".lokr_")):
+        reason = "holds LoHa or LoKr of LyCORIS, which diffusers does not read"
+    elif not any("lora" in name for name in names):
+        reason = "holds no LoRA"
+    if reason:
+        raise DgqError(f"{file}: {reason}", "--lora takes diffusers', peft's and kohya's files")
+
+
+def _digest(file: Path) -> str:
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -109,7 +170,7 @@ def _from_single_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
         raise DgqError(f"{config / lacking[0]}: the folder is missing", "--config takes a whole diffusers folder")
     pipeline: Any = getattr(diffusers, read_json(config / "model_index.json")["_class_name"])
     optional = dict.fromkeys(name for name in ("safety_checker", "feature_extractor") if name in found)
-    with one_line(file, f"cannot be read as the model of {config}"):
+    with one_line(file, f"cannot be read as the model of {config}", OTHER_KIND), quiet("diffusers"):
         return pipeline.from_single_file(
             str(file), config=str(config), local_files_only=True, torch_dtype=dtype, **optional
         )
@@ -125,12 +186,14 @@ def _fuse(pipe: Any, loras: Sequence[tuple[Path, float]]) -> None:
     names = []
     for i, (file, _) in enumerate(loras):
         name = f"lora{i}"
-        with one_line(file, "cannot be loaded as LoRA of this model"):
+        with one_line(file, "cannot be loaded as LoRA of this model", OTHER_KIND), quiet("diffusers"):
             pipe.load_lora_weights(str(file), adapter_name=name, local_files_only=True)
         if name not in getattr(network, "peft_config", {}):
             raise DgqError(f"{file}: holds no LoRA of the {type(network).__name__}")
         names.append(name)
     if names:
         pipe.set_adapters(names, [weight for _, weight in loras])
-        pipe.fuse_lora(adapter_names=names)
+        # all that can have one: FLUX's own choice leaves its text encoder out
+        parts = [part for part in pipe._lora_loadable_modules if getattr(pipe, part, None) is not None]
+        pipe.fuse_lora(components=parts, adapter_names=names)
         pipe.unload_lora_weights()

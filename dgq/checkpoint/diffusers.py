@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -20,8 +22,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import CustomDtype
+from diffusers.models.controlnets import (
+    ControlNetModel,
+    ControlNetUnionModel,
+    SparseControlNetModel,
+    UNetControlNetXSModel,
+)
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.unets import unet_2d_condition
+from diffusers.models.unets import UNetMotionModel, unet_2d_condition
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -37,7 +45,7 @@ from ..integer.layer import IntegerLayer
 from ..integer.on_the_fly import Arrivals, plan_without_data
 from ..integer.plan import Layer
 from ..integer.shared_input import prepare_all
-from ..integer.skeleton import BLOCK_NAMES, fuse, stored_names
+from ..integer.skeleton import BLOCK_NAMES, SplitLayer, fuse, stored_names
 from ..recipe import Recipe
 from ..version import __version__
 from . import checksums
@@ -380,6 +388,50 @@ def _fuse_qkv_projections(model: Any) -> None:
     )
 
 
+def _fuse_lora(model: Any, *args: Any, **kwargs: Any) -> None:
+    """As the class does, where no adapter is of a quantized layer: fused one by one, the float ones would be changed
+    when the first of the others refuses."""
+    if any(isinstance(getattr(module, "base_layer", None), IntegerLayer | SplitLayer) for module in model.modules()):
+        raise DgqError(
+            "an adapter cannot be fused into packed weights",
+            "it draws as well beside them; dgq calibrate --lora fuses it into the float model",
+        )
+    type(model).fuse_lora(model, *args, **kwargs)
+
+
+class _State(OrderedDict[str, Tensor]):
+    """A quantized model's `state_dict`. Asked for a quantized layer's float weight, which it does not hold, it gives
+    the layer's integers in that shape: loaders of adapters look there for it.
+
+    Attributes:
+        model: whose state it is.
+    """
+
+    model: Callable[[], Any] | None = None
+
+    def __missing__(self, name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        model = None if self.model is None or leaf != "weight" else self.model()
+        module = dict(() if model is None else model.named_modules()).get(owner)
+        module = getattr(module, "base_layer", module)
+        if not isinstance(module, IntegerLayer | SplitLayer):
+            raise KeyError(name)
+        return module.weight
+
+    def __reduce__(self) -> Any:
+        """Files hold a plain one, which loads where dgq is not known."""
+        plain: Any = OrderedDict(self)
+        plain.__dict__.update({key: value for key, value in self.__dict__.items() if key != "model"})
+        return plain.__reduce__()
+
+
+def _state_dict(model: Any, *args: Any, **kwargs: Any) -> _State:
+    plain = type(model).state_dict(model, *args, **kwargs)
+    made = _State(plain)
+    made.__dict__.update(vars(plain), model=weakref.ref(model))
+    return made
+
+
 def _save_pretrained(model: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
     """As the class does; then the checksums of what was written. One that is pushed as well goes without them."""
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
@@ -396,11 +448,42 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "num_parameters": _num_parameters,
     "save_pretrained": _save_pretrained,
     "fuse_qkv_projections": _fuse_qkv_projections,
+    "fuse_lora": _fuse_lora,
+    "state_dict": _state_dict,
 }
 
 
+# Networks that are made of a UNet's float weights, and the class method that copies them.
+_COPIES: tuple[tuple[Any, str], ...] = (
+    (UNetMotionModel, "from_unet2d"),
+    (ControlNetModel, "from_unet"),
+    (ControlNetUnionModel, "from_unet"),
+    (SparseControlNetModel, "from_unet"),
+    (UNetControlNetXSModel, "from_unet"),
+)
+
+
+def _refuse_to_copy(kind: Any, name: str) -> None:
+    """Let a class method that copies a UNet's weights say so where they are packed."""
+    copies = getattr(kind, name).__func__
+
+    @functools.wraps(copies)
+    def copied(cls: Any, unet: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(module, IntegerLayer) for module in unet.modules()):
+            raise DgqError(
+                f"{cls.__name__}.{name} copies float weights, and the UNet's are packed",
+                f"give it the float UNet, or unet.dequantize(); {cls.__name__}.from_pretrained takes a DgqConfig too",
+            )
+        return copies(cls, unet, *args, **kwargs)
+
+    setattr(kind, name, classmethod(copied))
+
+
 def register() -> None:
-    """Teach diffusers the method "dgq", and that `set_default_attn_processor` may replace its attention."""
+    """Teach diffusers the method "dgq", that `set_default_attn_processor` may replace its attention, and what cannot be
+    made of a quantized UNet."""
+    for kind, name in _COPIES:
+        _refuse_to_copy(kind, name)
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = DgqQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = DgqConfig
     unets: Any = unet_2d_condition

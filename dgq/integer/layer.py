@@ -217,7 +217,7 @@ class IntegerLayer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,  # PyTorch's name: some call layers by it
         residual: Tensor | None = None,
         sample_bias: Tensor | None = None,
         norm: nn.Module | None = None,
@@ -230,12 +230,14 @@ class IntegerLayer(nn.Module):
         Where gradients are wanted, that of x is the float layer's, of the weight that the integers stand for.
 
         Args:
+            input: x.
             residual: added to the result, shaped like it.
             sample_bias: (B, N), added too; of a convolution larger than 1x1.
             norm: applied to x.
             activation: applied after the norm.
             offset: (B, C), added to the x of a convolution before its norm.
         """
+        x = input
         if needed(x, residual, sample_bias, norm, offset):
             y = straight_through(self, apply(x, norm, activation, offset), lambda x: IntegerLayer.forward(self, x))
             y = y if sample_bias is None else y + sample_bias.to(y.dtype)[:, :, None, None]

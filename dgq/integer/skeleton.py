@@ -67,11 +67,11 @@ class SplitLayer(nn.ModuleList):
         """As of `IntegerLayer`."""
         return self.parts[0].stored
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., C) -> (..., N), or (B, C, H, W) -> (B, N, H, W)."""
         y = residual
         for part in self.parts:
-            y = part(own_columns(x, part.plan), y)
+            y = part(own_columns(input, part.plan), y)
         assert y is not None
         return y
 

@@ -36,7 +36,7 @@ _HARMLESS = re.compile(r"(^|\.)position_ids$|^text_projection\.weight$|^logit_sc
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """No progress bars of the libraries, whose switches are the process's."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -51,7 +51,7 @@ def _without_bars() -> Iterator[None]:
             one.enable_progress_bar()
 
 
-@_without_bars()
+@without_bars()
 def assemble(folder: Path, dtype: torch.dtype, given: Mapping[str, Any] | None = None) -> Any:
     """The pipeline of a folder that `check_folder` has seen, on the CPU; every component is loaded strictly, but those
     that are given."""
@@ -59,7 +59,7 @@ def assemble(folder: Path, dtype: torch.dtype, given: Mapping[str, Any] | None =
 
     index = folder / "model_index.json"
     # transformers announces that torchvision is missing; no picture here goes through its image processors
-    with _quiet("transformers.utils.import_utils"):
+    with quiet("transformers.utils.import_utils"):
         pipeline: Any = getattr(diffusers, read_json(index)["_class_name"])
     taken = inspect.signature(pipeline.__init__).parameters
     parts = dict(given or {})
@@ -69,7 +69,7 @@ def assemble(folder: Path, dtype: torch.dtype, given: Mapping[str, Any] | None =
     _check_together(folder, parts)
     left_out = {name: None for name, entry in read_json(index).items() if entry == [None, None] and name in taken}
     # what the libraries would say of parts given to them is that they cannot tell the safety checker's class
-    with one_line(index), _quiet("diffusers.pipelines.pipeline_loading_utils"):
+    with one_line(index), quiet("diffusers.pipelines.pipeline_loading_utils"):
         return pipeline.from_pretrained(folder, local_files_only=True, **left_out, **parts)
 
 
@@ -101,7 +101,7 @@ def _component(folder: Path, name: str, library: str, kind: str, dtype: torch.dt
     if not files:
         raise DgqError(f"{place}: holds no safetensors weights")
     _check_shapes(place, found, files)
-    with one_line(settings), _quiet("transformers"):
+    with one_line(settings), quiet("transformers"):
         part, info = load_from(
             str(place), dtype=dtype, use_safetensors=True, local_files_only=True, variant=weight_variant(place),
             output_loading_info=True,
@@ -136,7 +136,7 @@ def _check_shapes(place: Path, kind: Any, files: list[Path]) -> None:
     file, weights = place / "config.json", weights_place(files)
     config = {name: value for name, value in read_json(file).items() if name != "quantization_config"}
     header = read_header(place.parent) if place == component_at(place.parent) else None
-    with one_line(file), _quiet("diffusers"), torch.device("meta"):
+    with one_line(file), quiet("diffusers"), torch.device("meta"):
         if hasattr(kind, "config_class"):
             network = kind(kind.config_class.from_pretrained(str(place), local_files_only=True))
         else:
@@ -203,7 +203,9 @@ def _check_together(folder: Path, parts: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def one_line(place: Path, reason: str = "cannot be loaded") -> Iterator[None]:
+def one_line(
+    place: Path, reason: str = "cannot be loaded", hint: str = "the file may be damaged: copy it again"
+) -> Iterator[None]:
     """What other libraries raise for damaged files (their errors have no common base) becomes a DgqError."""
     try:
         yield
@@ -212,11 +214,11 @@ def one_line(place: Path, reason: str = "cannot be loaded") -> Iterator[None]:
     except Exception as error:
         lines = str(error).strip().splitlines()
         detail = ": ".join([type(error).__name__, *lines[:1]])
-        raise DgqError(f"{place}: {reason} ({detail})", "the file may be damaged: copy it again") from error
+        raise DgqError(f"{place}: {reason} ({detail})", hint) from error
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def quiet(name: str) -> Iterator[None]:
     """Only errors from a library's logger: what it warns of is an error here."""
     log = logging.getLogger(name)
     level = log.level

@@ -1,79 +1,30 @@
 """Single-file checkpoints and LoRA, made into float folders."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
+import original_names
 import pytest
+import tiny_pipelines
+import tiny_transformers
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
 from dgq.calibration.run import Options, calibrate
 from dgq.calibration.sources import SOURCES, float_folder
 from dgq.errors import DgqError
+from dgq.pictures.generation import Settings, generate
 from dgq.pictures.pipelines import load
 from dgq.recipe import Recipe
-
-RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
-OUTSIDE = {
-    "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0", "conv_out": "out.2",
-}  # fmt: skip
-VAE = {
-    "encoder.down_blocks": "encoder.down", "decoder.up_blocks": "decoder.up", "mid_block.resnets.0": "mid.block_1",
-    "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1", "resnets": "block",
-    "downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_norm_out": "norm_out",
-    "conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
-    "to_out.0": "proj_out",
-}  # fmt: skip
-
-
-def original_unet_name(name: str) -> str:
-    """What the original code calls a tensor of the tiny UNet of two levels with one layer each."""
-    module, leaf = name.rsplit(".", 1)
-    if module in OUTSIDE:
-        return f"{OUTSIDE[module]}.{leaf}"
-    kind, _, rest = module.partition("_block")
-    if kind == "mid":
-        what, number, rest = re.fullmatch(r"\.(resnets|attentions)\.(\d)\.(.*)", rest).groups()
-        place = f"middle_block.{1 if what == 'attentions' else 2 * int(number)}"
-    else:
-        level, what, number, rest = re.fullmatch(r"s\.(\d)\.(\w+)\.(\d)\.(.*)", rest).groups()
-        first = 2 * int(level) + int(number)
-        if what == "downsamplers":
-            return f"input_blocks.{2 * int(level) + 2}.0.op.{leaf}"
-        if what == "upsamplers":  # the first level of the way up has no attention
-            return f"output_blocks.{2 * int(level) + 1}.1.conv.{leaf}"
-        place = f"input_blocks.{1 + first}" if kind == "down" else f"output_blocks.{first}"
-        place += f".{int(what == 'attentions')}"
-    return f"{place}.{RESNET.get(rest, rest) if what == 'resnets' else rest}.{leaf}"
-
-
-def original_vae_name(name: str) -> str:
-    for ours, theirs in VAE.items():
-        name = re.sub(rf"\b{re.escape(ours)}\b", theirs, name)
-    return re.sub(r"(?<=decoder\.up\.)\d", lambda level: str(1 - int(level[0])), name)
 
 
 @pytest.fixture(scope="module")
 def single_file(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline as one file of Stable Diffusion's original names, in float16."""
-    parts = {part: next((tiny_pipeline / part).glob("*.safetensors")) for part in ("unet", "vae", "text_encoder")}
-    tensors = {}
-    for name, tensor in load_file(parts["unet"]).items():
-        tensors[f"model.diffusion_model.{original_unet_name(name)}"] = tensor
-    for name, tensor in load_file(parts["vae"]).items():
-        matrix = "attentions" in name and tensor.dim() == 2
-        tensors[f"first_stage_model.{original_vae_name(name)}"] = tensor[:, :, None, None] if matrix else tensor
-    for name, tensor in load_file(parts["text_encoder"]).items():
-        inner = name.removeprefix("text_model.")
-        tensors[f"cond_stage_model.transformer.text_model.{inner}"] = tensor
     file = tmp_path_factory.mktemp("single") / "model.safetensors"
-    save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, file)
+    save_file(original_names.single_file(tiny_pipeline, [("clip", "cond_stage_model.transformer.")]), file)
     return file
 
 
@@ -97,8 +48,35 @@ def test_single_file_is_the_model_it_was_made_of(single_file, config, tiny_pipel
     before = (made / SOURCES).stat().st_mtime_ns
     assert float_folder(str(single_file), made, config) == made
     assert (made / SOURCES).stat().st_mtime_ns == before
+    save_file({"unet.conv_in.lora_A.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(DgqError, match="already exists"):
-        float_folder(None, made, None, [(single_file, 1.0)])
+        float_folder(None, made, None, [(tmp_path / "lora.safetensors", 1.0)])
+
+
+KINDS = {
+    "sd2": [("open_clip", "cond_stage_model.model.")],
+    "sdxl": [("clip", "conditioner.embedders.0.transformer."), ("open_clip", "conditioner.embedders.1.model.")],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_files_of_other_kinds(kind, tmp_path):
+    """Stable Diffusion 2 with OpenCLIP and v-prediction, SDXL with both encoders."""
+    if kind == "sdxl":
+        folder = tiny_pipelines.sdxl(tmp_path / "float")
+    else:
+        scheduler = DDIMScheduler(clip_sample=False, steps_offset=1, prediction_type="v_prediction")
+        folder = tiny_pipelines.stable_diffusion(tmp_path / "float", scheduler, use_linear_projection=True)
+    file = tmp_path / "model.safetensors"
+    save_file(original_names.single_file(folder, KINDS[kind], attends_first=kind == "sdxl"), file)
+    made = float_folder(str(file), tmp_path / "made", folder)
+    for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if kind == "sdxl" else [])):
+        before, after = (load_file(next((place / part).glob("*.safetensors"))) for place in (folder, made))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name].half(), after[name]) for name in before), part
+    pipes = [load(place, device="cpu", dtype=torch.float16) for place in (folder, made)]
+    drawn = [generate(pipe, ["a cat"], Settings(1, 5.0, width=16, height=16, seed=0))[0].image for pipe in pipes]
+    assert drawn[0] == drawn[1]
 
 
 def lora_file(place: Path, network, alpha: float = 1.0, width: int | None = None) -> dict[str, torch.Tensor]:
@@ -136,10 +114,10 @@ def test_what_cannot_be_made_into_a_folder(single_file, config, tiny_pipeline, t
         ((str(tiny_pipeline), config, ()), "for a single-file checkpoint alone"),
         ((str(tmp_path / "pickle.ckpt"), config, ()), "is no safetensors file"),
         ((str(tmp_path / "nosuch.safetensors"), config, ()), "nosuch.safetensors: no such file"),
-        ((str(tmp_path / "other.safetensors"), config, ()), "cannot be read as the model of"),
         ((str(tmp_path / "short.safetensors"), config, ()), "short.safetensors: "),
         ((str(tiny_pipeline), None, [(tmp_path / "wide.safetensors", 1.0)]), "wide.safetensors: cannot be loaded as"),
-        ((str(tiny_pipeline), None, [(tmp_path / "other.safetensors", 1.0)]), "other.safetensors: .*LoRA"),
+        ((str(tiny_pipeline), None, [(tmp_path / "other.safetensors", 1.0)]), "other.safetensors: holds no LoRA"),
+        ((str(tiny_pipeline), None, [(single_file, 1.0)]), "model.safetensors: holds no LoRA"),
     ]  # fmt: skip
     for (model, folder, loras), message in cases:
         with pytest.raises(DgqError, match=message):
@@ -148,3 +126,56 @@ def test_what_cannot_be_made_into_a_folder(single_file, config, tiny_pipeline, t
     with pytest.raises(DgqError, match="tokenizer: the folder is missing"):
         float_folder(str(single_file), tmp_path / "made", config)
     assert not (tmp_path / "made").exists()
+
+
+def test_what_a_single_file_is_not_is_told_by_its_names(single_file, config, tiny_pipeline, tmp_path):
+    """Before anything is loaded: parts of a model, adapters, other kinds of models."""
+    names = list(load_file(single_file))
+    inside = [name for name in names if not name.startswith("cond_stage_model.")]
+    held = {
+        "vae": [name for name in names if name.startswith("first_stage_model.")],
+        "no-vae": [name for name in names if not name.startswith("first_stage_model.")],
+        "lora": ["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"],
+        "loha": ["lora_unet_mid_block_attentions_0_proj_in.hada_w1_a"],
+        "flux": ["double_blocks.0.img_attn.norm.key_norm.scale", "img_in.weight"],
+        "xl": [*inside, "conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x"],
+        "refiner": [*inside, "conditioner.embedders.0.model.x"],
+    }
+    for name, tensors in held.items():
+        save_file({tensor: torch.zeros(1) for tensor in tensors}, tmp_path / f"{name}.safetensors")
+    cases = {
+        "vae": "holds no UNet",
+        "no-vae": "holds no VAE",
+        "lora": "is a LoRA, not a model",
+        "flux": "holds no UNet",
+        "xl": "is SDXL, but .* is a StableDiffusionPipeline",
+        "refiner": "is SDXL's refiner, which draws from pictures",
+    }
+    for name, message in cases.items():
+        with pytest.raises(DgqError, match=f"{name}.safetensors: {message}"):
+            float_folder(str(tmp_path / f"{name}.safetensors"), tmp_path / "made", config)
+    with pytest.raises(DgqError, match=r"loha\.safetensors: holds LoHa or LoKr"):
+        float_folder(str(tiny_pipeline), tmp_path / "made", None, [(tmp_path / "loha.safetensors", 1.0)])
+    index = json.loads((config / "model_index.json").read_text())
+    for pipeline in ("StableDiffusionXLPipeline", "StableDiffusionInpaintPipeline"):
+        (config / "model_index.json").write_text(json.dumps({**index, "_class_name": pipeline}))
+        with pytest.raises(DgqError, match=pipeline):
+            float_folder(str(single_file), tmp_path / "made", config)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_lora_of_a_text_encoder_is_fused_too(tmp_path):
+    """FLUX's own fusing leaves it out."""
+    folder = tiny_transformers.flux(tmp_path / "flux")
+    before = load_file(next((folder / "text_encoder").glob("*.safetensors")))
+    encoder = "text_model.encoder.layers.0.self_attn.q_proj"
+    factors = {part: torch.full(shape, 0.1) for part, shape in {"A": (1, 32), "B": (32, 1)}.items()}
+    layers = [f"text_encoder.{encoder}", "transformer.transformer_blocks.0.attn.to_q"]
+    save_file(
+        {f"{layer}.lora_{part}.weight": value.clone() for layer in layers for part, value in factors.items()},
+        tmp_path / "lora.safetensors",
+    )
+    made = float_folder(str(folder), tmp_path / "made", None, [(tmp_path / "lora.safetensors", 1.0)])
+    after = load_file(next((made / "text_encoder").glob("*.safetensors")))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith("self_attn.q_proj.weight")}

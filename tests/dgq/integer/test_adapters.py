@@ -1,13 +1,18 @@
 """Adapters of peft on quantized pipelines: loaded, mixed, taken off, trained, and what stays fused beside them."""
 
 import json
+import math
+from collections import OrderedDict
 
+import original_names
 import peft
 import pytest
 import tiny_pipelines
+import tiny_transformers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
+from peft.tuners.lora import LoraLayer
 from pretended_devices import Pretended
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -257,12 +262,110 @@ def test_hot_swap(folders, pipe, tmp_path):
     assert distance(swapped, expected) < 1e-3 < distance(before, expected)
 
 
+def kohya(pipe, xl):
+    """A LoRA of every layer and every text encoder in the names and the dtype that kohya's scripts write."""
+    modules = {}
+    for name, module in pipe.unet.named_modules():
+        original = original_names.unet_module(name, True) if xl and isinstance(module, nn.Linear | nn.Conv2d) else name
+        modules[f"lora_unet_{original}"] = module
+    for prefix, part in {"lora_te1_" if xl else "lora_te_": "text_encoder", "lora_te2_": "text_encoder_2"}.items():
+        for name, module in getattr(pipe, part, nn.Identity()).named_modules():
+            if name.endswith(("_proj", "fc1", "fc2")):
+                modules[f"{prefix}text_model.{name.removeprefix('text_model.')}"] = module
+    state, generator = {}, torch.Generator().manual_seed(0)
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            n, *rest = module.weight.shape
+            halves = {"down": (4, *rest), "up": (n, 4, *(1 for _ in rest[1:]))}
+            for half, shape in halves.items():
+                value = torch.randn(shape, generator=generator) * 0.3 / math.prod(shape[1:]) ** 0.5
+                state[f"{name.replace('.', '_')}.lora_{half}.weight"] = value.half()
+            state[f"{name.replace('.', '_')}.alpha"] = torch.tensor(3.0)
+    return state
+
+
+def test_kohyas_files_reach_every_layer(folders, pipe, tmp_path):
+    """Names of the original code where SDXL is concerned, text encoders, convolutions, alpha."""
+    float_pipe = DiffusionPipeline.from_pretrained(folders[0])
+    float_pipe.set_progress_bar_config(disable=True)
+    state = kohya(float_pipe, hasattr(pipe, "text_encoder_2"))
+    save_file(state, tmp_path / "kohya.safetensors")
+    plain = draw(pipe)
+    distances = []
+    for one in (pipe, float_pipe):
+        one.load_lora_weights(tmp_path / "kohya.safetensors", adapter_name="kohya")
+        parts = [getattr(one, name, nn.Identity()) for name in ("unet", "text_encoder", "text_encoder_2")]
+        wrapped = [module for part in parts for module in part.modules() if isinstance(module, LoraLayer)]
+        assert len(wrapped) == len(state) / 3
+        assert {module.scaling["kohya"] for module in wrapped} == {3 / 4}
+        distances.append(draw(one))
+    assert distance(distances[0], distances[1]) < distance(plain, distances[1]) / 1.5
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_loras_of_flux(tmp_path):
+    """Its loader looks into the state_dict for weights, which layers of 4 bits and split ones do not store."""
+    folder = tiny_transformers.flux(tmp_path / "flux")
+    network = FluxTransformer2DModel.from_pretrained(
+        folder, subfolder="transformer", quantization_config=dgq.DgqConfig(wbits=4)
+    )
+    pipe = DiffusionPipeline.from_pretrained(folder, transformer=network)
+    float_pipe = DiffusionPipeline.from_pretrained(folder)
+    for one in (pipe, float_pipe):
+        one.set_progress_bar_config(disable=True)
+    state, generator = {}, torch.Generator().manual_seed(0)
+    for name, module in float_pipe.transformer.named_modules():
+        if isinstance(module, nn.Linear):
+            state[f"transformer.{name}.lora_A.weight"] = torch.randn(2, module.in_features, generator=generator) * 0.1
+            state[f"transformer.{name}.lora_B.weight"] = torch.randn(module.out_features, 2, generator=generator) * 0.1
+    save_file(state, tmp_path / "lora.safetensors")
+    plain = draw(pipe)
+    drawn = []
+    for one in (pipe, float_pipe):
+        for name in ("one", "other"):
+            one.load_lora_weights(tmp_path / "lora.safetensors", adapter_name=name)
+        one.set_adapters(["one", "other"], [0.5, 0.25])
+        drawn.append(draw(one))
+    assert sum(isinstance(module, LoraLayer) for module in pipe.transformer.modules()) == len(state) / 2
+    assert distance(drawn[0], drawn[1]) < distance(plain, drawn[1]) / 3
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_a_state_dict_answers_for_weights_and_is_a_plain_one_in_a_file(unet, tmp_path):
+    state = unet.state_dict()
+    name = next(name for name, module in unet.named_modules() if isinstance(module, IntegerLayer))
+    layer = unet.get_submodule(name)
+    assert f"{name}.packed" in state
+    assert f"{name}.weight" not in state
+    assert state[f"{name}.weight"].shape == layer.dequantize().shape
+    add(unet)
+    assert unet.state_dict()[f"{name}.weight"].shape == layer.dequantize().shape
+    for missing in (f"{name}.none", "none.weight", f"{name.rpartition('.')[0]}.weight"):
+        with pytest.raises(KeyError, match=missing):
+            state[missing]
+    torch.save(state, tmp_path / "state.pt")
+    read = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert type(read) is OrderedDict
+    assert read._metadata == state._metadata
+    assert read.keys() == state.keys() == state.copy().keys()
+
+
 def test_fusing_is_refused_in_a_line_and_changes_nothing(folders, pipe, tmp_path):
-    pipe.load_lora_weights(lora_files(folders[0], tmp_path / "one", 1), adapter_name="one")
+    """Of layers that stay float too, which come before the first quantized one."""
+    file = lora_files(folders[0], tmp_path / "one", 1, text=True, targets=("conv_in", "linear_1", *ATTENTION))
+    pipe.load_lora_weights(file, adapter_name="one")
     before = draw(pipe)
-    with pytest.raises(DgqError, match="cannot be changed in place"):
+    with pytest.raises(DgqError, match="cannot be fused into packed weights"):
         pipe.fuse_lora()
     assert torch.equal(draw(pipe), before)
+    pipe.unload_lora_weights()
+    weight = pipe.unet.conv_in.weight.detach().clone()
+    pipe.load_lora_weights(lora_files(folders[0], tmp_path / "two", 1, targets=("conv_in",)), adapter_name="two")
+    wrapped = pipe.unet.conv_in
+    pipe.fuse_lora()
+    torch.testing.assert_close(wrapped.base_layer.weight, weight + wrapped.get_delta_weight("two"))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import AnimateDiffPipeline, ControlNetModel, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from torch import nn
 
 import dgq
@@ -278,6 +279,41 @@ def test_an_ip_adapter(unet):
         others = {"image_embeds": [-pictures["image_embeds"][0]]}
         assert not close(unet(sample, torch.tensor(500), text, added_cond_kwargs=others).sample, result)
     assert bool(torch.isfinite(result).all())
+
+
+def motion_adapter():
+    torch.manual_seed(0)
+    return MotionAdapter(
+        block_out_channels=(32, 64), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=8,
+        motion_max_seq_length=8, use_motion_mid_block=False,
+    )  # fmt: skip
+
+
+def test_networks_that_copy_a_unets_weights_say_that_they_are_packed(tiny_checkpoint):
+    pipe = dgq.load(tiny_checkpoint, device="cpu")
+    with pytest.raises(DgqError, match=r"UNetMotionModel.from_unet2d copies float weights"):
+        AnimateDiffPipeline.from_pipe(pipe, motion_adapter=motion_adapter())
+    with pytest.raises(DgqError, match=r"ControlNetModel.from_unet copies float weights"):
+        ControlNetModel.from_unet(pipe.unet)
+    pipe.unet.dequantize()
+    moving = UNetMotionModel.from_unet2d(pipe.unet, motion_adapter())
+    assert torch.equal(moving.conv_in.weight, pipe.unet.conv_in.weight)
+    ControlNetModel.from_unet(pipe.unet)
+
+
+def test_a_motion_unet_is_quantized_itself(tiny_pipeline, tmp_path):
+    """Its modules call layers by the name of their argument."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
+    UNetMotionModel.from_unet2d(unet, motion_adapter()).save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(1, 4, 2, 8, 8, generator=generator), torch.randn(2, 24, 32, generator=generator)
+    results = []
+    for config in (None, dgq.DgqConfig(wbits=8)):
+        network = UNetMotionModel.from_pretrained(tmp_path, quantization_config=config)
+        with torch.no_grad():
+            results.append(network(sample, torch.tensor(500), text).sample)
+    assert any(isinstance(module, IntegerLayer) for name, module in network.named_modules() if "motion_modules" in name)
+    assert (results[1] - results[0]).norm() < 0.1 * results[0].norm()
 
 
 def test_another_pipeline_takes_the_model_over(tiny_checkpoint):
