@@ -159,16 +159,14 @@ def _print_estimate(estimate: object, label: str, json: bool) -> None:
         print_json(data)
         return
     kept, share = data["kept"], data["packed_bytes"] / data["float16_bytes"]
+    size, before = data["decoder_packed_bytes"], data["decoder_float16_bytes"]
+    decoder = f"{data['decoder_layers']} layers, {mib(size)} ({size / before:.0%} of float16)"
     rows = [
         ["recipe", label],
         ["layers quantized", str(data["layers"])],
         ["layers kept float", f"{len(kept)} ({', '.join(list(kept)[:4])}{', ...' if len(kept) > 4 else ''})"],
         [f"{data['network']} file", f"{mib(data['packed_bytes'])} ({share:.0%} of float16)"],
-        [
-            "VAE",
-            f"{data['decoder_layers']} layers, {mib(data['decoder_packed_bytes'])} "
-            f"({data['decoder_packed_bytes'] / data['decoder_float16_bytes']:.0%} of float16)",
-        ],
+        ["VAE", decoder if data["decoder_layers"] else "float"],
         ["statistics", f"{mib(data['statistics_bytes'])} in {data['passes']} pass(es)"],
         ["peak memory, about", mib(data["memory_bytes"])],
         ["calls", str(data["calls"])],
