@@ -70,6 +70,7 @@ class Family:
             does, whose `after_norm` names the layers that take in a norm or an activation).
         block: what a layer's name begins with where it lies in one of the repeated blocks.
         shortened: (long, short) of the words in such a block's name, for tables.
+        cast: whether pipelines cast it while they draw, what is not quantized of it.
         architectures: well-known networks by name, which `dgq bench --arch` runs with random weights.
     """
 
@@ -91,6 +92,7 @@ class Family:
     fused: Mapping[type[nn.Module], tuple[Callable[[Any], bool], Any]] = {}
     block = re.compile(r"(?!)")
     shortened: tuple[tuple[str, str], ...] = ()
+    cast = False
     architectures: Mapping[str, Architecture] = {}
 
     def network_class(self) -> Any:
@@ -208,13 +210,21 @@ class Family:
         """How the samples of a call make up the guided output: (B,), or one where each is a result by itself."""
         return torch.tensor([1 - guidance, guidance]) if batch == 2 else torch.ones(1)
 
-    def decode(self, pipe: Any, latents: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) of latents (B, C, h, w)."""
+    def plain_latents(self, pipe: Any, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) as the VAE has them."""
         config = pipe.vae.config
         plain = latents.to(pipe.vae.dtype) / config.scaling_factor
         shift = config.get("shift_factor")
-        pixels: Tensor = pipe.vae.decode(plain if shift is None else plain + shift).sample
+        return plain if shift is None else plain + shift
+
+    def decode(self, pipe: Any, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) of latents (B, C, h, w)."""
+        pixels: Tensor = pipe.vae.decode(self.plain_latents(pipe, latents)).sample
         return pixels
+
+    def run(self, network: Any, call: dict[str, Any]) -> Any:
+        """What a network makes of a call's keyword arguments."""
+        return network(**call)
 
     def call(
         self, config: Any, batch: int, device: torch.device, *, tokens: int, timestep: int = 500, seed: int = 0,
@@ -268,6 +278,7 @@ class Patched(Family):
 
 
 FAMILIES: list[Family] = []
+DECODERS: list[Family] = []  # what makes pixels of the networks' latents, and is quantized beside them
 
 
 class Unknown(Family):
@@ -296,13 +307,13 @@ UNKNOWN = Unknown()
 
 def named(network: str) -> Family:
     """The family of a class of diffusers, or `UNKNOWN`."""
-    return next((family for family in FAMILIES if family.network == network), UNKNOWN)
+    return next((family for family in (*FAMILIES, *DECODERS) if family.network == network), UNKNOWN)
 
 
 def family_of(network: Any) -> Family:
     """The family of a network, which may be of a subclass, or `UNKNOWN`."""
     names = [kind.__name__ for kind in type(network).__mro__]
-    return next((family for family in FAMILIES if family.network in names), UNKNOWN)
+    return next((family for family in (*FAMILIES, *DECODERS) if family.network in names), UNKNOWN)
 
 
 def network_of(pipe: Any) -> Any:

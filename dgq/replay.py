@@ -68,15 +68,16 @@ def replay(
     """Run calls of any device through a network whose hooks, of these handles, see what it computes.
 
     Args:
-        network: called on its own device.
+        network: called on its own device, as its family does.
         calls: keyword arguments.
         handles: of the hooks, which are removed at the end.
         told: called with (done, total) after each.
     """
     device = next(network.parameters()).device
+    run = family_of(network).run
     with hooked(handles):
         for done, call in enumerate(calls, start=1):
-            network(**to_device(call, device))
+            run(network, to_device(call, device))
             told(done, len(calls))
 
 

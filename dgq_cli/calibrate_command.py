@@ -56,6 +56,9 @@ def command(
         str, typer.Option(help="Channel outliers: auto, none, smooth, shift, rotate (integer).")
     ] = "auto",
     attention: Annotated[str, typer.Option(help="Attention: log or float (integer recipe).")] = "log",
+    vae: Annotated[
+        str | None, typer.Option(help="The VAE's decoder: int8 or float; default int8 but with the paper recipe.")
+    ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN=BITS", help="Weight bits (4, 8, float) of matching layers; repeatable."),
@@ -97,6 +100,8 @@ def command(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
         err.print("a calibration is the work of one process; the first one does it")
         return
+    if vae not in (None, "int8", "float"):
+        raise typer.BadParameter(f"--vae {vae!r} is neither int8 nor float")
     overrides = tuple(_override(text) for text in override or [])
     try:
         wanted = Recipe(
@@ -114,6 +119,7 @@ def command(
     options = Options(
         prompts=chosen, steps=steps, guidance=guidance, size=size, seed=seed, calls=calls, evaluate=evaluate,
         budget=int(memory * 2**30), overwrite=overwrite, resume=resume,
+        vae=vae,  # type: ignore[arg-type]
     )  # fmt: skip
     loras = [_lora(text) for text in lora or []]
     from dgq.calibration.sources import float_folder, is_single_file
@@ -153,11 +159,14 @@ def _print_estimate(estimate: object, label: str, json: bool) -> None:
         print_json(data)
         return
     kept, share = data["kept"], data["packed_bytes"] / data["float16_bytes"]
+    size, before = data["decoder_packed_bytes"], data["decoder_float16_bytes"]
+    decoder = f"{data['decoder_layers']} layers, {mib(size)} ({size / before:.0%} of float16)"
     rows = [
         ["recipe", label],
         ["layers quantized", str(data["layers"])],
         ["layers kept float", f"{len(kept)} ({', '.join(list(kept)[:4])}{', ...' if len(kept) > 4 else ''})"],
         [f"{data['network']} file", f"{mib(data['packed_bytes'])} ({share:.0%} of float16)"],
+        ["VAE", decoder if data["decoder_layers"] else "float"],
         ["statistics", f"{mib(data['statistics_bytes'])} in {data['passes']} pass(es)"],
         ["peak memory, about", mib(data["memory_bytes"])],
         ["calls", str(data["calls"])],

@@ -140,6 +140,8 @@ def _print(found: Inspection, layers: bool, worst: int) -> None:
         typer.echo(f"{name:<18}{value}")
     if layers:
         _print_layers(f"{len(found.layers)} quantized layers", found.layers)
+        if found.decoder:
+            _print_layers(f"{len(found.decoder.layers)} quantized layers of the VAE", found.decoder.layers)
     if found.measurement:
         _print_measurement(found.measurement, layers, found.network)
         _print_worst(found.measurement, found.worst, found.network)
@@ -273,6 +275,11 @@ def _summary(found: Inspection) -> list[tuple[str, str]]:
         ("generation", ", ".join(f"{key} {value}" for key, value in found.generation.items()) or "defaults"),
         ("calibration", ", ".join(f"{key} {value}" for key, value in calibration.items()) or "not recorded"),
     ]
+    if found.decoder:
+        alone = found.decoder.calibration.get("fidelity")
+        told = f", PSNR of the decoder alone {alone['psnr_db']:.1f} dB" if alone else ""
+        size = f"{mib(found.decoder.bytes)}, {found.decoder.bytes / found.decoder.float16_bytes:.1%} of float16"
+        rows.append(("VAE", f"{found.decoder.label}, {len(found.decoder.layers)} layers, {size}{told}"))
     if overrides:
         rows.append(("overrides", overrides))
     if fidelity:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from .. import architectures
 from ..checkpoint.reading import components, family_at, network_config, read_json, tensor_table, weight_files
 from ..integer.rates import alone
-from ..method import METHODS, LayerCost
+from ..integer.statistics import WINDOW
+from ..method import METHODS, Cost, LayerCost
 from ..recipe import Recipe
 from ..replay import hooked, replay
-from .run import float_model, wanted_settings
+from .run import decoder_recipe, float_model, wanted_settings
 
 if TYPE_CHECKING:
     from ..family import Family
@@ -51,6 +52,8 @@ class Estimate:
             doubles it.
         seconds: on this machine, from short timings, when nothing else runs on it.
         network: what its kind of network is called.
+        decoder_layers: quantized layers of the VAE's decoder, none where it stays float; decoder_float16_bytes,
+            decoder_packed_bytes: the VAE's file before and after.
     """
 
     layers: int
@@ -64,6 +67,9 @@ class Estimate:
     macs_per_call: int
     seconds: float
     network: str = ""
+    decoder_layers: int = 0
+    decoder_float16_bytes: int = 0
+    decoder_packed_bytes: int = 0
 
 
 def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Options) -> Estimate:
@@ -91,7 +97,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     parameters = sum(tensor.numel() for tensor in network.state_dict().values())
     quantized = sum(layer.parameters for layer in cost.layers.values())
     packed = sum(layer.stored_bytes for layer in cost.layers.values())
-    rows = _rows_per_call(network, cost.layers, 2 if doubled and not apart else 1, pixels)
+    rows, taken = _rows_per_call(network, cost.layers, 2 if doubled and not apart else 1, pixels)
     macs = sum(rows[name] * layer.macs for name, layer in cost.layers.items())
     per_pixel, factor = _decoder(family, vae)
     drawn = 2 * options.evaluate
@@ -100,27 +106,43 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     pipe = SimpleNamespace(vae=vae, vae_scale_factor=factor, **{family.component: network})
     width, height = (options.size, options.size) if options.size else family.default_size(pipe)
     seconds += drawn * width * height * per_pixel * _seconds_per_mac()
-    seconds += sum(layer.seconds(replayed * rows[name]) for name, layer in cost.layers.items())
-    # either the whole pipeline records, or the network alone is quantized
+    seconds += sum(layer.seconds(replayed * taken[name]) for name, layer in cost.layers.items())
+    # either the whole pipeline records, or the network alone is quantized, then the VAE beside it
     memory = 4 * parameters + max(_others(folder), cost.statistics_bytes + packed)
+    decoder, decoder_cost = decoder_recipe(found, recipe, options), Cost({}, {})
+    held = sum(tensor.numel() for tensor in vae.state_dict().values())
+    if decoder is not None:
+        decoder_cost = METHODS[decoder.name].cost(vae, decoder, options.budget)
+        _, taken = _rows_per_call(vae, decoder_cost.layers, 1, math.isqrt(width * height))
+        decoded = min(count, options.calls)
+        seconds += decoder_cost.passes * decoded * width * height * per_pixel * _seconds_per_mac()
+        seconds += sum(layer.seconds(decoded * taken[name]) for name, layer in decoder_cost.layers.items())
+        after = 4 * (parameters - quantized) + packed
+        memory = max(memory, after + 4 * held + decoder_cost.statistics_bytes)
+    stored = sum(layer.stored_bytes - 2 * layer.parameters for layer in decoder_cost.layers.values())
     return Estimate(
         layers=len(cost.layers), kept=dict(cost.kept), float16_bytes=2 * parameters,
         packed_bytes=2 * (parameters - quantized) + packed, statistics_bytes=cost.statistics_bytes,
         passes=cost.passes, memory_bytes=memory + PROCESS_BYTES,
         calls=recorded + cost.passes * replayed, macs_per_call=macs, seconds=seconds,
-        network=family.title,
+        network=family.title, decoder_layers=len(decoder_cost.layers), decoder_float16_bytes=2 * held,
+        decoder_packed_bytes=2 * held + stored,
     )  # fmt: skip
 
 
 def _rows_per_call(
     network: nn.Module, layers: Mapping[str, LayerCost], batch: int, pixels: int | None
-) -> dict[str, int]:
-    """Rows (tokens or pixels, of all samples) each layer computes in one call, found on the meta device."""
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Rows (tokens or pixels, of all samples) each layer computes in one call, found on the meta device; and those
+    that its statistics take."""
     rows: dict[str, int] = {}
+    taken: dict[str, int] = {}
 
     def hook(name: str, layer: LayerCost) -> Any:
         def note(_: nn.Module, __: Any, output: Tensor) -> None:
-            rows[name] = output.numel() // layer.outputs
+            taken[name] = rows[name] = output.numel() // layer.outputs
+            if isinstance(layer.module, nn.Conv2d):
+                taken[name] = len(output) * math.prod(min(side, WINDOW) for side in output.shape[2:])
 
         return note
 
@@ -128,7 +150,7 @@ def _rows_per_call(
     device = torch.device("meta")
     with device:
         replay(network, [architectures.call(network, batch, device, pixels=pixels)], handles, lambda done, total: None)
-    return rows
+    return rows, taken
 
 
 def _others(folder: Path) -> int:

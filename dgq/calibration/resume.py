@@ -88,14 +88,14 @@ class Partial:
                 self._drop(file, error)
         return done
 
-    def store_calls(self, recorded: list[list[dict[str, Any]]]) -> None:
-        """Keep the recorded calls (their tensors; the rest is the pipeline's constants)."""
+    def store_calls(self, recorded: list[list[dict[str, Any]]], name: str = "calls") -> None:
+        """Keep the recorded calls (their tensors; the rest is the pipeline's constants) in a file of this name."""
         tensors = {f"{i}/{name}": one for i, calls in enumerate(recorded) for name, one in pack_calls(calls).items()}
-        self._write("calls", tensors, {})
+        self._write(name, tensors, {})
 
-    def calls(self) -> list[list[dict[str, Any]]] | None:
-        """The recorded calls, or None; a damaged file is dropped."""
-        file = self.folder / "calls.safetensors"
+    def calls(self, name: str = "calls") -> list[list[dict[str, Any]]] | None:
+        """The recorded calls in a file of this name, or None; a damaged file is dropped."""
+        file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             return None
         prompts: dict[int, dict[str, Tensor]] = {}
@@ -120,7 +120,9 @@ class Partial:
 _DAMAGED = (SafetensorError, OSError, DgqError, KeyError, TypeError, ValueError, RuntimeError)
 
 
-def fingerprint_of(folder: Path, recipe: Recipe, prompts: Sequence[str], settings: Settings, calls: int) -> str:
+def fingerprint_of(
+    folder: Path, recipe: Recipe, prompts: Sequence[str], settings: Settings, calls: int, decoder: Recipe | None = None
+) -> str:
     """Of everything that recorded calls and quantized layers depend on, the content of the model's files included."""
     own = component_at(folder)
     contents = {}
@@ -129,5 +131,6 @@ def fingerprint_of(folder: Path, recipe: Recipe, prompts: Sequence[str], setting
             contents[str(file.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
     parts = [
         __version__, contents, recipe.to_dict(), list(prompts), dataclasses.asdict(settings), calls,
+        decoder and decoder.to_dict(),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -7,20 +7,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..checkpoint.header import Header
-from ..checkpoint.reading import check_folder, family_at, network_config, read_json
+from ..checkpoint.reading import check_folder, components, family_at, network_config, read_json
 from ..checkpoint.writing import check_target, write_checkpoint
 from ..errors import DgqError
-from ..family import network_of
+from ..family import DECODERS, family_of, named, network_of
 from ..integer.rounding import DEFAULT_BUDGET_BYTES
 from ..method import METHODS, Work
 from ..outputs import workplace
+from ..pictures.components import component
 from ..pictures.fidelity import compare
-from ..pictures.generation import Picture, Settings, check_prompts, draw_latents, generate
+from ..pictures.generation import Picture, Settings, check_prompts, check_size, decode, draw_latents, generate
 from ..pictures.pipelines import Model, find_model, load
 from ..pictures.prompts import calibration_prompts, evaluation_prompts
 from ..progress import Progress, silent
@@ -44,6 +45,8 @@ class Options:
         budget: bytes for statistics held at one time.
         overwrite: replace a checkpoint that is there, never anything else.
         resume: go on from an interrupted calibration of the same settings.
+        vae: "int8" quantizes the VAE's decoder too, "float" does not; None does where the method is faster than float
+            and the VAE's class is known.
     """
 
     prompts: Sequence[str] | int = 32
@@ -56,6 +59,7 @@ class Options:
     budget: int = DEFAULT_BUDGET_BYTES
     overwrite: bool = False
     resume: bool = False
+    vae: Literal["int8", "float"] | None = None
 
 
 def float_model(model: str | os.PathLike[str] | None) -> Model:
@@ -70,6 +74,22 @@ def float_model(model: str | os.PathLike[str] | None) -> Model:
     vae = read_json(found.folder / "vae" / "config.json")
     family_at(found.folder).check_configs(network_config(found.folder), vae)
     return found
+
+
+def decoder_recipe(model: Model, recipe: Recipe, options: Options) -> Recipe | None:
+    """How the VAE's decoder of a float model is quantized; None where it stays float.
+
+    Raises:
+        DgqError: it is asked for, and the VAE is of a class that dgq does not know.
+    """
+    file = model.folder / "vae" / "config.json"
+    kind = read_json(file).get("_class_name", "component of no class")
+    known = named(kind) in DECODERS
+    if options.vae == "float" or (options.vae is None and (not known or METHODS[recipe.name].simulated)):
+        return None
+    if not known:
+        raise DgqError(f"{file}: a {kind} cannot be quantized", "leave it in float")
+    return Recipe(wbits=8, abits=8, rounding=recipe.rounding, channels=recipe.channels, attention="float")
 
 
 def wanted_settings(options: Options, model: Model) -> Settings:
@@ -123,16 +143,17 @@ def calibrate(
         raise DgqError("no calibration prompts", "give at least one")
     with workplace(out) as work:
         check_target(out, folder, options.overwrite)  # a replacement that was killed may just have been undone
-        fingerprint = fingerprint_of(folder, recipe, prompts, settings, options.calls)
+        decoder = decoder_recipe(found, recipe, options)
+        fingerprint = fingerprint_of(folder, recipe, prompts, settings, options.calls, decoder)
         partial = Partial(work, fingerprint, options.resume, progress)
-        header = _calibrated(found, out, recipe, options, prompts, settings, partial, progress)
+        header = _calibrated(found, out, recipe, decoder, options, prompts, settings, partial, progress)
         partial.remove()
     progress("save", 1, 1, str(out))
     return header
 
 
 def _calibrated(
-    model: Model, out: Path, recipe: Recipe, options: Options,
+    model: Model, out: Path, recipe: Recipe, decoder: Recipe | None, options: Options,
     prompts: Sequence[str], settings: Settings, partial: Partial, progress: Progress,
 ) -> Header:  # fmt: skip
     """`calibrate`, in the place that it works in."""
@@ -141,39 +162,72 @@ def _calibrated(
     check_prompts(pipe, prompts)
     network = network_of(pipe)
     # an override that matches no layer is told before the work
-    done = partial.layers(METHODS[recipe.name].plans(network, recipe))
+    plans = METHODS[recipe.name].plans(network, recipe)
+    if decoder is not None:
+        plans |= METHODS[decoder.name].plans(pipe.vae, decoder)
+    done = partial.layers(plans)
     reference = _evaluate(pipe, folder, settings, options, prompts, "float", progress, 0)
-    recorded = partial.calls()
-    if recorded is None:
-        recorded = record_inputs(
-            lambda prompt, i: draw_latents(pipe, prompt, dataclasses.replace(settings, seed=settings.seed + i)),
-            network, prompts, progress,
-        )  # fmt: skip
+    recorded, decoded = partial.calls(), partial.calls("calls-vae") if decoder is not None else []
+    if recorded is None or decoded is None:
+        recorded, decoded = _record(pipe, settings, prompts, progress)
         partial.store_calls(recorded)
-    header = Header(
-        recipe,
-        base_model=model.name,
-        generation={"steps": settings.steps, "guidance": settings.guidance},
-        calibration={"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed},
-        dgq_version=__version__,
-    )
-    if options.size:
-        header.calibration["size"] = options.size
+        if decoder is not None:
+            partial.store_calls(decoded, "calls-vae")
     del pipe  # text encoders and VAE would lie beside the statistics
-    work = Work(
-        network, recorded, spread(recorded, options.calls), recipe, options.budget, progress, partial.store, done
-    )
-    made = METHODS[recipe.name].calibrate(work)
-    header.layers, header.attention, header.table = made.layers, made.attention, made.table
-    header.calibration |= made.facts
+
+    def quantized(part: Any, wanted: Recipe, calls: list[list[dict[str, Any]]]) -> Header:
+        method = METHODS[wanted.name]
+        own = {name: done[name] for name in method.plans(part, wanted) if name in done}
+        replayed = spread(calls, options.calls)
+        made = method.calibrate(Work(part, calls, replayed, wanted, options.budget, progress, partial.store, own))
+        facts = {"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed}
+        if options.size:
+            facts["size"] = options.size
+        return Header(
+            wanted, made.layers, made.attention, made.table, model.name,
+            {"steps": settings.steps, "guidance": settings.guidance}, {**facts, **made.facts}, __version__,
+        )  # fmt: skip
+
+    header = quantized(network, recipe, recorded)
+    vae = None
+    if decoder is not None:
+        loaded = component(folder, "vae", *components(folder)["vae"], torch.float32)
+        loaded = loaded.to(next(network.parameters()).device)
+        vae = loaded, quantized(loaded, decoder, decoded)
     if reference:
-        pipe = load(model, dtype=torch.float32, network=network, graph=False)
+        pipe = load(model, dtype=torch.float32, network=network, vae=vae and vae[0], graph=False)
         pictures = _evaluate(pipe, folder, settings, options, prompts, recipe.label, progress, len(reference))
         header.calibration["fidelity"] = compare(reference, pictures)
+        if vae is not None:
+            vae[1].calibration["fidelity"] = _decoding(pipe, reference)
     progress("save", 0, 1, str(out))
-    write_checkpoint(folder, network, header, out, options.overwrite, partial.folder)
+    write_checkpoint(folder, network, header, out, options.overwrite, partial.folder, vae)
     check_folder(out)
     return header
+
+
+def _record(
+    pipe: Any, settings: Settings, prompts: Sequence[str], progress: Progress
+) -> tuple[list[list[dict[str, Any]]], list[list[dict[str, Any]]]]:
+    """The calls of the network and those of the VAE that make each prompt's picture, which is not decoded."""
+    network = network_of(pipe)
+    family, (width, height) = family_of(network), check_size(pipe, settings)
+    decoded = []
+
+    def draw(prompt: str, i: int) -> None:
+        latents = draw_latents(pipe, prompt, dataclasses.replace(settings, seed=settings.seed + i))
+        decoded.append([{"z": family.plain_latents(pipe, family.unpacked(pipe, latents, width, height))}])
+
+    return record_inputs(draw, network, prompts, progress), decoded
+
+
+def _decoding(pipe: Any, reference: Sequence[Picture]) -> dict[str, float]:
+    """Fidelity of the decoder alone: of the float model's latents, decoded by a pipeline."""
+    drawn = []
+    for picture in reference:
+        (image,) = decode(pipe, picture.latents[None], *picture.image.size)
+        drawn.append(dataclasses.replace(picture, image=image))
+    return {name: value for name, value in compare(reference, drawn).items() if not name.startswith("latent")}
 
 
 def _evaluate(

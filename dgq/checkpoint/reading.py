@@ -18,7 +18,7 @@ from torch import nn
 
 from .. import methods  # noqa: F401 (fills METHODS)
 from ..errors import DgqError
-from ..families import FAMILIES
+from ..families import DECODERS, FAMILIES
 from ..family import Family, drawing, working
 from ..integer.layer import IntegerLayer
 from ..recipe import shortened
@@ -126,12 +126,37 @@ def network_config(folder: Path) -> dict[str, Any]:
 
 
 def read_header(folder: Path) -> Header | None:
-    """The header of a model folder, or None for a float model.
+    """The header of a model folder's network, or None for a float model.
 
     Raises:
         DgqError: not a model folder, or a damaged header.
     """
-    file = component_at(folder) / "config.json"
+    return header_at(component_at(folder))
+
+
+def decoder_header(folder: Path) -> Header | None:
+    """The header of a model folder's VAE, or None where that is float, or of no family.
+
+    Raises:
+        DgqError: a damaged header.
+    """
+    place = next((folder / one.component for one in DECODERS if one.network == _class_at(folder / one.component)), None)
+    return header_at(place) if place else None
+
+
+def _class_at(component: Path) -> Any:
+    """The class that a component's configuration names; None where there is none."""
+    file = component / "config.json"
+    return read_json(file).get("_class_name") if file.is_file() else None
+
+
+def header_at(component: Path) -> Header | None:
+    """The header in a component's folder, or None for a float one.
+
+    Raises:
+        DgqError: there is no configuration, or a damaged header.
+    """
+    file = component / "config.json"
     config = read_json(file)
     quantization = config.get("quantization_config")
     if quantization is None:
@@ -262,6 +287,7 @@ def check_folder(folder: Path) -> Header | None:
     """
     for name in components(folder):
         _check_component(folder / name)
+    decoder_header(folder)
     return read_header(folder)
 
 

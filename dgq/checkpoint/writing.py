@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import DgqError
+from ..family import family_of
 from ..integer.skeleton import stored_names
 from ..outputs import atomic_folder, save_tensors
 from . import checksums
@@ -114,8 +115,9 @@ def copied_files(base: Path) -> dict[str, Path]:
 
 
 def write_checkpoint(
-    base: Path, network: nn.Module, header: Header, target: Path, overwrite: bool = False, work: Path | None = None
-) -> None:
+    base: Path, network: nn.Module, header: Header, target: Path, overwrite: bool = False, work: Path | None = None,
+    decoder: tuple[nn.Module, Header] | None = None,
+) -> None:  # fmt: skip
     """Write a checkpoint: the base folder's other components, the packed network, the header and a model card.
 
     Args:
@@ -125,46 +127,60 @@ def write_checkpoint(
         target: where the checkpoint goes.
         overwrite: replace a checkpoint that is there.
         work: the target's `writing.workplace` where the caller holds it.
+        decoder: the VAE, quantized too, and its description.
 
     Raises:
         DgqError: the target cannot be written; what was there is there still, and nothing else is left behind.
     """
     check_target(target, base, overwrite)
     files = copied_files(base)
-    own = component_at(base)
+    parts = [*([decoder] if decoder else []), (network, header)]
+    quantized = {family_of(part).component for part, _ in parts}
     with atomic_folder(target, overwrite, work) as folder:
         for name, file in files.items():
+            if name.partition("/")[0] in quantized:
+                continue
             copy = folder / name
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
         for component in [there for there in folder.iterdir() if there.is_dir()]:
             index_shards(component)
-        place = folder / own.name
-        place.mkdir()
-        config = read_json(own / "config.json")
-        config.pop("_name_or_path", None)
-        config["quantization_config"] = header.to_dict()
-        text = json.dumps(config, indent=1, sort_keys=True)
-        (place / "config.json").write_text(text + "\n", encoding="utf-8")
-        # What stays float is stored in half precision, as published float checkpoints are; the scales of quantized
-        # layers keep float32.
-        halved = set(family_at(base).skeleton(config).state_dict()) - stored_names(network)
-        state = {
-            name: value.half() if name in halved and value.dtype == torch.float32 else value
-            for name, value in network.state_dict().items()
-        }
-        state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-        file = place / WEIGHTS_NAME
-        save_tensors(state, file, {"format": "pt"})
-        card = model_card(header, target.name, family_at(base), file.stat().st_size)
+        written = [_write_part(base, folder, part, of) for part, of in parts]
+        sizes = [file.stat().st_size for file in written]
+        card = model_card(header, target.name, family_at(base), sizes[-1], (decoder[1], sizes[0]) if decoder else None)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        checksums.record(place, pipeline=True)
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+        for file in written:
+            checksums.record(file.parent, pipeline=file is written[-1])
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
 
 
-def model_card(header: Header, name: str, family: Family, size: int) -> str:
-    """The README of a checkpoint folder `name` with a network of `size` bytes: what it is, measured, and its use."""
+def _write_part(base: Path, folder: Path, part: nn.Module, header: Header) -> Path:
+    """Write a quantized component of the pipeline in `base` into a new folder of its own; returns the weights' file."""
+    family = family_of(part)
+    place = folder / family.component
+    place.mkdir()
+    config = read_json(base / family.component / "config.json")
+    config.pop("_name_or_path", None)
+    config["quantization_config"] = header.to_dict()
+    text = json.dumps(config, indent=1, sort_keys=True)
+    (place / "config.json").write_text(text + "\n", encoding="utf-8")
+    # What stays float is stored in half precision, as published float checkpoints are; the scales of quantized
+    # layers keep float32.
+    halved = set(family.skeleton(config).state_dict()) - stored_names(part)
+    state = {
+        name: value.half() if name in halved and value.dtype == torch.float32 else value
+        for name, value in part.state_dict().items()
+    }
+    state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+    file = place / WEIGHTS_NAME
+    save_tensors(state, file, {"format": "pt"})
+    return file
+
+
+def model_card(header: Header, name: str, family: Family, size: int, decoder: tuple[Header, int] | None = None) -> str:
+    """The README of a checkpoint folder `name` with a network of `size` bytes, and a quantized VAE of so many: what it
+    is, measured, and its use."""
     recipe, calibration = header.recipe, header.calibration
     lines = [
         "---", "library_name: diffusers", "tags: [text-to-image, quantized, dgq]", "---", "",
@@ -179,6 +195,10 @@ def model_card(header: Header, name: str, family: Family, size: int) -> str:
         f"| calibration | {calibration.get('prompts', '?')} prompts, {calibration.get('steps', '?')} steps, "
         f"seed {calibration.get('seed', '?')} |",
     ]  # fmt: skip
+    if decoder:
+        about, size = decoder
+        count = len(about.method.layers(about))
+        lines.append(f"| VAE's decoder | {about.recipe.label}, {count} layers; the VAE's file {size / 2**20:.1f} MiB |")
     names = {"steps": "num_inference_steps", "guidance": family.guidance_argument}
     call = "".join(f", {names[key]}={value}" for key, value in header.generation.items() if key in names)
     fidelity = calibration.get("fidelity")

@@ -1,6 +1,7 @@
 """The networks that dgq knows, a file each (docs/architecture.md); what they answer is told in `dgq.family`."""
 
-from ..family import FAMILIES
+from ..family import DECODERS, FAMILIES
+from .autoencoder_kl import AutoencoderKL
 from .flux import Flux
 from .flux2 import Flux2
 from .pixart import PixArt
@@ -11,3 +12,4 @@ from .unet import UNet
 from .z_image import ZImage
 
 FAMILIES[:] = [UNet(), StableDiffusion3(), Flux(), Flux2(), PixArt(), ZImage(), QwenImage(), Sana()]
+DECODERS[:] = [AutoencoderKL()]

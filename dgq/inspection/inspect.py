@@ -15,15 +15,17 @@ from ..checkpoint.header import Header
 from ..checkpoint.reading import (
     SAFETENSORS_DTYPES,
     component_at,
+    decoder_header,
     family_at,
     float16_bytes,
     network_bytes,
     read_header,
+    read_json,
     tensor_table,
     weight_files,
 )
 from ..errors import DgqError
-from ..family import FAMILIES
+from ..family import FAMILIES, named
 from ..pictures.pipelines import resolve
 from .measurement import Measurement
 from .overrides import DEFAULT_BUDGET, count_of, suggest, suggest_measured
@@ -62,6 +64,24 @@ class LayerReport:
     sqnr_db: float | None
 
 
+@dataclass(frozen=True)
+class DecoderReport:
+    """The VAE of a checkpoint, whose decoder is quantized too.
+
+    Attributes:
+        label: of its recipe.
+        bytes, float16_bytes: of its weight files, and of its tensors in float16.
+        layers: every quantized layer in the model's order.
+        calibration: how it was made and what was measured then, without the per-layer errors.
+    """
+
+    label: str
+    bytes: int
+    float16_bytes: int
+    layers: list[LayerReport]
+    calibration: dict[str, Any]
+
+
 @dataclass
 class Inspection:
     """What `dgq inspect` tells about a model folder.
@@ -84,6 +104,7 @@ class Inspection:
         network: what its kind of network is called; words: the method's "rounding" and "attention", for people.
         checksums: of how many files the checkpoint holds one; 0 for those of older versions.
         verified: whether the files were compared with them, and are as they were written.
+        decoder: None where the VAE is float.
     """
 
     path: str
@@ -109,6 +130,7 @@ class Inspection:
     words: dict[str, str] = field(default_factory=dict)
     checksums: int = 0
     verified: bool = False
+    decoder: DecoderReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object; "suggestion" also holds the "command_line"."""
@@ -141,13 +163,12 @@ def inspect(
     header = read_header(folder)
     if verify and not checksums.verify(component_at(folder)):
         raise DgqError(f"{folder}: has no checksums to verify", "it is a float model, or of an older dgq")
-    tensors = _tensors(folder)
+    tensors = _tensors(component_at(folder))
     size = network_bytes(folder)
     if header is None:
         total = float16_bytes(folder)
         return Inspection(str(folder), False, size, total, size / total, network=family_at(folder).title)
-    prefixes = {one.prefix: name for name, one in header.method.layers(header).items()}
-    owners = {name: _owner(name, prefixes) for name in tensors}
+    owners = _owners(header, tensors)
     layers = _layers(header, owners, tensors)
     attention = dataclasses.asdict(header.attention) if header.attention else None
     float16 = float16_bytes(folder)
@@ -172,7 +193,24 @@ def inspect(
         calibration={key: value for key, value in header.calibration.items() if key != "sqnr_db"},
         layers=layers, worst=ranked[:worst], suggestion=suggestion, measurement=measurement,
         network=family_at(folder).title, checksums=len(checksums.stored(component_at(folder))), verified=verify,
+        decoder=_decoder(folder),
     )  # fmt: skip
+
+
+def _decoder(folder: Path) -> DecoderReport | None:
+    header = decoder_header(folder)
+    if header is None:
+        return None
+    place = folder / "vae"
+    tensors = _tensors(place)
+    skeleton = named(read_json(place / "config.json")["_class_name"]).skeleton(read_json(place / "config.json"))
+    return DecoderReport(
+        header.recipe.label,
+        sum(file.stat().st_size for file in weight_files(place)),
+        2 * sum(tensor.numel() for tensor in skeleton.state_dict().values()),
+        _layers(header, _owners(header, tensors), tensors),
+        {key: value for key, value in header.calibration.items() if key != "sqnr_db"},
+    )
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -194,8 +232,7 @@ def _sqnr(layer: LayerReport) -> float:
     return float("inf") if layer.sqnr_db is None else layer.sqnr_db
 
 
-def _tensors(folder: Path) -> _Tensors:
-    place = component_at(folder)
+def _tensors(place: Path) -> _Tensors:
     files = weight_files(place)
     if not files:
         raise DgqError(f"{place}: holds no safetensors file")
@@ -205,6 +242,12 @@ def _tensors(folder: Path) -> _Tensors:
 def _bytes(entry: tuple[tuple[int, ...], str]) -> int:
     shape, dtype = entry
     return count_of(shape) * _ITEM_BYTES[dtype]
+
+
+def _owners(header: Header, tensors: _Tensors) -> dict[str, str | None]:
+    """The quantized layer of each tensor, or None."""
+    prefixes = {one.prefix: name for name, one in header.method.layers(header).items()}
+    return {name: _owner(name, prefixes) for name in tensors}
 
 
 def _owner(name: str, prefixes: Mapping[str, str]) -> str | None:

@@ -172,8 +172,9 @@ def _transformer_block(module: Any) -> bool:
 
 
 def _resnet_block(module: Any) -> bool:
+    # where there is no embedding, a VAE's blocks call what they do with it by another name
     plain = (
-        module.time_embedding_norm == "default" and module.output_scale_factor == 1
+        (module.time_embedding_norm == "default" or module.time_emb_proj is None) and module.output_scale_factor == 1
         and module.upsample is None and module.downsample is None and type(module.nonlinearity) is nn.SiLU
     )  # fmt: skip
     return plain and is_direct(module.conv1, "conv2d") and is_direct(module.conv2, "conv2d")

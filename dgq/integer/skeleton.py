@@ -156,14 +156,14 @@ def fuse(network: nn.Module) -> None:
 
 def to(network: Any, *args: Any, **kwargs: Any) -> Any:
     """`ModelMixin.to`, which refuses every dtype, None and the model's own as well: `save_lora_adapter`, pipelines made
-    of others and IP-Adapters ask for those. Quantized layers keep theirs."""
+    of others and IP-Adapters ask for those, and a VAE is cast to be run in float32. Quantized layers keep theirs."""
     if kwargs.get("dtype", ...) is None:
         del kwargs["dtype"]
     if not args and not kwargs:
         return network
     dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
-    same = dtype is not None and dtype == network.dtype
-    return (nn.Module if same else type(network)).to(network, *args, **kwargs)
+    taken = dtype is not None and (dtype == network.dtype or family_of(network).cast)
+    return (nn.Module if taken else type(network)).to(network, *args, **kwargs)
 
 
 def stored_names(network: nn.Module) -> set[str]:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .plan import Layer
 
 
+# Height and width of what is taken of larger pictures: those of a decoder's last layers have a hundred times as many
+# pixels as second moments need, and their taps would fill the memory.
+WINDOW = 64
+
 # Rows of the second moments that are summed up together, from the diagonal on: the rest is symmetric.
 MOMENT_ROWS = 512
 
@@ -53,6 +57,10 @@ class Statistics:
     def add(self, x: Tensor) -> None:
         """Add one call's input: (..., C) for a linear layer, (B, C, H, W) otherwise."""
         plan = self.plan
+        padding = (0, 0)
+        if plan.kind != "linear":
+            down, across = (plan.padding if side <= WINDOW else 0 for side in x.shape[2:])  # a window's edges have none
+            padding, x = (down, across), self._window(x)
         if plan.kind == "pointwise":
             x = x.permute(0, 2, 3, 1)
         x = x.detach().float()
@@ -62,17 +70,24 @@ class Statistics:
         channels = x if x.dim() == 2 else x.permute(0, 2, 3, 1).flatten(0, 2)
         self._squares = self._squares.to(x.device) + channels.square().sum(0)
         self._channel_count += channels.shape[0]
-        columns = x if x.dim() == 2 else self._columns(x)
+        columns = x if x.dim() == 2 else self._columns(x, padding)
         self.count += columns.shape[0]
         for i, block in enumerate(self._triangle):
             start = i * MOMENT_ROWS
             part = columns[:, start : start + len(block)]
             self._triangle[i] = block.to(x.device).addmm_(part.t(), columns[:, start:])
 
-    def _columns(self, x: Tensor) -> Tensor:
+    def _window(self, x: Tensor) -> Tensor:
+        """A part of pictures (B, C, H, W), at a place of chance."""
+        for axis in (2, 3):
+            if (spare := x.shape[axis] - WINDOW) > 0:
+                x = x.narrow(axis, int(torch.randint(spare + 1, (), generator=self._generator)), WINDOW)
+        return x
+
+    def _columns(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         """im2col rows (B * Ho * Wo, K) in the order (kh, kw, C) of `to_matrix`."""
         plan = self.plan
-        unfolded = nn.functional.unfold(x, plan.kernel_size, padding=plan.padding, stride=plan.stride)
+        unfolded = nn.functional.unfold(x, plan.kernel_size, padding=padding, stride=plan.stride)
         batch, _, pixels = unfolded.shape
         taps = unfolded.view(batch, plan.in_features, -1, pixels).permute(0, 3, 2, 1)
         return taps.reshape(batch * pixels, -1)

@@ -17,10 +17,9 @@ from torch import nn
 
 from ..checkpoint.apply import apply_header
 from ..checkpoint.reading import (
-    component_at,
     components,
     family_at,
-    read_header,
+    header_at,
     read_json,
     tensor_table,
     verify_tensors,
@@ -30,6 +29,7 @@ from ..checkpoint.reading import (
 )
 from ..checkpoint.values import verify_values
 from ..errors import DgqError
+from ..family import UNKNOWN, named
 
 # What old text encoders' files hold and their classes no longer do, or that of another head: none is of any use here.
 _HARMLESS = re.compile(r"(^|\.)position_ids$|^text_projection\.weight$|^logit_scale$")
@@ -65,7 +65,7 @@ def assemble(folder: Path, dtype: torch.dtype, given: Mapping[str, Any] | None =
     parts = dict(given or {})
     for name, (library, kind) in components(folder).items():
         if name in taken and name not in parts:
-            parts[name] = _component(folder, name, library, kind, dtype)
+            parts[name] = component(folder, name, library, kind, dtype)
     _check_together(folder, parts)
     left_out = {name: None for name, entry in read_json(index).items() if entry == [None, None] and name in taken}
     # what the libraries would say of parts given to them is that they cannot tell the safety checker's class
@@ -73,8 +73,9 @@ def assemble(folder: Path, dtype: torch.dtype, given: Mapping[str, Any] | None =
         return pipeline.from_pretrained(folder, local_files_only=True, **left_out, **parts)
 
 
-def _component(folder: Path, name: str, library: str, kind: str, dtype: torch.dtype) -> Any:
-    """One component: a network with all its tensors and no others, all finite; or a tokenizer, scheduler or the like.
+def component(folder: Path, name: str, library: str, kind: str, dtype: torch.dtype) -> Any:
+    """One component, of a library's class: a network with all its tensors and no others, all finite; or a tokenizer,
+    scheduler or the like.
 
     Raises:
         DgqError: it is damaged, or there is no such class.
@@ -135,7 +136,7 @@ def _check_shapes(place: Path, kind: Any, files: list[Path]) -> None:
     """
     file, weights = place / "config.json", weights_place(files)
     config = {name: value for name, value in read_json(file).items() if name != "quantization_config"}
-    header = read_header(place.parent) if place == component_at(place.parent) else None
+    header = None if named(kind.__name__) is UNKNOWN else header_at(place)
     with one_line(file), quiet("diffusers"), torch.device("meta"):
         if hasattr(kind, "config_class"):
             network = kind(kind.config_class.from_pretrained(str(place), local_files_only=True))

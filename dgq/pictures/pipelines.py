@@ -153,6 +153,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     network: Any = None,
+    vae: Any = None,
     graph: bool | None = None,
     verify: bool = True,
 ) -> Any:
@@ -162,7 +163,7 @@ def load(
         model: checkpoint folder, hub id, or None for the embedded model; or what `find_model` found.
         device: default CUDA where there is one, else CPU.
         dtype: dtype of everything that is not quantized; default float16 on CUDA, float32 on the CPU.
-        network: takes the place of the folder's.
+        network, vae: take the place of the folder's.
         graph: replay the network's calls from CUDA graphs (`dgq.use_graphs`); default on CUDA.
         verify: hold a checkpoint's files against their checksums first; those of older versions have none. False takes
             files that were changed on purpose.
@@ -186,10 +187,12 @@ def load(
     if verify and checksums.wanted():
         checksums.verify(component_at(folder))
     with checksums.left_out():
-        pipe = assemble(folder, dtype, {} if network is None else {family_of(network).component: network})
+        given = {family_of(part).component: part for part in (network, vae) if part is not None}
+        pipe = assemble(folder, dtype, given)
     pipe.set_progress_bar_config(disable=True)
     pipe = pipe.to(place)
-    prepare_all(network_of(pipe), place)
+    for part in (network_of(pipe), pipe.vae):
+        prepare_all(part, place)
     if graph or (graph is None and place.type == "cuda"):
         use_graphs(pipe)
     return pipe

@@ -104,7 +104,8 @@ def test_a_loaded_model_runs_on_its_device(made, monkeypatch):
     place = torch.device("cuda:0")
     with Pretended() as mode:
         pipe = dgq.load(made.folder, device="cuda", dtype=torch.float32)
-        layers = [module for module in pipe.unet.modules() if isinstance(module, IntegerLayer)]
+        modules = [*pipe.unet.modules(), *pipe.vae.modules()]
+        layers = [module for module in modules if isinstance(module, IntegerLayer)]
         packed = [layer._prepared for layer in layers]
         got = draw(pipe)
         # no layer was packed again in the call, and the joined ones stay so

@@ -34,6 +34,9 @@ def test_dry_run_writes_nothing(dgq_command, tiny_pipeline, tmp_path):
     run = dgq_command("calibrate", tiny_pipeline, "--out", tmp_path / "out", "--dry-run", "--json")
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["layers"] == 85
+    assert json.loads(run.stdout)["decoder_layers"] == 25
+    run = dgq_command("calibrate", tiny_pipeline, "--out", tmp_path / "out", "--dry-run", "--vae", "float")
+    assert "VAE                 float" in run.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -43,6 +46,7 @@ def test_dry_run_writes_nothing(dgq_command, tiny_pipeline, tmp_path):
         (("--wbits", "5"), 2, "wbits"),
         (("--abits", "2"), 2, "abits"),
         (("--recipe", "magic"), 2, "recipe"),
+        (("--vae", "int4"), 2, "neither int8 nor float"),
         (("--override", "mid_block"), 2, "PATTERN=BITS"),
         (("--prompts", "0"), 2, "from 1 to"),
         (("--prompts", "/no/such/file"), 1, "/no/such/file"),

@@ -29,7 +29,7 @@ from dgq.integer.rounding import (
     rounding_bytes,
 )
 from dgq.integer.skeleton import build_skeleton
-from dgq.integer.statistics import MOMENT_ROWS, Statistics, gather
+from dgq.integer.statistics import MOMENT_ROWS, WINDOW, Statistics, gather
 from dgq.integer.weights import gptq
 from dgq.recipe import Recipe
 from dgq.replay import spread
@@ -164,6 +164,23 @@ def test_second_moment_is_that_of_the_matrix_form():
     assert torch.allclose(matrix @ statistics.moment @ matrix.t(), outputs @ outputs.t(), rtol=1e-3, atol=1e-3)
     assert statistics.count == outputs.shape[1]
     assert torch.allclose(statistics.mean_square, x.square().mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_of_large_pictures_a_window_is_taken(kernel):
+    def gathered(height, width):
+        conv = torch.nn.Conv2d(3, 5, kernel, padding=kernel // 2)
+        statistics = Statistics(plan_layer(conv, 8, Recipe()), 1)
+        statistics.add(torch.ones(2, 3, height, width))
+        return statistics
+
+    inside = WINDOW - kernel + 1
+    large, flat, small = gathered(WINDOW + 1, 3 * WINDOW), gathered(2, 2 * WINDOW), gathered(WINDOW, WINDOW)
+    assert large.count == 2 * inside**2
+    assert bool((large.moment == large.count).all())  # no tap lies beyond the picture
+    assert flat.count == 2 * 2 * inside
+    assert small.count == 2 * WINDOW**2
+    assert large.samples[0].numel() == small.samples[0].numel()
 
 
 def test_second_moments_are_whole_however_many_blocks_they_were_summed_in():

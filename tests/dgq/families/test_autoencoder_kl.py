@@ -1,0 +1,254 @@
+"""The VAE's decoder, quantized beside the network: calibrated, stored, loaded by every route, and refused where it is
+damaged."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import load_file, save_file
+
+import dgq
+from dgq.calibration.estimate import estimate
+from dgq.calibration.run import Options, calibrate
+from dgq.checkpoint.diffusers import DgqConfig
+from dgq.checkpoint.reading import decoder_header
+from dgq.checkpoint.writing import WEIGHTS_NAME
+from dgq.errors import DgqError
+from dgq.inspection.inspect import inspect
+from dgq.integer.fused_unet import FusedResnetBlock
+from dgq.integer.layer import IntegerLayer
+from dgq.pictures.pipelines import find_model
+from dgq.recipe import Recipe
+
+QUICK = Recipe(rounding="nearest", channels="none")
+FAST = {"prompts": ["a cat", "a dog"], "steps": 2, "evaluate": 0}
+ROUTES = {
+    "dgq.load": lambda folder: dgq.load(folder, device="cpu").vae,
+    "pipeline": lambda folder: DiffusionPipeline.from_pretrained(folder, safety_checker=None).vae,
+    "alone": lambda folder: AutoencoderKL.from_pretrained(folder / "vae"),
+}
+
+
+def latents(batch=2, side=8):
+    return torch.randn(batch, 4, side, side, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def decoded(vae, z):
+    return vae.decode(z).sample
+
+
+def sqnr_db(reference, result):
+    return 10 * float(torch.log10(reference.square().sum() / (reference - result).square().sum()))
+
+
+def layers(network):
+    return [name for name, module in network.named_modules() if isinstance(module, IntegerLayer)]
+
+
+@pytest.fixture
+def folder(tiny_checkpoint, tmp_path):
+    return shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+
+
+def test_every_route_loads_the_decoder_that_was_calibrated(tiny_checkpoint, tiny_pipeline):
+    plain = AutoencoderKL.from_pretrained(tiny_pipeline / "vae")
+    results = []
+    for load in ROUTES.values():
+        vae = load(tiny_checkpoint)
+        assert layers(vae)
+        assert not any(name.startswith("encoder") or "quant_conv" in name for name in layers(vae))
+        assert {"decoder.mid_block.attentions.0.to_q", "decoder.up_blocks.0.upsamplers.0.conv"} <= {*layers(vae)}
+        assert type(vae.decoder.conv_in) is type(vae.decoder.conv_out) is torch.nn.Conv2d
+        results.append(decoded(vae, latents()))
+    assert all(torch.equal(results[0], other) for other in results)
+    assert 25 < sqnr_db(decoded(plain, latents()), results[0]) < 60
+    picture = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        encoded, own = vae.encode(picture).latent_dist.mean, plain.encode(picture).latent_dist.mean
+    assert sqnr_db(own, encoded) > 50  # stored in half precision
+
+
+def test_its_header_and_report(tiny_checkpoint, tiny_pipeline):
+    header = decoder_header(tiny_checkpoint)
+    assert header.recipe == Recipe(wbits=8, attention="float")
+    assert {plan.wbits for plan in header.layers.values()} == {8}
+    assert header.calibration["calls"] == 2
+    assert header.calibration["sqnr_db"].keys() == header.layers.keys()
+    assert header.calibration["fidelity"]["psnr_db"] > 25
+    report = inspect(tiny_checkpoint).decoder
+    assert [layer.name for layer in report.layers] == list(header.layers)
+    assert report.bytes == (tiny_checkpoint / "vae" / WEIGHTS_NAME).stat().st_size
+    assert f"integer W8A8, {len(header.layers)} layers" in (tiny_checkpoint / "README.md").read_text()
+    predicted = estimate(tiny_pipeline, Recipe(), Options(**FAST))
+    assert predicted.decoder_layers == len(report.layers)
+    assert predicted.decoder_float16_bytes == report.float16_bytes
+    assert 0.9 < predicted.decoder_packed_bytes / report.bytes < 1.02  # the file's own header is not counted
+
+
+def test_blocks_leave_norm_and_residual_to_their_layers(tiny_checkpoint):
+    vae = ROUTES["dgq.load"](tiny_checkpoint)
+    blocks = [module for module in vae.decoder.modules() if isinstance(module, ResnetBlock2D)]
+    assert {type(block) for block in blocks} == {FusedResnetBlock}
+    assert not any(isinstance(module, FusedResnetBlock) for module in vae.encoder.modules())
+    plain = copy.deepcopy(vae)
+    for module in plain.modules():
+        if type(module) is FusedResnetBlock:
+            module.__class__ = ResnetBlock2D
+    # codes may fall to the other side where the norms round otherwise
+    assert sqnr_db(decoded(plain, latents()), decoded(vae, latents())) > 45
+
+
+def test_the_float_decoder_is_copied_as_it_is(tiny_pipeline, tmp_path):
+    for recipe, vae in ((QUICK, "float"), (Recipe("paper", groups=1), None)):
+        out = tmp_path / recipe.name
+        options = Options(**FAST, vae=vae)
+        calibrate(tiny_pipeline, out, recipe, options)
+        for file in (tiny_pipeline / "vae").iterdir():
+            assert (out / "vae" / file.name).read_bytes() == file.read_bytes()
+        assert decoder_header(out) is None
+        assert inspect(out).decoder is None
+        assert estimate(tiny_pipeline, recipe, options).decoder_layers == 0
+
+
+def test_a_vae_of_another_class_stays_float_unless_it_is_asked_for(tiny_pipeline, tmp_path):
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    file = folder / "vae" / "config.json"
+    file.write_text(file.read_text().replace('"AutoencoderKL"', '"AutoencoderTiny"'))
+    from dgq.calibration.run import decoder_recipe
+
+    assert decoder_recipe(find_model(folder), Recipe(), Options()) is None
+    with pytest.raises(DgqError, match="AutoencoderTiny cannot be quantized"):
+        calibrate(folder, tmp_path / "out", Recipe(), Options(**FAST, vae="int8"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_and_resumed_gives_the_same_file(tiny_pipeline, tmp_path):
+    calibrate(tiny_pipeline, tmp_path / "whole", QUICK, Options(**FAST))
+
+    def interrupt(stage, done, total, detail):
+        if stage == "quantize" and "decoder" in detail and done == total // 2:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_pipeline, out, QUICK, Options(**FAST), interrupt)
+    with pytest.raises(DgqError, match="other settings"):
+        calibrate(tiny_pipeline, out, QUICK, Options(**FAST, resume=True, vae="float"))
+    told = []
+    calibrate(tiny_pipeline, out, QUICK, Options(**FAST, resume=True), lambda stage, *rest: told.append((stage, rest)))
+    assert "record" not in {stage for stage, _ in told}
+    quantized = [rest[2] for stage, rest in told if stage == "quantize"]
+    assert quantized
+    assert all("decoder" in detail for detail in quantized)
+    a, b = (load_file(place / "vae" / WEIGHTS_NAME) for place in (tmp_path / "whole", out))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_lost_latents_are_recorded_again(tiny_pipeline, tmp_path):
+    def interrupt(stage, done, total, detail):
+        if stage == "quantize":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_pipeline, tmp_path / "out", QUICK, Options(**FAST), interrupt)
+    file = tmp_path / ".out.partial" / "calls-vae.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    stages = []
+    calibrate(tiny_pipeline, tmp_path / "out", QUICK, Options(**FAST, resume=True), lambda s, *_: stages.append(s))
+    assert {"resume", "record"} <= {*stages}
+
+
+def test_tiles_and_slices(tiny_checkpoint, tiny_pipeline):
+    quantized, plain = ROUTES["dgq.load"](tiny_checkpoint), AutoencoderKL.from_pretrained(tiny_pipeline / "vae")
+    z = latents(side=16)
+    for vae in (quantized, plain):
+        vae.enable_tiling()
+        vae.enable_slicing()
+    assert sqnr_db(decoded(plain, z), decoded(quantized, z)) > 25
+    quantized.disable_tiling()
+    assert torch.equal(decoded(quantized, z), torch.cat([decoded(quantized, part) for part in z.split(1)]))
+
+
+def test_it_is_cast_as_pipelines_do(tiny_checkpoint):
+    vae = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae", dtype=torch.float16)
+    assert vae.dtype == torch.float16
+    scales = {name: value for name, value in vae.state_dict().items() if name.endswith("weight_scale")}
+    vae.to(dtype=torch.float32)  # where its class asks for that
+    assert vae.dtype == next(vae.post_quant_conv.parameters()).dtype == torch.float32
+    after = vae.state_dict()
+    assert all(value.dtype == torch.float32 and torch.equal(value, after[name]) for name, value in scales.items())
+    assert sqnr_db(decoded(ROUTES["alone"](tiny_checkpoint), latents()), decoded(vae, latents())) > 40
+
+
+def test_on_the_fly_and_back(tmp_path):
+    torch.manual_seed(0)
+    plain = tiny_pipelines.vae().eval()
+    plain.save_pretrained(tmp_path / "float")
+    asked = DgqConfig(wbits=8, channels="rotate")
+    vae = AutoencoderKL.from_pretrained(tmp_path / "float", quantization_config=asked)
+    result = decoded(vae, latents())
+    assert 25 < sqnr_db(decoded(plain, latents()), result) < 60
+    vae.save_pretrained(tmp_path / "packed")
+    assert torch.equal(decoded(AutoencoderKL.from_pretrained(tmp_path / "packed"), latents()), result)
+    vae.dequantize()
+    assert not layers(vae)
+    reference = decoded(plain, latents())
+    assert sqnr_db(reference, decoded(vae, latents())) > sqnr_db(reference, result) + 1  # inputs are not rounded
+
+
+def edit_config(folder, change):
+    file = folder / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    change(config["quantization_config"])
+    file.write_text(json.dumps(config))
+
+
+def edit_tensors(folder, change):
+    file = folder / "vae" / WEIGHTS_NAME
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+FIRST = "decoder.mid_block.resnets.0.conv1"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: edit_config(f, lambda q: q.update(more=1)), "unknown field 'more'"),
+        (
+            lambda f: edit_config(f, lambda q: q["layers"].update({"encoder.conv_in": q["layers"][FIRST]})),
+            "'encoder.conv_in' cannot be quantized",
+        ),
+        (lambda f: edit_config(f, lambda q: q["layers"][FIRST].update(stride=2)), f"{FIRST}.*stride is 2"),
+        (lambda f: edit_tensors(f, lambda t: t.pop(f"{FIRST}.weight_scale")), f"{FIRST}.weight_scale' is missing"),
+        (lambda f: edit_tensors(f, lambda t: t[f"{FIRST}.weight_scale"].zero_()), "a scale that is not positive"),
+        (lambda f: (f / "vae" / WEIGHTS_NAME).write_bytes(b"1234567890"), "safetensors|deserializ|header"),
+    ],
+)
+def test_a_damaged_decoder_is_named(folder, monkeypatch, route, change, message):
+    monkeypatch.setenv("DGQ_VERIFY", "0")
+    change(folder)
+    expected = Exception if route != "dgq.load" and "header" in message else DgqError
+    with pytest.raises(expected, match=message):
+        ROUTES[route](folder)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_one_bit_of_a_weight(folder, route):
+    file = folder / "vae" / WEIGHTS_NAME
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DgqError, match=r"vae.diffusion_pytorch_model.safetensors: is not as it was written"):
+        ROUTES[route](folder)
