@@ -37,6 +37,9 @@ def command(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Much less memory, a third more time.")
     ] = False,
+    mixed_precision: Annotated[
+        str | None, typer.Option(metavar="bf16|no", help="Of activations; bf16 on CUDA if left out, no on the CPU.")
+    ] = None,
     max_grad_norm: Annotated[
         float, typer.Option(min=1e-9, max=1e9, callback=finite, help="Clip gradients to this norm.")
     ] = 1.0,
@@ -81,6 +84,8 @@ def command(
     schedulers = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
     if lr_scheduler not in schedulers:
         raise typer.BadParameter(f"--lr-scheduler {lr_scheduler!r} is not one of {', '.join(schedulers)}")
+    if mixed_precision not in (None, "no", "bf16"):
+        raise typer.BadParameter(f"--mixed-precision {mixed_precision!r} is not one of bf16, no")
     if len(class_prompt or []) not in (0, 1, len(images)):
         raise typer.BadParameter(
             f"{len(class_prompt or [])} --class-prompt for {len(images)} subjects: one, or one each"
@@ -90,7 +95,8 @@ def command(
     options = Options(
         steps=steps, learning_rate=learning_rate, lr_scheduler=lr_scheduler, lr_warmup_steps=lr_warmup_steps,
         batch=batch, gradient_accumulation=gradient_accumulation, gradient_checkpointing=gradient_checkpointing,
-        max_grad_norm=max_grad_norm, resolution=resolution, experts=experts, input_scales=not no_input_scales,
+        mixed_precision=mixed_precision, max_grad_norm=max_grad_norm, resolution=resolution, experts=experts,
+        input_scales=not no_input_scales,
         class_prompts=tuple(class_prompt or ()), class_images=class_images, prior_weight=prior_weight,
         snr_gamma=snr_gamma, validation_prompts=tuple(validation_prompt or ()), validate_every=validate_every,
         checkpoint_every=checkpoint_every, seed=seed, device=device, resume=resume, overwrite=overwrite,

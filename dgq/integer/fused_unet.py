@@ -62,9 +62,9 @@ class FusedTransformerBlock(BasicTransformerBlock):
                 cross_attention_kwargs, class_labels, added_cond_kwargs,
             )  # fmt: skip
             return result
-        x = _attend(self.attn1, self.norm1, hidden_states, None)
+        x = attend(self.attn1, self.norm1, hidden_states, None)
         if self.attn2 is not None:
-            x = _attend(self.attn2, self.norm2, x, encoder_hidden_states)
+            x = attend(self.attn2, self.norm2, x, encoder_hidden_states)
         first, *middle, last = (module for module in self.ff.net if not isinstance(module, nn.Dropout))
         # a hook of offloading around the projection would move the norm too
         fused = isinstance(first, FusedGEGLU) and direct(first.proj, "linear") is not None
@@ -76,7 +76,8 @@ class FusedTransformerBlock(BasicTransformerBlock):
         return out
 
 
-def _attend(attention: Any, norm: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+def attend(attention: Any, norm: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    """x plus the attention of its norm, to the context or to itself."""
     if isinstance(attention.processor, LogAttnProcessor):
         return attention.processor(attention, x, context, residual=x, norm=norm)
     result: Tensor = attention(norm(x), encoder_hidden_states=context)
@@ -165,19 +166,29 @@ def _timestep_embedding(module: Any) -> bool:
     return type(module.act) is nn.SiLU and is_direct(module.linear_2, "linear")
 
 
+def plain_transformer_block(module: Any) -> bool:
+    """Whether a BasicTransformerBlock is two attentions and a feed-forward network, a LayerNorm before each."""
+    return module.norm_type == "layer_norm" and module.pos_embed is None and not module.only_cross_attention
+
+
 def _transformer_block(module: Any) -> bool:
-    plain = module.norm_type == "layer_norm" and module.pos_embed is None and not module.only_cross_attention
     layers = [x for x in module.ff.net if not isinstance(x, nn.Dropout)] if type(module.ff) is FeedForward else []
-    return plain and bool(layers) and is_direct(layers[-1], "linear")
+    return plain_transformer_block(module) and bool(layers) and is_direct(layers[-1], "linear")
+
+
+def plain_resnet(module: Any) -> bool:
+    """Whether a ResnetBlock2D is twice norm, SiLU and convolution, with the time's embedding added between them where
+    there is one."""
+    # where there is none, a VAE's blocks call what they would do with it by another name
+    embedded = module.time_embedding_norm == "default" or module.time_emb_proj is None
+    return (
+        embedded and module.output_scale_factor == 1
+        and module.upsample is None and module.downsample is None and type(module.nonlinearity) is nn.SiLU
+    )  # fmt: skip
 
 
 def _resnet_block(module: Any) -> bool:
-    # where there is no embedding, a VAE's blocks call what they do with it by another name
-    plain = (
-        (module.time_embedding_norm == "default" or module.time_emb_proj is None) and module.output_scale_factor == 1
-        and module.upsample is None and module.downsample is None and type(module.nonlinearity) is nn.SiLU
-    )  # fmt: skip
-    return plain and is_direct(module.conv1, "conv2d") and is_direct(module.conv2, "conv2d")
+    return plain_resnet(module) and is_direct(module.conv1, "conv2d") and is_direct(module.conv2, "conv2d")
 
 
 # diffusers' class -> (whether a module can leave work to its quantized layers, the class that does)

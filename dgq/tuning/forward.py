@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from dgq_kernels.scaled_product import Weight
 from dgq_kernels.scaled_product.reference import along
 
 from ..integer.channels import rotate_channels
+from ..integer.fused_unet import FusedGEGLU
 from ..integer.gradient import input_factor
 from ..integer.layer import IntegerLayer
 from ..recipe import LayerPlan
 from .layout import Layout, integer_layers
+from .recompute import lean, replaced
 
 
 def expert_of(timestep: float, experts: int, timesteps: int) -> int:
@@ -68,7 +71,7 @@ class _Layer:
         self.divisor = input_factor(layer)
         self.weight = Weight(layer.out_features, layer.plan.reduction, layer.natural_rows)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, gated: bool = False) -> Tensor:
         layer, plan = self.layer, self.layer.plan
         d_in = self.divisor
         if self.input is not None:
@@ -79,7 +82,7 @@ class _Layer:
         d_out = layer.weight_scale.detach() * (1 + self.experts.chosen[self.out])
         bias = None if layer.bias is None else layer.bias.detach()
         if plan.kind == "linear":
-            y = scaled_linear(x, self.weight, d_in, d_out, bias)
+            y = scaled_linear(x, self.weight, d_in, d_out, bias, gated)
         else:
             size = (plan.kernel_size, plan.stride, plan.padding)
             y = scaled_conv2d(x, self.weight, d_in, d_out, bias, *size)
@@ -94,17 +97,25 @@ def _rotated(x: Tensor, d_in: Tensor | None, plan: LayerPlan) -> Tensor:
 
 
 @contextmanager
-def differentiable(unet: Any, experts: Experts) -> Iterator[None]:
+def differentiable(unet: Any, experts: Experts, checkpointing: bool = False) -> Iterator[None]:
     """Within the block every integer layer multiplies float activations by the `chosen` scales, and attention is float.
-    The layers keep their packed weights; afterwards they are what they were."""
-    layers, processors = integer_layers(unet), unet.attn_processors
-    for name, layer in layers.items():
-        layer.__dict__["forward"] = _Layer(name, layer, experts)
+    The layers keep their packed weights; afterwards they are what they were. Checkpointing is that of `lean`."""
+    processors = unet.attn_processors
+    forwards: dict[nn.Module, Callable[..., Any]] = {
+        layer: _Layer(name, layer, experts) for name, layer in integer_layers(unet).items()
+    }
+    for module in unet.modules():
+        if isinstance(module, FusedGEGLU) and module.proj in forwards:
+            forwards[module] = partial(_gated, forwards[module.proj])
     unet.set_attn_processor(AttnProcessor2_0())
     try:
-        yield
+        with replaced(forwards), lean(unet, checkpointing):
+            yield
     finally:
-        for layer in layers.values():
-            del layer.__dict__["forward"]
         unet.set_attn_processor(processors)
         experts.chosen = {}
+
+
+def _gated(projection: Callable[..., Tensor], x: Tensor, *_: Any) -> Tensor:
+    """`GEGLU.forward`."""
+    return projection(x, gated=True)

@@ -44,6 +44,8 @@ LrScheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]  # fmt: skip
 LR_SCHEDULERS: tuple[str, ...] = LrScheduler.__args__  # type: ignore[attr-defined]
+# What `mixed_precision` asks for; float16 has no room for small gradients.
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
 # options that change nothing of the result
@@ -61,6 +63,7 @@ class Options:
         batch: pictures a forward pass, as many class pictures beside them where there is a class prompt.
         gradient_accumulation: forward passes a step.
         gradient_checkpointing: make activations anew in the backward pass: a third more time, much less memory.
+        mixed_precision: of activations, "bf16" or "no" (float32); None: "bf16" on CUDA. Scales are float32 either way.
         max_grad_norm: gradients are scaled down to this norm.
         resolution: pixels of a side; None: the model's own.
         experts: sets of scales, each for an equal part of the timesteps.
@@ -84,6 +87,7 @@ class Options:
     batch: int = 4
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    mixed_precision: str | None = None
     max_grad_norm: float = 1.0
     resolution: int | None = None
     experts: int = 2
@@ -116,6 +120,11 @@ class Options:
             raise DgqError(f"snr_gamma {self.snr_gamma} is out of range (above 0, to 1000)")
         if self.lr_scheduler not in LR_SCHEDULERS:
             raise DgqError(f"lr_scheduler {self.lr_scheduler!r} is not one of {', '.join(LR_SCHEDULERS)}")
+        if self.mixed_precision is not None and self.mixed_precision not in DTYPES:
+            raise DgqError(
+                f"mixed_precision {self.mixed_precision!r} is not one of {', '.join(DTYPES)}",
+                "float16 has no room for small gradients" if self.mixed_precision == "fp16" else None,
+            )
         if len(self.class_prompts) not in (0, 1, subjects):
             raise DgqError(f"{len(self.class_prompts)} class prompts for {subjects} subjects", "give one, or one each")
 
@@ -165,10 +174,8 @@ def tune(
     device = check_device(options.device)
     check_output(out, options.overwrite)
     with workplace(out) as work:
-        # float16 has no room for small gradients
-        pipe = load(
-            folder, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, graph=False
-        )
+        precision = options.mixed_precision or ("bf16" if device.type == "cuda" else "no")
+        pipe = load(folder, device=device, dtype=DTYPES[precision], graph=False)
         name = embedded.NAME if header.base_model in ("", embedded.NAME) else header.base_model
         base = Base(name, header.recipe.label, content_hash(pipe.unet))
         run = _Run(pipe, folder, base, subjects, pictures, out, options, State(work, progress), progress)
@@ -226,13 +233,17 @@ class _Run:
         classes = self._class_pictures()
         instances, priors, texts = self._encode(classes)
         objective = Objective(self.pipe, texts, self.options.snr_gamma, self.options.prior_weight)
+        if not self.options.validation_prompts:  # nothing is drawn or encoded any more
+            for name, part in self.pipe.components.items():
+                if isinstance(part, torch.nn.Module) and part is not self.pipe.unet:
+                    setattr(self.pipe, name, None)
         device = self.pipe.unet.device
         self.experts = Experts(self.layout, self.options.experts, objective.timesteps, device)
         self.optimizer = torch.optim.AdamW(self.experts.vectors, lr=self.options.learning_rate, weight_decay=0.0)
         self.objective, self.instances, self.priors = objective, instances, priors
         self.classes = {prompt: len(images) for prompt, images in classes.items()}
         done = self.state.load(self.experts.vectors, self.optimizer) if self.options.resume else 0
-        with _frozen(self.pipe, self.options.gradient_checkpointing):
+        with _frozen(self.pipe):
             self._steps(done)
         about = self._write(self.options.steps)
         if self.options.validation_prompts and not self._validates(self.options.steps):
@@ -280,7 +291,7 @@ class _Run:
                 if every:
                     boundaries.append((done // every + 1) * every)
             stop = min(boundaries)
-            with differentiable(self.pipe.unet, self.experts):
+            with differentiable(self.pipe.unet, self.experts, options.gradient_checkpointing):
                 for step in range(done, stop):
                     self._step(step)
             done = stop
@@ -383,18 +394,14 @@ def _rate(options: Options, step: int) -> float:
 
 
 @contextmanager
-def _frozen(pipe: Any, checkpointing: bool) -> Iterator[None]:
+def _frozen(pipe: Any) -> Iterator[None]:
     """The pipeline's networks without gradients of their own, for the block."""
     networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     trainable = [p for network in networks for p in network.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
-    if checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
     try:
         yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-        if checkpointing:
-            pipe.unet.disable_gradient_checkpointing()

@@ -25,7 +25,7 @@ def test_tune_draw_and_inspect(dgq_command, tiny_checkpoint, tmp_path):
     run = dgq_command(
         "tune", tiny_checkpoint, "--images", tmp_path / "cat", "--prompt", "a photo of sks cat",
         "--images", tmp_path / "dog", "--prompt", "a photo of zwx dog", "--out", file, "--steps", 3, "--learning-rate",
-        0.1, "--validation-prompt", "a cat", "--json", alone=True,
+        0.1, "--mixed-precision", "bf16", "--validation-prompt", "a cat", "--json", alone=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)

@@ -128,6 +128,7 @@ CASES = [
     (("bench", "--arch", "[/x]"), 1, "[/x]"),
     (("bench", "--arch", "sd-v1.4", "--work", "file/work"), 1, "cannot be written"),
     (("bench", "--predict", "sd-v1.4", "--pixels", HUGE), 2, "--pixels"),
+    (_tune("good", "--mixed-precision", "fp16"), 2, "--mixed-precision"),
     (_tune("folder"), 1, "no pictures"),
     (_tune("nowhere"), 1, "no such folder"),
     (_tune("fifos"), 1, "not a regular file"),

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from .reference import along
-
 # Values of a tile, about 4 MiB in float32: it stays in a core's cache. A GPU needs more of them at a time.
 _TILE = {"cpu": 2**20, "cuda": 2**23}
+# Values of a strip of activations that scales are applied to in float32.
+_STRIP = {"cpu": 2**18, "cuda": 2**22}
 _ROWS = 16  # a tile is whole blocks of the CPU engine's packed form
 
 
@@ -55,7 +55,7 @@ class _Linear:
         rows = x.reshape(-1, self.weight.k)
         y = x.new_empty(rows.shape[0], self.weight.n)
         for part, tile in self.weight.tiles(x):
-            y[:, part] = rows @ tile.t()
+            torch.mm(rows, tile.t(), out=y[:, part])
         return y.view(*x.shape[:-1], self.weight.n)
 
     def backward(self, gradient: Tensor) -> Tensor:
@@ -64,6 +64,10 @@ class _Linear:
         for part, tile in self.weight.tiles(gradient):
             result.addmm_(rows[:, part], tile)
         return result.view(*gradient.shape[:-1], self.weight.k)
+
+
+def _format(like: Tensor) -> torch.memory_format:
+    return torch.channels_last if like.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,17 @@ class _Conv2d:
             yield part, tile.view(tile.shape[0], self.kernel, self.kernel, -1).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [
-            torch.nn.functional.conv2d(x, tile, stride=self.stride, padding=self.padding) for _, tile in self._tiles(x)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        y: Tensor | None = None
+        for part, tile in self._tiles(x):
+            one = torch.nn.functional.conv2d(x, tile, stride=self.stride, padding=self.padding)
+            if tile.shape[0] == self.weight.n:
+                return one
+            if y is None:
+                size = one.shape[0], self.weight.n, *one.shape[2:]
+                y = torch.empty(size, dtype=one.dtype, device=one.device, memory_format=_format(one))
+            y[:, part] = one
+        assert y is not None
+        return y
 
     def backward(self, gradient: Tensor) -> Tensor:
         result: Tensor | None = None
@@ -97,40 +108,114 @@ class _Conv2d:
 
 
 class _Scaled(torch.autograd.Function):
+    """Kept for the backward pass are x, and for the output scale's gradient the output itself where it is nothing but
+    W' x' times that scale (attention keeps it anyway), otherwise W' x', from which a gate is computed anew."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, d_in: Tensor | None, d_out: Tensor, product: Any) -> Tensor:
-        scaled = x if d_in is None else x * along(d_in, x, product.axis).to(x.dtype)
-        unscaled = product.forward(scaled)
-        ctx.product = product
-        ctx.save_for_backward(x, d_in, d_out, unscaled if ctx.needs_input_grad[2] else None)
-        return unscaled * along(d_out, unscaled, product.axis).to(x.dtype)
+    def forward(
+        ctx: Any, x: Tensor, d_in: Tensor | None, d_out: Tensor, bias: Tensor | None, product: Any, gated: bool
+    ) -> Tensor:
+        axis = product.axis
+        unscaled = product.forward(x if d_in is None else _times(x, d_in, axis, torch.empty_like(x)))
+        wanted = ctx.needs_input_grad[2]
+        if gated:
+            y = unscaled.new_empty(*unscaled.shape[:-1], unscaled.shape[-1] // 2)
+        else:
+            y = torch.empty_like(unscaled) if wanted and bias is not None else unscaled
+        for from_, to in _strips(axis, unscaled, y):
+            values = from_ * _channels(d_out, axis)
+            if bias is not None:
+                values += _channels(bias, axis)
+            to.copy_(_gate(values) if gated else values)
+        ctx.product, ctx.gated = product, gated
+        ctx.save_for_backward(x, d_in, d_out, bias, unscaled if wanted or gated else None)
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, d_in, d_out, unscaled = ctx.saved_tensors
+        x, d_in, d_out, bias, kept = ctx.saved_tensors
         axis = ctx.product.axis
-        for_x, for_in, for_out, _ = ctx.needs_input_grad
-        of_out = _reduced(gradient, unscaled, d_out, axis) if for_out else None
+        for_x, for_in, for_out, *_ = ctx.needs_input_grad
+        before = torch.empty_like(kept if ctx.gated else gradient)  # the gradient of W' x'
+        of_out = _Sum(d_out, axis)
+        for g, u, to in _strips(axis, gradient, gradient if kept is None else kept, before):
+            scale = _channels(d_out, axis)
+            if ctx.gated:
+                g = _gate_backward(g, u * scale if bias is None else u * scale + _channels(bias, axis))
+            if for_out:
+                of_out.add(g, u)
+            to.copy_(g * scale)
+        total = of_out.value
+        if for_out and bias is None and not ctx.gated:  # the sum was over the output: a scale of 0 has none
+            total = torch.where(d_out == 0, 0, total / d_out)
         of_x = of_in = None
         if for_x or for_in:
-            of_x = ctx.product.backward(gradient * along(d_out, gradient, axis).to(gradient.dtype))
-            of_in = _reduced(of_x, x, d_in, axis) if for_in else None
+            of_x = ctx.product.backward(before)
+            del before
+            if for_in:
+                sums = _Sum(d_in, axis)
+                for g, values in _strips(axis, of_x, x):
+                    sums.add(g, values)
+                of_in = sums.value
             if not for_x:
                 of_x = None
             elif d_in is not None:
-                of_x = of_x * along(d_in, of_x, axis).to(of_x.dtype)
-        return of_x, of_in, of_out, None
+                _times(of_x, d_in, axis, of_x)
+        return of_x, of_in, total if for_out else None, None, None, None
 
 
-def _reduced(a: Tensor, b: Tensor, scale: Tensor, axis: int) -> Tensor:
-    """Sums of a * b over everything that one value of the scale (C,) or (B, C) multiplies."""
-    kept = {axis % a.dim()} | ({0} if scale.dim() == 2 else set())
-    others = [i for i in range(a.dim()) if i not in kept]
-    products = a * b
-    return (products.sum(others, dtype=scale.dtype) if others else products.to(scale.dtype)).view(scale.shape)
+def _strips(axis: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same part of tensors whose channels lie on `axis`, (B, rows, C) or (B, C, pixels), such that what is
+    computed of them in float32 stays small."""
+    if axis == 1:
+        views = [tensor.reshape(*tensor.shape[:2], -1) for tensor in tensors]
+    else:
+        views = [tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]) for tensor in tensors]
+    along_ = 2 if axis == 1 else 1
+    widest = max(views, key=Tensor.numel)
+    size = max(1, _STRIP.get(widest.device.type, 2**18) * widest.shape[along_] // max(1, widest.numel()))
+    yield from zip(*(view.split(size, along_) for view in views), strict=True)
 
 
-def scaled_linear(x: Tensor, weight: Weight, d_in: Tensor | None, d_out: Tensor, bias: Tensor | None = None) -> Tensor:
+def _channels(values: Tensor, axis: int) -> Tensor:
+    """A scale or bias (C,) or (B, C) shaped to broadcast over `_strips`."""
+    values = values if values.dim() == 2 else values[None]
+    return values.unsqueeze(axis + 1 if axis == 1 else 1)
+
+
+def _times(x: Tensor, scale: Tensor, axis: int, out: Tensor) -> Tensor:
+    """x times a scale, rounded once, in `out`, which may be x."""
+    for from_, to in _strips(axis, x, out):
+        torch.mul(from_, _channels(scale, axis), out=to)
+    return out
+
+
+class _Sum:
+    """Sums of products of strips over everything that one value of a scale multiplies, in the scale's dtype."""
+
+    def __init__(self, scale: Tensor, axis: int) -> None:
+        self.value = torch.zeros_like(scale)
+        self.over = ([] if scale.dim() == 2 else [0]) + [2 if axis == 1 else 1]
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        self.value += (a.to(self.value.dtype) * b).sum(self.over)
+
+
+def _gate(values: Tensor) -> Tensor:
+    value, gate = values.chunk(2, dim=-1)
+    return value * torch.nn.functional.gelu(gate)
+
+
+def _gate_backward(gradient: Tensor, values: Tensor) -> Tensor:
+    value, gate = values.chunk(2, dim=-1)
+    gradient = gradient.to(values.dtype)
+    of_gate = torch.ops.aten.gelu_backward(gradient * value, gate)
+    return torch.cat((gradient * torch.nn.functional.gelu(gate), of_gate), dim=-1)
+
+
+def scaled_linear(
+    x: Tensor, weight: Weight, d_in: Tensor | None, d_out: Tensor, bias: Tensor | None = None, gated: bool = False
+) -> Tensor:  # fmt: skip
     """A linear layer of an integer weight with an input and an output scale, both of which take gradients.
 
     Args:
@@ -139,12 +224,14 @@ def scaled_linear(x: Tensor, weight: Weight, d_in: Tensor | None, d_out: Tensor,
         d_in: float (K,), or (B, K) where samples have scales of their own; None: ones.
         d_out: float (N,) or (B, N).
         bias: float (N,) or None; takes no gradient.
+        gated: GEGLU of the result: value * gelu(gate), where the value is the first half of the N outputs.
 
     Returns:
-        (B, ..., N) in x's dtype. The scales' gradients are in their own dtype.
+        (B, ..., N), or (B, ..., N / 2), in x's dtype; what is done with the scales is computed in theirs and rounded
+        once. The scales' gradients are in their own dtype; an output scale of exactly 0 has none without a bias.
     """
-    y: Tensor = _Scaled.apply(x, d_in, d_out, _Linear(weight))
-    return y if bias is None else y + bias.to(y.dtype)
+    y: Tensor = _Scaled.apply(x, d_in, d_out, bias, _Linear(weight), gated)
+    return y
 
 
 def scaled_conv2d(
@@ -164,8 +251,8 @@ def scaled_conv2d(
     Returns:
         (B, N, Ho, Wo) in x's dtype.
     """
-    y: Tensor = _Scaled.apply(x, d_in, d_out, _Conv2d(weight, kernel, stride, padding, x.shape))
-    return y if bias is None else y + bias.to(y.dtype)[:, None, None]
+    y: Tensor = _Scaled.apply(x, d_in, d_out, bias, _Conv2d(weight, kernel, stride, padding, x.shape), False)
+    return y
 
 
 def linear_input_gradient(gradient: Tensor, weight: Weight) -> Tensor:

@@ -15,12 +15,18 @@ def along(scale: Tensor, like: Tensor, axis: int) -> Tensor:
     return scale.view(shape)
 
 
-def scaled_linear(x: Tensor, weight: Tensor, d_in: Tensor | None, d_out: Tensor, bias: Tensor | None = None) -> Tensor:
+def scaled_linear(
+    x: Tensor, weight: Tensor, d_in: Tensor | None, d_out: Tensor, bias: Tensor | None = None, gated: bool = False
+) -> Tensor:  # fmt: skip
     """See `dgq_kernels.scaled_linear`; weight is the whole integer matrix (N, K)."""
     scaled = x if d_in is None else x * along(d_in, x, -1)
     y = scaled @ weight.to(x.dtype).t()
     y = y * along(d_out, y, -1)
-    return y if bias is None else y + bias
+    y = y if bias is None else y + bias
+    if not gated:
+        return y
+    value, gate = y.chunk(2, dim=-1)
+    return value * torch.nn.functional.gelu(gate)
 
 
 def scaled_conv2d(

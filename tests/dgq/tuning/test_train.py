@@ -103,6 +103,42 @@ def test_checkpointed_gradients_are_the_same(tiny_checkpoint, subject, tmp_path)
     assert torch.equal(*(read(file, pipe.unet).vectors for file in files))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_mixed_precision_learns_as_float32_does(tiny_checkpoint, subject, tmp_path, checkpointing):
+    vectors = []
+    for precision in ("no", "bf16"):
+        out = tmp_path / f"{precision}.safetensors"
+        options = Options(**SHORT, gradient_checkpointing=checkpointing, mixed_precision=precision)
+        tune(tiny_checkpoint, [(subject, "a cat")], out, options)
+        vectors.append(read(out, dgq.load(tiny_checkpoint).unet).vectors.flatten())
+    assert not torch.equal(*vectors)
+    assert float(torch.nn.functional.cosine_similarity(*vectors, dim=0)) > 0.9
+
+
+@pytest.mark.parametrize("wrong", ["fp16", "int8"])
+def test_another_precision_is_refused(tiny_checkpoint, subject, tmp_path, wrong):
+    with pytest.raises(DgqError, match=f"mixed_precision '{wrong}' is not one of no, bf16") as caught:
+        tune(tiny_checkpoint, [(subject, "a cat")], tmp_path / "x.safetensors", Options(mixed_precision=wrong))
+    assert (caught.value.hint is not None) == (wrong == "fp16")
+
+
+@pytest.mark.parametrize("validation", [(), ("a cat",)])
+def test_what_encodes_is_let_go_of_where_nothing_is_drawn(
+    tiny_checkpoint, subject, tmp_path, validation, monkeypatch
+):  # fmt: skip
+    seen = []
+    step = train._Run._step
+
+    def watched(run, number):
+        seen.append((run.pipe.vae is None, run.pipe.text_encoder is None))
+        step(run, number)
+
+    monkeypatch.setattr(train._Run, "_step", watched)
+    options = Options(**SHORT, validation_prompts=validation)
+    tune(tiny_checkpoint, [(subject, "a cat")], tmp_path / "x.safetensors", options)
+    assert set(seen) == {(not validation, not validation)}
+
+
 def test_another_run_is_not_resumed(tiny_checkpoint, subject, tmp_path):
     out = tmp_path / "x.safetensors"
     partial = tmp_path / ".x.safetensors.partial"
