@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -94,9 +93,6 @@ def command(
     from dgq.errors import DgqError
     from dgq.recipe import Recipe
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
-        err.print("a calibration is the work of one process; the first one does it")
-        return
     overrides = tuple(_override(text) for text in override or [])
     try:
         wanted = Recipe(
