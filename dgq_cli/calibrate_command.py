@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -97,9 +96,6 @@ def command(
     from dgq.errors import DgqError
     from dgq.recipe import Recipe
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
-        err.print("a calibration is the work of one process; the first one does it")
-        return
     if vae not in (None, "int8", "float"):
         raise typer.BadParameter(f"--vae {vae!r} is neither int8 nor float")
     overrides = tuple(_override(text) for text in override or [])

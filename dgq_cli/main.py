@@ -35,11 +35,17 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass
+    """Of several processes that `accelerate launch` starts, `dgq eval` shares its work among all; what another command
+    makes is made once."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+    if several and context.invoked_subcommand != "eval":
+        err.print(f"dgq {context.invoked_subcommand} is the work of one process; the first one does it")
+        raise typer.Exit
 
 
 def main() -> None:

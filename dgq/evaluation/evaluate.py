@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +75,6 @@ class _Share:
     @classmethod
     def find(cls) -> _Share:
         """Of this process under `accelerate launch`."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls(0, 1)
         from accelerate import PartialState
 
         state = PartialState(cpu=not torch.cuda.is_available())

@@ -115,18 +115,23 @@ def test_lora_fused_before_calibrating(dgq_command, tiny_pipeline, tmp_path):
         assert "Traceback" not in run.stderr
 
 
-def test_one_of_several_processes_calibrates(dgq_command, tiny_pipeline, tmp_path, monkeypatch):
+def test_one_of_several_processes_calibrates_and_draws(dgq_command, tiny_pipeline, tmp_path, monkeypatch):
     """As `accelerate launch` starts them."""
-    given = (
-        "calibrate", tiny_pipeline, "--prompts", 1, "--steps", 1, "--evaluate", 0, "--rounding", "nearest",
-        "--out", tmp_path / "out",
-    )  # fmt: skip
+    made, drawn = tmp_path / "out", tmp_path / "pictures"
+    few = ("--prompts", 1, "--steps", 1, "--evaluate", 0, "--rounding", "nearest")
+    commands = (
+        ("calibrate", tiny_pipeline, *few, "--out", made),
+        ("generate", "a cat", "--model", made, "--steps", 1, "--seed", 7, "--out", drawn),
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    run = dgq_command(*given)
-    assert run.returncode == 0
-    assert "the first one does it" in run.stderr
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setenv("RANK", "0")
-    assert dgq_command(*given).returncode == 0
-    assert (tmp_path / "out" / "model_index.json").is_file()
+    for command in commands:
+        before = list(tmp_path.rglob("*"))
+        monkeypatch.setenv("RANK", "1")
+        run = dgq_command(*command)
+        assert run.returncode == 0
+        assert "the first one does it" in run.stderr
+        assert list(tmp_path.rglob("*")) == before
+        monkeypatch.setenv("RANK", "0")
+        assert dgq_command(*command).returncode == 0
+    assert (made / "model_index.json").is_file()
+    assert [file.name for file in drawn.iterdir()] == ["a-cat-7.png"]
