@@ -186,8 +186,9 @@ def main() -> None:
     prompts = evaluation_prompts(model, args.prompts)
     grid_prompts = list(args.grid_prompts or prompts[:GRID_PROMPTS]) if args.grid else []
     calibration = Options(
-        prompts=args.calibration_prompts, steps=settings.steps, guidance=settings.guidance, evaluate=0, overwrite=True
-    )
+        prompts=args.calibration_prompts, steps=settings.steps, guidance=settings.guidance, evaluate=0, overwrite=True,
+        vae="float",  # networks are compared
+    )  # fmt: skip
     report: dict[str, Any] = {
         "model": model.name,
         "dgq": dgq.__version__,

@@ -150,8 +150,9 @@ def main() -> None:
     prompts = [item.prompt for item in wanted]
     settings = Settings(seed=FIRST_SEED, batch=8).resolved(model)
     options = Options(
-        prompts=CALIBRATION_PROMPTS, steps=settings.steps, guidance=settings.guidance, evaluate=0, overwrite=True
-    )
+        prompts=CALIBRATION_PROMPTS, steps=settings.steps, guidance=settings.guidance, evaluate=0, overwrite=True,
+        vae="float",  # networks are compared
+    )  # fmt: skip
     scorer = Scorer()
     reference = pictures(load(model, dtype=torch.float32), prompts, settings, "float32")
     rows: list[dict[str, Any]] = [{"system": "float32", "top1": top1(scorer, wanted, reference)}]

@@ -202,8 +202,8 @@ def _decoder(folder: Path) -> DecoderReport | None:
     if header is None:
         return None
     place = folder / "vae"
-    tensors = _tensors(place)
-    skeleton = named(read_json(place / "config.json")["_class_name"]).skeleton(read_json(place / "config.json"))
+    tensors, config = _tensors(place), read_json(place / "config.json")
+    skeleton = named(config["_class_name"]).skeleton(config)
     return DecoderReport(
         header.recipe.label,
         sum(file.stat().st_size for file in weight_files(place)),

@@ -25,7 +25,7 @@ from dgq.method import METHODS, Cost, LayerCost, LayerFacts, Made, Method, Work
 from dgq.pictures.generation import Settings, generate
 from dgq.recipe import Recipe
 
-OPTIONS = Options(prompts=["a cat"], steps=2, evaluate=1)
+OPTIONS = Options(prompts=["a cat"], steps=2, evaluate=1, vae="float")
 
 
 class Rounded(nn.Module):

@@ -84,15 +84,16 @@ def test_half_precision_files_alone(tiny_pipeline, tmp_path, shards):
 
 
 def test_a_model_is_described_once(tiny_checkpoint, monkeypatch):
-    """Its header is parsed where it is found, and again where diffusers and the strict loading build its network."""
+    """The headers of network and VAE are parsed where it is found, and again where diffusers and the strict loading
+    build them."""
     parsed, plain = [], Header.from_dict
     monkeypatch.setattr(Header, "from_dict", classmethod(lambda cls, data: (parsed.append(1), plain(data))[1]))
     found = find_model(tiny_checkpoint)
     assert (found.name, found.label, found.embedded) == (str(tiny_checkpoint), "integer W4A8", False)
     assert Settings(guidance=2.0).resolved(found).steps == found.generation["steps"] == 3
-    assert len(parsed) == 1
+    assert len(parsed) == 2
     assert dgq.load(found, device="cpu").unet is not None
-    assert len(parsed) == 3
+    assert len(parsed) == 6
     own = find_model(None)
     assert (own.name, own.label, own.embedded) == ("dgq-emoji", "float", True)
     assert described(own.folder) == own
