@@ -389,8 +389,10 @@ class Layer:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the int8 matrix, from their blocks alone; start is a multiple of BLOCK."""
-        blocks = self.packed.view(-(-self.n // (2 * BLOCK)) * 2, -1, BLOCK, 4)[start // BLOCK : -(-stop // BLOCK)]
-        return blocks.transpose(1, 2).reshape(len(blocks) * BLOCK, -1)[: stop - start, : self.k].contiguous()
+        quads = self.packed.view(torch.int32).view(-(-self.n // (2 * BLOCK)) * 2, -1, BLOCK)  # 4 values, moved as one
+        blocks = quads[start // BLOCK : -(-stop // BLOCK)].transpose(1, 2)
+        rows = blocks.contiguous().view(torch.int8).flatten(0, 1)
+        return rows[: stop - start, : self.k].contiguous()
 
     @property
     def can_gate(self) -> bool:
