@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tuning import SUBJECTS, TRAINING, Judge, draw_and_judge, pictures
+from subjects import write_training
+from tuning import ASKED, Judge, Networks, draw, mean, prompt_of
 
 from dgq.pictures.generation import Settings, check_size
 from dgq.pictures.pipelines import load
@@ -92,12 +93,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=98)
     parser.add_argument("--rate", type=float, default=1e-3)
     arguments = parser.parse_args()
-    name = next(iter(SUBJECTS))
-    folder, noun = arguments.out / "subjects" / name, SUBJECTS[name][1]
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(pictures(name, TRAINING)):
-        image.save(folder / f"{number}.png")
-    prompt = f"a picture of a {noun}"
+    name = "blob"
+    folder, prompt = write_training(name, arguments.out), prompt_of(name)
     pipe = load(arguments.checkpoint, device="cpu", dtype=torch.float32)
     forward = Forward(pipe, folder, prompt)
     before, steps, begin = forward.probe(), 0, time.process_time()
@@ -109,8 +106,10 @@ def main() -> None:
             steps = tune(arguments.checkpoint, [(folder, prompt)], file, Options(overwrite=True)).steps
         load_tuned(pipe, file)
     row = {"rate": arguments.rate, "steps": steps, "cpu_seconds": round(time.process_time() - begin), "before": before}
-    found, _ = draw_and_judge(pipe, Judge(name), noun, 4)
-    print(json.dumps({**row, "after": forward.probe(), **found}))
+    prompts = [f"{prompt} {words}" for words, _, _ in ASKED]
+    found = Judge(name, Networks())(draw(pipe, prompts, 4), prompts * 4, ASKED * 4)
+    told = {key: mean(found[key]) for key in ("scorer", "background")}
+    print(json.dumps({**row, "after": forward.probe(), **told}))
 
 
 if __name__ == "__main__":

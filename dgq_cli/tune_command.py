@@ -47,6 +47,10 @@ def command(
         int | None, typer.Option(min=8, max=4096, metavar="N", help="Pixels of a side; the model's own if left out.")
     ] = None,
     experts: Annotated[int, typer.Option(min=1, max=64, help="Sets of scales, each for a part of the timesteps.")] = 2,
+    high_noise_strength: Annotated[
+        float,
+        typer.Option(min=0, max=1, callback=finite, help="Of the last expert: lower keeps to the prompt's layout."),
+    ] = 0.5,
     no_input_scales: Annotated[
         bool, typer.Option("--no-input-scales", help="Output scales alone: with --experts 1 this is PEQA.")
     ] = False,
@@ -96,7 +100,7 @@ def command(
         steps=steps, learning_rate=learning_rate, lr_scheduler=lr_scheduler, lr_warmup_steps=lr_warmup_steps,
         batch=batch, gradient_accumulation=gradient_accumulation, gradient_checkpointing=gradient_checkpointing,
         mixed_precision=mixed_precision, max_grad_norm=max_grad_norm, resolution=resolution, experts=experts,
-        input_scales=not no_input_scales,
+        high_noise_strength=high_noise_strength, input_scales=not no_input_scales,
         class_prompts=tuple(class_prompt or ()), class_images=class_images, prior_weight=prior_weight,
         snr_gamma=snr_gamma, validation_prompts=tuple(validation_prompt or ()), validate_every=validate_every,
         checkpoint_every=checkpoint_every, seed=seed, device=device, resume=resume, overwrite=overwrite,

@@ -170,3 +170,32 @@ def fp16_shards(folder: Path) -> Path:
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sdxl": sdxl, "sdxl-turbo": sdxl_turbo, "ssd-1b": ssd_1b, "lcm": lcm, "fp16": fp16, "fp16-shards": fp16_shards,
 }  # fmt: skip
+
+
+def small_clip(folder: Path) -> Path:
+    """Save a CLIP model with random weights and its processor to `folder`."""
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessorPil,
+        CLIPModel,
+        CLIPProcessor,
+        CLIPTextConfig,
+        CLIPVisionConfig,
+    )
+
+    from embedded.tokenizer import build_tokenizer
+
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=24, bos_token_id=598, eos_token_id=599, pad_token_id=599,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(
+        folder
+    )
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(processor, build_tokenizer(["a cat", "a dog on a blue background"], 600)).save_pretrained(folder)
+    return folder

@@ -67,6 +67,9 @@ class Options:
         max_grad_norm: gradients are scaled down to this norm.
         resolution: pixels of a side; None: the model's own.
         experts: sets of scales, each for an equal part of the timesteps.
+        high_noise_strength: of the last expert's changes in the file, which has the most noise; the first's is 1, and
+            those between lie evenly between. Layout and background are decided there: at 1 those of the pictures
+            prevail over the prompt's.
         input_scales: tune input scales too; without them and with one expert it is PEQA.
         class_prompts: of prior preservation: none, one for all subjects, or one each.
         class_images: pictures that are drawn for each class prompt.
@@ -91,6 +94,7 @@ class Options:
     max_grad_norm: float = 1.0
     resolution: int | None = None
     experts: int = 2
+    high_noise_strength: float = 0.5
     input_scales: bool = True
     class_prompts: Sequence[str] = ()
     class_images: int = 20
@@ -109,8 +113,8 @@ class Options:
         ranges = {
             "steps": (1, 10**6), "learning_rate": (0, 10), "lr_warmup_steps": (0, 10**6), "batch": (1, 256),
             "gradient_accumulation": (1, 1024), "max_grad_norm": (1e-9, 1e9), "experts": (1, MAX_EXPERTS),
-            "class_images": (1, 10**4), "prior_weight": (0, 1000), "validate_every": (0, 10**6),
-            "checkpoint_every": (0, 10**6), "seed": (0, MAX_SEED),
+            "high_noise_strength": (0, 1), "class_images": (1, 10**4), "prior_weight": (0, 1000),
+            "validate_every": (0, 10**6), "checkpoint_every": (0, 10**6), "seed": (0, MAX_SEED),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -340,7 +344,8 @@ class _Run:
             self.base, self.options.experts, self.objective.timesteps, self.options.input_scales, subjects, steps,
             {**self.options.to_dict(), "resolution": [self.width, self.height]},
         )  # fmt: skip
-        return Tuned(about, torch.stack([vector.detach() for vector in self.experts.vectors]).float().cpu())
+        changes = torch.stack([vector.detach() for vector in self.experts.vectors]).float().cpu()
+        return Tuned(about, changes * torch.linspace(1, self.options.high_noise_strength, len(changes))[:, None])
 
     def _write(self, steps: int) -> Description:
         tuned = self._tuned(steps)

@@ -6,38 +6,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tiny_pipelines import small_clip
 
 from dgq.errors import DgqError
 from dgq.evaluation import features
 from dgq.evaluation.measures import frechet_distance
-
-
-def small_clip(folder: Path) -> Path:
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessorPil,
-        CLIPModel,
-        CLIPProcessor,
-        CLIPTextConfig,
-        CLIPVisionConfig,
-    )
-
-    from embedded.tokenizer import build_tokenizer
-
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=24, bos_token_id=598, eos_token_id=599, pad_token_id=599,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(
-        folder
-    )
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(processor, build_tokenizer(["a cat", "a dog on a blue background"], 600)).save_pretrained(folder)
-    return folder
 
 
 def test_clip_score_is_the_cosine(tmp_path: Path) -> None:

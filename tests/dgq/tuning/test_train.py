@@ -93,6 +93,21 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tiny_checkpoint, subject, tmp
     assert digest(part) == digest(whole)
 
 
+def test_experts_of_more_noise_are_written_at_less_strength(tiny_checkpoint, subject, tmp_path):
+    vectors, pipe = [], dgq.load(tiny_checkpoint)
+    for strength in (1.0, 0.25):
+        file = tmp_path / f"{strength}.safetensors"
+        options = Options(**{**SHORT, "batch": 4}, experts=3, high_noise_strength=strength)
+        tune(tiny_checkpoint, [(subject, "a cat")], file, options)
+        vectors.append(read(file, pipe.unet).vectors)
+    assert all(float(expert.abs().max()) > 0 for expert in vectors[0])
+    for whole, part, factor in zip(*vectors, (1, 0.625, 0.25), strict=True):
+        torch.testing.assert_close(part, factor * whole, rtol=1e-3, atol=1e-6)
+    one = tmp_path / "one.safetensors"
+    tune(tiny_checkpoint, [(subject, "a cat")], one, Options(**SHORT, experts=1, high_noise_strength=0))
+    assert float(read(one, pipe.unet).vectors.abs().max()) > 0
+
+
 def test_checkpointed_gradients_are_the_same(tiny_checkpoint, subject, tmp_path):
     files = []
     for checkpointing in (False, True):
