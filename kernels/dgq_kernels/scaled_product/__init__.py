@@ -123,10 +123,10 @@ class _Scaled(torch.autograd.Function):
         else:
             y = torch.empty_like(unscaled) if wanted and bias is not None else unscaled
         for from_, to in _strips(axis, unscaled, y):
-            values = from_ * _channels(d_out, axis)
-            if bias is not None:
-                values += _channels(bias, axis)
-            to.copy_(_gate(values) if gated else values)
+            if gated:
+                to.copy_(_gate(_scaled(from_, d_out, bias, axis)))
+            else:
+                _scaled(from_, d_out, bias, axis, to)
         ctx.product, ctx.gated = product, gated
         ctx.save_for_backward(x, d_in, d_out, bias, unscaled if wanted or gated else None)
         return y
@@ -139,12 +139,11 @@ class _Scaled(torch.autograd.Function):
         before = torch.empty_like(kept if ctx.gated else gradient)  # the gradient of W' x'
         of_out = _Sum(d_out, axis)
         for g, u, to in _strips(axis, gradient, gradient if kept is None else kept, before):
-            scale = _channels(d_out, axis)
             if ctx.gated:
-                g = _gate_backward(g, u * scale if bias is None else u * scale + _channels(bias, axis))
+                g = _gate_backward(g, _scaled(u, d_out, bias, axis))
             if for_out:
                 of_out.add(g, u)
-            to.copy_(g * scale)
+            torch.mul(g, _channels(d_out, axis), out=to)
         total = of_out.value
         if for_out and bias is None and not ctx.gated:  # the sum was over the output: a scale of 0 has none
             total = torch.where(d_out == 0, 0, total / d_out)
@@ -181,6 +180,14 @@ def _channels(values: Tensor, axis: int) -> Tensor:
     """A scale or bias (C,) or (B, C) shaped to broadcast over `_strips`."""
     values = values if values.dim() == 2 else values[None]
     return values.unsqueeze(axis + 1 if axis == 1 else 1)
+
+
+def _scaled(strip: Tensor, d_out: Tensor, bias: Tensor | None, axis: int, out: Tensor | None = None) -> Tensor:
+    """strip * d_out + bias, rounded once, in `out`; in the scale's dtype without it."""
+    scale = _channels(d_out, axis)
+    if bias is None:
+        return torch.mul(strip, scale, out=out)
+    return torch.addcmul(_channels(bias, axis), strip, scale, out=out)
 
 
 def _times(x: Tensor, scale: Tensor, axis: int, out: Tensor) -> Tensor:
