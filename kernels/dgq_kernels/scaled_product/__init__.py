@@ -116,12 +116,12 @@ class _Scaled(torch.autograd.Function):
         ctx: Any, x: Tensor, d_in: Tensor | None, d_out: Tensor, bias: Tensor | None, product: Any, gated: bool
     ) -> Tensor:
         axis = product.axis
-        unscaled = product.forward(x if d_in is None else _times(x, d_in, axis, torch.empty_like(x)))
+        unscaled = product.forward(x if d_in is None else _times(x, d_in, axis, _like(x, axis)))
         wanted = ctx.needs_input_grad[2]
         if gated:
             y = unscaled.new_empty(*unscaled.shape[:-1], unscaled.shape[-1] // 2)
         else:
-            y = torch.empty_like(unscaled) if wanted and bias is not None else unscaled
+            y = _like(unscaled, axis) if wanted and bias is not None else unscaled
         for from_, to in _strips(axis, unscaled, y):
             if gated:
                 to.copy_(_gate(_scaled(from_, d_out, bias, axis)))
@@ -136,7 +136,7 @@ class _Scaled(torch.autograd.Function):
         x, d_in, d_out, bias, kept = ctx.saved_tensors
         axis = ctx.product.axis
         for_x, for_in, for_out, *_ = ctx.needs_input_grad
-        before = torch.empty_like(kept if ctx.gated else gradient)  # the gradient of W' x'
+        before = _like(kept if ctx.gated else gradient, axis)  # the gradient of W' x'
         of_out = _Sum(d_out, axis)
         for g, u, to in _strips(axis, gradient, gradient if kept is None else kept, before):
             if ctx.gated:
@@ -174,6 +174,11 @@ def _strips(axis: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     widest = max(views, key=Tensor.numel)
     size = max(1, _STRIP.get(widest.device.type, 2**18) * widest.shape[along_] // max(1, widest.numel()))
     yield from zip(*(view.split(size, along_) for view in views), strict=True)
+
+
+def _like(tensor: Tensor, axis: int) -> Tensor:
+    """Uninitialized, laid out such that `_strips` are views."""
+    return torch.empty_like(tensor, memory_format=_format(tensor) if axis == 1 else torch.contiguous_format)
 
 
 def _channels(values: Tensor, axis: int) -> Tensor:
