@@ -35,7 +35,7 @@ def command(
     batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures a UNet call.")] = 4,
     gradient_accumulation: Annotated[int, typer.Option(min=1, max=1024, help="UNet calls a step.")] = 1,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Much less memory, a third more time.")
+        bool, typer.Option("--gradient-checkpointing", help="Much less memory, up to twice the time.")
     ] = False,
     mixed_precision: Annotated[
         str | None, typer.Option(metavar="bf16|no", help="Of activations; bf16 on CUDA if left out, no on the CPU.")

@@ -36,7 +36,7 @@ def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
             del module.__dict__["forward"]
 
 
-def anew(function: Callable[..., Any], *args: Any) -> Any:
+def _anew(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args), which is called again in the backward pass: of what it makes nothing is kept. It draws no random
     numbers."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -48,12 +48,12 @@ def lean(unet: nn.Module, checkpointing: bool) -> Iterator[None]:
     checkpointing or without.
 
     Args:
-        unet: of diffusers, its layers quantized or not, in eval mode.
+        unet: of diffusers, its layers quantized or not, in eval mode; the parameters of its norms take no gradient.
         checkpointing: keep nothing but the inputs of residual blocks, transformers and resamplings. Inside of a
             transformer that is made anew, attentions and feed-forward networks are made anew once more, so that no more
             than one of them is there at a time.
     """
-    run: Run = anew if checkpointing else _plainly
+    run: Run = _anew if checkpointing else _plainly
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D) and plain_resnet(module):
@@ -78,16 +78,35 @@ def _resnet(block: Any, x: Tensor, temb: Tensor | None, *_: Any) -> Tensor:
     """`ResnetBlock2D.forward`; norms and activations are always made anew. The shortcut comes first, so that in the
     backward pass it comes last."""
     shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
-    hidden = block.conv1(anew(_activated, block.norm1, x))
+    hidden = block.conv1(_activated(x, block.norm1))
     if temb is not None and block.time_emb_proj is not None:
         embedding = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
         hidden = hidden + embedding[:, :, None, None]
-    result: Tensor = shortcut + block.conv2(anew(_activated, block.norm2, hidden))
+    result: Tensor = shortcut + block.conv2(_activated(hidden, block.norm2))
     return result
 
 
-def _activated(norm: nn.Module, x: Tensor) -> Tensor:
-    return torch.nn.functional.silu(norm(x))
+class _Activated(torch.autograd.Function):
+    """silu(norm(x)), of which x alone is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: nn.Module) -> Tensor:
+        ctx.norm = norm
+        ctx.save_for_backward(x)
+        return torch.nn.functional.silu(norm(x), inplace=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = torch.nn.functional.silu(ctx.norm(x))
+        return torch.autograd.grad(y, x, gradient)[0], None
+
+
+def _activated(x: Tensor, norm: nn.Module) -> Tensor:
+    """silu(norm(x)); the norm's own parameters take no gradient."""
+    y: Tensor = _Activated.apply(x, norm)
+    return y
 
 
 def _transformer_block(
@@ -99,7 +118,8 @@ def _transformer_block(
     if block.attn2 is not None:
         x = run(attend, block.attn2, block.norm2, x, encoder_hidden_states)
     some = x.split(max(1, _ROWS // x.shape[0]), dim=1)
-    return torch.cat([run(_feed_forward, block, tokens) for tokens in some], dim=1)
+    done = [run(_feed_forward, block, tokens) for tokens in some]
+    return done[0] if len(done) == 1 else torch.cat(done, dim=1)
 
 
 def _feed_forward(block: Any, x: Tensor) -> Tensor:

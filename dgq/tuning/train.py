@@ -62,7 +62,7 @@ class Options:
         learning_rate, lr_scheduler, lr_warmup_steps: of AdamW without weight decay; a schedule of diffusers.
         batch: pictures a forward pass, as many class pictures beside them where there is a class prompt.
         gradient_accumulation: forward passes a step.
-        gradient_checkpointing: make activations anew in the backward pass: a third more time, much less memory.
+        gradient_checkpointing: make activations anew in the backward pass: up to twice the time, much less memory.
         mixed_precision: of activations, "bf16" or "no" (float32); None: "bf16" on CUDA. Scales are float32 either way.
         max_grad_norm: gradients are scaled down to this norm.
         resolution: pixels of a side; None: the model's own.

@@ -56,6 +56,20 @@ def test_linear_equals_the_plain_formula(shape, n, samples, biased, gated, small
     compare(tuple(both), torch.randn(shape), matrix, d_in, d_out, torch.randn(n) if biased else None)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_rows_that_lie_in_another_order(gated, small_tiles):
+    """No view of x or of the gradient has all its rows in one dimension."""
+    torch.manual_seed(0)
+    matrix = torch.randint(-120, 121, (20, 33), dtype=torch.int8)
+    d_in, d_out = scales(20, 33, None)
+
+    def turned(function):
+        return lambda x, *more: function(x.transpose(1, 2), *more, gated).transpose(1, 2).contiguous()
+
+    both = turned(scaled_linear), turned(reference.scaled_linear)
+    compare(both, torch.randn(2, 3, 5, 33), matrix, d_in, d_out, torch.randn(20))
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("samples", [None, 2])
 @pytest.mark.parametrize("kernel, stride, padding, size", [(3, 1, 1, (5, 7)), (3, 2, 1, (6, 5)), (1, 1, 0, (4, 3))])

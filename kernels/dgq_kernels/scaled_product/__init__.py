@@ -116,17 +116,17 @@ class _Scaled(torch.autograd.Function):
         ctx: Any, x: Tensor, d_in: Tensor | None, d_out: Tensor, bias: Tensor | None, product: Any, gated: bool
     ) -> Tensor:
         axis = product.axis
-        unscaled = product.forward(x if d_in is None else _times(x, d_in, axis, torch.empty_like(x)))
+        unscaled = product.forward(x if d_in is None else _times(x, d_in, axis, _like(x, axis)))
         wanted = ctx.needs_input_grad[2]
         if gated:
             y = unscaled.new_empty(*unscaled.shape[:-1], unscaled.shape[-1] // 2)
         else:
-            y = torch.empty_like(unscaled) if wanted and bias is not None else unscaled
+            y = _like(unscaled, axis) if wanted and bias is not None else unscaled
         for from_, to in _strips(axis, unscaled, y):
-            values = from_ * _channels(d_out, axis)
-            if bias is not None:
-                values += _channels(bias, axis)
-            to.copy_(_gate(values) if gated else values)
+            if gated:
+                to.copy_(_gate(_scaled(from_, d_out, bias, axis)))
+            else:
+                _scaled(from_, d_out, bias, axis, to)
         ctx.product, ctx.gated = product, gated
         ctx.save_for_backward(x, d_in, d_out, bias, unscaled if wanted or gated else None)
         return y
@@ -136,15 +136,14 @@ class _Scaled(torch.autograd.Function):
         x, d_in, d_out, bias, kept = ctx.saved_tensors
         axis = ctx.product.axis
         for_x, for_in, for_out, *_ = ctx.needs_input_grad
-        before = torch.empty_like(kept if ctx.gated else gradient)  # the gradient of W' x'
+        before = _like(kept if ctx.gated else gradient, axis)  # the gradient of W' x'
         of_out = _Sum(d_out, axis)
         for g, u, to in _strips(axis, gradient, gradient if kept is None else kept, before):
-            scale = _channels(d_out, axis)
             if ctx.gated:
-                g = _gate_backward(g, u * scale if bias is None else u * scale + _channels(bias, axis))
+                g = _gate_backward(g, _scaled(u, d_out, bias, axis))
             if for_out:
                 of_out.add(g, u)
-            to.copy_(g * scale)
+            torch.mul(g, _channels(d_out, axis), out=to)
         total = of_out.value
         if for_out and bias is None and not ctx.gated:  # the sum was over the output: a scale of 0 has none
             total = torch.where(d_out == 0, 0, total / d_out)
@@ -177,10 +176,23 @@ def _strips(axis: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(view.split(size, along_) for view in views), strict=True)
 
 
+def _like(tensor: Tensor, axis: int) -> Tensor:
+    """Uninitialized, laid out such that `_strips` are views."""
+    return torch.empty_like(tensor, memory_format=_format(tensor) if axis == 1 else torch.contiguous_format)
+
+
 def _channels(values: Tensor, axis: int) -> Tensor:
     """A scale or bias (C,) or (B, C) shaped to broadcast over `_strips`."""
     values = values if values.dim() == 2 else values[None]
     return values.unsqueeze(axis + 1 if axis == 1 else 1)
+
+
+def _scaled(strip: Tensor, d_out: Tensor, bias: Tensor | None, axis: int, out: Tensor | None = None) -> Tensor:
+    """strip * d_out + bias, rounded once, in `out`; in the scale's dtype without it."""
+    scale = _channels(d_out, axis)
+    if bias is None:
+        return torch.mul(strip, scale, out=out)
+    return torch.addcmul(_channels(bias, axis), strip, scale, out=out)
 
 
 def _times(x: Tensor, scale: Tensor, axis: int, out: Tensor) -> Tensor:
