@@ -394,7 +394,7 @@ def _fuse_lora(model: Any, *args: Any, **kwargs: Any) -> None:
     if any(isinstance(getattr(module, "base_layer", None), IntegerLayer | SplitLayer) for module in model.modules()):
         raise DgqError(
             "an adapter cannot be fused into packed weights",
-            "it draws as well beside them; dgq calibrate --lora fuses it into the float model",
+            "it works beside them; dgq calibrate --lora fuses it into the float model",
         )
     type(model).fuse_lora(model, *args, **kwargs)
 

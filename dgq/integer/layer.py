@@ -46,9 +46,10 @@ class IntegerLayer(nn.Module):
     order: Tensor
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """`IntegerLayer(plan)` is of the class that the plan's kind asks for."""
+        """`IntegerLayer(plan)` is of the class that the plan's kind asks for, a part of a split layer of neither: what
+        looks for layers finds the whole one."""
         plan = args[0] if args else kwargs.get("plan")
-        if cls is IntegerLayer and plan is not None:
+        if cls is IntegerLayer and plan is not None and not plan.columns:
             cls = IntegerLinear if plan.kind == "linear" else IntegerConv2d
         return super().__new__(cls)
 

@@ -19,6 +19,7 @@ from tiny_pipelines import WIDTH, unet
 from dgq import DgqConfig
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import quantizable
+from dgq.integer.skeleton import SplitLayer
 
 CHECKOUT = os.environ.get("DGQ_DIFFUSERS_TESTS")
 if not CHECKOUT:
@@ -60,7 +61,7 @@ class Driver(QUANTIZATION, COMPILE):  # type: ignore[misc]
         )
 
     def _verify_if_layer_quantized(self, name: str, module: Any, config_kwargs: dict[str, Any]) -> None:
-        assert isinstance(module, IntegerLayer) or name in self.kept, name
+        assert isinstance(module, IntegerLayer | SplitLayer) or name in self.kept, name
 
 
 class Flux(Driver):

@@ -314,6 +314,11 @@ def test_loras_of_flux(tmp_path):
     float_pipe = DiffusionPipeline.from_pretrained(folder)
     for one in (pipe, float_pipe):
         one.set_progress_bar_config(disable=True)
+    linear = [
+        [name for name, module in one.transformer.named_modules() if isinstance(module, nn.Linear)]
+        for one in (pipe, float_pipe)
+    ]
+    assert linear[0] == linear[1]  # a split layer is one
     state, generator = {}, torch.Generator().manual_seed(0)
     for name, module in float_pipe.transformer.named_modules():
         if isinstance(module, nn.Linear):

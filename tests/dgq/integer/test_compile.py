@@ -44,3 +44,17 @@ def test_a_block_compiles_without_a_break(tiny_checkpoint):
         assert torch.equal(compiled(x, encoder_hidden_states=context), expected)
     exported = torch.export.export(block, (x,), {"encoder_hidden_states": context}).module()
     assert torch.equal(exported(x, encoder_hidden_states=context), expected)
+
+
+@torch.no_grad()
+def test_a_model_is_exported_for_every_batch_and_size(tiny_checkpoint):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_checkpoint, subfolder="unet")
+    batch, half = (torch.export.Dim(name, min=2, max=16) for name in ("batch", "half"))
+    text = torch.randn(3, 24, 32)
+    shapes = ({0: batch, 2: 2 * half, 3: 2 * half}, None, {0: batch})
+    made = torch.export.export(unet, (torch.randn(2, 4, 8, 8), torch.tensor(500), text[:2]), dynamic_shapes=shapes)
+    sample = torch.randn(3, 4, 12, 12)
+    expected = unet(sample, torch.tensor(500), text).sample
+    assert torch.equal(made.module()(sample, torch.tensor(500), text).sample, expected)
