@@ -169,7 +169,7 @@ def _calibrated(
     reference = _evaluate(pipe, folder, settings, options, prompts, "float", progress, 0)
     recorded, decoded = partial.calls(), partial.calls("calls-vae") if decoder is not None else []
     if recorded is None or decoded is None:
-        recorded, decoded = _record(pipe, settings, prompts, progress)
+        recorded, decoded = _record(pipe, settings, prompts, decoder is not None, progress)
         partial.store_calls(recorded)
         if decoder is not None:
             partial.store_calls(decoded, "calls-vae")
@@ -207,16 +207,18 @@ def _calibrated(
 
 
 def _record(
-    pipe: Any, settings: Settings, prompts: Sequence[str], progress: Progress
+    pipe: Any, settings: Settings, prompts: Sequence[str], decoding: bool, progress: Progress
 ) -> tuple[list[list[dict[str, Any]]], list[list[dict[str, Any]]]]:
-    """The calls of the network and those of the VAE that make each prompt's picture, which is not decoded."""
+    """The calls of the network and, where they are wanted, those of the VAE that make each prompt's picture, which is
+    not decoded."""
     network = network_of(pipe)
     family, (width, height) = family_of(network), check_size(pipe, settings)
     decoded = []
 
     def draw(prompt: str, i: int) -> None:
         latents = draw_latents(pipe, prompt, dataclasses.replace(settings, seed=settings.seed + i))
-        decoded.append([{"z": family.plain_latents(pipe, family.unpacked(pipe, latents, width, height))}])
+        if decoding:
+            decoded.append([{"z": family.plain_latents(pipe, family.unpacked(pipe, latents, width, height))}])
 
     return record_inputs(draw, network, prompts, progress), decoded
 

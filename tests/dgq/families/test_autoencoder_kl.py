@@ -10,6 +10,7 @@ import tiny_pipelines
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file, save_file
 
 import dgq
@@ -19,6 +20,7 @@ from dgq.checkpoint.diffusers import DgqConfig
 from dgq.checkpoint.reading import decoder_header
 from dgq.checkpoint.writing import WEIGHTS_NAME
 from dgq.errors import DgqError
+from dgq.families.autoencoder_kl import FoldedUpsample
 from dgq.inspection.inspect import inspect
 from dgq.integer.fused_unet import FusedResnetBlock
 from dgq.integer.layer import IntegerLayer
@@ -63,7 +65,8 @@ def test_every_route_loads_the_decoder_that_was_calibrated(tiny_checkpoint, tiny
         vae = load(tiny_checkpoint)
         assert layers(vae)
         assert not any(name.startswith("encoder") or "quant_conv" in name for name in layers(vae))
-        assert {"decoder.mid_block.attentions.0.to_q", "decoder.up_blocks.0.upsamplers.0.conv"} <= {*layers(vae)}
+        assert {"decoder.mid_block.attentions.0.to_q", "decoder.up_blocks.1.resnets.0.conv1"} <= {*layers(vae)}
+        assert not any("upsamplers" in name or "shortcut" in name for name in layers(vae))
         assert type(vae.decoder.conv_in) is type(vae.decoder.conv_out) is torch.nn.Conv2d
         results.append(decoded(vae, latents()))
     assert all(torch.equal(results[0], other) for other in results)
@@ -102,6 +105,22 @@ def test_blocks_leave_norm_and_residual_to_their_layers(tiny_checkpoint):
             module.__class__ = ResnetBlock2D
     # codes may fall to the other side where the norms round otherwise
     assert sqnr_db(decoded(plain, latents()), decoded(vae, latents())) > 45
+
+
+def test_a_float_upsampler_folds_its_taps(tiny_checkpoint):
+    vae = ROUTES["dgq.load"](tiny_checkpoint)
+    (found,) = [module for module in vae.modules() if isinstance(module, Upsample2D)]
+    assert type(found) is FoldedUpsample
+    x = torch.randn(2, found.channels, 5, 7)
+    plain = copy.deepcopy(found)
+    plain.__class__ = Upsample2D
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), plain(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found(x, output_size=(9, 11)), plain(x, output_size=(9, 11)))
+        seen = []
+        found.conv.register_forward_pre_hook(lambda *_: seen.append(1))  # as offloading has one
+        torch.testing.assert_close(found(x), plain(x))
+    assert seen
 
 
 def test_the_float_decoder_is_copied_as_it_is(tiny_pipeline, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.upsampling import Upsample2D
 
 from dgq.integer import fused_unet
 
@@ -25,6 +26,7 @@ REPEATED: dict[str, tuple[Callable[..., object], str]] = {
         AttnProcessor2_0.__call__,
         "dgq/integer/attention.py: LogAttnProcessor, and dgq/paper/layers.py: PaperAttnProcessor",
     ),
+    "Upsample2D.forward": (Upsample2D.forward, "dgq/families/autoencoder_kl.py: FoldedUpsample.forward"),
 }
 
 # First digits of the SHA-256 of each source, the same in every version that pyproject.toml allows: 0.42.0 and 0.42.1.
@@ -39,6 +41,7 @@ HASHES = {
     "FeedForward.forward": "dae2c9f53987c25a",
     "Attention.forward": "e6822ac3500626c7",
     "AttnProcessor2_0.__call__": "bf23ea5ae4040427",
+    "Upsample2D.forward": "3c0e13df5e4ac796",
 }
 
 
