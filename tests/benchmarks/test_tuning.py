@@ -74,7 +74,7 @@ def test_networks_of_a_user(tmp_path):
 def test_a_system_is_tuned_drawn_and_judged_and_not_made_again(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     command = ["tuning.py", "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path), "--subjects", "cat"]
     command += ["--systems", "untuned,tune", "--steps", "2", "--seeds", "1", "--options", '{"learning_rate": 0.3}']
-    command += ["--report", str(tmp_path / "report.json")]
+    command += ["--report", str(tmp_path / "report.json"), "--sheet", str(tmp_path / "sheet.png")]
     monkeypatch.setattr(tuning, "STRENGTHS", (0,))
     monkeypatch.setattr(tuning, "ASKED", tuning.ASKED[4:6])
     monkeypatch.setattr(tuning, "prompt_of", lambda name: f"a {name}")  # the tiny model reads few tokens
@@ -91,6 +91,9 @@ def test_a_system_is_tuned_drawn_and_judged_and_not_made_again(tiny_checkpoint, 
     told = json.loads((tmp_path / "report.json").read_text())
     assert [row["system"] for row in told["systems"]] == ["untuned", "tune", "tune"]
     assert told["against"][0]["to"] == ["untuned", "W4A8", 1]
+    trained = subjects.pictures("cat", subjects.TRAINING)[0].resize((128, 128), Image.Resampling.NEAREST)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.crop((4, 4, 132, 132)).tobytes() == trained.tobytes()
     monkeypatch.setattr(tuning, "in_a_process", None)
     tuning.main()
     assert tuning.read_rows(tmp_path / "rows.jsonl") == rows
