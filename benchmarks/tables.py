@@ -448,7 +448,11 @@ def tuning_ratios() -> str:
     found = report("tuning")["ratios"]
     rows = [
         (label, *(with_interval(found[f"{key}_W4A8_{one}"]) for one, _ in LIKE))
-        for key, label in (("way", "of the way from untuned to real"), ("of_dreambooth", "of float DreamBooth's"))
+        for key, label in (
+            ("way", "of the way from untuned to real pictures"),
+            ("way_coded", "to real pictures through the model's autoencoder"),
+            ("of_dreambooth", "of float DreamBooth's"),
+        )
         if f"{key}_W4A8_scorer" in found
     ]
     return table(("likeness of `dgq tune`", "scorer", "EfficientNet"), rows)

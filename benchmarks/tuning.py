@@ -415,7 +415,8 @@ def mean(values: Sequence[float | None]) -> float:
 
 
 def ratios(means: Means, networks: Sequence[str]) -> dict[str, Any]:
-    """Likeness of tuned scales: of the way from untuned to real pictures, and of float DreamBooth's."""
+    """Likeness of tuned scales: of the way from untuned to real pictures, and to those that the autoencoder made of
+    them; and of float DreamBooth's."""
     found: dict[str, Any] = {}
     for weights in ("W4A8", "W8A8"):
         tuned, untuned = ("tune", weights, 1), ("untuned", weights, 1)
@@ -423,9 +424,9 @@ def ratios(means: Means, networks: Sequence[str]) -> dict[str, Any]:
             if names := means.subjects(tuned, untuned):
                 start = means.drawn(untuned, names, network)
                 way = means.drawn(tuned, names, network) - start
-                found[f"way_{weights}_{network}"] = interval(
-                    way / (means.drawn(tuned, names, f"real_{network}") - start)
-                )
+                for key, real in (("way", f"real_{network}"), ("way_coded", f"real_{network}_coded")):
+                    whole = means.drawn(tuned, names, real) - start
+                    found[f"{key}_{weights}_{network}"] = interval(way / whole)
             if names := means.subjects(tuned, other := ("dreambooth", FLOAT, 1)):
                 of = means.drawn(tuned, names, network) / means.drawn(other, names, network)
                 found[f"of_dreambooth_{weights}_{network}"] = interval(of)

@@ -99,12 +99,12 @@ def test_a_system_is_tuned_drawn_and_judged_and_not_made_again(tiny_checkpoint, 
     assert tuning.read_rows(tmp_path / "rows.jsonl") == rows
 
 
-def rows_of(values, **more):
+def rows_of(values):
     """Rows of two subjects, whose pictures have the values of {(system, subject): likeness of each}."""
     return [
         {"system": system, "weights": "float" if system == "dreambooth" else "W4A8", "subject": subject, "strength": 1,
          "label": "", "pictures": {"scorer": list(likeness), "scorer_nearest": list(likeness)},
-         "real": {"scorer": 0.9, "scorer_nearest": 0.9, "scorer_closest": 0.85}, "bytes": 0, **more}
+         "real": {"scorer": 0.9, "scorer_coded": 0.8, "scorer_nearest": 0.9, "scorer_closest": 0.85}, "bytes": 0}
         for (system, subject), likeness in values.items()
     ]  # fmt: skip
 
@@ -130,6 +130,7 @@ def test_the_way_to_real_pictures_and_dreambooths_likeness():
     values |= {("dreambooth", name): [0.8, 0.8] for name in names}
     told = tuning.report(rows_of(values), 400, 3)
     assert told["ratios"]["way_W4A8_scorer"] == pytest.approx([0.5] * 3)
+    assert told["ratios"]["way_coded_W4A8_scorer"] == pytest.approx([0.6667] * 3)
     assert told["ratios"]["of_dreambooth_W4A8_scorer"] == pytest.approx([0.875] * 3)
 
 
