@@ -388,10 +388,132 @@ def models() -> str:
     return table(header, lines)
 
 
+TUNED = {
+    "untuned": "untuned", "tune": "**`dgq tune`**", "even": "with `--high-noise-strength 1`", "peqa": "PEQA",
+    "lora": "float model, LoRA r = 4", "dreambooth": "float model, DreamBooth",
+}  # fmt: skip
+BESIDE = ("untuned", "tune", "even", "peqa", "lora", "dreambooth")
+
+
+def weights_of(name: str) -> str:
+    return "float" if name in ("lora", "dreambooth") else "W4A8"
+
+
+def tuned(*names: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(label, row of the report) of systems that were run."""
+    for name in names:
+        for row in report("tuning")["systems"]:
+            if [row["system"], row["weights"], row["strength"]] == [name, weights_of(name), 1]:
+                yield TUNED[name], row
+
+
+def with_interval(values: Sequence[float], sign: bool = False) -> str:
+    """A mean and its interval."""
+    mean, low, high = (f"{value:{'+' if sign else ''}.2f}" for value in values)
+    return f"{mean} ({low} to {high})"
+
+
+LIKE = (("scorer", "likeness, scorer"), ("efficientnet", "likeness, EfficientNet"))
+ASKED = (("background", "background as asked"), ("style", "style as asked"))
+
+
+def tuning() -> str:
+    """Systems at W4A8 and in float over all subjects."""
+    rows = []
+    for label, row in tuned(*BESIDE):
+        costs = ["-"] * 3
+        if row["bytes"]:
+            costs = [f"{row['bytes'] / 2**20:.2f} MiB", f"{row['cpu_seconds']}", f"{row['peak_bytes'] / 2**20:.0f} MiB"]
+        count = str(len(row["subjects"]))
+        rows.append((label, count, *(with_interval(row[key]) for key, _ in LIKE + ASKED), *costs))
+    real = report("tuning")["real"]
+    for label, ending in (("real pictures through the model's autoencoder", "_coded"), ("real pictures", "")):
+        rows.append((label, "", *(with_interval(real[f"{key}{ending}"]) for key, _ in LIKE), "", "", "", "", ""))
+    return table(("", "subjects", *(label for _, label in LIKE + ASKED), "file", "CPU seconds", "memory"), rows)
+
+
+def tuning_against() -> str:
+    """`dgq tune` less each other system, of the same subjects, prompts and seeds."""
+    rows = []
+    for name in ("untuned", "even", "peqa", "lora", "dreambooth"):
+        found = [row for row in report("tuning")["against"] if row["to"] == [name, weights_of(name), 1]]
+        for row in found:
+            differences = (with_interval(row[key], True) for key, _ in LIKE + ASKED)
+            rows.append((TUNED[name], str(len(row["subjects"])), *differences))
+    return table(("`dgq tune` less", "subjects", *(label for _, label in LIKE + ASKED)), rows)
+
+
+def tuning_ratios() -> str:
+    """How far the way to a real picture is gone, and what of float DreamBooth's likeness is reached."""
+    found = report("tuning")["ratios"]
+    rows = [
+        (label, *(with_interval(found[f"{key}_W4A8_{one}"]) for one, _ in LIKE))
+        for key, label in (
+            ("way", "of the way from untuned to real pictures"),
+            ("way_coded", "to real pictures through the model's autoencoder"),
+            ("of_dreambooth", "of float DreamBooth's"),
+        )
+        if f"{key}_W4A8_scorer" in found
+    ]
+    return table(("likeness of `dgq tune`", "scorer", "EfficientNet"), rows)
+
+
+def tuning_overfitting() -> str:
+    """The training picture that is nearest to a drawn one."""
+    rows = []
+    for label, row in tuned(*BESIDE):
+        cells = [
+            cell for key, _ in LIKE for cell in (with_interval(row[f"{key}_nearest"]), f"{row[f'copies_{key}'][0]:.0%}")
+        ]
+        rows.append((label, *cells))
+    real = report("tuning")["real"]
+    cells = [cell for key, _ in LIKE for cell in (with_interval(real[f"{key}_nearest"]), "")]
+    rows.append(("real pictures that were not trained on", *cells))
+    closer = "closer than real ones"
+    return table(("to the nearest training picture", "scorer", closer, "EfficientNet", closer), rows)
+
+
+def tuning_subjects() -> str:
+    """Each subject by itself."""
+    rows = []
+    found = report("tuning")["subjects"]
+    for name in dict.fromkeys(row["subject"] for row in found):
+        of = {
+            row["system"]: row
+            for row in found
+            if row["subject"] == name and row["strength"] == 1 and row["weights"] == weights_of(row["system"])
+        }
+        likeness = (f"{of[system]['scorer']:.2f}" if system in of else "-" for system in BESIDE)
+        backgrounds = (f"{of[system]['background']:.2f}" if system in of else "-" for system in BESIDE)
+        rows.append((name, " / ".join(likeness), f"{of['untuned']['real_scorer']:.2f}", " / ".join(backgrounds)))
+    header = "likeness, scorer: untuned / `dgq tune` / at full strength / PEQA / LoRA / DreamBooth"
+    return table(("", header, "real", "background as asked, the same"), rows)
+
+
+def tuning_others() -> str:
+    """What becomes of the subject's class and of other subjects."""
+    keys = [f"{which}_{network}" for which in ("class", "other") for network, _ in LIKE]
+    rows = [(label, *(with_interval(row[key]) for key in keys)) for label, row in tuned(*BESIDE[1:])]
+    header = ("distance", *(f"{of}, {network}" for of in ("kind", "others") for network in ("scorer", "EfficientNet")))
+    return table(header, rows)
+
+
+def tuning_short() -> str:
+    """The README's rows."""
+    rows = []
+    for label, row in tuned(*BESIDE):
+        size = f"{row['bytes'] / 2**20:.2f} MiB" if row["bytes"] else "-"
+        rows.append((label, *(with_interval(row[key]) for key in ("scorer", "background")), size))
+    rows.append(("real pictures", with_interval(report("tuning")["real"]["scorer"]), "", ""))
+    return table(("", "likeness", "background", "file"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "fidelity": fidelity, "fidelity-short": fidelity_short, "recipes": recipes, "spread": spread, "peers": peers,
     "step-embedded": step_embedded, "step-sd": step_sd, "step-short": step_short, "products": products,
-    "compiled": compiled, "predicted": predicted, "models": models,
+    "compiled": compiled, "predicted": predicted, "models": models, "tuning": tuning, "tuning-against": tuning_against,
+    "tuning-ratios": tuning_ratios, "tuning-overfitting": tuning_overfitting, "tuning-subjects": tuning_subjects,
+    "tuning-others": tuning_others, "tuning-short": tuning_short,
 }  # fmt: skip
 
 

@@ -341,8 +341,6 @@ class Means:
         """Means (1 + RESAMPLES,) of a measure over subjects and pictures; the first is of what was measured.
 
         A measure "real_NAME" is one of the real pictures, which have no pictures within subjects."""
-        rng = np.random.default_rng(self.seed)
-        picked = rng.integers(len(names), size=(RESAMPLES, len(names)))
         cells = []
         for name in names:
             row = self.rows[(system[0], system[1], name, system[2])]
@@ -356,10 +354,13 @@ class Means:
                 )
             else:
                 cells.append(np.array([x for x in row["pictures"][measure] if x is not None], dtype=float))
-        table = np.stack(cells)
-        within = np.random.default_rng(self.seed + 1).integers(table.shape[1], size=(*picked.shape, table.shape[1]))
-        resampled = table[picked[:, :, None], within].mean(axis=(1, 2))
-        return np.concatenate([[table.mean()], resampled])
+        picked = np.random.default_rng(self.seed).integers(len(names), size=(1, RESAMPLES, len(names)))
+        within = []
+        for number, values in enumerate(cells):
+            rng = np.random.default_rng((self.seed, number))
+            within.append(values[rng.integers(len(values), size=(*picked.shape[1:], len(values)))].mean(-1))
+        resampled = np.take_along_axis(np.stack(within), picked, 0)[0].mean(-1)
+        return np.concatenate([[np.mean([values.mean() for values in cells])], resampled])
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -414,7 +415,8 @@ def mean(values: Sequence[float | None]) -> float:
 
 
 def ratios(means: Means, networks: Sequence[str]) -> dict[str, Any]:
-    """Likeness of tuned scales: of the way from untuned to real pictures, and of float DreamBooth's."""
+    """Likeness of tuned scales: of the way from untuned to real pictures, and to those that the autoencoder made of
+    them; and of float DreamBooth's."""
     found: dict[str, Any] = {}
     for weights in ("W4A8", "W8A8"):
         tuned, untuned = ("tune", weights, 1), ("untuned", weights, 1)
@@ -422,13 +424,28 @@ def ratios(means: Means, networks: Sequence[str]) -> dict[str, Any]:
             if names := means.subjects(tuned, untuned):
                 start = means.drawn(untuned, names, network)
                 way = means.drawn(tuned, names, network) - start
-                found[f"way_{weights}_{network}"] = interval(
-                    way / (means.drawn(tuned, names, f"real_{network}") - start)
-                )
+                for key, real in (("way", f"real_{network}"), ("way_coded", f"real_{network}_coded")):
+                    whole = means.drawn(tuned, names, real) - start
+                    found[f"{key}_{weights}_{network}"] = interval(way / whole)
             if names := means.subjects(tuned, other := ("dreambooth", FLOAT, 1)):
                 of = means.drawn(tuned, names, network) / means.drawn(other, names, network)
                 found[f"of_dreambooth_{weights}_{network}"] = interval(of)
     return found
+
+
+def sheet(out: Path, names: Sequence[str]) -> Image.Image:
+    """Of each subject its training pictures, and what the untuned and the tuned checkpoint draw from the first seed."""
+    images = []
+    for name in names:
+        shown = pictures(name, TRAINING)
+        images += shown + [Image.new("RGB", (SIDE, SIDE), "white")] * (len(ASKED) - len(shown))
+        for system in ("untuned", "tune"):
+            with Image.open(out / f"{name}-{system}-W4A8-1.png") as strip:
+                gap = 4  # grid's
+                pitch = (strip.width - gap) // len(ASKED)
+                lefts = [gap + i * pitch for i in range(len(ASKED))]
+                images += [strip.crop((left, gap, left + pitch - gap, pitch)) for left in lefts]
+    return grid(images, len(ASKED), 2)
 
 
 def main() -> None:
@@ -445,6 +462,7 @@ def main() -> None:
     parser.add_argument("--dino", type=Path, help="folder of a DINO ViT-S/16 of transformers")
     parser.add_argument("--clip", type=Path, help="folder of a CLIP model of transformers")
     parser.add_argument("--report", type=Path, help="write it there")
+    parser.add_argument("--sheet", type=Path, help="pictures of the first two subjects, there")
     arguments = parser.parse_args()
     arguments.checkpoints = {read_header(folder).recipe.label.split()[-1]: folder for folder in arguments.checkpoint}
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -460,6 +478,8 @@ def main() -> None:
     if arguments.report:
         told = json.dumps(report(read_rows(file), arguments.steps, arguments.seeds), indent=1)
         arguments.report.write_text(told + "\n", encoding="utf-8")
+    if arguments.sheet:
+        sheet(arguments.out, arguments.subjects.split(",")[:2]).save(arguments.sheet)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_networks_of_a_user(tmp_path):
 def test_a_system_is_tuned_drawn_and_judged_and_not_made_again(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     command = ["tuning.py", "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path), "--subjects", "cat"]
     command += ["--systems", "untuned,tune", "--steps", "2", "--seeds", "1", "--options", '{"learning_rate": 0.3}']
-    command += ["--report", str(tmp_path / "report.json")]
+    command += ["--report", str(tmp_path / "report.json"), "--sheet", str(tmp_path / "sheet.png")]
     monkeypatch.setattr(tuning, "STRENGTHS", (0,))
     monkeypatch.setattr(tuning, "ASKED", tuning.ASKED[4:6])
     monkeypatch.setattr(tuning, "prompt_of", lambda name: f"a {name}")  # the tiny model reads few tokens
@@ -91,17 +91,20 @@ def test_a_system_is_tuned_drawn_and_judged_and_not_made_again(tiny_checkpoint, 
     told = json.loads((tmp_path / "report.json").read_text())
     assert [row["system"] for row in told["systems"]] == ["untuned", "tune", "tune"]
     assert told["against"][0]["to"] == ["untuned", "W4A8", 1]
+    trained = subjects.pictures("cat", subjects.TRAINING)[0].resize((128, 128), Image.Resampling.NEAREST)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.crop((4, 4, 132, 132)).tobytes() == trained.tobytes()
     monkeypatch.setattr(tuning, "in_a_process", None)
     tuning.main()
     assert tuning.read_rows(tmp_path / "rows.jsonl") == rows
 
 
-def rows_of(values, **more):
+def rows_of(values):
     """Rows of two subjects, whose pictures have the values of {(system, subject): likeness of each}."""
     return [
         {"system": system, "weights": "float" if system == "dreambooth" else "W4A8", "subject": subject, "strength": 1,
          "label": "", "pictures": {"scorer": list(likeness), "scorer_nearest": list(likeness)},
-         "real": {"scorer": 0.9, "scorer_nearest": 0.9, "scorer_closest": 0.85}, "bytes": 0, **more}
+         "real": {"scorer": 0.9, "scorer_coded": 0.8, "scorer_nearest": 0.9, "scorer_closest": 0.85}, "bytes": 0}
         for (system, subject), likeness in values.items()
     ]  # fmt: skip
 
@@ -127,6 +130,7 @@ def test_the_way_to_real_pictures_and_dreambooths_likeness():
     values |= {("dreambooth", name): [0.8, 0.8] for name in names}
     told = tuning.report(rows_of(values), 400, 3)
     assert told["ratios"]["way_W4A8_scorer"] == pytest.approx([0.5] * 3)
+    assert told["ratios"]["way_coded_W4A8_scorer"] == pytest.approx([0.6667] * 3)
     assert told["ratios"]["of_dreambooth_W4A8_scorer"] == pytest.approx([0.875] * 3)
 
 

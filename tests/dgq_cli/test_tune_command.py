@@ -25,12 +25,14 @@ def test_tune_draw_and_inspect(dgq_command, tiny_checkpoint, tmp_path):
     run = dgq_command(
         "tune", tiny_checkpoint, "--images", tmp_path / "cat", "--prompt", "a photo of sks cat",
         "--images", tmp_path / "dog", "--prompt", "a photo of zwx dog", "--out", file, "--steps", 3, "--learning-rate",
-        0.1, "--mixed-precision", "bf16", "--validation-prompt", "a cat", "--json", alone=True,
+        0.1, "--mixed-precision", "bf16", "--high-noise-strength", 0.25, "--validation-prompt", "a cat", "--json",
+        alone=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert [one["prompt"] for one in result["subjects"]] == ["a photo of sks cat", "a photo of zwx dog"]
     assert result["bytes"] == file.stat().st_size
+    assert result["options"]["high_noise_strength"] == 0.25
     names = ["cat", "dog", "pets-step3-1.png", "pets.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
