@@ -503,9 +503,10 @@ def tuning_short() -> str:
     rows = []
     for label, row in tuned(*BESIDE):
         size = f"{row['bytes'] / 2**20:.2f} MiB" if row["bytes"] else "-"
-        rows.append((label, *(with_interval(row[key]) for key in ("scorer", "background")), size))
-    rows.append(("real pictures", with_interval(report("tuning")["real"]["scorer"]), "", ""))
-    return table(("", "likeness", "background", "file"), rows)
+        figures = [with_interval(row[key]) for key in ("scorer", "background")]
+        rows.append((label, str(len(row["subjects"])), *figures, size))
+    rows.append(("real pictures", "", with_interval(report("tuning")["real"]["scorer"]), "", ""))
+    return table(("", "subjects", "likeness", "background", "file"), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
