@@ -432,14 +432,20 @@ def tuning() -> str:
     return table(("", "subjects", *(label for _, label in LIKE + ASKED), "file", "CPU seconds", "memory"), rows)
 
 
+def differences(*names: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(label, row of the report) of what `dgq tune` has more than systems, on the subjects that both were run on."""
+    for name in names:
+        for row in report("tuning")["against"]:
+            if row["to"] == [name, weights_of(name), 1]:
+                yield TUNED[name], row
+
+
 def tuning_against() -> str:
     """`dgq tune` less each other system, of the same subjects, prompts and seeds."""
-    rows = []
-    for name in ("untuned", "even", "peqa", "lora", "dreambooth"):
-        found = [row for row in report("tuning")["against"] if row["to"] == [name, weights_of(name), 1]]
-        for row in found:
-            differences = (with_interval(row[key], True) for key, _ in LIKE + ASKED)
-            rows.append((TUNED[name], str(len(row["subjects"])), *differences))
+    rows = [
+        (label, str(len(row["subjects"])), *(with_interval(row[key], True) for key, _ in LIKE + ASKED))
+        for label, row in differences("untuned", *BESIDE[2:])
+    ]
     return table(("`dgq tune` less", "subjects", *(label for _, label in LIKE + ASKED)), rows)
 
 
@@ -499,14 +505,17 @@ def tuning_others() -> str:
 
 
 def tuning_short() -> str:
-    """The README's rows."""
-    rows = []
-    for label, row in tuned(*BESIDE):
-        size = f"{row['bytes'] / 2**20:.2f} MiB" if row["bytes"] else "-"
-        figures = [with_interval(row[key]) for key in ("scorer", "background")]
-        rows.append((label, str(len(row["subjects"])), *figures, size))
-    rows.append(("real pictures", "", with_interval(report("tuning")["real"]["scorer"]), "", ""))
-    return table(("", "subjects", "likeness", "background", "file"), rows)
+    """The README's rows: means of systems that were run on all subjects, differences from the others."""
+    keys = ("scorer", "background")
+    rows = [
+        (label, str(len(row["subjects"])), *(with_interval(row[key]) for key in keys))
+        for label, row in tuned("untuned", "tune")
+    ]
+    rows.append(("real pictures", rows[0][1], with_interval(report("tuning")["real"]["scorer"]), "-"))
+    for label, row in differences("peqa", "lora", "dreambooth"):
+        cells = (with_interval(row[key], True) for key in keys)
+        rows.append((f"`dgq tune` less {label}", str(len(row["subjects"])), *cells))
+    return table(("", "subjects", "likeness", "background"), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
