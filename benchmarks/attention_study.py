@@ -137,9 +137,14 @@ def ways() -> list[Way]:
 
 
 END_TO_END = (
-    "linear, tensor-wise", "linear, row-wise", "linear, row-wise, sum of quantized", "base 2, tensor-wise (published)",
-    "fractional, sum of quantized", "dgq's definition, q, k, v float", "dgq's definition, all integer",
-)  # fmt: skip
+    "linear, tensor-wise",
+    "linear, row-wise",
+    "linear, row-wise, sum of quantized",
+    "base 2, tensor-wise (published)",
+    "fractional, sum of quantized",
+    "dgq's definition, q, k, v float",
+    "dgq's definition, all integer",
+)
 
 
 class Meter:
@@ -172,11 +177,15 @@ class Meter:
     def rows(self) -> list[dict[str, Any]]:
         """One row a layer and a way."""
         return [
-            {"layer": layer.removesuffix(".processor"), "kind": "cross" if self.cross[layer] else "self",
-             "way": self.ways[i].name, "bits": self.ways[i].bits,
-             "sqnr_db": round(10 * math.log10(self.signal[layer] / max(noise, 1e-30)), 2)}
+            {
+                "layer": layer.removesuffix(".processor"),
+                "kind": "cross" if self.cross[layer] else "self",
+                "way": self.ways[i].name,
+                "bits": self.ways[i].bits,
+                "sqnr_db": round(10 * math.log10(self.signal[layer] / max(noise, 1e-30)), 2),
+            }
             for (layer, i), noise in self.noise.items()
-        ]  # fmt: skip
+        ]
 
 
 def table(rows: list[dict[str, Any]], pictures: list[dict[str, Any]]) -> str:

@@ -89,9 +89,13 @@ class Captured:
 
 @torch.no_grad()
 def capture(
-    recorded: Recorded, recipe: Recipe, every: int = 1, kinds: Collection[str] = KINDS, calls: int = 160,
+    recorded: Recorded,
+    recipe: Recipe,
+    every: int = 1,
+    kinds: Collection[str] = KINDS,
+    calls: int = 160,
     evaluation_steps: int = 10,
-) -> dict[str, Captured]:  # fmt: skip
+) -> dict[str, Captured]:
     """Replay the calls and keep each quantizable layer's data.
 
     Args:

@@ -186,9 +186,13 @@ def main() -> None:
     prompts = evaluation_prompts(model, args.prompts)
     grid_prompts = list(args.grid_prompts or prompts[:GRID_PROMPTS]) if args.grid else []
     calibration = Options(
-        prompts=args.calibration_prompts, steps=settings.steps, guidance=settings.guidance, evaluate=0, overwrite=True,
+        prompts=args.calibration_prompts,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        evaluate=0,
+        overwrite=True,
         vae="float",  # networks are compared
-    )  # fmt: skip
+    )
     report: dict[str, Any] = {
         "model": model.name,
         "dgq": dgq.__version__,
@@ -218,10 +222,15 @@ def main() -> None:
         folder = checkpoint(model, recipe, args.work, calibration, name)
         measured = compare(reference, run(load(folder, dtype=torch.float32), recipe.label))
         size = network_bytes(folder)
-        rows.append({
-            "system": system(recipe), **measured,
-            "unet_mib": size / 2**20, "of_float16": size / float16_bytes(model), "recipe": recipe.to_dict(),
-        })  # fmt: skip
+        rows.append(
+            {
+                "system": system(recipe),
+                **measured,
+                "unet_mib": size / 2**20,
+                "of_float16": size / float16_bytes(model),
+                "recipe": recipe.to_dict(),
+            }
+        )
     report["rows"] = merged(earlier, rows)
     if args.grid:
         write_png(labelled(sheets, args.grid_scale), args.grid)

@@ -376,11 +376,22 @@ def component(folder: Path, rng: random.Random) -> str:
 
 
 DAMAGES: dict[str, Damage] = {
-    "bit flipped": flip, "truncated": cut, "bytes appended": append, "range zeroed": zero_range,
-    "header lies": lying_header, "JSON text": json_text, "JSON field": json_field, "plan of a layer": plan_field,
-    "tensor entry": tensor_entry, "tensor value": tensor_value, "tensors exchanged": tensor_swap,
-    "file replaced": file_place, "path escapes": escape, "code planted": code, "component exchanged": component,
-}  # fmt: skip
+    "bit flipped": flip,
+    "truncated": cut,
+    "bytes appended": append,
+    "range zeroed": zero_range,
+    "header lies": lying_header,
+    "JSON text": json_text,
+    "JSON field": json_field,
+    "plan of a layer": plan_field,
+    "tensor entry": tensor_entry,
+    "tensor value": tensor_value,
+    "tensors exchanged": tensor_swap,
+    "file replaced": file_place,
+    "path escapes": escape,
+    "code planted": code,
+    "component exchanged": component,
+}
 
 
 def checkpoint(model: str | None, out: Path) -> tuple[str, str]:
@@ -399,9 +410,13 @@ def draw(pipe: Any, size: int) -> bytes:
     """The bits of a picture."""
     pipe.set_progress_bar_config(disable=True)
     pictures = pipe(
-        "a cat", num_inference_steps=2, height=size, width=size, output_type="np",
+        "a cat",
+        num_inference_steps=2,
+        height=size,
+        width=size,
+        output_type="np",
         generator=torch.Generator().manual_seed(1),
-    ).images  # fmt: skip
+    ).images
     return np.ascontiguousarray(pictures).tobytes()
 
 

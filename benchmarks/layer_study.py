@@ -324,8 +324,15 @@ def study(found: dict[str, Captured]) -> list[dict[str, Any]]:
             table: str, way: str, x: Tensor, weight: Tensor, one: Captured = one, target: Tensor = target
         ) -> None:
             y = apply_layer(as_applied(one, x), weight, one.layer.plan)
-            rows.append({"layer": one.layer.name, "kind": one.kind, "table": table, "way": way,
-                         "sqnr_db": round(sqnr_db(target, y), 2)})  # fmt: skip
+            rows.append(
+                {
+                    "layer": one.layer.name,
+                    "kind": one.kind,
+                    "table": table,
+                    "way": way,
+                    "sqnr_db": round(sqnr_db(target, y), 2),
+                }
+            )
 
         for way, format_ in ACTIVATIONS.items():
             for bits in (8, 6, 4):
@@ -337,8 +344,13 @@ def study(found: dict[str, Captured]) -> list[dict[str, Any]]:
             choice = chosen_way(one, ways[wbits], wbits, abits)
             for way, (groups, rounded) in ways[wbits].items():
                 measure(f"W{wbits}A{abits}", way, quantized_rows(one, x, abits, groups.divisor), rounded)
-            rows.append({**next(row for row in reversed(rows) if row["way"] == choice), "way": "chosen by calibration",
-                         "choice": choice})  # fmt: skip
+            rows.append(
+                {
+                    **next(row for row in reversed(rows) if row["way"] == choice),
+                    "way": "chosen by calibration",
+                    "choice": choice,
+                }
+            )
         found[name] = dataclasses.replace(one, inputs=torch.empty(0))  # measured: its memory can go
     return rows
 

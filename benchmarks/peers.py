@@ -100,9 +100,13 @@ def _sdnq(weights: str, products: bool) -> Callable[[Any], None]:
         from sdnq import sdnq_post_load_quant
 
         pipe.unet = sdnq_post_load_quant(
-            pipe.unet, weights_dtype=weights, quant_conv=True, use_quantized_matmul=products,
-            use_quantized_matmul_conv=products, modules_to_not_convert=list(KEPT_FLOAT),
-        )  # fmt: skip
+            pipe.unet,
+            weights_dtype=weights,
+            quant_conv=True,
+            use_quantized_matmul=products,
+            use_quantized_matmul_conv=products,
+            modules_to_not_convert=list(KEPT_FLOAT),
+        )
 
     return run
 
@@ -150,9 +154,13 @@ def main() -> None:
     prompts = [item.prompt for item in wanted]
     settings = Settings(seed=FIRST_SEED, batch=8).resolved(model)
     options = Options(
-        prompts=CALIBRATION_PROMPTS, steps=settings.steps, guidance=settings.guidance, evaluate=0, overwrite=True,
+        prompts=CALIBRATION_PROMPTS,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        evaluate=0,
+        overwrite=True,
         vae="float",  # networks are compared
-    )  # fmt: skip
+    )
     scorer = Scorer()
     reference = pictures(load(model, dtype=torch.float32), prompts, settings, "float32")
     rows: list[dict[str, Any]] = [{"system": "float32", "top1": top1(scorer, wanted, reference)}]

@@ -47,9 +47,13 @@ def main() -> None:
         raise SystemExit(f"{args.csv}: holds no such row of table {args.table}")
     counts = [len(rows) for rows in groups.values()]
     figure, panels = pyplot.subplots(
-        len(groups), 2, squeeze=False, figsize=(11, 0.9 * len(groups) + 0.32 * sum(counts)), layout="constrained",
+        len(groups),
+        2,
+        squeeze=False,
+        figsize=(11, 0.9 * len(groups) + 0.32 * sum(counts)),
+        layout="constrained",
         height_ratios=[count + 2 for count in counts],
-    )  # fmt: skip
+    )
     column, title, limit = SECOND[args.table]
     for (times, seconds), ((model, place, case), rows) in zip(panels, groups.items(), strict=True):
         names = [row["system"] for row in rows]

@@ -222,8 +222,16 @@ def study(found: dict[str, Captured], iterations: int) -> list[dict[str, Any]]:
         coarse = fake_quantize_input(x, 8, torch.ones(plan.in_features))
 
         def note(table: str, way: str, y: Tensor, one: Captured = one, target: Tensor = target, **more: Any) -> None:
-            rows.append({"table": table, "layer": one.layer.name, "kind": one.kind, "way": way,
-                         "sqnr_db": round(sqnr_db(target, y), 2), **more})  # fmt: skip
+            rows.append(
+                {
+                    "table": table,
+                    "layer": one.layer.name,
+                    "kind": one.kind,
+                    "way": way,
+                    "sqnr_db": round(sqnr_db(target, y), 2),
+                    **more,
+                }
+            )
 
         for way, matrix, seconds in roundings(seen, iterations):
             weight = from_matrix(matrix, plan)

@@ -16,10 +16,18 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 BACKGROUNDS = {
-    "white": (255, 255, 255), "red": (222, 60, 56), "orange": (246, 150, 52), "yellow": (250, 216, 82),
-    "green": (88, 178, 92), "blue": (76, 138, 230), "purple": (148, 98, 206), "pink": (250, 170, 202),
-    "brown": (140, 96, 64), "grey": (150, 150, 150), "black": (22, 22, 22),
-}  # fmt: skip
+    "white": (255, 255, 255),
+    "red": (222, 60, 56),
+    "orange": (246, 150, 52),
+    "yellow": (250, 216, 82),
+    "green": (88, 178, 92),
+    "blue": (76, 138, 230),
+    "purple": (148, 98, 206),
+    "pink": (250, 170, 202),
+    "brown": (140, 96, 64),
+    "grey": (150, 150, 150),
+    "black": (22, 22, 22),
+}
 SIDE, SCALE = 64, 8  # pixels of a picture, and how much larger it is drawn
 Points = list[tuple[float, float]]
 
@@ -96,9 +104,11 @@ def kite(pen: Pen) -> None:
     """A kite of four coloured quarters with a face and a tail of bows."""
     top, bottom, left, right, middle = (32, 4), (32, 48), (13, 22), (51, 22), (32, 22)
     for points, colour in (
-        ([top, left, middle], "#ff4f6d"), ([top, right, middle], "#ffc93c"),
-        ([bottom, left, middle], "#3fc1c9"), ([bottom, right, middle], "#7a4fd0"),
-    ):  # fmt: skip
+        ([top, left, middle], "#ff4f6d"),
+        ([top, right, middle], "#ffc93c"),
+        ([bottom, left, middle], "#3fc1c9"),
+        ([bottom, right, middle], "#7a4fd0"),
+    ):
         pen.polygon(points, colour)
     for x in (26, 38):
         pen.oval(x, 20, 2.5, 3, "#202030")
@@ -197,9 +207,14 @@ def windmill(pen: Pen) -> None:
         angle = math.radians(45 + 90 * i)
         x, y = math.cos(angle), math.sin(angle)
         pen.polygon(
-            [(32 + 5 * x, 24 + 5 * y), (32 + 27 * x - 3 * y, 24 + 27 * y + 3 * x),
-             (32 + 27 * x + 5 * y, 24 + 27 * y - 5 * x), (32 + 5 * x + 5 * y, 24 + 5 * y - 5 * x)], colour,
-        )  # fmt: skip
+            [
+                (32 + 5 * x, 24 + 5 * y),
+                (32 + 27 * x - 3 * y, 24 + 27 * y + 3 * x),
+                (32 + 27 * x + 5 * y, 24 + 27 * y - 5 * x),
+                (32 + 5 * x + 5 * y, 24 + 5 * y - 5 * x),
+            ],
+            colour,
+        )
         pen.line([(32, 24), (32 + 27 * x, 24 + 27 * y)], "#4d2f17", 1.6)
     pen.oval(32, 24, 3, 3, "#4d2f17")
 
@@ -219,22 +234,33 @@ class Subject:
 
 # The defaults were chosen on the first; only the others are reported. Cats, birds, fish and houses the model knows.
 CHOSEN_ON = {
-    "blob": Subject(blob, "sks", "creature"), "kite": Subject(kite, "zwx", "kite"),
+    "blob": Subject(blob, "sks", "creature"),
+    "kite": Subject(kite, "zwx", "kite"),
     "fish": Subject(fish, "vkj", "fish"),
-}  # fmt: skip
+}
 REPORTED = {
-    "cat": Subject(cat, "sks", "cat"), "bird": Subject(bird, "zwx", "bird"), "teapot": Subject(teapot, "vkj", "teapot"),
-    "house": Subject(house, "sks", "house"), "windmill": Subject(windmill, "zwx", "windmill"),
-}  # fmt: skip
+    "cat": Subject(cat, "sks", "cat"),
+    "bird": Subject(bird, "zwx", "bird"),
+    "teapot": Subject(teapot, "vkj", "teapot"),
+    "house": Subject(house, "sks", "house"),
+    "windmill": Subject(windmill, "zwx", "windmill"),
+}
 SUBJECTS = {**CHOSEN_ON, **REPORTED}
 TRAINING = (
-    View("white"), View("yellow", 2, 1, 0.95, 6), View("grey", -2, 1, 1, -5), View("red", 1, -1, 0.9, 3),
+    View("white"),
+    View("yellow", 2, 1, 0.95, 6),
+    View("grey", -2, 1, 1, -5),
+    View("red", 1, -1, 0.9, 3),
     View("black", 0, 2, 0.95, -8),
-)  # fmt: skip
+)
 HELD_OUT = (
-    View("white", 1, 0, 0.97, -3), View("blue", 0, 1, 0.93, 4), View("green", -1, 0, 0.98, -6),
-    View("purple", 0, -1, 0.95, 2), View("pink", 2, 0, 0.92, -1), View("orange", -1, 1, 1, 7),
-)  # fmt: skip
+    View("white", 1, 0, 0.97, -3),
+    View("blue", 0, 1, 0.93, 4),
+    View("green", -1, 0, 0.98, -6),
+    View("purple", 0, -1, 0.95, 2),
+    View("pink", 2, 0, 0.92, -1),
+    View("orange", -1, 1, 1, 7),
+)
 
 
 def pictures(name: str, views: tuple[View, ...]) -> list[Image.Image]:

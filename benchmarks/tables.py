@@ -144,9 +144,11 @@ def recipes() -> str:
         return (f"{variant}{bold}{label}{bold}", *figures)
 
     systems = (
-        ("paper G=1", "paper, G = 1"), ("paper G=16", "paper, G = 16"),
-        ("integer rotate nearest", "every layer rotated, nearest"), ("integer", "integer"),
-    )  # fmt: skip
+        ("paper G=1", "paper, G = 1"),
+        ("paper G=16", "paper, G = 16"),
+        ("integer rotate nearest", "every layer rotated, nearest"),
+        ("integer", "integer"),
+    )
     rows = [row(name, *system) for name in ("fidelity-embedded", "fidelity-stress") for system in systems]
     return table(("PSNR / latent SQNR (dB)", "W8A8", "W4A8", "W4A6"), rows)
 
@@ -168,14 +170,23 @@ def spread() -> str:
 
 
 PEERS = {
-    "bfloat16": "bfloat16, unquantized", "dgq W8A8": "**dgq W8A8**", "quanto W8A8": "", "sdnq int8 W8A8": "",
-    "quanto W8A32": "", "sdnq int8 W8A32": "", "dgq W8A8, linear layers": "**dgq W8A8, linear layers only**",
+    "bfloat16": "bfloat16, unquantized",
+    "dgq W8A8": "**dgq W8A8**",
+    "quanto W8A8": "",
+    "sdnq int8 W8A8": "",
+    "quanto W8A32": "",
+    "sdnq int8 W8A32": "",
+    "dgq W8A8, linear layers": "**dgq W8A8, linear layers only**",
     "torchao int8 W8A8 (linear layers)": "torchao W8A8, linear layers only",
-    "torchao int8 W8A32 (linear layers)": "torchao W8A32, linear layers only", "dgq W4A8": "**dgq W4A8**",
-    "quanto W4A8": "", "sdnq int4 W4A8": "", "quanto W4A32": "", "sdnq int4 W4A32": "",
+    "torchao int8 W8A32 (linear layers)": "torchao W8A32, linear layers only",
+    "dgq W4A8": "**dgq W4A8**",
+    "quanto W4A8": "",
+    "sdnq int4 W4A8": "",
+    "quanto W4A32": "",
+    "sdnq int4 W4A32": "",
     "dgq W4A8, linear layers": "**dgq W4A8, linear layers only**",
     "torchao int4 W4A32 (linear layers)": "torchao W4A32 (groups of 32), linear layers only",
-}  # fmt: skip
+}
 
 
 def peers() -> str:
@@ -200,11 +211,17 @@ def step_embedded() -> str:
     ):
         row = measured(run, system)
         ratio = f"{float(row['ratio_to_float32']):.2f}"
-        rows.append((
-            label.format(f"{float(measured(EMBEDDED_W4, 'float32')['p50_ms']):.1f} ms"), f"{float(row['p50_ms']):.1f}",
-            ratio if file else f"**{ratio}**", error(row), f"{float(row['weights_mib']):.1f} MiB",
-            file or f"{float(row['disk_mib']):.1f} MiB", memory(row["peak_rss_mib"]),
-        ))  # fmt: skip
+        rows.append(
+            (
+                label.format(f"{float(measured(EMBEDDED_W4, 'float32')['p50_ms']):.1f} ms"),
+                f"{float(row['p50_ms']):.1f}",
+                ratio if file else f"**{ratio}**",
+                error(row),
+                f"{float(row['weights_mib']):.1f} MiB",
+                file or f"{float(row['disk_mib']):.1f} MiB",
+                memory(row["peak_rss_mib"]),
+            )
+        )
     header = ("system", "ms", "times float32", "relative error", "weights in memory", "UNet file", "peak memory")
     return table(header, rows)
 
@@ -233,12 +250,16 @@ def step_sd() -> str:
         rows.append((label, seconds(row), off, error(row), memory(row["disk_mib"]), memory(row["peak_rss_mib"])))
     for system in ("dgq W8A8", "dgq W4A8"):
         row, without, later = (measured(run, system) for run in (AMX, AMX_OFF, AMX_MEMORY))
-        rows.append((
-            f"**{system}**",
-            f"**{seconds(row)}** ({base / float(row['p50_ms']):.1f}x float32)",
-            f"**{seconds(without)}** ({base_off / float(without['p50_ms']):.1f}x)",
-            error(row), memory(row["disk_mib"]), memory(later["peak_rss_mib"]),
-        ))  # fmt: skip
+        rows.append(
+            (
+                f"**{system}**",
+                f"**{seconds(row)}** ({base / float(row['p50_ms']):.1f}x float32)",
+                f"**{seconds(without)}** ({base_off / float(without['p50_ms']):.1f}x)",
+                error(row),
+                memory(row["disk_mib"]),
+                memory(later["peak_rss_mib"]),
+            )
+        )
     header = ("system", "with AMX", "AMX off", "relative error", "weights file", "peak memory, loading included")
     return table(header, rows)
 
@@ -280,10 +301,15 @@ def products() -> str:
     for label, case in cases:
         vnni, amx, epyc = (measured(run, "dgq W8A8", case) for run in (PRODUCTS_VNNI, PRODUCTS_AMX, PRODUCTS_EPYC))
         float_xeon, float_epyc = (measured(run, "float32", case) for run in (PRODUCTS_VNNI, PRODUCTS_EPYC))
-        rows.append((
-            label, *(f"{float(row['gops']):.0f}" for row in (float_xeon, vnni)), f"{float(vnni['peak_fraction']):.2f}",
-            *(f"{float(row['gops']):.0f}" for row in (amx, float_epyc, epyc)), f"{float(epyc['peak_fraction']):.2f}",
-        ))  # fmt: skip
+        rows.append(
+            (
+                label,
+                *(f"{float(row['gops']):.0f}" for row in (float_xeon, vnni)),
+                f"{float(vnni['peak_fraction']):.2f}",
+                *(f"{float(row['gops']):.0f}" for row in (amx, float_epyc, epyc)),
+                f"{float(epyc['peak_fraction']):.2f}",
+            )
+        )
     header = ("M x K x N", "torch float32", "VNNI", "of its peak", "AMX", "EPYC: float32", "dgq", "of its peak")
     return table(header, rows)
 
@@ -321,11 +347,15 @@ def compiled() -> str:
         classes, class_count = pair(target, "int8", "128x128", "classes=3")
         int4, int4_count = pair(target, "int4", "128x128" if target == "90" else "256x64", "group=32")
         first = target == "80"
-        lines.append((
-            label, product, f"{int8}{' instructions' if first else ''} for {count}{' products' if first else ''}",
-            classes + (f" for {class_count}" if class_count != count else ""),
-            f"{int4} for {int4_count}{' products' if first else ''}",
-        ))  # fmt: skip
+        lines.append(
+            (
+                label,
+                product,
+                f"{int8}{' instructions' if first else ''} for {count}{' products' if first else ''}",
+                classes + (f" for {class_count}" if class_count != count else ""),
+                f"{int4} for {int4_count}{' products' if first else ''}",
+            )
+        )
     header = (
         "target",
         "int8 product",
@@ -380,18 +410,26 @@ def models() -> str:
             taken = sum(one.numel() for layer in whole.values() for one in layer.module.parameters())
             sizes.append(sum(packed_bytes(layer.plan) for layer in layers) + 2 * (values - taken))
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        lines.append((
-            f"`{name}`", f"{parameters / 1e9:.2f}", *(f"{size / 1e9:.2f}" for size in (4 * values, 2 * values, *sizes)),
-            str(len(whole)),
-        ))  # fmt: skip
+        lines.append(
+            (
+                f"`{name}`",
+                f"{parameters / 1e9:.2f}",
+                *(f"{size / 1e9:.2f}" for size in (4 * values, 2 * values, *sizes)),
+                str(len(whole)),
+            )
+        )
     header = ("computed, GB", "parameters, 10^9", "float32", "float16", "W8A8", "W4A8", "quantized layers")
     return table(header, lines)
 
 
 TUNED = {
-    "untuned": "untuned", "tune": "**`dgq tune`**", "even": "with `--high-noise-strength 1`", "peqa": "PEQA",
-    "lora": "float model, LoRA r = 4", "dreambooth": "float model, DreamBooth",
-}  # fmt: skip
+    "untuned": "untuned",
+    "tune": "**`dgq tune`**",
+    "even": "with `--high-noise-strength 1`",
+    "peqa": "PEQA",
+    "lora": "float model, LoRA r = 4",
+    "dreambooth": "float model, DreamBooth",
+}
 BESIDE = ("untuned", "tune", "even", "peqa", "lora", "dreambooth")
 
 
@@ -519,12 +557,26 @@ def tuning_short() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "fidelity": fidelity, "fidelity-short": fidelity_short, "recipes": recipes, "spread": spread, "peers": peers,
-    "step-embedded": step_embedded, "step-sd": step_sd, "step-short": step_short, "products": products,
-    "compiled": compiled, "predicted": predicted, "models": models, "tuning": tuning, "tuning-against": tuning_against,
-    "tuning-ratios": tuning_ratios, "tuning-overfitting": tuning_overfitting, "tuning-subjects": tuning_subjects,
-    "tuning-others": tuning_others, "tuning-short": tuning_short,
-}  # fmt: skip
+    "fidelity": fidelity,
+    "fidelity-short": fidelity_short,
+    "recipes": recipes,
+    "spread": spread,
+    "peers": peers,
+    "step-embedded": step_embedded,
+    "step-sd": step_sd,
+    "step-short": step_short,
+    "products": products,
+    "compiled": compiled,
+    "predicted": predicted,
+    "models": models,
+    "tuning": tuning,
+    "tuning-against": tuning_against,
+    "tuning-ratios": tuning_ratios,
+    "tuning-overfitting": tuning_overfitting,
+    "tuning-subjects": tuning_subjects,
+    "tuning-others": tuning_others,
+    "tuning-short": tuning_short,
+}
 
 
 def written(text: str) -> str:

@@ -38,11 +38,14 @@ from dgq.tuning.train import Options, batch_of, generator, tune
 # What is asked of a subject: how a prompt goes on, and the background and the style that it names. Training showed none
 # of these backgrounds.
 ASKED = (
-    ("on a blue background", "blue", None), ("on a green background", "green", None),
-    ("on a purple background", "purple", None), ("on a pink background", "pink", None),
-    ("on an orange background", "orange", None), ("in 3d style", None, "fluent-3d"),
+    ("on a blue background", "blue", None),
+    ("on a green background", "green", None),
+    ("on a purple background", "purple", None),
+    ("on a pink background", "pink", None),
+    ("on an orange background", "orange", None),
+    ("in 3d style", None, "fluent-3d"),
     ("in flat style on a green background", "green", "fluent-flat"),
-)  # fmt: skip
+)
 OTHERS = ("cat", "robot")  # beside the subject's class: what should stay as it was
 TOGETHER = ("cat", "teapot", "windmill")  # in one file
 STRENGTHS = (0.5, 0.75, 1.25)
@@ -50,9 +53,12 @@ STRENGTHS = (0.5, 0.75, 1.25)
 # Systems of scales: options of `dgq tune`. "even" has all experts at full strength; "together" has three subjects, and
 # three times the steps.
 SCALES: dict[str, dict[str, Any]] = {
-    "tune": {}, "even": {"high_noise_strength": 1.0}, "peqa": {"experts": 1, "input_scales": False}, "prior": {},
+    "tune": {},
+    "even": {"high_noise_strength": 1.0},
+    "peqa": {"experts": 1, "input_scales": False},
+    "prior": {},
     "together": {},
-}  # fmt: skip
+}
 # The float baselines run the same objective, batches and noise as `dgq tune`: other parameters are trained.
 FLOAT_RATES = {"dreambooth": 2e-4, "lora": 2e-3}
 FLOAT = "float"
@@ -393,19 +399,30 @@ def report(rows: Sequence[dict[str, Any]], steps: int, seeds: int) -> dict[str, 
         differences = {m: interval(means.drawn(first, shared, m) - means.drawn(system, shared, m)) for m in measures}
         against.append({"of": list(first), "to": list(system), "subjects": shared, **differences})
     return {
-        "steps": steps, "seeds": seeds, "asked": [words for words, _, _ in ASKED], "training": len(TRAINING),
-        "held_out": len(HELD_OUT), "networks": networks, "systems": told, "against": against,
+        "steps": steps,
+        "seeds": seeds,
+        "asked": [words for words, _, _ in ASKED],
+        "training": len(TRAINING),
+        "held_out": len(HELD_OUT),
+        "networks": networks,
+        "systems": told,
+        "against": against,
         "real": {
             key: interval(means.drawn(systems[0], means.subjects(systems[0]), f"real_{key}")) for key in rows[0]["real"]
         },
         "ratios": ratios(means, networks),
         "subjects": [
-            {"subject": row["subject"], "system": row["system"], "weights": row["weights"], "strength": row["strength"],
-             **{key: mean(values) for key, values in row["pictures"].items()},
-             **{f"real_{network}": round(row["real"][network], 4) for network in networks}}
+            {
+                "subject": row["subject"],
+                "system": row["system"],
+                "weights": row["weights"],
+                "strength": row["strength"],
+                **{key: mean(values) for key, values in row["pictures"].items()},
+                **{f"real_{network}": round(row["real"][network], 4) for network in networks},
+            }
             for row in rows
         ],
-    }  # fmt: skip
+    }
 
 
 def mean(values: Sequence[float | None]) -> float:

@@ -155,11 +155,15 @@ def measure(system: str, wbits: int, checkpointing: str, largest: int = 0) -> di
         with Peak() as tracker:
             step(unet, parameters, experts, checkpointing, tracker)
     return {
-        "system": system, "wbits": wbits if system == "dgq" else 16, "checkpointing": checkpointing,
-        "trained": sum(parameter.numel() for parameter in parameters), "unet_mib": held / 2**20,
-        "above_unet_mib": tracker.peak / 2**20, "of_that_kept_mib": tracker.kept_bytes / 2**20,
+        "system": system,
+        "wbits": wbits if system == "dgq" else 16,
+        "checkpointing": checkpointing,
+        "trained": sum(parameter.numel() for parameter in parameters),
+        "unet_mib": held / 2**20,
+        "above_unet_mib": tracker.peak / 2**20,
+        "of_that_kept_mib": tracker.kept_bytes / 2**20,
         **({"largest": tracker.largest(largest)} if largest else {}),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -167,9 +171,13 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=0, help="tell so many of the things that the peak consists of")
     largest = parser.parse_args().largest
     for system, wbits, checkpointing in (
-        ("dgq", 4, "dgq"), ("dgq", 8, "dgq"), ("lora", 0, "diffusers"), ("lora", 0, "dgq"), ("dgq", 4, "none"),
+        ("dgq", 4, "dgq"),
+        ("dgq", 8, "dgq"),
+        ("lora", 0, "diffusers"),
+        ("lora", 0, "dgq"),
+        ("dgq", 4, "none"),
         ("lora", 0, "none"),
-    ):  # fmt: skip
+    ):
         print(json.dumps(measure(system, wbits, checkpointing, largest), indent=1 if largest else None), flush=True)
 
 

@@ -84,9 +84,15 @@ def random_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def call(
-    network: nn.Module, batch: int, device: torch.device, *, tokens: int | None = None, timestep: int = 500,
-    seed: int = 0, pixels: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    network: nn.Module,
+    batch: int,
+    device: torch.device,
+    *,
+    tokens: int | None = None,
+    timestep: int = 500,
+    seed: int = 0,
+    pixels: int | None = None,
+) -> dict[str, Any]:
     """Keyword arguments of one call of a network, float32 noise (`Family.call`), with as many tokens as are usual.
 
     Raises:

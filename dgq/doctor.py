@@ -26,15 +26,33 @@ from .self_test import self_test
 from .version import __version__
 
 PACKAGES = (
-    "torch", "triton", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow", "matplotlib",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "matplotlib",
+)
 
 
 VARIABLES = (
-    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_TOKEN", "DGQ_BACKEND",
-    "DGQ_CPU_ENGINE", "DGQ_LOG_ATTENTION", "DGQ_DEBUG", "DGQ_VERIFY",
-    "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NO_COLOR",
-)  # fmt: skip
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_TOKEN",
+    "DGQ_BACKEND",
+    "DGQ_CPU_ENGINE",
+    "DGQ_LOG_ATTENTION",
+    "DGQ_DEBUG",
+    "DGQ_VERIFY",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "NO_COLOR",
+)
 
 
 def versions() -> dict[str, str | None]:

@@ -190,8 +190,10 @@ class Family:
             DgqError: it takes no negative prompt.
         """
         return {
-            "prompt": list(prompts), "negative_prompt": [negative] * len(prompts), self.guidance_argument: guidance,
-        }  # fmt: skip
+            "prompt": list(prompts),
+            "negative_prompt": [negative] * len(prompts),
+            self.guidance_argument: guidance,
+        }
 
     def step_callback(self, on_step: Callable[[int], None]) -> dict[str, Any]:
         """What the pipeline is called with so that it tells the number of steps done after each."""
@@ -227,9 +229,16 @@ class Family:
         return network(**call)
 
     def call(
-        self, config: Any, batch: int, device: torch.device, *, tokens: int, timestep: int = 500, seed: int = 0,
+        self,
+        config: Any,
+        batch: int,
+        device: torch.device,
+        *,
+        tokens: int,
+        timestep: int = 500,
+        seed: int = 0,
         pixels: int | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """Keyword arguments of one call of a network of this configuration, float32 noise.
 
         Args:
@@ -289,14 +298,20 @@ class Unknown(Family):
         **FIRST_AND_LAST,
         **dict.fromkeys(
             (
-                "x_embedder*", "img_in*", "pos_embed.*", "patch_embed*", "proj_in", "proj_out", "norm_out.*",
+                "x_embedder*",
+                "img_in*",
+                "pos_embed.*",
+                "patch_embed*",
+                "proj_in",
+                "proj_out",
+                "norm_out.*",
                 "final_layer.*",
             ),
             "first and last layer stay float",
         ),
         **dict.fromkeys(("context_embedder*", "txt_in*", "caption_projection.*"), "reads the text, once a call"),
         **dict.fromkeys(("time_*", "t_embedder*", "adaln_single.*"), "one row a sample, which every block reads"),
-    }  # fmt: skip
+    }
     wide_layers = dict.fromkeys(
         ("*.norm*.linear", "*modulation*", "*_mod.*"), "scales and gates of a whole block or of all"
     )

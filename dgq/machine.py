@@ -17,8 +17,17 @@ from .version import __version__
 
 # The instruction sets that decide how fast int8 and bfloat16 are
 ISA_FLAGS = (
-    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16",
-)  # fmt: skip
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
+)
 
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:

@@ -108,9 +108,9 @@ def _test_prepacked() -> float:
     rows, channels = epilogue(2, kernel.flatten(1))
     parts = conv2d_cpu.prepack(kernel, 1, [24]), [24], linear_cpu.needs_split(8, kernel)
     y = dgq_kernels.conv2d_prepacked(image, *rows, *parts, *channels, 3, 1, torch.float32)
-    return max(error, relative_error(
-        y, conv2d_reference.conv2d(image, *rows, kernel, *channels, 1, torch.float32, [24])
-    ))  # fmt: skip
+    return max(
+        error, relative_error(y, conv2d_reference.conv2d(image, *rows, kernel, *channels, 1, torch.float32, [24]))
+    )
 
 
 def _test_engine() -> float:

@@ -83,9 +83,20 @@ def command(
         check_csv(csv)
     with StageProgress(STAGES) as progress:
         report = bench(
-            model, arch=arch, pixels=pixels, what=what, bits=bits, repeats=repeats, large=shapes == "large",
-            peers=peers, compiled=compiled, work=work, threads=threads, device=device, progress=progress,
-        )  # fmt: skip
+            model,
+            arch=arch,
+            pixels=pixels,
+            what=what,
+            bits=bits,
+            repeats=repeats,
+            large=shapes == "large",
+            peers=peers,
+            compiled=compiled,
+            work=work,
+            threads=threads,
+            device=device,
+            progress=progress,
+        )
     try:
         if csv is not None:
             report.append_csv(csv)

@@ -12,9 +12,15 @@ import typer
 from .common import JsonOption, StageProgress, duration, err, finite, mib, print_json, prompt_count
 
 STAGES = {
-    "prepare": "prepare", "resume": "resume", "record": "record", "statistics": "statistics", "quantize": "quantize",
-    "calibrate": "calibrate", "compare": "compare", "save": "save",
-}  # fmt: skip
+    "prepare": "prepare",
+    "resume": "resume",
+    "record": "record",
+    "statistics": "statistics",
+    "quantize": "quantize",
+    "calibrate": "calibrate",
+    "compare": "compare",
+    "save": "save",
+}
 
 
 DEFAULT_MEMORY = 3.0  # GiB
@@ -101,9 +107,15 @@ def command(
     overrides = tuple(_override(text) for text in override or [])
     try:
         wanted = Recipe(
-            name=recipe, wbits=wbits, abits=abits, rounding=rounding, channels=channels, attention=attention,  # type: ignore[arg-type]
-            groups=groups, overrides=overrides,
-        )  # fmt: skip
+            name=recipe,
+            wbits=wbits,
+            abits=abits,
+            rounding=rounding,  # type: ignore[arg-type]
+            channels=channels,  # type: ignore[arg-type]
+            attention=attention,  # type: ignore[arg-type]
+            groups=groups,
+            overrides=overrides,
+        )
     except DgqError as error:
         raise typer.BadParameter(str(error)) from None
     from dgq.pictures.prompts import read_prompts
@@ -113,10 +125,18 @@ def command(
     from dgq.calibration.run import Options, calibrate
 
     options = Options(
-        prompts=chosen, steps=steps, guidance=guidance, size=size, seed=seed, calls=calls, evaluate=evaluate,
-        budget=int(memory * 2**30), overwrite=overwrite, resume=resume,
+        prompts=chosen,
+        steps=steps,
+        guidance=guidance,
+        size=size,
+        seed=seed,
+        calls=calls,
+        evaluate=evaluate,
+        budget=int(memory * 2**30),
+        overwrite=overwrite,
+        resume=resume,
         vae=vae,  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     loras = [_lora(text) for text in lora or []]
     from dgq.calibration.sources import float_folder, is_single_file
 
@@ -138,10 +158,16 @@ def command(
     fidelity = header.calibration.get("fidelity", {})
     before, after = float16_bytes(out), network_bytes(out)
     if json:
-        print_json({
-            "checkpoint": str(out), "recipe": wanted.to_dict(), "unet_bytes": after, "unet_float16_bytes": before,
-            "layers": len(header.method.layers(header)), "calibration": header.calibration,
-        })  # fmt: skip
+        print_json(
+            {
+                "checkpoint": str(out),
+                "recipe": wanted.to_dict(),
+                "unet_bytes": after,
+                "unet_float16_bytes": before,
+                "layers": len(header.method.layers(header)),
+                "calibration": header.calibration,
+            }
+        )
         return
     err.print(out, end="", style="bold", soft_wrap=True)
     err.print(f"  {wanted.label}, {family_at(out).title} {mib(after)} ({after / before:.0%} of float16)")

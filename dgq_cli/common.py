@@ -77,10 +77,15 @@ class StageProgress:
     def __init__(self, titles: dict[str, str]) -> None:
         self._titles = titles
         self._bars = Progress(
-            TextColumn("{task.description:<11}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", style="dim", markup=False), console=err,
-        )  # fmt: skip
+            TextColumn("{task.description:<11}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False),
+            console=err,
+        )
         self._tasks: dict[str, Any] = {}
         self._runs: dict[str, tuple[float, int, int]] = {}  # when a stage began, at which part, and where it is
         self._last = 0.0

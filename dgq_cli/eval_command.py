@@ -84,9 +84,16 @@ def command(
             check_output(file)
 
     options = Options(
-        prompts, seeds, floor, Settings(steps, guidance, seed=seed, batch=batch), device, reference, inception, clip,
+        prompts,
+        seeds,
+        floor,
+        Settings(steps, guidance, seed=seed, batch=batch),
+        device,
+        reference,
+        inception,
+        clip,
         grid,
-    )  # fmt: skip
+    )
     kept, reports = Kept(), []
     with StageProgress({"against": "float", "floor": "half", "checkpoint": "checkpoint"}) as progress:
         for checkpoint in checkpoints or (None,):
@@ -135,9 +142,11 @@ def _print(report: dict[str, Any]) -> None:
     if "fidelity" in report:
         floor = report.get("floor")
         titles = {
-            "psnr_db": ("PSNR (dB)", ".2f"), "ssim": ("SSIM", ".4f"), "latent_mse": ("latent MSE", ".2e"),
+            "psnr_db": ("PSNR (dB)", ".2f"),
+            "ssim": ("SSIM", ".4f"),
+            "latent_mse": ("latent MSE", ".2e"),
             "feature_distance": (f"feature distance ({report['fidelity'].get('feature_network', '')})", ".2e"),
-        }  # fmt: skip
+        }
         head = ["fidelity", "checkpoint"]
         if floor:
             head.append(f"float32 against {floor['dtype']} ({floor['pictures']} pictures)")

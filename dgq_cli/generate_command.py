@@ -101,9 +101,13 @@ def command(
     wanted = [prompt for prompt in prompts for _ in range(count)]
     with StageProgress({"generate": "generate"}) as progress:
         pictures = generate(
-            pipe, wanted, settings, label=label, name=name,
+            pipe,
+            wanted,
+            settings,
+            label=label,
+            name=name,
             progress=lambda done, total: progress("generate", done, total, f"seed {chosen}"),
-        )  # fmt: skip
+        )
     files = []
     if not (single and grid):
         for picture in pictures:
@@ -113,10 +117,15 @@ def command(
         file = out if single else out / "grid.png"
         files.append(write_png(sheet([picture.image for picture in pictures]), file, keep=not overwrite))
     if json:
-        print_json({
-            "seed": chosen, "steps": settings.steps, "guidance": settings.guidance, "files": list(map(str, files)),
-            "pictures": [{"prompt": p.prompt, "seed": p.seed, "parameters": p.parameters} for p in pictures],
-        })  # fmt: skip
+        print_json(
+            {
+                "seed": chosen,
+                "steps": settings.steps,
+                "guidance": settings.guidance,
+                "files": list(map(str, files)),
+                "pictures": [{"prompt": p.prompt, "seed": p.seed, "parameters": p.parameters} for p in pictures],
+            }
+        )
         return
     err.print(f"seed {chosen}, {settings.steps} steps, guidance {settings.guidance:g}")
     for file in files:

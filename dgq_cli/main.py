@@ -132,6 +132,15 @@ def _shortened(message: str) -> str:
 
 def _full_output(error: Exception) -> bool:
     """Whether an error comes from writing standard output: nothing else here writes without a file's name."""
-    return isinstance(error, OSError) and error.filename is None and error.errno in (
-        errno.ENOSPC, errno.EBADF, errno.EIO, errno.EDQUOT, errno.EFBIG,
-    )  # fmt: skip
+    return (
+        isinstance(error, OSError)
+        and error.filename is None
+        and error.errno
+        in (
+            errno.ENOSPC,
+            errno.EBADF,
+            errno.EIO,
+            errno.EDQUOT,
+            errno.EFBIG,
+        )
+    )

@@ -10,8 +10,13 @@ import typer
 from .common import DeviceOption, JsonOption, StageProgress, err, finite, mib, print_json
 
 STAGES = {
-    "resume": "resume", "class": "class", "encode": "encode", "tune": "tune", "validate": "validate", "save": "save",
-}  # fmt: skip
+    "resume": "resume",
+    "class": "class",
+    "encode": "encode",
+    "tune": "tune",
+    "validate": "validate",
+    "save": "save",
+}
 
 
 def command(
@@ -97,14 +102,31 @@ def command(
     from dgq.tuning.train import Options, tune
 
     options = Options(
-        steps=steps, learning_rate=learning_rate, lr_scheduler=lr_scheduler, lr_warmup_steps=lr_warmup_steps,
-        batch=batch, gradient_accumulation=gradient_accumulation, gradient_checkpointing=gradient_checkpointing,
-        mixed_precision=mixed_precision, max_grad_norm=max_grad_norm, resolution=resolution, experts=experts,
-        high_noise_strength=high_noise_strength, input_scales=not no_input_scales,
-        class_prompts=tuple(class_prompt or ()), class_images=class_images, prior_weight=prior_weight,
-        snr_gamma=snr_gamma, validation_prompts=tuple(validation_prompt or ()), validate_every=validate_every,
-        checkpoint_every=checkpoint_every, seed=seed, device=device, resume=resume, overwrite=overwrite,
-    )  # fmt: skip
+        steps=steps,
+        learning_rate=learning_rate,
+        lr_scheduler=lr_scheduler,
+        lr_warmup_steps=lr_warmup_steps,
+        batch=batch,
+        gradient_accumulation=gradient_accumulation,
+        gradient_checkpointing=gradient_checkpointing,
+        mixed_precision=mixed_precision,
+        max_grad_norm=max_grad_norm,
+        resolution=resolution,
+        experts=experts,
+        high_noise_strength=high_noise_strength,
+        input_scales=not no_input_scales,
+        class_prompts=tuple(class_prompt or ()),
+        class_images=class_images,
+        prior_weight=prior_weight,
+        snr_gamma=snr_gamma,
+        validation_prompts=tuple(validation_prompt or ()),
+        validate_every=validate_every,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+        device=device,
+        resume=resume,
+        overwrite=overwrite,
+    )
     try:
         with StageProgress(STAGES) as progress:
             about = tune(checkpoint, list(zip(images, prompt, strict=True)), out, options, progress)

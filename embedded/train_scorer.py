@@ -74,10 +74,12 @@ class Data:
     def labels(self, rows: list[int], backgrounds: list[str]) -> Tensor:
         """(B, 3) int64: concept, style, background."""
         keys = [self.masters.keys[row] for row in rows]
-        return torch.tensor([
-            (concept, STYLE_NAMES.index(style), BACKGROUND_NAMES.index(name))
-            for (concept, style), name in zip(keys, backgrounds, strict=True)
-        ])  # fmt: skip
+        return torch.tensor(
+            [
+                (concept, STYLE_NAMES.index(style), BACKGROUND_NAMES.index(name))
+                for (concept, style), name in zip(keys, backgrounds, strict=True)
+            ]
+        )
 
     def render(
         self, rows: list[int], rng: random.Random, generator: torch.Generator, jitter: images.Jitter
@@ -105,10 +107,14 @@ def accuracy(network: Network, data: Data, rows: list[int], seed: int) -> dict[s
             pictures, labels = data.render(rows[start : start + 128], rng, generator, images.NARROW)
             concept, style, background = network(pictures)
             top = concept.topk(5, dim=1).indices == labels[:, :1]
-            right += torch.stack([
-                top[:, 0].sum(), top.sum(), (style.argmax(1) == labels[:, 1]).sum(),
-                (background.argmax(1) == labels[:, 2]).sum(),
-            ])  # fmt: skip
+            right += torch.stack(
+                [
+                    top[:, 0].sum(),
+                    top.sum(),
+                    (style.argmax(1) == labels[:, 1]).sum(),
+                    (background.argmax(1) == labels[:, 2]).sum(),
+                ]
+            )
     names = ("top1", "top5", "style", "background")
     shares = dict(zip(names, (right / (COPIES * len(rows))).tolist(), strict=True))
     return {"designs": len(rows), "pictures": COPIES * len(rows), **shares}

@@ -91,10 +91,14 @@ def tiny_checkpoint(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactor
 def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A UNet's config.json: Stable Diffusion's blocks at a width that a test can afford."""
     config = {
-        "sample_size": 16, "block_out_channels": [32, 64], "cross_attention_dim": 32, "attention_head_dim": 2,
+        "sample_size": 16,
+        "block_out_channels": [32, 64],
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "layers_per_block": 1,
-    }  # fmt: skip
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+    }
     file = tmp_path_factory.mktemp("configs") / "small.json"
     file.write_text(json.dumps(config))
     return file

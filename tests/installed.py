@@ -21,9 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 READ = ("tests", "embedded", "examples", "benchmarks", "pyproject.toml")
 SOURCES_ONLY = (  # tests of files that no package holds
-    "tests/docs", "tests/kernels/test_hatch_build.py", "tests/kernels/test_native_machines.py",
-    "tests/dgq/bench/test_predict.py", "tests/benchmarks/test_tables.py",
-)  # fmt: skip
+    "tests/docs",
+    "tests/kernels/test_hatch_build.py",
+    "tests/kernels/test_native_machines.py",
+    "tests/dgq/bench/test_predict.py",
+    "tests/benchmarks/test_tables.py",
+)
 WHERE = """
 import pathlib, sys
 import dgq, dgq_cli, dgq_kernels

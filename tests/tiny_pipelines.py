@@ -34,9 +34,17 @@ def text_encoder(projection: bool = False, tokens: int = TOKENS, width: int = WI
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=600, hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=tokens, bos_token_id=598, eos_token_id=599, pad_token_id=599, projection_dim=width,
-    )  # fmt: skip
+        vocab_size=600,
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokens,
+        bos_token_id=598,
+        eos_token_id=599,
+        pad_token_id=599,
+        projection_dim=width,
+    )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
@@ -74,9 +82,15 @@ def stable_diffusion(
     from diffusers import StableDiffusionPipeline
 
     pipe = (kind or StableDiffusionPipeline)(
-        unet=unet(**options), vae=vae(), text_encoder=text_encoder(), tokenizer=tokenizer(), scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        unet=unet(**options),
+        vae=vae(),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     if save and save.get("variant") == "fp16":
         pipe = pipe.to(torch.float16)
     pipe.save_pretrained(folder, **(save or {}))
@@ -100,10 +114,16 @@ def stable_diffusion_xl(folder: Path, scheduler: Any, **options: Any) -> Path:
         "projection_class_embeddings_input_dim": 6 * sizes + second,
     }
     pipe = StableDiffusionXLPipeline(
-        unet=unet(**{**xl, **options}), vae=vae(), scheduler=scheduler,
-        text_encoder=text_encoder(), text_encoder_2=text_encoder(projection=True, width=second),
-        tokenizer=tokenizer(), tokenizer_2=tokenizer(), force_zeros_for_empty_prompt=True, add_watermarker=False,
-    )  # fmt: skip
+        unet=unet(**{**xl, **options}),
+        vae=vae(),
+        scheduler=scheduler,
+        text_encoder=text_encoder(),
+        text_encoder_2=text_encoder(projection=True, width=second),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
     pipe.save_pretrained(folder)
     return folder
 
@@ -168,8 +188,13 @@ def fp16_shards(folder: Path) -> Path:
 
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
-    "sdxl": sdxl, "sdxl-turbo": sdxl_turbo, "ssd-1b": ssd_1b, "lcm": lcm, "fp16": fp16, "fp16-shards": fp16_shards,
-}  # fmt: skip
+    "sdxl": sdxl,
+    "sdxl-turbo": sdxl_turbo,
+    "ssd-1b": ssd_1b,
+    "lcm": lcm,
+    "fp16": fp16,
+    "fp16-shards": fp16_shards,
+}
 
 
 def small_clip(folder: Path) -> Path:
@@ -187,9 +212,16 @@ def small_clip(folder: Path) -> Path:
 
     torch.manual_seed(0)
     text = CLIPTextConfig(
-        vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=24, bos_token_id=598, eos_token_id=599, pad_token_id=599,
-    )  # fmt: skip
+        vocab_size=600,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        bos_token_id=598,
+        eos_token_id=599,
+        pad_token_id=599,
+    )
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
     )

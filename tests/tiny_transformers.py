@@ -28,11 +28,17 @@ def vae(**options: Any) -> Any:
     from diffusers import AutoencoderKL
 
     defaults: dict[str, Any] = {
-        "block_out_channels": (16, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": CHANNELS, "norm_num_groups": 8,
-        "sample_size": 16, "scaling_factor": 0.7, "shift_factor": 0.1, "use_quant_conv": False,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": CHANNELS,
+        "norm_num_groups": 8,
+        "sample_size": 16,
+        "scaling_factor": 0.7,
+        "shift_factor": 0.1,
+        "use_quant_conv": False,
         "use_post_quant_conv": False,
-    }  # fmt: skip
+    }
     return AutoencoderKL(**{**defaults, **options})
 
 
@@ -63,9 +69,16 @@ def qwen3(layers: int) -> dict[str, Any]:
 
     made = qwen_tokenizer()
     config = Qwen3Config(
-        vocab_size=len(made), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=layers,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024, max_window_layers=2,
-    )  # fmt: skip
+        vocab_size=len(made),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+        max_window_layers=2,
+    )
     return {"text_encoder": Qwen3ForCausalLM(config), "tokenizer": made}
 
 
@@ -93,16 +106,30 @@ def sd3(folder: Path) -> Path:
 
     torch.manual_seed(0)
     network = SD3Transformer2DModel(
-        sample_size=8, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=WIDTH * 2, caption_projection_dim=32,
-        pooled_projection_dim=2 * WIDTH, pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm",
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH * 2,
+        caption_projection_dim=32,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
     third = {f"{name}_3": part for name, part in t5(2 * WIDTH).items()}
     StableDiffusion3Pipeline(
-        transformer=with_outliers(network), scheduler=flow(), vae=vae(), text_encoder=text_encoder(projection=True),
-        tokenizer=tokenizer(), text_encoder_2=text_encoder(projection=True), tokenizer_2=tokenizer(),
+        transformer=with_outliers(network),
+        scheduler=flow(),
+        vae=vae(),
+        text_encoder=text_encoder(projection=True),
+        tokenizer=tokenizer(),
+        text_encoder_2=text_encoder(projection=True),
+        tokenizer_2=tokenizer(),
         **third,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder
 
 
@@ -112,14 +139,25 @@ def flux(folder: Path) -> Path:
 
     torch.manual_seed(0)
     network = FluxTransformer2DModel(
-        in_channels=4 * CHANNELS, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+        in_channels=4 * CHANNELS,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
     second = {f"{name}_2": part for name, part in t5().items()}
     FluxPipeline(
-        transformer=with_outliers(network), scheduler=flow(dynamic=True), vae=vae(), text_encoder=text_encoder(),
-        tokenizer=tokenizer(), **second,
-    ).save_pretrained(folder)  # fmt: skip
+        transformer=with_outliers(network),
+        scheduler=flow(dynamic=True),
+        vae=vae(),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        **second,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -129,14 +167,26 @@ def flux2_klein(folder: Path) -> Path:
 
     torch.manual_seed(0)
     network = Flux2Transformer2DModel(
-        in_channels=4 * CHANNELS, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=3 * WIDTH, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
-    )  # fmt: skip
+        in_channels=4 * CHANNELS,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
     decoder = AutoencoderKLFlux2(
-        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=CHANNELS, norm_num_groups=8, layers_per_block=1,
-        sample_size=16, use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=CHANNELS,
+        norm_num_groups=8,
+        layers_per_block=1,
+        sample_size=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
     decoder.bn.running_mean.normal_()
     decoder.bn.running_var.uniform_(0.5, 2)
     Flux2KleinPipeline(
@@ -151,9 +201,16 @@ def pixart(folder: Path) -> Path:
 
     torch.manual_seed(0)
     network = PixArtTransformer2DModel(
-        sample_size=8, num_attention_heads=2, attention_head_dim=16, num_layers=2, in_channels=CHANNELS,
-        out_channels=2 * CHANNELS, cross_attention_dim=32, caption_channels=WIDTH, use_additional_conditions=False,
-    )  # fmt: skip
+        sample_size=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        in_channels=CHANNELS,
+        out_channels=2 * CHANNELS,
+        cross_attention_dim=32,
+        caption_channels=WIDTH,
+        use_additional_conditions=False,
+    )
     PixArtSigmaPipeline(
         transformer=with_outliers(network), scheduler=DPMSolverMultistepScheduler(), vae=vae(shift_factor=None), **t5()
     ).save_pretrained(folder)
@@ -166,9 +223,16 @@ def z_image(folder: Path) -> Path:
 
     torch.manual_seed(0)
     network = ZImageTransformer2DModel(
-        in_channels=CHANNELS, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
-        axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64],
-    )  # fmt: skip
+        in_channels=CHANNELS,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 64, 64],
+    )
     ZImagePipeline(transformer=with_outliers(network), scheduler=flow(), vae=vae(), **qwen3(2)).save_pretrained(folder)
     return folder
 
@@ -180,29 +244,53 @@ def qwen_image(folder: Path) -> Path:
 
     torch.manual_seed(0)
     network = QwenImageTransformer2DModel(
-        in_channels=4 * CHANNELS, out_channels=CHANNELS, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+        in_channels=4 * CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
     decoder = AutoencoderKLQwenImage(
-        base_dim=16, z_dim=CHANNELS, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
-        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 1.0, 2.0, 1.5],
-    )  # fmt: skip
+        base_dim=16,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 1.0, 2.0, 1.5],
+    )
     made = qwen_tokenizer()
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(made), "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 1024, "max_window_layers": 2,
-            "bos_token_id": 0, "eos_token_id": 0,
+            "vocab_size": len(made),
+            "hidden_size": WIDTH,
+            "intermediate_size": WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "max_window_layers": 2,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
             "rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},
         },
         vision_config={
-            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH,
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": WIDTH,
         },
-    )  # fmt: skip
+    )
     QwenImagePipeline(
-        transformer=with_outliers(network), scheduler=flow(dynamic=True), vae=decoder, tokenizer=made,
+        transformer=with_outliers(network),
+        scheduler=flow(dynamic=True),
+        vae=decoder,
+        tokenizer=made,
         text_encoder=Qwen2_5_VLForConditionalGeneration(config),
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder
 
 
@@ -213,34 +301,63 @@ def sana(folder: Path) -> Path:
 
     torch.manual_seed(0)
     network = SanaTransformer2DModel(
-        in_channels=CHANNELS, out_channels=CHANNELS, num_layers=2, num_attention_heads=2, attention_head_dim=16,
-        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=WIDTH,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=WIDTH,
         sample_size=16,
-    )  # fmt: skip
+    )
     levels: dict[str, Any] = {
-        f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in {
-            "block_types": ("ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 8),
-            "qkv_multiscales": ((), (5,)), "layers_per_block": (1, 1),
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in {
+            "block_types": ("ResBlock", "EfficientViTBlock"),
+            "block_out_channels": (8, 8),
+            "qkv_multiscales": ((), (5,)),
+            "layers_per_block": (1, 1),
         }.items()
-    }  # fmt: skip
+    }
     decoder = AutoencoderDC(
-        latent_channels=CHANNELS, attention_head_dim=2, downsample_block_type="conv", upsample_block_type="interpolate",
-        scaling_factor=0.7, **levels,
-    )  # fmt: skip
+        latent_channels=CHANNELS,
+        attention_head_dim=2,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.7,
+        **levels,
+    )
     entries = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
     made = GemmaTokenizer(vocab={entry: i for i, entry in enumerate(entries)})
     config = Gemma2Config(
-        vocab_size=len(made), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=8192,
-    )  # fmt: skip
+        vocab_size=len(made),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=8192,
+    )
     SanaPipeline(
-        transformer=with_outliers(network), scheduler=flow(), vae=decoder, tokenizer=made,
+        transformer=with_outliers(network),
+        scheduler=flow(),
+        vae=decoder,
+        tokenizer=made,
         text_encoder=Gemma2Model(config),
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder
 
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
-    "sd3": sd3, "flux": flux, "pixart": pixart, "z-image": z_image, "qwen-image": qwen_image,
-    "flux2-klein": flux2_klein, "sana": sana,
-}  # fmt: skip
+    "sd3": sd3,
+    "flux": flux,
+    "pixart": pixart,
+    "z-image": z_image,
+    "qwen-image": qwen_image,
+    "flux2-klein": flux2_klein,
+    "sana": sana,
+}

@@ -28,11 +28,18 @@ Step = Callable[[], Tensor]
 RECIPES = ((8, "none"), (4, "none"), (8, "rotate"))
 
 TINY = {
-    "sample_size": 8, "block_out_channels": [32, 64], "cross_attention_dim": 32, "attention_head_dim": [2, 4],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "layers_per_block": 1,
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80, "norm_num_groups": 4,
-}  # fmt: skip
+    "sample_size": 8,
+    "block_out_channels": [32, 64],
+    "cross_attention_dim": 32,
+    "attention_head_dim": [2, 4],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "layers_per_block": 1,
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 80,
+    "norm_num_groups": 4,
+}
 
 
 def networks(session: Session) -> dict[str, Architecture]:

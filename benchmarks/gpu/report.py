@@ -21,9 +21,18 @@ from session import KINDS, Session
 
 # Seconds. The first seven make one report; the others want a call of their own.
 LIMITS = {
-    "doctor": 90, "compile": 100, "check": 60, "steps": 100, "ops": 70, "profile": 30, "model": 110,
-    "tests": 200, "tiles": 150, "ncu": 100, "compiled": 280,
-}  # fmt: skip
+    "doctor": 90,
+    "compile": 100,
+    "check": 60,
+    "steps": 100,
+    "ops": 70,
+    "profile": 30,
+    "model": 110,
+    "tests": 200,
+    "tiles": 150,
+    "ncu": 100,
+    "compiled": 280,
+}
 FIRST = tuple(LIMITS)[:7]
 PARTS = ("shard", "hot")  # processes that a stage starts
 ROOT = Path(__file__).resolve().parent.parent.parent

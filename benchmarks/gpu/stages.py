@@ -79,9 +79,11 @@ def doctor(session: Session) -> None:
             clocks=clocks(),
         )
     ask = subprocess.run(
-        [sys.executable, "-P", "-m", "dgq_cli", "doctor", "--json"], capture_output=True, text=True,
+        [sys.executable, "-P", "-m", "dgq_cli", "doctor", "--json"],
+        capture_output=True,
+        text=True,
         env={**os.environ, "DGQ_BACKEND": ""},
-    )  # fmt: skip
+    )
     facts = json.loads(ask.stdout) if ask.stdout.startswith("{") else {"error": ask.stderr[-500:]}
     failed = [test for test in facts.get("self_test", []) if not test["ok"]]
     told = {key: facts.get(key) for key in ("ok", "versions", "machine", "error")}
@@ -99,9 +101,10 @@ def compile(session: Session) -> None:
     failed = sum(child.wait() != 0 for child in children)
     found = session.said("shard")
     bad = [
-        row for row in found
+        row
+        for row in found
         if row.get("error") or row.get("stack", 0) > MOST_STACK or row.get("shared", 0) > MOST_SHARED
-    ]  # fmt: skip
+    ]
     session.say("compile", variants=len(found), shards=shards, failed_shards=failed, bad=bad)
     if failed or bad:
         sys.exit(1)
@@ -210,9 +213,11 @@ def model(session: Session) -> None:
         images.extend(one.image for one in drawn)
         return torch.stack([one.latents.float().cpu() for one in drawn]), time.monotonic() - begin
 
-    kinds = [(torch.float32, None), (torch.float32, False), (torch.float16, None)] if session.cuda else [
-        (torch.float32, None)
-    ]  # fmt: skip
+    kinds = (
+        [(torch.float32, None), (torch.float32, False), (torch.float16, None)]
+        if session.cuda
+        else [(torch.float32, None)]
+    )
     with tempfile.TemporaryDirectory() as work:
         for (name, folder), forced in itertools.product(checkpoints(session, Path(work)).items(), (False, True)):
             log_attention.FORCED = forced
@@ -306,9 +311,16 @@ def steps(session: Session) -> None:
         for key, values in times.items():
             low, middle, high = (sorted(values)[int(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8))
             session.say(
-                "steps", model=name, system=key, p20_ms=low, p50_ms=middle, p80_ms=high,
-                of_float16_graph=middle / base, clocks=clocks(), **facts[key.rsplit(" ", 1)[0]],
-            )  # fmt: skip
+                "steps",
+                model=name,
+                system=key,
+                p20_ms=low,
+                p50_ms=middle,
+                p80_ms=high,
+                of_float16_graph=middle / base,
+                clocks=clocks(),
+                **facts[key.rsplit(" ", 1)[0]],
+            )
         del runs, timers, unet, step, exact
         session.forget()
 
@@ -351,9 +363,15 @@ def ops(session: Session) -> None:
                 us = session.microseconds(functools.partial(op.function, *op.arguments))
                 base = session.microseconds(rival) if rival else None
                 session.say(
-                    "ops", us=us, total_ms=op.times * us / 1000, float16_us=base, ratio=base and us / base,
-                    cublas_int8_us=int8 and session.microseconds(int8), of_peak=work / us / 1e6 / PEAK_TOPS, **told,
-                )  # fmt: skip
+                    "ops",
+                    us=us,
+                    total_ms=op.times * us / 1000,
+                    float16_us=base,
+                    ratio=base and us / base,
+                    cublas_int8_us=int8 and session.microseconds(int8),
+                    of_peak=work / us / 1e6 / PEAK_TOPS,
+                    **told,
+                )
             except Exception as failure:
                 session.say("ops", error=reason(failure), **told)
 

@@ -23,18 +23,45 @@ from .steps import Options, bench_architecture, bench_step
 from .systems import PEERS, Size, System, chosen_peers, measure
 
 __all__ = [
-    "PEERS", "Case", "Options", "Report", "Row", "Size", "System", "bench", "bench_architecture", "bench_kernels",
-    "bench_step", "chosen_peers", "int8_peak", "interleaved", "kernel_verdicts", "large_cases", "make_rows", "measure",
-    "model_cases", "verdicts",
-]  # fmt: skip
+    "PEERS",
+    "Case",
+    "Options",
+    "Report",
+    "Row",
+    "Size",
+    "System",
+    "bench",
+    "bench_architecture",
+    "bench_kernels",
+    "bench_step",
+    "chosen_peers",
+    "int8_peak",
+    "interleaved",
+    "kernel_verdicts",
+    "large_cases",
+    "make_rows",
+    "measure",
+    "model_cases",
+    "verdicts",
+]
 
 
 def bench(
-    model: str | os.PathLike[str] | None = None, *, arch: str | None = None, pixels: int | None = None,
-    what: str = "all", bits: int | None = None, repeats: int = 20, large: bool = False, peers: str | None = None,
-    compiled: bool | None = None, work: Path | None = None, threads: int | None = None, device: str | None = None,
+    model: str | os.PathLike[str] | None = None,
+    *,
+    arch: str | None = None,
+    pixels: int | None = None,
+    what: str = "all",
+    bits: int | None = None,
+    repeats: int = 20,
+    large: bool = False,
+    peers: str | None = None,
+    compiled: bool | None = None,
+    work: Path | None = None,
+    threads: int | None = None,
+    device: str | None = None,
     progress: Progress = silent,
-) -> Report:  # fmt: skip
+) -> Report:
     """Measure a model on this machine.
 
     Args:

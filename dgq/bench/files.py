@@ -114,9 +114,14 @@ def load_network(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
     """The network below a model's folder, float or a dgq checkpoint; `options` go to diffusers' from_pretrained."""
     family = family_at(folder)
     network = family.network_class().from_pretrained(
-        folder, subfolder=family.component, dtype=dtype, variant=weight_variant(folder / family.component),
-        use_safetensors=True, local_files_only=True, **options,
-    )  # fmt: skip
+        folder,
+        subfolder=family.component,
+        dtype=dtype,
+        variant=weight_variant(folder / family.component),
+        use_safetensors=True,
+        local_files_only=True,
+        **options,
+    )
     return network.eval()
 
 
@@ -203,9 +208,10 @@ def openvino_model(source: str, target: str, calls: str) -> None:
     form, tensors = take_apart(load_calls(Path(calls))[0])
     with atomic_folder(Path(target)) as folder, torch.no_grad():
         model = openvino.convert_model(
-            _Flat(load_network(Path(source), torch.float32), form), example_input=tuple(tensors),
+            _Flat(load_network(Path(source), torch.float32), form),
+            example_input=tuple(tensors),
             input=[tuple(tensor.shape) for tensor in tensors],
-        )  # fmt: skip
+        )
         openvino.save_model(model, folder / "float32" / OPENVINO, compress_to_fp16=False)
         openvino.save_model(model, folder / "float16" / OPENVINO, compress_to_fp16=True)
 
@@ -219,15 +225,20 @@ def nncf_model(source: str, target: str, calls: str) -> None:
     with atomic_folder(Path(target)) as folder:
         # the type for transformers also quantizes the products of attention's queries and keys
         model = nncf.quantize(
-            openvino.Core().read_model(Path(source) / OPENVINO), nncf.Dataset(samples),
-            subset_size=len(samples), model_type=nncf.ModelType.TRANSFORMER,
-        )  # fmt: skip
+            openvino.Core().read_model(Path(source) / OPENVINO),
+            nncf.Dataset(samples),
+            subset_size=len(samples),
+            model_type=nncf.ModelType.TRANSFORMER,
+        )
         openvino.save_model(model, folder / OPENVINO)
 
 
 TASKS: dict[str, Callable[..., None]] = {
-    "random": random_model, "dgq": quantized_model, "OpenVINO": openvino_model, "NNCF": nncf_model,
-}  # fmt: skip
+    "random": random_model,
+    "dgq": quantized_model,
+    "OpenVINO": openvino_model,
+    "NNCF": nncf_model,
+}
 
 
 def main(task: str, arguments: str) -> None:

@@ -26,9 +26,15 @@ from .rows import Row, dtype_name, half_dtype, interleaved, make_rows, timed, ti
 # Layer shapes of Stable Diffusion at 512 pixels: rows, inputs, outputs of linear layers, and 3x3 convolutions as
 # channels and side of the picture.
 LARGE_LINEAR = (
-    (4096, 320, 320), (4096, 320, 2560), (1024, 640, 640), (1024, 640, 5120), (256, 1280, 1280), (256, 1280, 10240),
-    (77, 768, 320), (64, 256, 256),
-)  # fmt: skip
+    (4096, 320, 320),
+    (4096, 320, 2560),
+    (1024, 640, 640),
+    (1024, 640, 5120),
+    (256, 1280, 1280),
+    (256, 1280, 10240),
+    (77, 768, 320),
+    (64, 256, 256),
+)
 LARGE_CONV = ((320, 64), (640, 32), (1280, 16))
 # Products whose operands stay in second-level caches (rows, inputs, outputs) and calls of each: the best is the peak.
 PEAK_SHAPES = ((256, 1024, 1024), (512, 1024, 1024), (512, 2048, 512))

@@ -201,9 +201,20 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
             per_sample = kind == "conv2d" and module.kernel_size != (1, 1)
             quantize = 0 if path in after_norm else 2 if per_sample else 1
             found.append(
-                Work(kind, y.numel() // n, k, n, x.numel(), n * k, y.numel(), parts=parts, quantize=quantize,
-                     gated=path in gated and bool(family.fused), quantized=not family.kept(path))
-            )  # fmt: skip
+                Work(
+                    kind,
+                    y.numel() // n,
+                    k,
+                    n,
+                    x.numel(),
+                    n * k,
+                    y.numel(),
+                    parts=parts,
+                    quantize=quantize,
+                    gated=path in gated and bool(family.fused),
+                    quantized=not family.kept(path),
+                )
+            )
 
         return hook
 
@@ -217,15 +228,33 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
                 queries, keys, width = query.shape[2], key.shape[2], query.shape[3]
                 kind = "self-attention" if queries == keys else "cross-attention"
                 found.append(
-                    Work(kind, queries, 2 * width, keys, y.numel() + 2 * key.numel(), 0, y.numel(),
-                         query.shape[:2].numel(), quantized=family.start_token)
-                )  # fmt: skip
+                    Work(
+                        kind,
+                        queries,
+                        2 * width,
+                        keys,
+                        y.numel() + 2 * key.numel(),
+                        0,
+                        y.numel(),
+                        query.shape[:2].numel(),
+                        quantized=family.start_token,
+                    )
+                )
             elif function in (torch.matmul, torch.Tensor.__matmul__) and arguments[1].dim() > 2:
                 a, b = arguments
                 found.append(
-                    Work("linear attention", a.shape[-2], a.shape[-1], b.shape[-1], a.numel() + b.numel(), 0,
-                         y.numel(), y.shape[:-2].numel(), quantized=False)
-                )  # fmt: skip
+                    Work(
+                        "linear attention",
+                        a.shape[-2],
+                        a.shape[-1],
+                        b.shape[-1],
+                        a.numel() + b.numel(),
+                        0,
+                        y.numel(),
+                        y.shape[:-2].numel(),
+                        quantized=False,
+                    )
+                )
             return y
 
     def passes(kind: str, read: int, rereads: int = 0, quantized: bool = True) -> Any:
@@ -234,9 +263,19 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
         def hook(_module: Any, _arguments: Any, y: Any) -> None:
             size = (y if isinstance(y, torch.Tensor) else y[0]).numel()
             found.append(
-                Work(kind, 0, 0, 0, read * size, 0, size, rereads=rereads, gated=kind == "geglu",
-                     quantized=quantized and bool(family.fused))
-            )  # fmt: skip
+                Work(
+                    kind,
+                    0,
+                    0,
+                    0,
+                    read * size,
+                    0,
+                    size,
+                    rereads=rereads,
+                    gated=kind == "geglu",
+                    quantized=quantized and bool(family.fused),
+                )
+            )
 
         return hook
 
@@ -395,9 +434,14 @@ def bound(work: Work, system: str, device: Device, table: Tiles) -> Bound:
     tensor = what.operations / ((device.int8 if integer else device.fp16) * 1e12)
     issue = what.issue_slots / (device.multiprocessors * 4 * device.clock * 1e9)
     return Bound(
-        memory=1e3 * what.bytes / bandwidth, tensor=1e3 * tensor, issue=1e3 * issue, waves=1e3 * tensor / what.fill,
-        launches=1e-3 * what.launches * LAUNCH_US, traffic=1e3 * (what.bytes + what.more_bytes) / bandwidth, cost=what,
-    )  # fmt: skip
+        memory=1e3 * what.bytes / bandwidth,
+        tensor=1e3 * tensor,
+        issue=1e3 * issue,
+        waves=1e3 * tensor / what.fill,
+        launches=1e-3 * what.launches * LAUNCH_US,
+        traffic=1e3 * (what.bytes + what.more_bytes) / bandwidth,
+        cost=what,
+    )
 
 
 @dataclass(frozen=True)
@@ -480,22 +524,33 @@ def to_dict(predictions: list[Prediction]) -> dict[str, Any]:
 
     def figures(one: Cost) -> dict[str, float]:
         return {
-            "bytes": one.bytes + one.more_bytes, "tensor_operations": one.operations, "issue_slots": one.issue_slots,
-            "waves": one.waves, "launches": one.launches,
-        }  # fmt: skip
+            "bytes": one.bytes + one.more_bytes,
+            "tensor_operations": one.operations,
+            "issue_slots": one.issue_slots,
+            "waves": one.waves,
+            "launches": one.launches,
+        }
 
     def kernels(item: Prediction) -> list[dict[str, Any]]:
         return [
-            {"kernel": label, "times": times,
-             "predicted_each": {s: {"total_ms": b.total, **figures(b.cost)} for s, b in bounds.items()}}
+            {
+                "kernel": label,
+                "times": times,
+                "predicted_each": {s: {"total_ms": b.total, **figures(b.cost)} for s, b in bounds.items()},
+            }
             for label, times, bounds in item.products
-        ]  # fmt: skip
+        ]
 
     return {
         "predicted": [
-            {"architecture": item.architecture, "device": item.device, "predicted_ideal_ms": item.ideal,
-             "predicted_total_ms": item.total, "predicted_step": {s: figures(one) for s, one in item.step.items()},
-             "predicted_kernels": kernels(item)}
+            {
+                "architecture": item.architecture,
+                "device": item.device,
+                "predicted_ideal_ms": item.ideal,
+                "predicted_total_ms": item.total,
+                "predicted_step": {s: figures(one) for s, one in item.step.items()},
+                "predicted_kernels": kernels(item),
+            }
             for item in predictions
         ],
-    }  # fmt: skip
+    }

@@ -153,10 +153,12 @@ def timer(run: Callable[[], object], device: torch.device) -> Callable[[], float
 
 
 def interleaved(
-    timers: Mapping[str, Callable[[], float]], repeats: int, warm_up: int = WARM_UP,
+    timers: Mapping[str, Callable[[], float]],
+    repeats: int,
+    warm_up: int = WARM_UP,
     on_call: Callable[[int, int], None] = lambda done, total: None,
     on_failure: Callable[[str, DgqError], None] | None = None,
-) -> dict[str, list[float]]:  # fmt: skip
+) -> dict[str, list[float]]:
     """Call every timer `repeats` times in turns (A B C A B C ...), after `warm_up` turns that do not count.
 
     Args:

@@ -235,8 +235,9 @@ def bench_architecture(
             f"{Path(name).name} has random weights: speed and memory are the model's, errors are not",
             f"float32 and {half} are channels-last; the dgq systems take and return {half} activations",
             "peak memory counts the pages of weight files that were read, also those no longer needed",
-            *_peer_notes(options.peers), *plan.write(progress),
-        ]  # fmt: skip
+            *_peer_notes(options.peers),
+            *plan.write(progress),
+        ]
         case = f"{Path(name).name} step"
         rows, more = measure(plan.systems, case, size, options.repeats, free, progress)
     return rows, [*notes, *more, *_cpu_notes(options.device), *verdicts(rows, options.device)]
@@ -294,10 +295,12 @@ def bench_step(
             label, quantized = f"dgq {header.recipe.label.removeprefix('integer ')}", folder
         plan.systems.append(
             System(
-                label, (plan.spec(plan.loaded, quantized, work_dtype),), comparable=float_folder is not None,
+                label,
+                (plan.spec(plan.loaded, quantized, work_dtype),),
+                comparable=float_folder is not None,
                 bytes_per_parameter=10.0 if simulated else DGQ_BYTES[8],
             )
-        )  # fmt: skip
+        )
         free = plan.check(size, str(folder))
         calls = _record(float_folder or folder, options.device)
         save_calls(calls, root / "calls.safetensors")

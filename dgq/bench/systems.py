@@ -40,13 +40,25 @@ PEERS = {"openvino": ("openvino", "nncf"), "torchao": ("torchao",), "sdnq": ("sd
 # beside others costs one more turn of float32, one that was let in too early ends them all.
 OVERHEAD = 2**30
 BYTES = {
-    ("torch", "float32"): 4.0, ("torch", "float16"): 2.0, ("torch", "bfloat16"): 2.0,
-    ("graph", "float32"): 4.0, ("graph", "float16"): 2.0, ("graph", "bfloat16"): 2.0,
-    ("compile", "float32"): 10.0, ("compile", "float16"): 5.0, ("compile", "bfloat16"): 5.0,
-    ("torchao", "float32"): 10.0, ("torchao", "float16"): 5.5, ("torchao", "bfloat16"): 5.5,
-    ("sdnq", "float32"): 6.0, ("sdnq", "float16"): 4.0, ("sdnq", "bfloat16"): 4.0,
-    ("openvino", "float32"): 8.5, ("openvino", "bfloat16"): 4.0, ("openvino", ""): 2.25,
-}  # fmt: skip
+    ("torch", "float32"): 4.0,
+    ("torch", "float16"): 2.0,
+    ("torch", "bfloat16"): 2.0,
+    ("graph", "float32"): 4.0,
+    ("graph", "float16"): 2.0,
+    ("graph", "bfloat16"): 2.0,
+    ("compile", "float32"): 10.0,
+    ("compile", "float16"): 5.0,
+    ("compile", "bfloat16"): 5.0,
+    ("torchao", "float32"): 10.0,
+    ("torchao", "float16"): 5.5,
+    ("torchao", "bfloat16"): 5.5,
+    ("sdnq", "float32"): 6.0,
+    ("sdnq", "float16"): 4.0,
+    ("sdnq", "bfloat16"): 4.0,
+    ("openvino", "float32"): 8.5,
+    ("openvino", "bfloat16"): 4.0,
+    ("openvino", ""): 2.25,
+}
 # Threads of the system before wait for work in a busy loop for a few milliseconds.
 PAUSE = 0.02
 
@@ -144,9 +156,13 @@ class Worker:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "output.npy"
             self._child = subprocess.Popen(
-                [*CHILD, "work", as_json(spec), str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=self._log, text=True, env=child_environment(),
-            )  # fmt: skip
+                [*CHILD, "work", as_json(spec), str(output)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                env=child_environment(),
+            )
             try:
                 facts = self._answer()["load"]
                 self.output = torch.from_numpy(np.load(output))
@@ -204,9 +220,13 @@ class Worker:
 
 
 def measure(
-    systems: Sequence[System], case: str, size: Size, repeats: int, free: float = math.inf,
+    systems: Sequence[System],
+    case: str,
+    size: Size,
+    repeats: int,
+    free: float = math.inf,
     progress: Progress = silent,
-) -> tuple[list[Row], list[str]]:  # fmt: skip
+) -> tuple[list[Row], list[str]]:
     """Time a step of every system, interleaved; in groups, each with float32, where not all fit into memory.
 
     Args:
@@ -297,8 +317,11 @@ def _turns(
             error = None
             notes.append(f"the output of {row.system} holds values that are not finite")
         rows[row.system] = dataclasses.replace(
-            row, relative_error=error, disk_mib=system.stored_bytes / 2**20,
-            peak_rss_mib=worker.peak_rss_bytes / 2**20, packages=system.versions,
+            row,
+            relative_error=error,
+            disk_mib=system.stored_bytes / 2**20,
+            peak_rss_mib=worker.peak_rss_bytes / 2**20,
+            packages=system.versions,
             weights_mib=None if worker.weight_bytes is None else worker.weight_bytes / 2**20,
-        )  # fmt: skip
+        )
     return rows

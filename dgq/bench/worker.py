@@ -164,9 +164,13 @@ def _load_openvino(spec: Spec) -> tuple[Step, Any]:
 
 
 LOADERS: dict[str, Callable[[Spec], tuple[Step, Any]]] = {
-    "torch": _load_torch, "graph": _load_graph, "compile": _load_compile, "torchao": _load_torchao, "sdnq": _load_sdnq,
+    "torch": _load_torch,
+    "graph": _load_graph,
+    "compile": _load_compile,
+    "torchao": _load_torchao,
+    "sdnq": _load_sdnq,
     "openvino": _load_openvino,
-}  # fmt: skip
+}
 
 
 def _serve(spec: Spec, output: str, answer: Callable[..., None]) -> None:

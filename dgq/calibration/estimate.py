@@ -121,13 +121,21 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         memory = max(memory, after + 4 * held + decoder_cost.statistics_bytes)
     stored = sum(layer.stored_bytes - 2 * layer.parameters for layer in decoder_cost.layers.values())
     return Estimate(
-        layers=len(cost.layers), kept=dict(cost.kept), float16_bytes=2 * parameters,
-        packed_bytes=2 * (parameters - quantized) + packed, statistics_bytes=cost.statistics_bytes,
-        passes=cost.passes, memory_bytes=memory + PROCESS_BYTES,
-        calls=recorded + cost.passes * replayed, macs_per_call=macs, seconds=seconds,
-        network=family.title, decoder_layers=len(decoder_cost.layers), decoder_float16_bytes=2 * held,
+        layers=len(cost.layers),
+        kept=dict(cost.kept),
+        float16_bytes=2 * parameters,
+        packed_bytes=2 * (parameters - quantized) + packed,
+        statistics_bytes=cost.statistics_bytes,
+        passes=cost.passes,
+        memory_bytes=memory + PROCESS_BYTES,
+        calls=recorded + cost.passes * replayed,
+        macs_per_call=macs,
+        seconds=seconds,
+        network=family.title,
+        decoder_layers=len(decoder_cost.layers),
+        decoder_float16_bytes=2 * held,
         decoder_packed_bytes=2 * held + stored,
-    )  # fmt: skip
+    )
 
 
 def _rows_per_call(

@@ -130,7 +130,12 @@ def fingerprint_of(
         with open(file, "rb") as handle:
             contents[str(file.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
     parts = [
-        __version__, contents, recipe.to_dict(), list(prompts), dataclasses.asdict(settings), calls,
+        __version__,
+        contents,
+        recipe.to_dict(),
+        list(prompts),
+        dataclasses.asdict(settings),
+        calls,
         decoder and decoder.to_dict(),
-    ]  # fmt: skip
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -153,9 +153,16 @@ def calibrate(
 
 
 def _calibrated(
-    model: Model, out: Path, recipe: Recipe, decoder: Recipe | None, options: Options,
-    prompts: Sequence[str], settings: Settings, partial: Partial, progress: Progress,
-) -> Header:  # fmt: skip
+    model: Model,
+    out: Path,
+    recipe: Recipe,
+    decoder: Recipe | None,
+    options: Options,
+    prompts: Sequence[str],
+    settings: Settings,
+    partial: Partial,
+    progress: Progress,
+) -> Header:
     """`calibrate`, in the place that it works in."""
     folder = model.folder
     pipe = load(model, dtype=torch.float32, graph=False)
@@ -184,9 +191,15 @@ def _calibrated(
         if options.size:
             facts["size"] = options.size
         return Header(
-            wanted, made.layers, made.attention, made.table, model.name,
-            {"steps": settings.steps, "guidance": settings.guidance}, {**facts, **made.facts}, __version__,
-        )  # fmt: skip
+            wanted,
+            made.layers,
+            made.attention,
+            made.table,
+            model.name,
+            {"steps": settings.steps, "guidance": settings.guidance},
+            {**facts, **made.facts},
+            __version__,
+        )
 
     header = quantized(network, recipe, recorded)
     vae = None
@@ -233,9 +246,15 @@ def _decoding(pipe: Any, reference: Sequence[Picture]) -> dict[str, float]:
 
 
 def _evaluate(
-    pipe: Any, folder: Path, settings: Settings, options: Options, prompts: Sequence[str], label: str,
-    progress: Progress, before: int,
-) -> list[Picture]:  # fmt: skip
+    pipe: Any,
+    folder: Path,
+    settings: Settings,
+    options: Options,
+    prompts: Sequence[str],
+    label: str,
+    progress: Progress,
+    before: int,
+) -> list[Picture]:
     """Pictures of the evaluation prompts (none of them a calibration prompt)."""
     pool = evaluation_prompts(folder, options.evaluate + len(prompts))
     chosen = [prompt for prompt in pool if prompt not in prompts][: options.evaluate]

@@ -85,9 +85,11 @@ def float_folder(
     for file, _ in loras:
         _check_lora(file)
     made_of = {
-        "model": None if single else model, "config": None if config is None else str(config.resolve()),
-        "files": [_digest(file) for file in files], "weights": [weight for _, weight in loras],
-    }  # fmt: skip
+        "model": None if single else model,
+        "config": None if config is None else str(config.resolve()),
+        "files": [_digest(file) for file in files],
+        "weights": [weight for _, weight in loras],
+    }
     if (target / SOURCES).is_file() and read_json(target / SOURCES) == made_of:
         return target
     with atomic_folder(target) as folder:

@@ -301,9 +301,15 @@ class DgqQuantizer(DiffusersQuantizer):
         return param_name in self._kept if self._arrivals is None else self._arrivals.expects(param_name)
 
     def create_quantized_param(  # type: ignore[override]
-        self, model: nn.Module, param_value: Tensor, param_name: str, target_device: torch.device,
-        state_dict: dict[str, Any], *args: Any, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """Take one tensor from the file; `param_value` has already been cast, so it is not used."""
         stored = state_dict[param_name]
         if self._arrivals is not None:

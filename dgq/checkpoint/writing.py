@@ -115,9 +115,14 @@ def copied_files(base: Path) -> dict[str, Path]:
 
 
 def write_checkpoint(
-    base: Path, network: nn.Module, header: Header, target: Path, overwrite: bool = False, work: Path | None = None,
+    base: Path,
+    network: nn.Module,
+    header: Header,
+    target: Path,
+    overwrite: bool = False,
+    work: Path | None = None,
     decoder: tuple[nn.Module, Header] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write a checkpoint: the base folder's other components, the packed network, the header and a model card.
 
     Args:
@@ -183,18 +188,25 @@ def model_card(header: Header, name: str, family: Family, size: int, decoder: tu
     is, measured, and its use."""
     recipe, calibration = header.recipe, header.calibration
     lines = [
-        "---", "library_name: diffusers", "tags: [text-to-image, quantized, dgq]", "---", "",
-        f"# {header.base_model}, {recipe.label}", "",
+        "---",
+        "library_name: diffusers",
+        "tags: [text-to-image, quantized, dgq]",
+        "---",
+        "",
+        f"# {header.base_model}, {recipe.label}",
+        "",
         f"Made by `dgq calibrate` (dgq {header.dgq_version}) from `{header.base_model}`. "
-        "The licence is the base model's.", "",
-        "| | |", "|---|---|",
+        "The licence is the base model's.",
+        "",
+        "| | |",
+        "|---|---|",
         f"| recipe | {recipe.label} |",
         f"| weight rounding | {recipe.rounding} |",
         f"| quantized layers | {len(header.method.layers(header))} |",
         f"| {family.title} file | {size / 2**20:.1f} MiB |",
         f"| calibration | {calibration.get('prompts', '?')} prompts, {calibration.get('steps', '?')} steps, "
         f"seed {calibration.get('seed', '?')} |",
-    ]  # fmt: skip
+    ]
     if decoder:
         about, size = decoder
         count = len(about.method.layers(about))
@@ -204,12 +216,21 @@ def model_card(header: Header, name: str, family: Family, size: int, decoder: tu
     fidelity = calibration.get("fidelity")
     if fidelity:
         lines += [
-            "", f"Against the float model at equal seeds, {fidelity['prompts']} prompts not used for calibration:", "",
-            "| PSNR (dB) | latent MSE |", "|---|---|",
+            "",
+            f"Against the float model at equal seeds, {fidelity['prompts']} prompts not used for calibration:",
+            "",
+            "| PSNR (dB) | latent MSE |",
+            "|---|---|",
             f"| {fidelity['psnr_db']:.2f} | {fidelity['latent_mse']:.2e} |",
-        ]  # fmt: skip
+        ]
     lines += [
-        "", "```python", "import dgq", "", f'pipe = dgq.load("{name}")',
-        f'pipe("a cat"{call}).images[0].save("cat.png")', "```", "",
-    ]  # fmt: skip
+        "",
+        "```python",
+        "import dgq",
+        "",
+        f'pipe = dgq.load("{name}")',
+        f'pipe("a cat"{call}).images[0].save("cat.png")',
+        "```",
+        "",
+    ]
     return "\n".join(lines)

@@ -170,11 +170,18 @@ def evaluate(
     if share.rank:
         return None
     report: dict[str, Any] = {
-        "model": _name(folder, checkpoint), "recipe": header.recipe.label if header else "float",
-        "sha256": network_hash(folder), "bytes": network_bytes(folder), "dgq": __version__, "torch": torch.__version__,
+        "model": _name(folder, checkpoint),
+        "recipe": header.recipe.label if header else "float",
+        "sha256": network_hash(folder),
+        "bytes": network_bytes(folder),
+        "dgq": __version__,
+        "torch": torch.__version__,
         "against": None if base is None else _name(base, None),
-        "prompts": len(wanted), "seeds": options.seeds, "pictures": len(jobs), "settings": dataclasses.asdict(settings),
-    }  # fmt: skip
+        "prompts": len(wanted),
+        "seeds": options.seeds,
+        "pictures": len(jobs),
+        "settings": dataclasses.asdict(settings),
+    }
     columns: dict[str, list[float]] = {}
     if floats:
         columns, network = _columns(floats, mine)
@@ -213,9 +220,13 @@ def _name(folder: Path, said: str | None) -> str:
 
 
 def _make(
-    pipe: Any, jobs: Sequence[Item], settings: Settings, share: _Share, scorer: Scorer | None,
+    pipe: Any,
+    jobs: Sequence[Item],
+    settings: Settings,
+    share: _Share,
+    scorer: Scorer | None,
     progress: Callable[[int, int], None],
-) -> list[_Made]:  # fmt: skip
+) -> list[_Made]:
     """This process's pictures of the jobs, batch by batch."""
     check_prompts(pipe, [job.prompt for job in jobs])
     made: list[_Made] = []
@@ -333,9 +344,13 @@ def _accuracies(system: Sequence[_Made], chosen: Sequence[int], groups: Sequence
 
 
 def _distribution(
-    options: Options, prompts: list[str], mine: Sequence[_Made], floats: Sequence[_Made],
-    reference: list[Image.Image] | None, notes: list[str],
-) -> dict[str, dict[str, float]]:  # fmt: skip
+    options: Options,
+    prompts: list[str],
+    mine: Sequence[_Made],
+    floats: Sequence[_Made],
+    reference: list[Image.Image] | None,
+    notes: list[str],
+) -> dict[str, dict[str, float]]:
     """Name of the measure -> system -> value."""
     systems = {"checkpoint": [one.picture.image for one in mine]}
     if floats:

@@ -21,9 +21,14 @@ from .evaluate import Kept
 LOSSLESS = 256  # pixels of a side up to which pictures are stored as they are
 QUALITY = 90  # of WebP above that
 BENCH = {
-    "system": "this machine", "case": "", "p50_ms": "ms", "ratio_to_float32": "of float32's time",
-    "peak_rss_mib": "peak MiB", "weights_mib": "weights, MiB", "disk_mib": "on disk, MiB",
-}  # fmt: skip
+    "system": "this machine",
+    "case": "",
+    "p50_ms": "ms",
+    "ratio_to_float32": "of float32's time",
+    "peak_rss_mib": "peak MiB",
+    "weights_mib": "weights, MiB",
+    "disk_mib": "on disk, MiB",
+}
 
 
 def write_page(file: Path, kept: Kept, bench: Mapping[str, Any] | None = None) -> None:

@@ -120,8 +120,12 @@ class Scorer:
         for image in images:
             features = self.network.features(to_pixels([image]))
             rows.append(
-                (self.network.concept(features), self.network.style(features), self.network.background(features),
-                 features)
-            )  # fmt: skip
+                (
+                    self.network.concept(features),
+                    self.network.style(features),
+                    self.network.background(features),
+                    features,
+                )
+            )
         concept, style, background, features = (torch.cat(column) for column in zip(*rows, strict=True))
         return concept, style, background, features

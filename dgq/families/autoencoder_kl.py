@@ -29,9 +29,11 @@ class FoldedUpsample(Upsample2D):
         batch, _, height, width = hidden_states.shape
         weight = conv.weight
         out = torch.empty(
-            (batch, conv.out_channels, 2 * height, 2 * width), dtype=hidden_states.dtype, device=hidden_states.device,
+            (batch, conv.out_channels, 2 * height, 2 * width),
+            dtype=hidden_states.dtype,
+            device=hidden_states.device,
             memory_format=torch.channels_last,
-        )  # fmt: skip
+        )
         for row in range(2):
             for column in range(2):
                 taps = _folded(_folded(weight, row, 2), column, 3)
@@ -80,9 +82,16 @@ class AutoencoderKL(Family):
         return network.decode(**call)
 
     def call(
-        self, config: Any, batch: int, device: torch.device, *, tokens: int = 0, timestep: int = 0, seed: int = 0,
+        self,
+        config: Any,
+        batch: int,
+        device: torch.device,
+        *,
+        tokens: int = 0,
+        timestep: int = 0,
+        seed: int = 0,
         pixels: int | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """z (batch, channels, height, width)."""
         side = (pixels or config.sample_size) // 2 ** (len(config.block_out_channels) - 1)
         generator = torch.Generator().manual_seed(seed)

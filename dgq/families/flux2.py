@@ -41,19 +41,27 @@ class Flux2(Family):
     architectures = {  # noqa: RUF012 (read only)
         "flux.2-klein-4b": Architecture(
             {
-                "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+                "num_layers": 5,
+                "num_single_layers": 20,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 7680,
                 "guidance_embeds": False,
             },
-            1, NETWORK,
+            1,
+            NETWORK,
         ),
         "flux.2-klein-9b": Architecture(
             {
-                "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
+                "num_layers": 8,
+                "num_single_layers": 24,
+                "num_attention_heads": 32,
+                "joint_attention_dim": 12288,
                 "guidance_embeds": False,
             },
-            1, NETWORK,
+            1,
+            NETWORK,
         ),
-    }  # fmt: skip
+    }
 
     def joined_inputs(self, network: Any) -> dict[str, int]:
         """The last layers of single blocks, which read the attention's result and the MLP's, gated."""
@@ -95,9 +103,16 @@ class Flux2(Family):
         return pixels
 
     def call(
-        self, config: Any, batch: int, device: torch.device, *, tokens: int, timestep: int = 500, seed: int = 0,
+        self,
+        config: Any,
+        batch: int,
+        device: torch.device,
+        *,
+        tokens: int,
+        timestep: int = 500,
+        seed: int = 0,
         pixels: int | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         side = (SIDE if pixels is None else pixels // 8) // 2
         one, sides = torch.arange(1), torch.arange(side)

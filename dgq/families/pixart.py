@@ -63,9 +63,16 @@ class PixArt(Family):
         return {"callback": lambda step, timestep, latents: on_step(step + 1)}
 
     def call(
-        self, config: Any, batch: int, device: torch.device, *, tokens: int, timestep: int = 500, seed: int = 0,
+        self,
+        config: Any,
+        batch: int,
+        device: torch.device,
+        *,
+        tokens: int,
+        timestep: int = 500,
+        seed: int = 0,
         pixels: int | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         size = config.sample_size if pixels is None else pixels // 8
         width = config.caption_channels or config.cross_attention_dim

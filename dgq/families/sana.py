@@ -57,9 +57,16 @@ class Sana(Family):
         return {**plain, "use_resolution_binning": False, "clean_caption": False}
 
     def call(
-        self, config: Any, batch: int, device: torch.device, *, tokens: int, timestep: int = 500, seed: int = 0,
+        self,
+        config: Any,
+        batch: int,
+        device: torch.device,
+        *,
+        tokens: int,
+        timestep: int = 500,
+        seed: int = 0,
         pixels: int | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         size = config.sample_size if pixels is None else pixels // 32
         return {

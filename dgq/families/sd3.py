@@ -36,19 +36,28 @@ class StableDiffusion3(Family):
     architectures = {  # noqa: RUF012 (read only)
         "sd3.5-medium": Architecture(
             {
-                "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384,
-                "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+                "num_layers": 24,
+                "num_attention_heads": 24,
+                "caption_projection_dim": 1536,
+                "pos_embed_max_size": 384,
+                "dual_attention_layers": tuple(range(13)),
+                "qk_norm": "rms_norm",
             },
-            2, NETWORK,
+            2,
+            NETWORK,
         ),
         "sd3.5-large": Architecture(
             {
-                "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+                "num_layers": 38,
+                "num_attention_heads": 38,
+                "caption_projection_dim": 2432,
+                "pos_embed_max_size": 192,
                 "qk_norm": "rms_norm",
             },
-            2, NETWORK,
+            2,
+            NETWORK,
         ),
-    }  # fmt: skip
+    }
 
     def generation(self, index: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:
         return {"steps": 28, "guidance": 4.5}
@@ -70,9 +79,16 @@ class StableDiffusion3(Family):
         return len(pipe.tokenizer_3(prompt, truncation=False, verbose=False).input_ids), T5_TOKENS
 
     def call(
-        self, config: Any, batch: int, device: torch.device, *, tokens: int, timestep: int = 500, seed: int = 0,
+        self,
+        config: Any,
+        batch: int,
+        device: torch.device,
+        *,
+        tokens: int,
+        timestep: int = 500,
+        seed: int = 0,
         pixels: int | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         size = config.sample_size if pixels is None else pixels // 8
         return {

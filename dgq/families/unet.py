@@ -31,9 +31,13 @@ class UNet(Family):
     fused = FUSED
     block = re.compile(r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.\w+\.\d+")
     shortened = (
-        ("down_blocks", "down"), ("up_blocks", "up"), ("mid_block", "mid"), ("attentions", "attention"),
-        ("resnets", "resnet"), ("samplers", "sample"),
-    )  # fmt: skip
+        ("down_blocks", "down"),
+        ("up_blocks", "up"),
+        ("mid_block", "mid"),
+        ("attentions", "attention"),
+        ("resnets", "resnet"),
+        ("samplers", "sample"),
+    )
     architectures = {  # noqa: RUF012 (read only); at 512 pixels
         "sd-v1.4": Architecture({"cross_attention_dim": 768, "sample_size": 64}, 2, NETWORK),
         "sdxl-turbo": Architecture(
@@ -95,9 +99,16 @@ class UNet(Family):
         return guidance > 1 and config.time_cond_proj_dim is None
 
     def call(
-        self, config: Any, batch: int, device: torch.device, *, tokens: int, timestep: int = 500, seed: int = 0,
+        self,
+        config: Any,
+        batch: int,
+        device: torch.device,
+        *,
+        tokens: int,
+        timestep: int = 500,
+        seed: int = 0,
         pixels: int | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """sample (batch, channels, height, width), timestep (scalar int64), encoder_hidden_states (batch, tokens,
         width), added_cond_kwargs where it takes a text embedding and sizes, and timestep_cond (batch, width) where it
         takes the guidance scale (LCM)."""

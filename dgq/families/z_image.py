@@ -66,9 +66,16 @@ class ZImage(Family):
         return torch.tensor([1 + guidance, -guidance]) if batch == 2 else torch.ones(1)
 
     def call(
-        self, config: Any, batch: int, device: torch.device, *, tokens: int, timestep: int = 500, seed: int = 0,
+        self,
+        config: Any,
+        batch: int,
+        device: torch.device,
+        *,
+        tokens: int,
+        timestep: int = 500,
+        seed: int = 0,
         pixels: int | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         size = (pixels or PIXELS) // 8
         return {

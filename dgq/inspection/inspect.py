@@ -141,9 +141,12 @@ class Inspection:
 
 
 def inspect(
-    model: str | os.PathLike[str] | None, worst: int = 10, budget: float = DEFAULT_BUDGET,
-    measurement: Measurement | None = None, verify: bool = False,
-) -> Inspection:  # fmt: skip
+    model: str | os.PathLike[str] | None,
+    worst: int = 10,
+    budget: float = DEFAULT_BUDGET,
+    measurement: Measurement | None = None,
+    verify: bool = False,
+) -> Inspection:
     """Describe a checkpoint from its headers; no weight is read, but where its files are to be verified.
 
     Args:
@@ -184,17 +187,31 @@ def inspect(
         ranked = sorted((layer for layer in layers if layer.name in noise), key=lambda layer: -noise[layer.name])
         suggestion = suggest_measured(measurement, header, int(budget * size))
     return Inspection(
-        str(folder), True, size, float16, size / float16,
-        label=header.recipe.label, recipe=header.recipe.to_dict(), base_model=header.base_model,
-        dgq_version=header.dgq_version, generation=header.generation, bits_per_weight=8 * stored / max(weights, 1),
+        str(folder),
+        True,
+        size,
+        float16,
+        size / float16,
+        label=header.recipe.label,
+        recipe=header.recipe.to_dict(),
+        base_model=header.base_model,
+        dgq_version=header.dgq_version,
+        generation=header.generation,
+        bits_per_weight=8 * stored / max(weights, 1),
         float_bytes=sum(_bytes(tensors[name]) for name, owner in owners.items() if owner is None),
         channel_modes=dict(Counter(layer.channels for layer in layers if layer.kind != "attention")),
-        attention=attention, words=header.method.words(header.recipe, attention),
+        attention=attention,
+        words=header.method.words(header.recipe, attention),
         calibration={key: value for key, value in header.calibration.items() if key != "sqnr_db"},
-        layers=layers, worst=ranked[:worst], suggestion=suggestion, measurement=measurement,
-        network=family_at(folder).title, checksums=len(checksums.stored(component_at(folder))), verified=verify,
+        layers=layers,
+        worst=ranked[:worst],
+        suggestion=suggestion,
+        measurement=measurement,
+        network=family_at(folder).title,
+        checksums=len(checksums.stored(component_at(folder))),
+        verified=verify,
         decoder=_decoder(folder),
-    )  # fmt: skip
+    )
 
 
 def _decoder(folder: Path) -> DecoderReport | None:

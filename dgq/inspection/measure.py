@@ -88,19 +88,34 @@ def measure_checkpoint(
     quantized = network_of(load(model, device=options.device, dtype=torch.float32, graph=False))
     recorded = record_inputs(
         lambda prompt, i: generate(pipe, [prompt], dataclasses.replace(settings, seed=settings.seed + i)),
-        network_of(pipe), prompts, progress,
-    )  # fmt: skip
+        network_of(pipe),
+        prompts,
+        progress,
+    )
     return _replay(
-        network_of(pipe), quantized, header, recorded, float(settings.guidance or 0), progress,
-        {"against": against.name, "prompts": prompts,
-         "settings": {"steps": settings.steps, "guidance": settings.guidance, "seed": settings.seed}},
-    )  # fmt: skip
+        network_of(pipe),
+        quantized,
+        header,
+        recorded,
+        float(settings.guidance or 0),
+        progress,
+        {
+            "against": against.name,
+            "prompts": prompts,
+            "settings": {"steps": settings.steps, "guidance": settings.guidance, "seed": settings.seed},
+        },
+    )
 
 
 def _replay(
-    network: nn.Module, quantized: nn.Module, header: Header, recorded: Sequence[Sequence[dict[str, Any]]],
-    guidance: float, progress: Progress, about: dict[str, Any],
-) -> Measurement:  # fmt: skip
+    network: nn.Module,
+    quantized: nn.Module,
+    header: Header,
+    recorded: Sequence[Sequence[dict[str, Any]]],
+    guidance: float,
+    progress: Progress,
+    about: dict[str, Any],
+) -> Measurement:
     """Replay the calls with every probe in place."""
     family = family_of(network)
     step_of = [_steps(calls, family.timestep) for calls in recorded]
@@ -138,9 +153,12 @@ def _replay(
     attended.sort(key=lambda one: place(one.name))
     return Measurement(
         timesteps=[_timestep(recorded[0][step_of[0].index(step)], family.timestep) for step in range(steps)],
-        output_sqnr_db=output.db, output_sqnr_db_by_step=output.db_by_step, layers=measured, attention=attended,
+        output_sqnr_db=output.db,
+        output_sqnr_db_by_step=output.db_by_step,
+        layers=measured,
+        attention=attended,
         **about,
-    )  # fmt: skip
+    )
 
 
 def _timestep(call: dict[str, Any], name: str) -> float:

@@ -86,9 +86,14 @@ def _heat_map(figure: Any, measurement: Measurement) -> None:
     axes = figure.subplots()
     values = [layer.sqnr_db_by_step for layer in layers]
     image = axes.imshow(
-        values, aspect="auto", cmap="RdYlBu", vmin=LOWEST, vmax=HIGHEST, interpolation="nearest",
+        values,
+        aspect="auto",
+        cmap="RdYlBu",
+        vmin=LOWEST,
+        vmax=HIGHEST,
+        interpolation="nearest",
         extent=(0.5, len(values[0]) + 0.5, len(layers) - 0.5, -0.5),
-    )  # fmt: skip
+    )
     axes.set_yticks(range(len(layers)), [_label(layer.name) for layer in layers], fontsize=6)
     place = 0
     for _, members in itertools.groupby(layers, key=lambda layer: split_name(layer.name)[0]):
@@ -123,9 +128,14 @@ def _blocks(axes: Any, measurement: Measurement) -> None:
             sums[step] += noise
     values = [[decibels(1, noise) for noise in row] for row in rows.values()]
     image = axes.imshow(
-        values, aspect="auto", cmap="RdYlBu", vmin=HIGHEST - 25, vmax=HIGHEST + 10, interpolation="nearest",
+        values,
+        aspect="auto",
+        cmap="RdYlBu",
+        vmin=HIGHEST - 25,
+        vmax=HIGHEST + 10,
+        interpolation="nearest",
         extent=(0.5, len(values[0]) + 0.5, len(values) - 0.5, -0.5),
-    )  # fmt: skip
+    )
     axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
     axes.set(title="SQNR of the output by each block's noise alone (dB)", xlabel="step")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -153,13 +163,14 @@ def _outliers(axes: Any, measurement: Measurement) -> None:
             )
             colours.set_clim(2, max(highest, 10))
     for one in sorted(shown, key=lambda one: -max(points(one)))[:4]:
-        axes.annotate(
-            _label(one.name), points(one), fontsize=6, ha="right", xytext=(-5, 4), textcoords="offset points"
-        )  # fmt: skip
+        axes.annotate(_label(one.name), points(one), fontsize=6, ha="right", xytext=(-5, 4), textcoords="offset points")
     axes.set(
-        xscale="log", yscale="log", xlabel="largest over median channel", ylabel="over median pixel",
+        xscale="log",
+        yscale="log",
+        xlabel="largest over median channel",
+        ylabel="over median pixel",
         title=f"outliers of the inputs; published axis: {', '.join(counts)}",
-    )  # fmt: skip
+    )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")

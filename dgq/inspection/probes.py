@@ -160,11 +160,20 @@ class LayerProbe:
             values = self.layer.inv_divisor.log2().neg().round().int()
             exponents = {int(e): int((values == e).sum()) for e in values.unique()}
         return LayerMeasurement(
-            self.name, self.rounded.db, self.rounded.db_by_step, self.input_rounded.db, sum(self.noise) / sum(energy),
-            [noise / one for noise, one in zip(self.noise, energy, strict=True)], self.input_noise / sum(energy),
-            outliers.kurtosis, outliers.ratios(1), outliers.ratios(2), outliers.axis(),
-            [outliers.axis(slice(step, step + 1)) for step in range(steps)], exponents,
-        )  # fmt: skip
+            self.name,
+            self.rounded.db,
+            self.rounded.db_by_step,
+            self.input_rounded.db,
+            sum(self.noise) / sum(energy),
+            [noise / one for noise, one in zip(self.noise, energy, strict=True)],
+            self.input_noise / sum(energy),
+            outliers.kurtosis,
+            outliers.ratios(1),
+            outliers.ratios(2),
+            outliers.axis(),
+            [outliers.axis(slice(step, step + 1)) for step in range(steps)],
+            exponents,
+        )
 
 
 def _bias(owner: Any, output: Tensor) -> Tensor | float:
@@ -210,10 +219,13 @@ class AttentionProbe:
         quantized = self.processor is not None
         mass = [mass / max(count, 1) for mass, count in zip(self._mass, self._calls, strict=True)]
         return AttentionMeasurement(
-            self.name, self.cross, self.energies.db if quantized else None,
-            self.energies.db_by_step if quantized else [], self.noise / sum(energy),
+            self.name,
+            self.cross,
+            self.energies.db if quantized else None,
+            self.energies.db_by_step if quantized else [],
+            self.noise / sum(energy),
             mass if any(self._calls) else [],
-        )  # fmt: skip
+        )
 
 
 def _start_mass(attention: Any, x: Tensor, context: Tensor) -> float:

@@ -37,9 +37,14 @@ class Adapted:
         self.up = _joined([b if b.dim() == 2 else b.flatten(1) for b in ups], 1)
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None,
-        norm: nn.Module | None = None, activation: Activation = "none", offset: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        sample_bias: Tensor | None = None,
+        norm: nn.Module | None = None,
+        activation: Activation = "none",
+        offset: Tensor | None = None,
+    ) -> Tensor:
         """As `IntegerLayer.forward`."""
         x = apply(x, norm, activation, offset)
         y = self.layer(x, residual, sample_bias)

@@ -58,9 +58,15 @@ class FusedTransformerBlock(BasicTransformerBlock):
         if self.training or any(value is not None for value in special):
             plain: Any = super()
             result: Tensor = plain.forward(
-                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
-                cross_attention_kwargs, class_labels, added_cond_kwargs,
-            )  # fmt: skip
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                timestep,
+                cross_attention_kwargs,
+                class_labels,
+                added_cond_kwargs,
+            )
             return result
         x = attend(self.attn1, self.norm1, hidden_states, None)
         if self.attn2 is not None:
@@ -182,9 +188,12 @@ def plain_resnet(module: Any) -> bool:
     # where there is none, a VAE's blocks call what they would do with it by another name
     embedded = module.time_embedding_norm == "default" or module.time_emb_proj is None
     return (
-        embedded and module.output_scale_factor == 1
-        and module.upsample is None and module.downsample is None and type(module.nonlinearity) is nn.SiLU
-    )  # fmt: skip
+        embedded
+        and module.output_scale_factor == 1
+        and module.upsample is None
+        and module.downsample is None
+        and type(module.nonlinearity) is nn.SiLU
+    )
 
 
 def _resnet_block(module: Any) -> bool:
@@ -197,7 +206,8 @@ FUSED: dict[type[nn.Module], tuple[Callable[[Any], bool], Any]] = {
     TimestepEmbedding: (_timestep_embedding, FusedTimestepEmbedding),
     BasicTransformerBlock: (_transformer_block, FusedTransformerBlock),
     Transformer2DModel: (
-        lambda module: module.is_input_continuous and is_direct(module.proj_out), FusedTransformer,
+        lambda module: module.is_input_continuous and is_direct(module.proj_out),
+        FusedTransformer,
     ),
     ResnetBlock2D: (_resnet_block, FusedResnetBlock),
-}  # fmt: skip
+}

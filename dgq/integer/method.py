@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 
 def _calibrate(work: Work) -> Made:
     layers, sqnr = quantize_network(
-        work.network, work.calls, work.recipe, progress=work.progress, store=work.store, done=dict(work.done),
+        work.network,
+        work.calls,
+        work.recipe,
+        progress=work.progress,
+        store=work.store,
+        done=dict(work.done),
         budget=work.budget,
-    )  # fmt: skip
+    )
     attention = None
     if work.recipe.attention == "log" and family_of(work.network).start_token:
         attention = AttentionPlan.for_activations(work.recipe.abits)
@@ -109,9 +114,13 @@ def _layer_cost(layer: Layer, recipe: Recipe) -> LayerCost:
     plan = layer.plan
     n, k = plan.out_features, plan.reduction
     return LayerCost(
-        layer.module, n * k, n, layer.weight.numel() + plan.bias * n, packed_bytes(plan),
+        layer.module,
+        n * k,
+        n,
+        layer.weight.numel() + plan.bias * n,
+        packed_bytes(plan),
         lambda rows: rounding_seconds(plan, recipe, layer.input == layer.name, rows),
-    )  # fmt: skip
+    )
 
 
 def _label(recipe: Recipe) -> str:
@@ -126,6 +135,14 @@ def _words(recipe: Recipe, attention: Any) -> dict[str, str]:
 
 
 INTEGER = Method(
-    "integer", "int8 products", _calibrate, _skeleton, _layers, _rounded_input, _cost, _label,
-    plans=lambda network, recipe: {layer.name: layer.plan for layer in plan_layers(network, recipe)[0]}, words=_words,
-)  # fmt: skip
+    "integer",
+    "int8 products",
+    _calibrate,
+    _skeleton,
+    _layers,
+    _rounded_input,
+    _cost,
+    _label,
+    plans=lambda network, recipe: {layer.name: layer.plan for layer in plan_layers(network, recipe)[0]},
+    words=_words,
+)

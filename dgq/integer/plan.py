@@ -189,9 +189,14 @@ def plan_layer(module: nn.Linear | nn.Conv2d, wbits: int, recipe: Recipe) -> Lay
 def geometry(module: nn.Linear | nn.Conv2d) -> dict[str, Any]:
     """The fields of a layer's plan that the float layer fixes: kind, sizes, and whether it has a bias."""
     fields = {
-        "kind": "linear", "in_features": module.weight.shape[1], "out_features": module.weight.shape[0],
-        "kernel_size": 1, "stride": 1, "padding": 0, "bias": module.bias is not None,
-    }  # fmt: skip
+        "kind": "linear",
+        "in_features": module.weight.shape[1],
+        "out_features": module.weight.shape[0],
+        "kernel_size": 1,
+        "stride": 1,
+        "padding": 0,
+        "bias": module.bias is not None,
+    }
     if isinstance(module, nn.Linear):
         return fields
     taps = {"kernel_size": module.kernel_size[0], "stride": module.stride[0], "padding": int(module.padding[0])}

@@ -70,9 +70,15 @@ class Prepared:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def run(
-        self, layer: IntegerLayer, x: Tensor, residual: Tensor | None, sample_bias: Tensor | None,
-        norm: nn.Module | None, activation: Activation, offset: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        layer: IntegerLayer,
+        x: Tensor,
+        residual: Tensor | None,
+        sample_bias: Tensor | None,
+        norm: nn.Module | None,
+        activation: Activation,
+        offset: Tensor | None,
+    ) -> Tensor:
         """`IntegerLayer.forward` of a linear layer or a convolution with taps."""
         raise NotImplementedError
 
@@ -118,9 +124,17 @@ class Engine(Prepared):
             weight = native.TwoLevel(stored, layer.subscales, plan.reduction, plan.weight_group)
         try:
             self.engine = native.Layer(
-                weight, layer._scale(), layer.bias, layer._inv_divisor(), plan.abits, plan.kernel_size, plan.stride,
-                plan.padding, layer.order if plan.reordered else None, plan.rotation,
-            )  # fmt: skip
+                weight,
+                layer._scale(),
+                layer.bias,
+                layer._inv_divisor(),
+                plan.abits,
+                plan.kernel_size,
+                plan.stride,
+                plan.padding,
+                layer.order if plan.reordered else None,
+                plan.rotation,
+            )
         except OverflowError as error:
             raise DgqError(str(error), "quantize this layer to 4 bits") from None
         self.tensors, self.column_sum = [self.engine.packed], self.engine.column_sum
@@ -133,9 +147,15 @@ class Engine(Prepared):
         return which.name == "cpu" and native.available() and len(plan.class_ends) == 1
 
     def run(
-        self, layer: IntegerLayer, x: Tensor, residual: Tensor | None, sample_bias: Tensor | None,
-        norm: nn.Module | None, activation: Activation, offset: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        layer: IntegerLayer,
+        x: Tensor,
+        residual: Tensor | None,
+        sample_bias: Tensor | None,
+        norm: nn.Module | None,
+        activation: Activation,
+        offset: Tensor | None,
+    ) -> Tensor:
         kind = layer.plan.kind
         before = None if norm is None or offset is not None else self._norm_of(kind, norm, activation)
         if before is None:
@@ -233,9 +253,15 @@ class ByOps(Prepared):
         raise NotImplementedError
 
     def run(
-        self, layer: IntegerLayer, x: Tensor, residual: Tensor | None, sample_bias: Tensor | None,
-        norm: nn.Module | None, activation: Activation, offset: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        layer: IntegerLayer,
+        x: Tensor,
+        residual: Tensor | None,
+        sample_bias: Tensor | None,
+        norm: nn.Module | None,
+        activation: Activation,
+        offset: Tensor | None,
+    ) -> Tensor:
         codes = self._fused_codes(layer, x, norm, activation, offset) if self.fuses else None
         if codes is None:
             codes = self._codes(layer, apply(x, norm, activation, offset))
@@ -259,10 +285,17 @@ class ByOps(Prepared):
         if self.fuses and activation == "none" and type(norm) is nn.GroupNorm:
             codes = Codes(
                 *dgq_kernels.group_norm_quantize_rows(
-                    x, known.num_groups, known.weight, known.bias, known.eps, layer.plan.abits, layer._inv_divisor(),
-                    self.position, layer.plan.rotation,
+                    x,
+                    known.num_groups,
+                    known.weight,
+                    known.bias,
+                    known.eps,
+                    layer.plan.abits,
+                    layer._inv_divisor(),
+                    self.position,
+                    layer.plan.rotation,
                 )
-            )  # fmt: skip
+            )
         else:
             codes = self._codes(layer, apply(x, norm, activation, None).permute(0, 2, 3, 1))
         if residual is None or not self.fuses:
@@ -309,10 +342,20 @@ class ByOps(Prepared):
                 return None
             return Codes(
                 *dgq_kernels.group_norm_quantize_samples(
-                    x, known.num_groups, known.weight, known.bias, known.eps, activation == "silu", plan.abits,
-                    inverse, plan.padding, self.position, offset, plan.rotation,
+                    x,
+                    known.num_groups,
+                    known.weight,
+                    known.bias,
+                    known.eps,
+                    activation == "silu",
+                    plan.abits,
+                    inverse,
+                    plan.padding,
+                    self.position,
+                    offset,
+                    plan.rotation,
                 )
-            )  # fmt: skip
+            )
         rows = x.reshape(-1, x.shape[-1])
         last = (plan.abits, inverse, self.position, plan.rotation)
         if type(norm) is nn.LayerNorm and activation == "none" and known.normalized_shape == x.shape[-1:]:

@@ -61,8 +61,9 @@ def rates() -> Rates:
     a = torch.randn(512, 512, generator=generator)
     ones = torch.ones(512)
     grids: dict[int, Callable[[], object]] = {
-        4: lambda: TwoLevelGrid(a[:64], 32, ones), 8: lambda: Int8Grid(a[:64], ones),
-    }  # fmt: skip
+        4: lambda: TwoLevelGrid(a[:64], 32, ones),
+        8: lambda: Int8Grid(a[:64], ones),
+    }
     search = {bits: alone(make) / a[:64].numel() / threads for bits, make in grids.items()}
     product = alone(lambda: a @ a) / len(a) ** 3 / threads
     k, few, many = 64, 16, 512

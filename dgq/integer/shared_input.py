@@ -56,9 +56,7 @@ def join(layers: Sequence[nn.Module], device: torch.device) -> None:
             layer.packed.data, layer.subscales.data = packed, subs
     bias = None
     if any(layer.plan.bias for layer in own):
-        bias = torch.cat([
-            torch.zeros_like(layer.weight_scale) if layer.bias is None else layer.bias for layer in own
-        ])  # fmt: skip
+        bias = torch.cat([torch.zeros_like(layer.weight_scale) if layer.bias is None else layer.bias for layer in own])
     scales = torch.cat([layer._scale() for layer in own])
     sums = torch.cat([one.column_sum for one in ready])
     ready[0].joined = Joined(own, ready, sizes, weight, subscales, scales, sums, bias)

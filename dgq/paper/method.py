@@ -18,9 +18,13 @@ from .plan import PaperAttentionPlan, PaperPlan, PaperTable
 def _calibrate(work: Work) -> Made:
     recipe = work.recipe
     table = calibrate_paper(
-        work.network, work.recorded, wbits=recipe.wbits, abits=recipe.abits, groups=recipe.groups,
+        work.network,
+        work.recorded,
+        wbits=recipe.wbits,
+        abits=recipe.abits,
+        groups=recipe.groups,
         progress=lambda stage, i, total: work.progress(stage, i, total, ""),
-    )  # fmt: skip
+    )
     return Made(table=PaperTable.from_dict(table))
 
 
@@ -82,7 +86,17 @@ def _words(recipe: Recipe, attention: Any) -> dict[str, str]:
 
 
 PAPER = Method(
-    "paper", "published, simulated", _calibrate, _skeleton, _layers, _rounded_input, _cost,
-    lambda recipe: f"paper G={recipe.groups}", check=_check, plans=_plans, read_table=PaperTable.from_dict,
-    words=_words, simulated=True,
-)  # fmt: skip
+    "paper",
+    "published, simulated",
+    _calibrate,
+    _skeleton,
+    _layers,
+    _rounded_input,
+    _cost,
+    lambda recipe: f"paper G={recipe.groups}",
+    check=_check,
+    plans=_plans,
+    read_table=PaperTable.from_dict,
+    words=_words,
+    simulated=True,
+)

@@ -104,9 +104,13 @@ def component(folder: Path, name: str, library: str, kind: str, dtype: torch.dty
     _check_shapes(place, found, files)
     with one_line(settings), quiet("transformers"):
         part, info = load_from(
-            str(place), dtype=dtype, use_safetensors=True, local_files_only=True, variant=weight_variant(place),
+            str(place),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            variant=weight_variant(place),
             output_loading_info=True,
-        )  # fmt: skip
+        )
     weights = weights_place(files)
     for what in ("missing", "unexpected"):
         if wrong := sorted(key for key in info[f"{what}_keys"] if what == "missing" or not _HARMLESS.search(key)):

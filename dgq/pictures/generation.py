@@ -55,9 +55,11 @@ class Settings:
         steps = int(defaults["steps"]) if self.steps is None else self.steps
         guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
         checks = {
-            "steps": (steps, 1, 1000), "guidance": (guidance, 0, 100), "batch": (self.batch, 1, 256),
+            "steps": (steps, 1, 1000),
+            "guidance": (guidance, 0, 100),
+            "batch": (self.batch, 1, 256),
             "seed": (self.seed, 0, MAX_SEED),
-        }  # fmt: skip
+        }
         for name, (value, low, high) in checks.items():
             if not low <= value <= high:
                 raise DgqError(f"{name} {value} is out of range ({low} to {high})")
@@ -270,9 +272,14 @@ def start_noise(pipe: Any, generators: Sequence[torch.Generator], width: int, he
 
 @torch.no_grad()
 def _sample(
-    pipe: Any, prompts: list[str], seeds: list[int], settings: Settings, width: int, height: int,
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    settings: Settings,
+    width: int,
+    height: int,
     on_step: Callable[[int], None],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Final latents of one batch, as the pipeline returns them."""
     family = family_of(network_of(pipe))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -308,9 +315,14 @@ def _parameters(
     """The A1111 form of the `parameters` text, with the quantization at its end."""
     sampler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
     fields = {
-        "Steps": settings.steps, "Sampler": sampler, "CFG scale": settings.guidance, "Seed": seed,
-        "Size": f"{width}x{height}", "Model": name, "Quantization": label,
-    }  # fmt: skip
+        "Steps": settings.steps,
+        "Sampler": sampler,
+        "CFG scale": settings.guidance,
+        "Seed": seed,
+        "Size": f"{width}x{height}",
+        "Model": name,
+        "Quantization": label,
+    }
     negative = f"Negative prompt: {settings.negative}\n" if settings.negative else ""
     return f"{prompt}\n{negative}" + ", ".join(f"{key}: {value}" for key, value in fields.items() if value != "")
 

@@ -10,24 +10,59 @@ from pathlib import Path
 from ..errors import DgqError
 
 _SUBJECTS = (
-    "a cat", "a dog", "an old man", "a young woman", "two children", "a horse", "a red car", "a sailing boat",
-    "a bowl of fruit", "a wooden house", "a mountain", "a city street", "a robot", "a birthday cake", "a bicycle",
-    "a lighthouse", "a flock of birds", "a cup of coffee", "a train", "a forest path", "a guitar", "a castle",
-    "an astronaut", "a market stall",
-)  # fmt: skip
+    "a cat",
+    "a dog",
+    "an old man",
+    "a young woman",
+    "two children",
+    "a horse",
+    "a red car",
+    "a sailing boat",
+    "a bowl of fruit",
+    "a wooden house",
+    "a mountain",
+    "a city street",
+    "a robot",
+    "a birthday cake",
+    "a bicycle",
+    "a lighthouse",
+    "a flock of birds",
+    "a cup of coffee",
+    "a train",
+    "a forest path",
+    "a guitar",
+    "a castle",
+    "an astronaut",
+    "a market stall",
+)
 
 
 _SCENES = (
-    "", " at sunset", " in the rain", " in the snow", " on a beach", " in a kitchen", " under a starry sky",
+    "",
+    " at sunset",
+    " in the rain",
+    " in the snow",
+    " on a beach",
+    " in a kitchen",
+    " under a starry sky",
     " at night",
-    " in a green field", " beside a river", " in an empty room", " on a busy street",
-)  # fmt: skip
+    " in a green field",
+    " beside a river",
+    " in an empty room",
+    " on a busy street",
+)
 
 
 _STYLES = (
-    "a photo of {}", "an oil painting of {}", "a pencil drawing of {}", "a close-up photo of {}", "a watercolour of {}",
-    "{}, cartoon style", "{}, seen from above", "a black and white photo of {}",
-)  # fmt: skip
+    "a photo of {}",
+    "an oil painting of {}",
+    "a pencil drawing of {}",
+    "a close-up photo of {}",
+    "a watercolour of {}",
+    "{}, cartoon style",
+    "{}, seen from above",
+    "a black and white photo of {}",
+)
 
 
 # COCO's captions, the largest such file that people have, are 91 MB.

@@ -104,9 +104,10 @@ class Description:
         if not isinstance(data.get("subjects"), list) or not isinstance(data.get("options", {}), dict):
             raise DgqError("subjects or options are damaged")
         data = {
-            **data, "base": strict(Base, data.get("base", {})),
+            **data,
+            "base": strict(Base, data.get("base", {})),
             "subjects": [strict(Subject, one) for one in data["subjects"]],
-        }  # fmt: skip
+        }
         others = ("base", "subjects", "options", CHECKSUM)
         plain = {name: value for name, value in data.items() if name not in others}
         checked = strict(_Plain, plain)

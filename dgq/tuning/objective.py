@@ -107,9 +107,9 @@ class Objective:
 
     def draw(self, items: Sequence[Item], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, noise and timesteps of a batch, on the CPU in float32: the same on every device."""
-        latents = torch.stack([
-            item.mean + item.deviation * torch.randn(item.mean.shape, generator=generator) for item in items
-        ])  # fmt: skip
+        latents = torch.stack(
+            [item.mean + item.deviation * torch.randn(item.mean.shape, generator=generator) for item in items]
+        )
         noise = torch.randn(latents.shape, generator=generator)
         times = torch.randint(0, self.timesteps, (len(items),), generator=generator)
         return latents * self.factor, noise, times

@@ -110,9 +110,14 @@ def _activated(x: Tensor, norm: nn.Module) -> Tensor:
 
 
 def _transformer_block(
-    block: Any, run: Run, x: Tensor, attention_mask: None = None, encoder_hidden_states: Tensor | None = None, *_: Any,
+    block: Any,
+    run: Run,
+    x: Tensor,
+    attention_mask: None = None,
+    encoder_hidden_states: Tensor | None = None,
+    *_: Any,
     **__: Any,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`BasicTransformerBlock.forward` without masks; the feed-forward network takes some tokens at a time."""
     x = run(attend, block.attn1, block.norm1, x, None)
     if block.attn2 is not None:

@@ -40,9 +40,7 @@ from .objective import Item, Objective, Texts, encode_pictures, encode_texts
 from .pictures import read_subject
 from .state import State
 
-LrScheduler = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-]  # fmt: skip
+LrScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 LR_SCHEDULERS: tuple[str, ...] = LrScheduler.__args__  # type: ignore[attr-defined]
 # What `mixed_precision` asks for; float16 has no room for small gradients.
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
@@ -111,11 +109,20 @@ class Options:
     def check(self, subjects: int) -> None:
         """Raises DgqError: a value out of range, or class prompts for another number of subjects."""
         ranges = {
-            "steps": (1, 10**6), "learning_rate": (0, 10), "lr_warmup_steps": (0, 10**6), "batch": (1, 256),
-            "gradient_accumulation": (1, 1024), "max_grad_norm": (1e-9, 1e9), "experts": (1, MAX_EXPERTS),
-            "high_noise_strength": (0, 1), "class_images": (1, 10**4), "prior_weight": (0, 1000),
-            "validate_every": (0, 10**6), "checkpoint_every": (0, 10**6), "seed": (0, MAX_SEED),
-        }  # fmt: skip
+            "steps": (1, 10**6),
+            "learning_rate": (0, 10),
+            "lr_warmup_steps": (0, 10**6),
+            "batch": (1, 256),
+            "gradient_accumulation": (1, 1024),
+            "max_grad_norm": (1e-9, 1e9),
+            "experts": (1, MAX_EXPERTS),
+            "high_noise_strength": (0, 1),
+            "class_images": (1, 10**4),
+            "prior_weight": (0, 1000),
+            "validate_every": (0, 10**6),
+            "checkpoint_every": (0, 10**6),
+            "seed": (0, MAX_SEED),
+        }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not low <= value <= high:
@@ -193,9 +200,17 @@ class _Run:
     """One run of `tune`, in the place that it works in."""
 
     def __init__(
-        self, pipe: Any, folder: Path, base: Base, subjects: Sequence[tuple[Path, str]],
-        pictures: Sequence[Sequence[Image.Image]], out: Path, options: Options, state: State, progress: Progress,
-    ) -> None:  # fmt: skip
+        self,
+        pipe: Any,
+        folder: Path,
+        base: Base,
+        subjects: Sequence[tuple[Path, str]],
+        pictures: Sequence[Sequence[Image.Image]],
+        out: Path,
+        options: Options,
+        state: State,
+        progress: Progress,
+    ) -> None:
         self.pipe, self.folder, self.base, self.out, self.options = pipe, folder, base, out, options
         self.subjects, self.pictures, self.state, self.progress = subjects, pictures, state, progress
         family = family_of(network_of(pipe))
@@ -341,9 +356,14 @@ class _Run:
             for (_, prompt), images, of in zip(self.subjects, self.pictures, self.class_prompts, strict=True)
         ]
         about = Description(
-            self.base, self.options.experts, self.objective.timesteps, self.options.input_scales, subjects, steps,
+            self.base,
+            self.options.experts,
+            self.objective.timesteps,
+            self.options.input_scales,
+            subjects,
+            steps,
             {**self.options.to_dict(), "resolution": [self.width, self.height]},
-        )  # fmt: skip
+        )
         changes = torch.stack([vector.detach() for vector in self.experts.vectors]).float().cpu()
         return Tuned(about, changes * torch.linspace(1, self.options.high_noise_strength, len(changes))[:, None])
 

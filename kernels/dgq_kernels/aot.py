@@ -35,9 +35,13 @@ NVIDIA_TARGETS = ("80", "86", "89", "90", "100", "120")
 TARGETS = (*NVIDIA_TARGETS, "gfx942")
 # Row lengths and strides that count as multiples of 16, as in every layer that matters.
 _ALIGNED = (
-    "reduction", "channels", "packed_row", "padded_keys", "x_row",
+    "reduction",
+    "channels",
+    "packed_row",
+    "padded_keys",
+    "x_row",
     *(f"{name}_{axis}" for name in ("q", "k", "v", "out") for axis in ("batch", "head", "row")),
-)  # fmt: skip
+)
 _MMA = re.compile(r"IMMA|IGMMA|UTCIMMA|HMMA|HGMMA|UTCHMMA|QMMA|v_mfma_\w+|v_wmma_\w+")
 _INTEGER_MMA = re.compile(r"IMMA|IGMMA|v_mfma_i32|v_wmma_i32")
 _INSTRUCTION = re.compile(r"^\s+(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b.*;")
@@ -128,9 +132,10 @@ def innermost_loops(code: str) -> list[list[str]]:
         if branch and branch[1] in labels:
             loops.append((labels[branch[1]], len(opcodes)))
     inner = [
-        loop for loop in loops
+        loop
+        for loop in loops
         if not any(other != loop and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)
-    ]  # fmt: skip
+    ]
     return [opcodes[start:end] for start, end in inner]
 
 
@@ -145,9 +150,12 @@ def loop_counts(code: str) -> dict[str, int]:
         return sum(bool(re.match(pattern, opcode)) for opcode in loop)
 
     counts = {
-        "loop_mma": count(_MMA.pattern), "prmt": count(r"U?PRMT|v_perm"), "i2f": count(r"I2F|v_cvt_f32_[iu]"),
-        "shf": count(r"U?SHF|v_lsh|v_ash"), "mufu": count(r"MUFU|v_exp|v_log|v_rcp"),
-    }  # fmt: skip
+        "loop_mma": count(_MMA.pattern),
+        "prmt": count(r"U?PRMT|v_perm"),
+        "i2f": count(r"I2F|v_cvt_f32_[iu]"),
+        "shf": count(r"U?SHF|v_lsh|v_ash"),
+        "mufu": count(r"MUFU|v_exp|v_log|v_rcp"),
+    }
     return {"loop": len(loop), **counts, "other": len(loop) - sum(counts.values())}
 
 
@@ -176,9 +184,17 @@ def measure(case: Case, target: str) -> Row:
     products = collections.Counter(match[0] for match in re.finditer(rf"(?:{_MMA.pattern})[\w.]*", code))
     name = products.most_common(1)[0][0] if products else "-"
     return Row(
-        triton.__version__, target, case.kernel.__name__, case.config, registers, compiled.metadata.shared, spills,
-        name, products.total(), **loop_counts(code),
-    )  # fmt: skip
+        triton.__version__,
+        target,
+        case.kernel.__name__,
+        case.config,
+        registers,
+        compiled.metadata.shared,
+        spills,
+        name,
+        products.total(),
+        **loop_counts(code),
+    )
 
 
 def _tool(*command: str) -> str:
@@ -261,9 +277,10 @@ def write(path: Path, rows: list[Row], targets: Sequence[str] = TARGETS, kernels
         with path.open(newline="") as file:
             releases = {row.triton for row in rows}
             table += [
-                row for row in csv.DictReader(file)
+                row
+                for row in csv.DictReader(file)
                 if row["triton"] not in releases or row["target"] not in targets or kernels not in row["kernel"]
-            ]  # fmt: skip
+            ]
     table.sort(key=lambda row: [row[name] for name in ("triton", "target", "kernel", "config")])
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")

@@ -25,9 +25,17 @@ class Case:
 
 
 def case(
-    kernel: Any, config: tuple[int, ...], pointers: dict[str, str], constants: dict[str, Any], warps: int,
-    stages: int = 3, note: str = "", integer: bool = True, permutes: int | None = None, registers: int | None = None,
-) -> Case:  # fmt: skip
+    kernel: Any,
+    config: tuple[int, ...],
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int = 3,
+    note: str = "",
+    integer: bool = True,
+    permutes: int | None = None,
+    registers: int | None = None,
+) -> Case:
     """A case whose remaining parameters are int32 sizes, or float where the name says scale or eps; `registers` is the
     most that a thread may have."""
     types = {}

@@ -195,9 +195,24 @@ def _exact(top: int, m: int, k: int, n: int) -> bool:
         kernel = weight[:, :, None, None].expand(n, k, 3, 3).contiguous()
         packed = torch.ops.onednn.qconv_prepack(kernel, ones, 1.0, 0, [1, 1], [0, 0], [1, 1], 1, image.shape)
         product = torch.ops.onednn.qconv_pointwise(
-            image, 1.0, 0, packed, ones, zeros, None, [1, 1], [0, 0], [1, 1], 1,
-            1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
+            image,
+            1.0,
+            0,
+            packed,
+            ones,
+            zeros,
+            None,
+            [1, 1],
+            [0, 0],
+            [1, 1],
+            1,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
         return torch.equal(product, torch.nn.functional.conv2d(image.double(), kernel.double()).float())
     except (RuntimeError, NotImplementedError, AttributeError):
         return False

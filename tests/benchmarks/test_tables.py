@@ -23,10 +23,17 @@ def test_every_table_stands_once_and_every_marker_is_closed() -> None:
 def test_a_figure_of_the_files_reaches_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     report = {
         "rows": [
-            {"system": "integer W8A8", "psnr_db": 12.345, "psnr_median_db": 13.0, "latent_mse": 0.5,
-             "latent_sqnr_db": 3, "unet_mib": 7, "of_float16": 0.25}
+            {
+                "system": "integer W8A8",
+                "psnr_db": 12.345,
+                "psnr_median_db": 13.0,
+                "latent_mse": 0.5,
+                "latent_sqnr_db": 3,
+                "unet_mib": 7,
+                "of_float16": 0.25,
+            }
         ]
-    }  # fmt: skip
+    }
     monkeypatch.setattr(tables, "report", {"fidelity-embedded": report}.__getitem__)
     new = tables.written("before\n<!-- table: fidelity -->\n| old |\n<!-- /table -->\nafter\n")
     assert "| integer W8A8 | 12.35 | 13.00 | - | 5.00e-01 | 3.00 | 7.0 | 25% |\n<!-- /table -->\nafter" in new

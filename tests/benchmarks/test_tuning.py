@@ -102,11 +102,18 @@ def test_a_system_is_tuned_drawn_and_judged_and_not_made_again(tiny_checkpoint, 
 def rows_of(values):
     """Rows of two subjects, whose pictures have the values of {(system, subject): likeness of each}."""
     return [
-        {"system": system, "weights": "float" if system == "dreambooth" else "W4A8", "subject": subject, "strength": 1,
-         "label": "", "pictures": {"scorer": list(likeness), "scorer_nearest": list(likeness)},
-         "real": {"scorer": 0.9, "scorer_coded": 0.8, "scorer_nearest": 0.9, "scorer_closest": 0.85}, "bytes": 0}
+        {
+            "system": system,
+            "weights": "float" if system == "dreambooth" else "W4A8",
+            "subject": subject,
+            "strength": 1,
+            "label": "",
+            "pictures": {"scorer": list(likeness), "scorer_nearest": list(likeness)},
+            "real": {"scorer": 0.9, "scorer_coded": 0.8, "scorer_nearest": 0.9, "scorer_closest": 0.85},
+            "bytes": 0,
+        }
         for (system, subject), likeness in values.items()
-    ]  # fmt: skip
+    ]
 
 
 def test_intervals_are_of_pairs():
@@ -148,9 +155,11 @@ def test_subjects_that_defaults_were_chosen_on_are_not_reported():
 
 def test_every_case_is_there_once():
     arguments = argparse.Namespace(
-        subjects=",".join(subjects.SUBJECTS), systems="untuned,tune,peqa,prior,together,lora,dreambooth", label="",
+        subjects=",".join(subjects.SUBJECTS),
+        systems="untuned,tune,peqa,prior,together,lora,dreambooth",
+        label="",
         checkpoints={"W4A8": None, "W8A8": None},
-    )  # fmt: skip
+    )
     keys = [tuning.key_of(case) for case in tuning.cases(arguments)]
     assert len(set(keys)) == len(keys)
     assert {key[2] for key in keys if key[0] == "together"} & set(subjects.REPORTED) == set(tuning.TOGETHER)

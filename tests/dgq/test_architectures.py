@@ -15,16 +15,33 @@ META = torch.device("meta")
 PARAMETERS = {"sd-v1.4": 859_520_964, "sdxl-turbo": 2_567_463_684}
 # what their authors call them, in 1000 millions
 BILLIONS = {
-    "sd3.5-medium": 2.2, "sd3.5-large": 8.1, "flux.1-dev": 11.9, "flux.1-schnell": 11.9, "flux.2-klein-4b": 3.9,
-    "flux.2-klein-9b": 9.1, "pixart-alpha": 0.6, "pixart-sigma": 0.6, "z-image": 6.2, "qwen-image": 20.4,
+    "sd3.5-medium": 2.2,
+    "sd3.5-large": 8.1,
+    "flux.1-dev": 11.9,
+    "flux.1-schnell": 11.9,
+    "flux.2-klein-4b": 3.9,
+    "flux.2-klein-9b": 9.1,
+    "pixart-alpha": 0.6,
+    "pixart-sigma": 0.6,
+    "z-image": 6.2,
+    "qwen-image": 20.4,
     "sana-1.6b": 1.6,
-}  # fmt: skip
+}
 SAMPLES = {  # of the output at the default size
-    "sd-v1.4": (4, 64, 64), "sdxl-turbo": (4, 64, 64), "sd3.5-medium": (16, 128, 128), "sd3.5-large": (16, 128, 128),
-    "flux.1-dev": (4096, 64), "flux.1-schnell": (4096, 64), "flux.2-klein-4b": (4096, 128),
-    "flux.2-klein-9b": (4096, 128), "pixart-alpha": (8, 64, 64), "pixart-sigma": (8, 128, 128),
-    "z-image": (16, 1, 128, 128), "qwen-image": (4096, 64), "sana-1.6b": (32, 32, 32),
-}  # fmt: skip
+    "sd-v1.4": (4, 64, 64),
+    "sdxl-turbo": (4, 64, 64),
+    "sd3.5-medium": (16, 128, 128),
+    "sd3.5-large": (16, 128, 128),
+    "flux.1-dev": (4096, 64),
+    "flux.1-schnell": (4096, 64),
+    "flux.2-klein-4b": (4096, 128),
+    "flux.2-klein-9b": (4096, 128),
+    "pixart-alpha": (8, 64, 64),
+    "pixart-sigma": (8, 128, 128),
+    "z-image": (16, 1, 128, 128),
+    "qwen-image": (4096, 64),
+    "sana-1.6b": (32, 32, 32),
+}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -37,8 +37,9 @@ def embedded_checkpoint(request, tmp_path_factory):
 @pytest.mark.parametrize(
     # codes next to a rounding boundary part the devices' ways a little, step by step; half precision more (bounds to be
     # confirmed on a device)
-    ("dtype", "most"), [(torch.float32, 0.1), (torch.float16, 0.2)],
-)  # fmt: skip
+    ("dtype", "most"),
+    [(torch.float32, 0.1), (torch.float16, 0.2)],
+)
 def test_latents_on_cuda_are_those_of_the_cpu(embedded_checkpoint: Path, dtype, most):
     expected = latents(dgq.load(embedded_checkpoint, device="cpu", dtype=torch.float32), 10)
     assert_close("output", latents(dgq.load(embedded_checkpoint, device="cuda", dtype=dtype), 10), expected, most)

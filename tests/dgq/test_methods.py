@@ -82,9 +82,16 @@ def cost(network: nn.Module, recipe: Recipe, budget: int) -> Cost:
 @pytest.fixture
 def toy() -> Iterator[Method]:
     method = Method(
-        "toy", "weights alone", quantize, skeleton, facts, lambda layer, x: x, cost, lambda recipe: "toy",
+        "toy",
+        "weights alone",
+        quantize,
+        skeleton,
+        facts,
+        lambda layer, x: x,
+        cost,
+        lambda recipe: "toy",
         read_table=lambda table: table,
-    )  # fmt: skip
+    )
     METHODS["toy"] = method
     yield method
     del METHODS["toy"]

@@ -13,9 +13,16 @@ def test_recipe_round_trip():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"wbits": 5}, {"abits": 9}, {"abits": 3}, {"name": "magic"}, {"groups": 2}, {"overrides": (("x", 3),)},
-     {"name": "paper", "overrides": (("x", 8),)}],
-)  # fmt: skip
+    [
+        {"wbits": 5},
+        {"abits": 9},
+        {"abits": 3},
+        {"name": "magic"},
+        {"groups": 2},
+        {"overrides": (("x", 3),)},
+        {"name": "paper", "overrides": (("x", 8),)},
+    ],
+)
 def test_values_out_of_range_are_refused(fields):
     with pytest.raises(DgqError):
         Recipe(**fields)
@@ -36,9 +43,20 @@ def test_plan_round_trip_stores_only_what_differs():
 
 @pytest.mark.parametrize(
     "change",
-    [{"unknown": 1}, {"kind": "conv9d"}, {"wbits": 3}, {"in_features": 0}, {"in_features": 2**40}, {"padding": -1},
-     {"class_ends": [16]}, {"class_ends": [40, 32]}, {"class_ends": []}, {"weight_group": 7}, {"channels": "?"}],
-)  # fmt: skip
+    [
+        {"unknown": 1},
+        {"kind": "conv9d"},
+        {"wbits": 3},
+        {"in_features": 0},
+        {"in_features": 2**40},
+        {"padding": -1},
+        {"class_ends": [16]},
+        {"class_ends": [40, 32]},
+        {"class_ends": []},
+        {"weight_group": 7},
+        {"channels": "?"},
+    ],
+)
 def test_damaged_plans_are_refused(change):
     data = LayerPlan("linear", 32, 64, 4, 8, False, class_ends=[32]).to_dict()
     with pytest.raises(DgqError):

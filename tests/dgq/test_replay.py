@@ -56,9 +56,11 @@ def test_hooks_go_with_the_replay_also_where_it_fails():
         seen.append(output.shape)
 
     replay(
-        network, [{"input": torch.ones(n, 3)} for n in (1, 2)],
-        [network.register_forward_hook(hook, with_kwargs=True)], lambda *args: told.append(args),
-    )  # fmt: skip
+        network,
+        [{"input": torch.ones(n, 3)} for n in (1, 2)],
+        [network.register_forward_hook(hook, with_kwargs=True)],
+        lambda *args: told.append(args),
+    )
     assert (seen, told) == ([(1, 2), (2, 2)], [(1, 2), (2, 2)])
     with pytest.raises(RuntimeError):
         replay(network, [{"input": torch.ones(1, 4)}], [network.register_forward_hook(hook)], print)

@@ -23,9 +23,20 @@ def test_the_help_names_every_architecture() -> None:
 def test_step_of_a_checkpoint_as_json_and_csv(dgq_command: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "results" / "bench.csv"
     run = dgq_command(
-        "bench", "--model", tiny_checkpoint, "--what", "step", "--repeats", 1, "--threads", 1, "--json", "--csv", file,
+        "bench",
+        "--model",
+        tiny_checkpoint,
+        "--what",
+        "step",
+        "--repeats",
+        1,
+        "--threads",
+        1,
+        "--json",
+        "--csv",
+        file,
         alone=True,
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr
     data = json.loads(run.stdout)
     assert set(data) == {"machine", "rows", "notes"}
@@ -79,9 +90,19 @@ def test_an_architecture_as_a_table(dgq_command: Run, small_config: Path) -> Non
 
 def test_kernels_tell_the_fraction_of_the_peak(dgq_command: Run, tiny_checkpoint: Path) -> None:
     run = dgq_command(
-        "bench", "--model", tiny_checkpoint, "--what", "kernels", "--bits", 8, "--repeats", 1, "--device", "cpu",
+        "bench",
+        "--model",
+        tiny_checkpoint,
+        "--what",
+        "kernels",
+        "--bits",
+        8,
+        "--repeats",
+        1,
+        "--device",
+        "cpu",
         "--json",
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr
     data = json.loads(run.stdout)
     engine = (

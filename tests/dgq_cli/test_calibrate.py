@@ -15,9 +15,21 @@ from safetensors.torch import save_file
 def test_calibrate_then_generate(dgq_command, tiny_pipeline, tmp_path):
     out = tmp_path / "w8"
     run = dgq_command(
-        "calibrate", tiny_pipeline, "--out", out, "--wbits", 8, "--prompts", 2, "--steps", 2, "--evaluate", 1, "--json",
+        "calibrate",
+        tiny_pipeline,
+        "--out",
+        out,
+        "--wbits",
+        8,
+        "--prompts",
+        2,
+        "--steps",
+        2,
+        "--evaluate",
+        1,
+        "--json",
         alone=True,
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert result["checkpoint"] == str(out)
@@ -69,14 +81,28 @@ def test_unknown_model(dgq_command, tmp_path):
 
 
 def test_ctrl_c_leaves_no_checkpoint_and_resumes(tiny_pipeline, tmp_path, dgq_command):
-    args = ["calibrate", str(tiny_pipeline), "--out", str(tmp_path / "out"), "--prompts", "2", "--steps", "2",
-            "--evaluate", "0"]  # fmt: skip
+    args = [
+        "calibrate",
+        str(tiny_pipeline),
+        "--out",
+        str(tmp_path / "out"),
+        "--prompts",
+        "2",
+        "--steps",
+        "2",
+        "--evaluate",
+        "0",
+    ]
     # a session of its own, so that the signal reaches only this process; a shell starts jobs in the background with the
     # signal ignored, which would be handed down
     process = subprocess.Popen(
-        [sys.executable, "-m", "dgq_cli", *args], stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "NO_COLOR": "1"}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+        [sys.executable, "-m", "dgq_cli", *args],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "NO_COLOR": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     partial = tmp_path / ".out.partial"
     deadline = time.monotonic() + 120
     while not list(partial.glob("layer-*")) and time.monotonic() < deadline:
@@ -98,9 +124,21 @@ def test_lora_fused_before_calibrating(dgq_command, tiny_pipeline, tmp_path):
     save_file(factors, file)
     save_file(factors, single)
     given = (
-        "calibrate", tiny_pipeline, "--lora", f"{file}:0.7", "--prompts", 1, "--steps", 1, "--evaluate", 0,
-        "--rounding", "nearest", "--out", tmp_path / "out",
-    )  # fmt: skip
+        "calibrate",
+        tiny_pipeline,
+        "--lora",
+        f"{file}:0.7",
+        "--prompts",
+        1,
+        "--steps",
+        1,
+        "--evaluate",
+        0,
+        "--rounding",
+        "nearest",
+        "--out",
+        tmp_path / "out",
+    )
     run = dgq_command(*given, "--lora", file)
     assert run.returncode == 0, run.stderr
     assert json.loads((tmp_path / "out-float" / "sources.json").read_text())["weights"] == [0.7, 1.0]

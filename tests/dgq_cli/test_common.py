@@ -16,9 +16,14 @@ def test_time_left_is_that_of_the_pass(clock, capsys):
     """Passes over the same calls come between layers: the second pass's time left does not count what lay between."""
     with common.StageProgress({}) as progress:
         for at, stage, done, total in (
-            (0, "statistics", 1, 32), (20, "statistics", 2, 32), (40, "quantize", 1, 9), (1000, "quantize", 3, 9),
-            (1020, "statistics", 1, 32), (1060, "statistics", 5, 32), (1160, "quantize", 4, 9),
-        ):  # fmt: skip
+            (0, "statistics", 1, 32),
+            (20, "statistics", 2, 32),
+            (40, "quantize", 1, 9),
+            (1000, "quantize", 3, 9),
+            (1020, "statistics", 1, 32),
+            (1060, "statistics", 5, 32),
+            (1160, "quantize", 4, 9),
+        ):
             clock[0] = 1000.0 + at
             progress(stage, done, total)
     left = [line.partition(", about ")[2] for line in capsys.readouterr().err.splitlines()]

@@ -37,9 +37,27 @@ def options(**changes: object) -> Options:
 def test_report_of_a_checkpoint(dgq_command: Run, checkpoint: Path, tmp_path: Path) -> None:
     sheet, file, page = tmp_path / "grid.png", tmp_path / "report.json", tmp_path / "page.html"
     run = dgq_command(
-        "eval", checkpoint, "--prompts", 8, "--steps", 3, "--batch", 4, "--floor", 2, "--seed", 1, "--grid", sheet,
-        "--out", file, "--html", page, "--json", alone=True,
-    )  # fmt: skip
+        "eval",
+        checkpoint,
+        "--prompts",
+        8,
+        "--steps",
+        3,
+        "--batch",
+        4,
+        "--floor",
+        2,
+        "--seed",
+        1,
+        "--grid",
+        sheet,
+        "--out",
+        file,
+        "--html",
+        page,
+        "--json",
+        alone=True,
+    )
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
     items = report["items"]
@@ -131,11 +149,13 @@ def test_two_processes_give_the_same_report(checkpoint: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("--prompts", "0"), 2, "0 is not a number from 1"), (("--prompts", "none.txt"), 1, "none.txt: cannot be read"),
-        (("--reference", "nowhere"), 2, "no such folder"), (("--grid", "sheet.jpg"), 2, "not a .png"),
+        (("--prompts", "0"), 2, "0 is not a number from 1"),
+        (("--prompts", "none.txt"), 1, "none.txt: cannot be read"),
+        (("--reference", "nowhere"), 2, "no such folder"),
+        (("--grid", "sheet.jpg"), 2, "not a .png"),
         (("--against", "float"), 1, "is a float model already"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(dgq_command: Run, arguments: tuple[str, ...], code: int, said: str) -> None:
     run = dgq_command("eval", *arguments)
     assert run.returncode == code

@@ -7,9 +7,25 @@ import pytest
 
 def test_pictures_grid_and_json(dgq_command, tiny_checkpoint, tmp_path):
     run = dgq_command(
-        "generate", "a cat", "a zebra", "--model", tiny_checkpoint, "--out", tmp_path, "--steps", 2, "--count", 2,
-        "--seed", 5, "--grid", "--batch", 2, "--json", alone=True,
-    )  # fmt: skip
+        "generate",
+        "a cat",
+        "a zebra",
+        "--model",
+        tiny_checkpoint,
+        "--out",
+        tmp_path,
+        "--steps",
+        2,
+        "--count",
+        2,
+        "--seed",
+        5,
+        "--grid",
+        "--batch",
+        2,
+        "--json",
+        alone=True,
+    )
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert result["seed"] == 5

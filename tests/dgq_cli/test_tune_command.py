@@ -8,10 +8,18 @@ from PIL import Image
 from dgq_cli.generate_command import _tuned
 
 
-@pytest.mark.parametrize("text, name, strength", [
-    ("x.safetensors", "x.safetensors", 1), ("x.safetensors:0.5", "x.safetensors", 0.5), ("a:b/x:-1", "a:b/x", -1),
-    ("C:x.safetensors", "C:x.safetensors", 1), ("x:nan", "x:nan", 1), (":1", ":1", 1), ("x:.5", "x", 0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, name, strength",
+    [
+        ("x.safetensors", "x.safetensors", 1),
+        ("x.safetensors:0.5", "x.safetensors", 0.5),
+        ("a:b/x:-1", "a:b/x", -1),
+        ("C:x.safetensors", "C:x.safetensors", 1),
+        ("x:nan", "x:nan", 1),
+        (":1", ":1", 1),
+        ("x:.5", "x", 0.5),
+    ],
+)
 def test_file_and_strength(text, name, strength):
     found = _tuned(text)
     assert (str(found[0]), found[1]) == (name, strength)
@@ -23,11 +31,31 @@ def test_tune_draw_and_inspect(dgq_command, tiny_checkpoint, tmp_path):
         Image.new("RGB", (32, 32), "teal").save(tmp_path / name / "1.png")
     file = tmp_path / "pets.safetensors"
     run = dgq_command(
-        "tune", tiny_checkpoint, "--images", tmp_path / "cat", "--prompt", "a photo of sks cat",
-        "--images", tmp_path / "dog", "--prompt", "a photo of zwx dog", "--out", file, "--steps", 3, "--learning-rate",
-        0.1, "--mixed-precision", "bf16", "--high-noise-strength", 0.25, "--validation-prompt", "a cat", "--json",
+        "tune",
+        tiny_checkpoint,
+        "--images",
+        tmp_path / "cat",
+        "--prompt",
+        "a photo of sks cat",
+        "--images",
+        tmp_path / "dog",
+        "--prompt",
+        "a photo of zwx dog",
+        "--out",
+        file,
+        "--steps",
+        3,
+        "--learning-rate",
+        0.1,
+        "--mixed-precision",
+        "bf16",
+        "--high-noise-strength",
+        0.25,
+        "--validation-prompt",
+        "a cat",
+        "--json",
         alone=True,
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert [one["prompt"] for one in result["subjects"]] == ["a photo of sks cat", "a photo of zwx dog"]

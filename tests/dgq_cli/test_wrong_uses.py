@@ -244,9 +244,21 @@ def test_square_brackets_are_text(run, place, tiny_pipeline):
     prompts.parent.mkdir()
     prompts.write_text("a cat [/x]\n[red] dog :cat:\n")
     code, out, err = run(
-        "calibrate", tiny_pipeline, "--out", "[/x] [red]", "--prompts", prompts, "--steps", 1, "--evaluate", 1,
-        "--rounding", "nearest", "--channels", "none",
-    )  # fmt: skip
+        "calibrate",
+        tiny_pipeline,
+        "--out",
+        "[/x] [red]",
+        "--prompts",
+        prompts,
+        "--steps",
+        1,
+        "--evaluate",
+        1,
+        "--rounding",
+        "nearest",
+        "--channels",
+        "none",
+    )
     assert (code, out) == (0, "")
     assert "[/x] [red]  integer none nearest W4A8" in err
     assert "[red] dog :cat:" in err
@@ -290,8 +302,9 @@ def test_a_full_standard_output_is_one_line():
     with open("/dev/full", "w") as full:
         done = in_a_process("bench", "--predict", "sd-v1.4", "--json", stdout=full)
     assert (done.returncode, done.stderr) == (
-        1, "error: standard output: cannot be written (No space left on device)\n",
-    )  # fmt: skip
+        1,
+        "error: standard output: cannot be written (No space left on device)\n",
+    )
 
 
 def test_a_closed_standard_output_is_one_line():

@@ -10,10 +10,18 @@ import os
 import sys
 
 MODULES = (
-    "dgq.bench.steps", "dgq.bench.layers", "dgq.calibration.run", "dgq.doctor", "dgq.evaluation.evaluate",
-    "dgq.inspection.inspect", "dgq.inspection.measurement", "dgq.tuning.train", "dgq.pictures.generation",
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip",
-)  # fmt: skip
+    "dgq.bench.steps",
+    "dgq.bench.layers",
+    "dgq.calibration.run",
+    "dgq.doctor",
+    "dgq.evaluation.evaluate",
+    "dgq.inspection.inspect",
+    "dgq.inspection.measurement",
+    "dgq.tuning.train",
+    "dgq.pictures.generation",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "transformers.models.clip.modeling_clip",
+)
 
 
 def run(request):

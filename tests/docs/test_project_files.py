@@ -11,9 +11,12 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CI = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
 YAML = [
-    *(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff", ROOT / ".clang-format",
+    *(ROOT / ".github").rglob("*.yml"),
+    ROOT / ".pre-commit-config.yaml",
+    ROOT / "CITATION.cff",
+    ROOT / ".clang-format",
     ROOT / "mkdocs.yml",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("file", YAML, ids=lambda file: file.name)

@@ -17,10 +17,15 @@ from embedded.stress import add_outliers, make, places
 def tiny_unet(**options: object) -> UNet2DConditionModel:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         **options,
-    )  # fmt: skip
+    )
     for name, parameter in unet.named_parameters():
         if "norm" in name:  # gains and offsets away from one and zero
             parameter.data.add_(0.3 * torch.randn_like(parameter))

@@ -98,8 +98,10 @@ def calls():
     yield "quantize_rows", (floats(1, 10240), 8, None, None, 256)
     # one pixel, one group, one channel, groups of one channel
     for size, groups, dtype in (
-        ((1, 1, 1, 1), 1, half), ((1, 32, 1, 1), 1, torch.bfloat16), ((2, 32, 4, 3), 32, single),
-    ):  # fmt: skip
+        ((1, 1, 1, 1), 1, half),
+        ((1, 32, 1, 1), 1, torch.bfloat16),
+        ((2, 32, 4, 3), 32, single),
+    ):
         x, gain, shift = floats(*size, dtype=dtype), floats(size[1], dtype=dtype), floats(*size[:2], dtype=dtype)
         every = gain.float(), order(size[1])
         yield "quantize_samples", (x, 8, None, 1, None)
@@ -141,8 +143,11 @@ def calls():
 
     # one pixel, one channel; strides; SD v1.4's middle block
     for b, c, n, size, kernel, stride in (
-        (1, 1, 1, 1, 1, 1), (1, 32, 6, 1, 3, 1), (2, 40, 6, 4, 3, 2), (2, 1280, 1280, 8, 3, 1),
-    ):  # fmt: skip
+        (1, 1, 1, 1, 1, 1),
+        (1, 32, 6, 1, 3, 1),
+        (2, 40, 6, 4, 3, 2),
+        (2, 1280, 1280, 8, 3, 1),
+    ):
         edge = size + 2 * (kernel // 2)
         codes = torch.zeros(b, c, edge, edge, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
         weight = torch.zeros(n, kernel**2 * c, dtype=torch.int8)
@@ -153,9 +158,21 @@ def calls():
             ends = [c] if residual is None or c == 1 else [c // 2, c]
             bias = None if residual is None else floats(n)
             yield "conv2d", (codes, *rows, image, *channels, bias, stride, half, ends, residual)
-            yield "conv2d_int4", (
-                codes, *rows, *int4(weight, 32), *channels, bias, kernel, stride, half, 32, residual,
-            )  # fmt: skip
+            yield (
+                "conv2d_int4",
+                (
+                    codes,
+                    *rows,
+                    *int4(weight, 32),
+                    *channels,
+                    bias,
+                    kernel,
+                    stride,
+                    half,
+                    32,
+                    residual,
+                ),
+            )
 
     for rows, keys, width, dtype in ((1, 1, 64, half), (1, 2, 32, torch.bfloat16), (5, 7, 16, single)):
         q, k, v = (floats(1, 2, n, width, dtype=dtype) for n in (rows, keys, keys))

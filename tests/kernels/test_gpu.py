@@ -54,8 +54,10 @@ def test_the_report_runs_on_a_pretended_device(tmp_path):
     ]
     run = subprocess.run(
         [sys.executable, str(script), "--run", "shard", "--shard", "99999/100000", *where],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     assert not (tmp_path / "report.jsonl").exists()  # no error either
     code = "import report, stages; assert all(callable(getattr(stages, name)) for name in report.LIMITS)"

@@ -17,9 +17,12 @@ NATIVE = "dgq_kernels/native"
 def hatch(target, folder, out, **environment):
     """The file that hatchling makes of a source tree, and what it says."""
     done = subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(out)], cwd=folder,
-        env={**os.environ, **environment}, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(out)],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     (made,) = out.iterdir()
     return made, done.stdout + done.stderr
@@ -60,9 +63,15 @@ def test_a_source_archive_makes_a_wheel_without_a_compiler(unpacked, tmp_path):
     # of each kind of file one, should the trees above be empty
     data = "dgq/data/dgq-emoji"
     for name in (
-        "dgq/py.typed", "dgq_cli/py.typed", "dgq_kernels/py.typed", "dgq_kernels/aot.csv", f"{NATIVE}/engine.cpp",
-        f"{data}/unet/diffusion_pytorch_model.safetensors", f"{data}/NOTICE", "dgq/data/scorer/scorer.safetensors",
-    ):  # fmt: skip
+        "dgq/py.typed",
+        "dgq_cli/py.typed",
+        "dgq_kernels/py.typed",
+        "dgq_kernels/aot.csv",
+        f"{NATIVE}/engine.cpp",
+        f"{data}/unet/diffusion_pytorch_model.safetensors",
+        f"{data}/NOTICE",
+        "dgq/data/scorer/scorer.safetensors",
+    ):
         assert name in held
     archive = zipfile.ZipFile(wheel)
     info = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"

@@ -69,9 +69,15 @@ def test_codes_are_the_references_bit_for_bit(backend, bits, fraction, spread):
 
 @settings(max_examples=8, deadline=None)
 @given(
-    rows=st.integers(1, 140), keys=st.integers(2, 200), width=st.integers(16, 160), start=st.booleans(),
-    fraction=st.integers(0, 5), bits=st.integers(5, 8), qk_bits=st.sampled_from([4, 8]), seed=st.integers(0, 99),
-)  # fmt: skip
+    rows=st.integers(1, 140),
+    keys=st.integers(2, 200),
+    width=st.integers(16, 160),
+    start=st.booleans(),
+    fraction=st.integers(0, 5),
+    bits=st.integers(5, 8),
+    qk_bits=st.sampled_from([4, 8]),
+    seed=st.integers(0, 99),
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_shape(backend, rows, keys, width, start, fraction, bits, qk_bits, seed):
     q, k, v = operands(rows, keys, width, heads=(1, 1), spread=2.0, seed=seed)
@@ -86,8 +92,9 @@ def test_any_shape(backend, rows, keys, width, start, fraction, bits, qk_bits, s
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     # Triton's interpreter cuts bfloat16 off instead of rounding it: one unit in the last place.
-    ("dtype", "tolerance"), [(torch.float16, 5e-4), (torch.bfloat16, 8e-3)],
-)  # fmt: skip
+    ("dtype", "tolerance"),
+    [(torch.float16, 5e-4), (torch.bfloat16, 8e-3)],
+)
 def test_half_precision_inputs_and_strides(backend, dtype, tolerance):
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in operands(42, 77, 40, dtype=dtype))
     arguments = (40**-0.5, 8, 4, True, 8, 8)
@@ -245,9 +252,11 @@ def test_operands_of_different_dtypes(backend, dtypes, form, monkeypatch):
     """All are taken in the widest dtype: nothing is rounded, and nothing read in another's width."""
     monkeypatch.setenv("DGQ_BACKEND", backend)
     kinds = {
-        "q wide": (torch.float32, torch.bfloat16, torch.bfloat16), "q narrow": (torch.bfloat16, *[torch.float32] * 2),
-        "three": (torch.float32, torch.bfloat16, torch.float16), "double": (torch.float32, *[torch.float64] * 2),
-    }[dtypes]  # fmt: skip
+        "q wide": (torch.float32, torch.bfloat16, torch.bfloat16),
+        "q narrow": (torch.bfloat16, *[torch.float32] * 2),
+        "three": (torch.float32, torch.bfloat16, torch.float16),
+        "double": (torch.float32, *[torch.float64] * 2),
+    }[dtypes]
     mixed = [x.to(DEVICE, kind) for x, kind in zip(operands(20, 30, 16), kinds, strict=True)]
     op, numbers = {
         "op": (dgq_kernels.log_attention, (0.25, 8, 4, True)),

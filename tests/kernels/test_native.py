@@ -126,13 +126,19 @@ def test_two_callers_at_once():
 @pytest.mark.parametrize(
     "sizes, kernel, stride, padding",
     [
-        ((2, 32, 8, 8, 48), 3, 1, 1), ((1, 5, 7, 9, 3), 3, 2, 1), ((3, 160, 4, 5, 33), 3, 1, 1),
-        ((2, 20, 9, 6, 40), 5, 1, 2), ((1, 64, 6, 6, 16), 3, 2, 0),
+        ((2, 32, 8, 8, 48), 3, 1, 1),
+        ((1, 5, 7, 9, 3), 3, 2, 1),
+        ((3, 160, 4, 5, 33), 3, 1, 1),
+        ((2, 20, 9, 6, 40), 5, 1, 2),
+        ((1, 64, 6, 6, 16), 3, 2, 0),
         # lines of whole groups of pixels and blocks of channels: multiplied in place
-        ((2, 64, 6, 32, 40), 3, 1, 1), ((1, 128, 10, 32, 48), 3, 2, 1), ((3, 64, 3, 16, 33), 3, 1, 1),
-        ((1, 64, 16, 18, 70), 3, 1, 0), ((2, 64, 5, 48, 16), 5, 1, 2),
+        ((2, 64, 6, 32, 40), 3, 1, 1),
+        ((1, 128, 10, 32, 48), 3, 2, 1),
+        ((3, 64, 3, 16, 33), 3, 1, 1),
+        ((1, 64, 16, 18, 70), 3, 1, 0),
+        ((2, 64, 5, 48, 16), 5, 1, 2),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_conv2d_equals_the_reference(isa, sizes, kernel, stride, padding, dtype):
     batch, channels, height, width, n = sizes

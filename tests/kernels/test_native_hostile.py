@@ -243,20 +243,34 @@ def linear_call(layer, **changes):
     x, y = torch.zeros(3, 32), torch.zeros(3, 32)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(layer))
     values = {
-        "layers": ctypes.addressof(pointers), "count": 1, "x": x.data_ptr(), "ldx": 32, "m": 3, "dtype": 0,
-        "norm": None, "residual": None, "gated": 0, "y": ctypes.addressof((ctypes.c_void_p * 1)(y.data_ptr())),
+        "layers": ctypes.addressof(pointers),
+        "count": 1,
+        "x": x.data_ptr(),
+        "ldx": 32,
+        "m": 3,
+        "dtype": 0,
+        "norm": None,
+        "residual": None,
+        "gated": 0,
+        "y": ctypes.addressof((ctypes.c_void_p * 1)(y.data_ptr())),
         "threads": 1,
-    }  # fmt: skip
+    }
     return call("dgq_linear", *{**values, **changes}.values())
 
 
 @pytest.mark.parametrize(
     "name, values",
     [
-        ("layers", [None]), ("count", [0, -1, -(2**63)]), ("x", [None]), ("ldx", [-1, 2**62, -(2**63), 2**63 - 1]),
-        ("m", [*LONGS[:2], *LONGS[3:]]), ("dtype", [-1, 2, 2**31 - 1]), ("y", [None]), ("threads", INTS),
+        ("layers", [None]),
+        ("count", [0, -1, -(2**63)]),
+        ("x", [None]),
+        ("ldx", [-1, 2**62, -(2**63), 2**63 - 1]),
+        ("m", [*LONGS[:2], *LONGS[3:]]),
+        ("dtype", [-1, 2, 2**31 - 1]),
+        ("y", [None]),
+        ("threads", INTS),
     ],
-)  # fmt: skip
+)
 def test_the_library_refuses_a_linear_call(name, values):
     layer = layer_of(32, 32)
     assert linear_call(layer._struct) == "done"
@@ -267,11 +281,18 @@ def test_the_library_refuses_a_linear_call(name, values):
 @pytest.mark.parametrize(
     "name, values",
     [
-        ("packed", [None]), ("weight_scale", [None]), ("column_sum", [None]), ("n", LONGS), ("k", LONGS),
-        ("channels", LONGS), ("bits", [*INTS, 1, 9, 32]), ("kernel", INTS), ("stride", [-1, 0, -(2**31)]),
+        ("packed", [None]),
+        ("weight_scale", [None]),
+        ("column_sum", [None]),
+        ("n", LONGS),
+        ("k", LONGS),
+        ("channels", LONGS),
+        ("bits", [*INTS, 1, 9, 32]),
+        ("kernel", INTS),
+        ("stride", [-1, 0, -(2**31)]),
         ("padding", [-1, -(2**31)]),
     ],
-)  # fmt: skip
+)
 def test_the_library_refuses_a_layer(name, values):
     layer, conv = layer_of(32, 32), layer_of(8, 36, kernel=3)
     x, y = torch.zeros(1, 6, 6, 4), torch.zeros(1, 4, 4, 8)
@@ -302,10 +323,14 @@ def test_the_library_refuses_a_picture(name, values):
 @pytest.mark.parametrize(
     "name, values",
     [
-        ("n", [-1, 0, *LONGS[3:]]), ("k", LONGS), ("channels", [-1, 0, 9, *LONGS[3:]]),
-        ("group", [0, -2, 3, *LONGS[2:]]), ("packed", [None]), ("subscales", [None]),
+        ("n", [-1, 0, *LONGS[3:]]),
+        ("k", LONGS),
+        ("channels", [-1, 0, 9, *LONGS[3:]]),
+        ("group", [0, -2, 3, *LONGS[2:]]),
+        ("packed", [None]),
+        ("subscales", [None]),
     ],
-)  # fmt: skip
+)
 def test_the_library_refuses_a_stored_weight(name, values):
     packed, subscales = torch.zeros(5, 48, dtype=torch.uint8), torch.zeros(5, 2, dtype=torch.uint8)
     library = native._engine().library
@@ -313,9 +338,14 @@ def test_the_library_refuses_a_stored_weight(name, values):
     sums, sizes = torch.zeros(5, dtype=torch.int32), torch.zeros(5, dtype=torch.int64)
     order = torch.arange(70, dtype=torch.int32)
     fields = {
-        "packed": packed.data_ptr(), "subscales": subscales.data_ptr(), "order": order.data_ptr(), "n": 5, "k": 70,
-        "channels": 70, "group": 32,
-    }  # fmt: skip
+        "packed": packed.data_ptr(),
+        "subscales": subscales.data_ptr(),
+        "order": order.data_ptr(),
+        "n": 5,
+        "k": 70,
+        "channels": 70,
+        "group": 32,
+    }
     results = out.data_ptr(), sums.data_ptr(), sizes.data_ptr()
     for value in [fields[name], *values]:
         struct = native._Stored(**{**fields, name: value})

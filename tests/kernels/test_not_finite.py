@@ -82,8 +82,10 @@ def test_rows(backend, data):
 def test_rows_too_long_for_registers(backend, data):
     x, (row, _) = drawn(data, 2, 2 * 8200)
     for op, arguments in (
-        ("quantize_rows", ()), ("silu_quantize_rows", (None,)), ("geglu_quantize_rows", (None,)),
-    ):  # fmt: skip
+        ("quantize_rows", ()),
+        ("silu_quantize_rows", (None,)),
+        ("geglu_quantize_rows", (None,)),
+    ):
         check_codes(backend, op, x, only(2, row), 8, None, *arguments)
     check_codes(backend, "layer_norm_quantize_rows", x, only(2, row), None, None, 1e-5, 8, None, None)
 

@@ -15,10 +15,17 @@ import dgq_kernels
 pytest.importorskip("triton")
 
 FLOAT_KERNELS = {
-    "quantize_rows_kernel", "quantize_long_rows_kernel", "group_statistics_kernel", "sample_range_kernel",
-    "quantize_samples_kernel", "base2_rows_kernel", "base2_kernel", "key_statistics_kernel", "key_codes_kernel",
+    "quantize_rows_kernel",
+    "quantize_long_rows_kernel",
+    "group_statistics_kernel",
+    "sample_range_kernel",
+    "quantize_samples_kernel",
+    "base2_rows_kernel",
+    "base2_kernel",
+    "key_statistics_kernel",
+    "key_codes_kernel",
     "sum_splits_kernel",
-}  # fmt: skip
+}
 
 
 # Prints the kernels' divisions, square roots and fused products in PTX, one case a line.
@@ -56,9 +63,15 @@ def table(tmp_path_factory):
 
 def test_every_kernel_compiles_for_every_target(table):
     kernels = {
-        "linear_int8_kernel", "linear_int4_kernel", "linear_float_groups_kernel", "conv2d_int8_kernel",
-        "conv2d_int4_kernel", "log_attention_kernel", "running_kernel", *FLOAT_KERNELS,
-    }  # fmt: skip
+        "linear_int8_kernel",
+        "linear_int4_kernel",
+        "linear_float_groups_kernel",
+        "conv2d_int8_kernel",
+        "conv2d_int4_kernel",
+        "log_attention_kernel",
+        "running_kernel",
+        *FLOAT_KERNELS,
+    }
     assert {(row["target"], row["kernel"]) for row in table} == {
         (target, kernel) for target in ("80", "89", "90") for kernel in kernels
     }
@@ -125,6 +138,8 @@ def test_a_part_of_the_table_replaces_its_own_rows(tmp_path):
     with path.open(newline="") as file:
         got = [(x["triton"], x["target"], x["kernel"], int(x["registers"])) for x in csv.DictReader(file)]
     assert got == [
-        ("3.6.0", "80", "a_kernel", 1), ("3.9.0", "80", "b_kernel", 2), ("3.9.0", "90", "a_kernel", 9),
+        ("3.6.0", "80", "a_kernel", 1),
+        ("3.9.0", "80", "b_kernel", 2),
+        ("3.9.0", "90", "a_kernel", 9),
         ("3.9.0", "90", "b_kernel", 3),
-    ]  # fmt: skip
+    ]

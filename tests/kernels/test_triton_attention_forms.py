@@ -49,9 +49,14 @@ def test_one_pass_equals_its_reference(rows, keys, width, bits, fraction, block,
 
 @settings(max_examples=6, deadline=None)
 @given(
-    rows=st.integers(1, 140), keys=st.integers(1, 200), width=st.integers(16, 128), fraction=st.integers(0, 5),
-    bits=st.integers(5, 8), seed=st.integers(0, 99), spread=st.sampled_from([0.3, 3.0, 30.0]),
-)  # fmt: skip
+    rows=st.integers(1, 140),
+    keys=st.integers(1, 200),
+    width=st.integers(16, 128),
+    fraction=st.integers(0, 5),
+    bits=st.integers(5, 8),
+    seed=st.integers(0, 99),
+    spread=st.sampled_from([0.3, 3.0, 30.0]),
+)
 def test_one_pass_any_shape(rows, keys, width, fraction, bits, seed, spread):
     q, k, v = operands(rows, keys, width, heads=(1, 1), spread=spread, seed=seed)
     arguments = (width**-0.5, bits, min(fraction, bits - 1), 64)

@@ -54,17 +54,23 @@ def check(k, v, start, qk_bits=8, v_bits=8, block=64):
 @pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize(
     # one key, less than a block, whole blocks, more blocks than chunks; widths that are no power of two
-    ("keys", "width", "block"), [(2, 16, 32), (77, 40, 64), (129, 160, 32), (1025, 42, 32), (2100, 64, 64)],
-)  # fmt: skip
+    ("keys", "width", "block"),
+    [(2, 16, 32), (77, 40, 64), (129, 160, 32), (1025, 42, 32), (2100, 64, 64)],
+)
 def test_equals_the_reference(keys, width, block, start):
     check(*keys_and_values((2, 3), keys, width), start, block=block)
 
 
 @settings(max_examples=8, deadline=None)
 @given(
-    keys=st.integers(2, 300), width=st.integers(1, 160), start=st.booleans(), qk_bits=st.integers(2, 8),
-    v_bits=st.integers(2, 8), block=st.sampled_from([32, 64, 128]), seed=st.integers(0, 99),
-)  # fmt: skip
+    keys=st.integers(2, 300),
+    width=st.integers(1, 160),
+    start=st.booleans(),
+    qk_bits=st.integers(2, 8),
+    v_bits=st.integers(2, 8),
+    block=st.sampled_from([32, 64, 128]),
+    seed=st.integers(0, 99),
+)
 def test_any_shape(keys, width, start, qk_bits, v_bits, block, seed):
     check(*keys_and_values((1, 2), keys, width, seed), start, qk_bits, v_bits, block)
 

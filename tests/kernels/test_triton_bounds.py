@@ -51,10 +51,14 @@ def linear_inputs(m, k, n):
     g = generator()
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=g)
     return (
-        torch.randint(0, 256, (m, k), dtype=torch.uint8, generator=g), torch.rand(m, generator=g),
-        torch.randint(0, 256, (m,), dtype=torch.int32, generator=g), weight, torch.rand(n, generator=g) / 100,
-        weight.sum(1, dtype=torch.int32), torch.randn(n, generator=g),
-    )  # fmt: skip
+        torch.randint(0, 256, (m, k), dtype=torch.uint8, generator=g),
+        torch.rand(m, generator=g),
+        torch.randint(0, 256, (m,), dtype=torch.int32, generator=g),
+        weight,
+        torch.rand(n, generator=g) / 100,
+        weight.sum(1, dtype=torch.int32),
+        torch.randn(n, generator=g),
+    )
 
 
 def compare(run, expected, arguments):

@@ -21,9 +21,11 @@ def inputs(batch, channels, height, width, n, kernel, padding, seed=0):
     x = torch.randn(batch, channels, height, width, generator=g) + torch.arange(batch)[:, None, None, None]
     weight = torch.randint(-128, 128, (n, channels, kernel, kernel), dtype=torch.int8, generator=g)
     return (
-        *quantize_samples(x, 8, None, padding), weight, (torch.rand(n, generator=g) + 0.1) / 100,
+        *quantize_samples(x, 8, None, padding),
+        weight,
+        (torch.rand(n, generator=g) + 0.1) / 100,
         torch.randn(n, generator=g),
-    )  # fmt: skip
+    )
 
 
 def poisoned(expected):
@@ -50,8 +52,17 @@ def check_int8(
     codes, scale, zero_point, weight, weight_scale, b = data
     sums = reference.accumulate(torch.ones_like(codes[:1, :, : weight.shape[2], : weight.shape[3]]), weight, 1, ends)
     arguments = (
-        codes, scale, zero_point, weight, weight_scale, sums.flatten().int(), b if bias else None, stride, dtype, ends,
-    )  # fmt: skip
+        codes,
+        scale,
+        zero_point,
+        weight,
+        weight_scale,
+        sums.flatten().int(),
+        b if bias else None,
+        stride,
+        dtype,
+        ends,
+    )
     plain = reference.conv2d(*arguments)
     extra = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1)).to(dtype) if residual else None
     expected = reference.conv2d(*arguments, extra)
@@ -78,8 +89,19 @@ def check_int4(
     packed, subscales = packing.pack_int4(w4, group), packing.pack_subscales(m)
     sums = packing.expand_two_level(packed, subscales, k, group).sum(1, dtype=torch.int32)
     arguments = (
-        codes, scale, zero_point, packed, subscales, weight_scale, sums, bias, kernel, stride, dtype, group,
-    )  # fmt: skip
+        codes,
+        scale,
+        zero_point,
+        packed,
+        subscales,
+        weight_scale,
+        sums,
+        bias,
+        kernel,
+        stride,
+        dtype,
+        group,
+    )
     plain = reference.conv2d_int4(*arguments)
     extra = torch.randn(plain.shape, generator=g).to(dtype) if residual else None
     expected = reference.conv2d_int4(*arguments, extra)
@@ -93,9 +115,14 @@ def check_int4(
 
 # batch, channels, height, width, outputs, kernel, padding, stride; ragged in every direction
 SHAPES = [
-    (2, 6, 9, 7, 42, 3, 1, 2), (1, 42, 6, 6, 123, 3, 1, 1), (3, 33, 5, 7, 6, 1, 0, 1), (2, 16, 7, 9, 13, 1, 0, 2),
-    (1, 64, 8, 8, 64, 3, 0, 1), (2, 3, 5, 5, 1, 5, 2, 1), (1, 1, 1, 1, 1, 3, 1, 1),
-]  # fmt: skip
+    (2, 6, 9, 7, 42, 3, 1, 2),
+    (1, 42, 6, 6, 123, 3, 1, 1),
+    (3, 33, 5, 7, 6, 1, 0, 1),
+    (2, 16, 7, 9, 13, 1, 0, 2),
+    (1, 64, 8, 8, 64, 3, 0, 1),
+    (2, 3, 5, 5, 1, 5, 2, 1),
+    (1, 1, 1, 1, 1, 3, 1, 1),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -250,9 +250,11 @@ def test_the_operators_reach_both(monkeypatch, name):
         (dgq_kernels.geglu_quantize_rows, (x, 8, None, None)),
         (dgq_kernels.silu_quantize_rows, (x, 8, None, None)),
         (dgq_kernels.group_norm_quantize_rows, (image(2, 6, 4, 4).to(DEVICE), 2, None, None, 1e-5, 8, None, None)),
-        (dgq_kernels.group_norm_quantize_samples,
-         (image(2, 6, 4, 4).to(DEVICE), 2, None, None, 1e-5, True, 8, None, 1, None)),
-    ):  # fmt: skip
+        (
+            dgq_kernels.group_norm_quantize_samples,
+            (image(2, 6, 4, 4).to(DEVICE), 2, None, None, 1e-5, True, 8, None, 1, None),
+        ),
+    ):
         codes, scale, zero_point = op(*arguments)
         assert codes.dtype == torch.uint8
         assert scale.shape == zero_point.shape == codes.shape[:1]

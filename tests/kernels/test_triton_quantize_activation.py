@@ -39,9 +39,13 @@ def test_bit_exact(rows, channels, bits, divide):
 
 @settings(max_examples=12, deadline=None)
 @given(
-    rows=st.integers(1, 70), channels=st.integers(1, 1100), bits=st.integers(2, 8), offset=st.floats(-5, 5),
-    exponent=st.integers(-20, 20), seed=st.integers(0, 99),
-)  # fmt: skip
+    rows=st.integers(1, 70),
+    channels=st.integers(1, 1100),
+    bits=st.integers(2, 8),
+    offset=st.floats(-5, 5),
+    exponent=st.integers(-20, 20),
+    seed=st.integers(0, 99),
+)
 def test_any_shape_and_range(rows, channels, bits, offset, exponent, seed):
     x = torch.randn(rows, channels, generator=torch.Generator().manual_seed(seed))
     check((x + offset) * 10.0**exponent, bits, None)

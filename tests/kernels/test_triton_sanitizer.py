@@ -63,9 +63,15 @@ def test_the_sanitizer_sees_a_missing_row(watch):
     scale, zero_point = epilogue()
     with pytest.raises(SystemExit):
         linear_kernels.linear_int8(
-            codes, scale[:-1].clone(), zero_point, torch.zeros(N, K, dtype=torch.int8), *outputs(), torch.float32, [K],
+            codes,
+            scale[:-1].clone(),
+            zero_point,
+            torch.zeros(N, K, dtype=torch.int8),
+            *outputs(),
+            torch.float32,
+            [K],
             tiling=TILE,
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("stride", [1, 2])

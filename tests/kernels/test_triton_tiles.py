@@ -10,9 +10,11 @@ from dgq_kernels.linear.tiles import Config, Machine, Tiling
 
 MB = 10**6
 DEVICES = {
-    "A100": Machine((8, 0), 108, 40 * MB, 13.4), "A6000": Machine((8, 6), 84, 6 * MB, 5.1),
-    "RTX 4090": Machine((8, 9), 128, 72 * MB, 3.1), "H100": Machine((9, 0), 132, 50 * MB, 13.9),
-}  # fmt: skip
+    "A100": Machine((8, 0), 108, 40 * MB, 13.4),
+    "A6000": Machine((8, 6), 84, 6 * MB, 5.1),
+    "RTX 4090": Machine((8, 9), 128, 72 * MB, 3.1),
+    "H100": Machine((9, 0), 132, 50 * MB, 13.9),
+}
 CAPTIONS = 77
 
 
@@ -20,9 +22,11 @@ def transformer(tokens, width, batch, captions, inner, gated):
     """(rows, channels, reduction) of a block: self-attention, cross-attention, feed-forward."""
     rows = batch * tokens
     return [
-        *[(rows, width, width)] * 6, *[(batch * captions, width, inner)] * 2,
-        (rows, (8 if gated else 4) * width, width), (rows, width, 4 * width),
-    ]  # fmt: skip
+        *[(rows, width, width)] * 6,
+        *[(batch * captions, width, inner)] * 2,
+        (rows, (8 if gated else 4) * width, width),
+        (rows, width, 4 * width),
+    ]
 
 
 def unet(latent, batch, widths, depths, context):
@@ -108,7 +112,7 @@ MEASURED = {
     (256, 1280, 1280): (9.2, 6.8, 6.2, 5.0, 5.4, 4.8),
     (256, 10240, 1280): (12.0, 11.6, 13.3, 14.1, 22.1, 11.6),
     (256, 1280, 5120): (26.1, 18.5, 16.5, 12.1, 11.4, 11.3),
-}  # fmt: skip
+}
 
 
 def test_the_model_of_9_0_agrees_with_measured_times():
@@ -167,8 +171,11 @@ def test_resident_programs_fit_a_multiprocessor():
 
 
 def test_a_convolution_with_classes_splits_by_input_channels():
-    assert all(length >= t.splits * 4 * t.config.half or t.splits == 1
-               for length in (64, 320, 1280) for t in tiles.tilings("shifted", 8, length))  # fmt: skip
+    assert all(
+        length >= t.splits * 4 * t.config.half or t.splits == 1
+        for length in (64, 320, 1280)
+        for t in tiles.tilings("shifted", 8, length)
+    )
     assert {t.splits for t in tiles.tilings("shifted", 8, 320)} == {1}
     assert tiles.choose("shifted", 128, 1280, 11520, 1280, DEVICES["A100"]).splits in (2, 4)
 

@@ -53,9 +53,7 @@ def test_columns_are_rounded_as_by_the_reference(isa, rows, columns, low, high):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 40), st.integers(1, 64), st.sampled_from([1e-30, 1e-6, 1.0, 1e6, 1e20]), st.integers(0, 2**31)
-)  # fmt: skip
+@given(st.integers(1, 40), st.integers(1, 64), st.sampled_from([1e-30, 1e-6, 1.0, 1e6, 1e20]), st.integers(0, 2**31))
 def test_columns_of_any_size_of_values(rows, columns, size, seed):
     values, pull, ahead, diagonal, step = block(rows, columns, seed=seed)
     same_rounding(-8, 7, values * size, pull, ahead * size, diagonal, step)

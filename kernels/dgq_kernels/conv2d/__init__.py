@@ -12,9 +12,18 @@ from . import cpu, reference
 
 @operator("dgq::conv2d")
 def conv2d(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    out_dtype: torch.dtype,
+    class_ends: list[int],
+    residual: Tensor | None = None,
+) -> Tensor:
     """Convolution of padded codes with int8 weights.
 
     Args:
@@ -38,10 +47,20 @@ def conv2d(
 
 @operator("dgq::conv2d_int4")
 def conv2d_int4(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
-    column_sum: Tensor, bias: Tensor | None, kernel_size: int, stride: int, out_dtype: torch.dtype, group: int,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    packed: Tensor,
+    subscales: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    out_dtype: torch.dtype,
+    group: int,
     residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Convolution of padded codes with two-level int4 weights, unpacked in registers on CUDA.
 
     Args:
@@ -53,17 +72,37 @@ def conv2d_int4(
         (B, N, Ho, Wo) of out_dtype, channels-last.
     """
     return implementation(reference.conv2d_int4, codes)(
-        codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, kernel_size, stride, out_dtype,
-        group, residual,
-    )  # fmt: skip
+        codes,
+        scale,
+        zero_point,
+        packed,
+        subscales,
+        weight_scale,
+        column_sum,
+        bias,
+        kernel_size,
+        stride,
+        out_dtype,
+        group,
+        residual,
+    )
 
 
 @operator("dgq::conv2d_prepacked")
 def conv2d_prepacked(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: list[Tensor], class_ends: list[int], split: bool,
-    weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None, kernel_size: int, stride: int,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    packed: list[Tensor],
+    class_ends: list[int],
+    split: bool,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    stride: int,
     out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`conv2d` on the CPU with a weight packed once by `cpu.prepack`; kernel_size only gives the output's shape."""
     return cpu.conv2d_prepacked(
         codes, scale, zero_point, packed, class_ends, split, weight_scale, column_sum, bias, stride, out_dtype
@@ -83,15 +122,36 @@ def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, 
 
 @register_fake(conv2d_int4)
 def _(
-    codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, kernel_size, stride, out_dtype, group,
+    codes,
+    scale,
+    zero_point,
+    packed,
+    subscales,
+    weight_scale,
+    column_sum,
+    bias,
+    kernel_size,
+    stride,
+    out_dtype,
+    group,
     residual=None,
-):  # fmt: skip
+):
     return _empty_output(codes, column_sum.shape[0], (kernel_size, kernel_size), stride, out_dtype)
 
 
 @register_fake(conv2d_prepacked)
 def _(
-    codes, scale, zero_point, packed, class_ends, split, weight_scale, column_sum, bias, kernel_size, stride,
+    codes,
+    scale,
+    zero_point,
+    packed,
+    class_ends,
+    split,
+    weight_scale,
+    column_sum,
+    bias,
+    kernel_size,
+    stride,
     out_dtype,
-):  # fmt: skip
+):
     return _empty_output(codes, column_sum.shape[0], (kernel_size, kernel_size), stride, out_dtype)

@@ -29,10 +29,24 @@ def _product(codes: Tensor, packed: Tensor, n: int, stride: int, split: bool) ->
     if split:
         codes = torch.cat((codes >> 1, codes & 1))
     product = torch.ops.onednn.qconv_pointwise(
-        codes.contiguous(memory_format=torch.channels_last), 1.0, 0, packed,
-        codes.new_ones(n, dtype=torch.float32), codes.new_zeros(n, dtype=torch.int32), None,
-        [stride, stride], [0, 0], [1, 1], 1, 1.0, 0, torch.float32, "none", [], "",
-    )  # fmt: skip
+        codes.contiguous(memory_format=torch.channels_last),
+        1.0,
+        0,
+        packed,
+        codes.new_ones(n, dtype=torch.float32),
+        codes.new_zeros(n, dtype=torch.int32),
+        None,
+        [stride, stride],
+        [0, 0],
+        [1, 1],
+        1,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
     if split:
         high, low = product.chunk(2)
         return high.mul_(2).add_(low)
@@ -49,9 +63,18 @@ def accumulate(codes: Tensor, packed: list[Tensor], class_ends: list[int], n: in
 
 
 def conv2d_prepacked(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: list[Tensor], class_ends: list[int], split: bool,
-    weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None, stride: int, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    packed: list[Tensor],
+    class_ends: list[int],
+    split: bool,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
     """See `dgq_kernels.conv2d_prepacked`."""
     total = accumulate(codes, packed, class_ends, column_sum.shape[0], stride, split)
     factor = weight_scale.view(1, -1, 1, 1) * scale.view(-1, 1, 1, 1)
@@ -63,26 +86,54 @@ def conv2d_prepacked(
 
 
 def conv2d(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    out_dtype: torch.dtype,
+    class_ends: list[int],
+    residual: Tensor | None = None,
+) -> Tensor:
     """`dgq_kernels.conv2d` on the CPU: packs the weight for this one call (layers pack once and keep it)."""
     if cpu_path() == "reference":
         return reference.conv2d(
             codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, class_ends, residual
         )
     y = conv2d_prepacked(
-        codes, scale, zero_point, prepack(weight, stride, class_ends), class_ends, needs_split(8, weight),
-        weight_scale, column_sum, bias, stride, out_dtype if residual is None else torch.float32,
-    )  # fmt: skip
+        codes,
+        scale,
+        zero_point,
+        prepack(weight, stride, class_ends),
+        class_ends,
+        needs_split(8, weight),
+        weight_scale,
+        column_sum,
+        bias,
+        stride,
+        out_dtype if residual is None else torch.float32,
+    )
     return y if residual is None else y.add_(residual).to(out_dtype)
 
 
 def conv2d_int4(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
-    column_sum: Tensor, bias: Tensor | None, kernel_size: int, stride: int, out_dtype: torch.dtype, group: int,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    packed: Tensor,
+    subscales: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    out_dtype: torch.dtype,
+    group: int,
     residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`dgq_kernels.conv2d_int4` on the CPU, as `conv2d`."""
     channels = codes.shape[1]
     weight = reference.dense_weight(packed, subscales, channels, kernel_size, group)

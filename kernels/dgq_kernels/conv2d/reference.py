@@ -20,9 +20,18 @@ def accumulate(codes: Tensor, weight: Tensor, stride: int, class_ends: list[int]
 
 
 def conv2d(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, stride: int, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    out_dtype: torch.dtype,
+    class_ends: list[int],
+    residual: Tensor | None = None,
+) -> Tensor:
     """See `dgq_kernels.conv2d`."""
     total = accumulate(codes, weight, stride, class_ends)
     centred = total - zero_point.long().view(-1, 1, 1, 1) * column_sum.long().view(1, -1, 1, 1)
@@ -41,10 +50,20 @@ def dense_weight(packed: Tensor, subscales: Tensor, channels: int, kernel_size: 
 
 
 def conv2d_int4(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
-    column_sum: Tensor, bias: Tensor | None, kernel_size: int, stride: int, out_dtype: torch.dtype, group: int,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    packed: Tensor,
+    subscales: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    out_dtype: torch.dtype,
+    group: int,
     residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """See `dgq_kernels.conv2d_int4`."""
     weight = dense_weight(packed, subscales, codes.shape[1], kernel_size, group)
     return conv2d(

@@ -15,10 +15,18 @@ from . import cpu, reference
 
 @operator("dgq::linear_int8")
 def linear_int8(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    class_ends: list[int],
+    residual: Tensor | None = None,
     gated: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Linear layer on int8 weights, with shift classes.
 
     Args:
@@ -53,10 +61,19 @@ def _check_gated(gated: bool, channels: int, residual: Tensor | None) -> None:
 
 @operator("dgq::linear_int4")
 def linear_int4(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
-    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int, residual: Tensor | None = None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    packed: Tensor,
+    subscales: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    group: int,
+    residual: Tensor | None = None,
     gated: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Linear layer on two-level int4 weights W' = w4 * m, unpacked in registers on CUDA.
 
     Args:
@@ -77,9 +94,16 @@ def linear_int4(
 
 @operator("dgq::linear_float_groups")
 def linear_float_groups(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype, group_ends: list[int],
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    group_ends: list[int],
+) -> Tensor:
     """Linear layer whose input channels come in groups with a float scale each, as in DGQ's paper (arXiv 2501.04304).
 
     For comparison with `linear_int8` only: no recipe asks for it, and on the CPU the reference runs it.
@@ -109,9 +133,17 @@ def linear_float_groups(
 
 @operator("dgq::linear_prepacked")
 def linear_prepacked(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: list[Tensor], class_ends: list[int], split: bool,
-    weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    packed: list[Tensor],
+    class_ends: list[int],
+    split: bool,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     """`linear_int8` on the CPU with a weight packed once by `cpu.prepack`.
 
     Args:
@@ -126,15 +158,25 @@ def linear_prepacked(
 @register_fake(linear_int8)
 def _(
     codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends, residual=None, gated=False
-):  # fmt: skip
+):
     return codes.new_empty((codes.shape[0], column_sum.shape[0] // (1 + gated)), dtype=out_dtype)
 
 
 @register_fake(linear_int4)
 def _(
-    codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group, residual=None,
+    codes,
+    scale,
+    zero_point,
+    packed,
+    subscales,
+    weight_scale,
+    column_sum,
+    bias,
+    out_dtype,
+    group,
+    residual=None,
     gated=False,
-):  # fmt: skip
+):
     return codes.new_empty((codes.shape[0], column_sum.shape[0] // (1 + gated)), dtype=out_dtype)
 
 

@@ -11,11 +11,20 @@ from . import tiles
 from . import triton as linear
 
 EPILOGUE = {
-    "codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32", "weight_scale_ptr": "*fp32",
-    "column_sum_ptr": "*i32", "bias_ptr": "*fp32", "residual_ptr": "*fp16", "out_ptr": "*fp16",
-    "weight_ptr": "*i8", "ends_ptr": "*i32", "packed_ptr": "*u8", "subscale_ptr": "*u8",
+    "codes_ptr": "*u8",
+    "scale_ptr": "*fp32",
+    "zero_point_ptr": "*i32",
+    "weight_scale_ptr": "*fp32",
+    "column_sum_ptr": "*i32",
+    "bias_ptr": "*fp32",
+    "residual_ptr": "*fp16",
+    "out_ptr": "*fp16",
+    "weight_ptr": "*i8",
+    "ends_ptr": "*i32",
+    "packed_ptr": "*u8",
+    "subscale_ptr": "*u8",
     "partial_ptr": "*i32",
-}  # fmt: skip
+}
 
 
 def products(major: int, int8: Any, int4: Any, gates: bool) -> Iterator[aot_case.Case]:
@@ -25,10 +34,19 @@ def products(major: int, int8: Any, int4: Any, gates: bool) -> Iterator[aot_case
 
     def case(kernel: Any, config: tiles.Config, note: str, constants: dict[str, Any], **mode: bool) -> aot_case.Case:
         every = {
-            "HAS_BIAS": True, "HAS_RESIDUAL": True, "GATED": False, "SPLIT": False, "ASSEMBLY": major > 0,
-            "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "HALF": config.half, "WHOLE": config.whole,
-            **window, **constants, **mode,
-        }  # fmt: skip
+            "HAS_BIAS": True,
+            "HAS_RESIDUAL": True,
+            "GATED": False,
+            "SPLIT": False,
+            "ASSEMBLY": major > 0,
+            "BLOCK_ROWS": config.rows,
+            "BLOCK_CHANNELS": config.channels,
+            "HALF": config.half,
+            "WHOLE": config.whole,
+            **window,
+            **constants,
+            **mode,
+        }
         if every["GATED"]:
             every |= {"HAS_RESIDUAL": False, "residual_ptr": None}
         if not every["SPLIT"]:
@@ -68,18 +86,30 @@ def cases(major: int) -> Iterator[aot_case.Case]:
     yield from products(major, linear.linear_int8_kernel, linear.linear_int4_kernel, gates=True)
     config = tiles.FLOAT_GROUPS
     constants: dict[str, Any] = {
-        "HAS_BIAS": True, "ASSEMBLY": major > 0, "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels,
+        "HAS_BIAS": True,
+        "ASSEMBLY": major > 0,
+        "BLOCK_ROWS": config.rows,
+        "BLOCK_CHANNELS": config.channels,
         "HALF": config.half,
-    }  # fmt: skip
+    }
     yield aot_case.case(
         linear.linear_float_groups_kernel, config[:5], EPILOGUE, constants, config.warps, config.stages, permutes=24
     )
     for gated in (False, True):
         constants = {
-            "HAS_BIAS": True, "HAS_RESIDUAL": not gated, "GATED": gated, "BLOCK_ROWS": linear.SUM_ROWS,
-            "BLOCK_CHANNELS": linear.SUM_CHANNELS, **({"residual_ptr": None} if gated else {}),
-        }  # fmt: skip
+            "HAS_BIAS": True,
+            "HAS_RESIDUAL": not gated,
+            "GATED": gated,
+            "BLOCK_ROWS": linear.SUM_ROWS,
+            "BLOCK_CHANNELS": linear.SUM_CHANNELS,
+            **({"residual_ptr": None} if gated else {}),
+        }
         yield aot_case.case(
-            linear.sum_splits_kernel, (linear.SUM_ROWS, linear.SUM_CHANNELS, 4), EPILOGUE, constants, 4,
-            note="gated" if gated else "", integer=False,
-        )  # fmt: skip
+            linear.sum_splits_kernel,
+            (linear.SUM_ROWS, linear.SUM_CHANNELS, 4),
+            EPILOGUE,
+            constants,
+            4,
+            note="gated" if gated else "",
+            integer=False,
+        )

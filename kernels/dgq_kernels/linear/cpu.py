@@ -35,9 +35,20 @@ def _product(codes: Tensor, packed: Tensor, n: int, split: bool) -> Tensor:
     if split:
         codes = torch.cat((codes >> 1, codes & 1))
     product = torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, 0, packed, codes.new_ones(n, dtype=torch.float32), codes.new_zeros(n, dtype=torch.int32),
-        None, 1.0, 0, torch.float32, "none", [], "",
-    )  # fmt: skip
+        codes,
+        1.0,
+        0,
+        packed,
+        codes.new_ones(n, dtype=torch.float32),
+        codes.new_zeros(n, dtype=torch.int32),
+        None,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
     if split:
         high, low = product.chunk(2)
         return high.mul_(2).add_(low)
@@ -55,9 +66,17 @@ def accumulate(codes: Tensor, packed: list[Tensor], class_ends: list[int], n: in
 
 
 def linear_prepacked(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: list[Tensor], class_ends: list[int], split: bool,
-    weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    packed: list[Tensor],
+    class_ends: list[int],
+    split: bool,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     """See `dgq_kernels.linear_prepacked`."""
     total = accumulate(codes, packed, class_ends, column_sum.shape[0], split)
     total.addr_(zero_point.float(), column_sum.float(), alpha=-1)
@@ -68,29 +87,54 @@ def linear_prepacked(
 
 
 def linear_int8(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    class_ends: list[int],
+    residual: Tensor | None = None,
     gated: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`dgq_kernels.linear_int8` on the CPU: packs the weight for this one call (layers pack once and keep it)."""
     if cpu_path() == "reference":
         return reference.linear_int8(
             codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, class_ends, residual, gated
         )
     y = linear_prepacked(
-        codes, scale, zero_point, prepack(weight, class_ends), class_ends, needs_split(8, weight),
-        weight_scale, column_sum, bias, out_dtype if residual is None and not gated else torch.float32,
-    )  # fmt: skip
+        codes,
+        scale,
+        zero_point,
+        prepack(weight, class_ends),
+        class_ends,
+        needs_split(8, weight),
+        weight_scale,
+        column_sum,
+        bias,
+        out_dtype if residual is None and not gated else torch.float32,
+    )
     if gated:
         return reference.gate(y).to(out_dtype)
     return y if residual is None else y.add_(residual).to(out_dtype)
 
 
 def linear_int4(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
-    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int, residual: Tensor | None = None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    packed: Tensor,
+    subscales: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    group: int,
+    residual: Tensor | None = None,
     gated: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`dgq_kernels.linear_int4` on the CPU, as `linear_int8`."""
     k = codes.shape[1]
     weight = expand_two_level(packed, subscales, k, group)

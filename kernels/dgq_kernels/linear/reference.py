@@ -29,9 +29,16 @@ def gate(y: Tensor) -> Tensor:
 
 
 def dequantize(
-    total: Tensor, scale: Tensor, zero_point: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype, residual: Tensor | None = None, gated: bool = False,
-) -> Tensor:  # fmt: skip
+    total: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
     """The epilogue: y = s_r * s_w[n] * (total - z_r * C[n]) + bias[n] + residual[r, n], from exact integers, or `gate`
     of it."""
     centred = total - zero_point[:, None].long() * column_sum.long()
@@ -42,20 +49,37 @@ def dequantize(
 
 
 def linear_int8(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype, class_ends: list[int], residual: Tensor | None = None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    class_ends: list[int],
+    residual: Tensor | None = None,
     gated: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """See `dgq_kernels.linear_int8`."""
     total = accumulate(codes, weight, class_ends)
     return dequantize(total, scale, zero_point, weight_scale, column_sum, bias, out_dtype, residual, gated)
 
 
 def linear_int4(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
-    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int, residual: Tensor | None = None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    packed: Tensor,
+    subscales: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    group: int,
+    residual: Tensor | None = None,
     gated: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """See `dgq_kernels.linear_int4`."""
     k = codes.shape[1]
     weight = expand_two_level(packed, subscales, k, group)
@@ -65,9 +89,16 @@ def linear_int4(
 
 
 def linear_float_groups(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype, group_ends: list[int],
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    group_ends: list[int],
+) -> Tensor:
     """See `dgq_kernels.linear_float_groups`; float32, added in the order of the groups."""
     total = torch.zeros((codes.shape[0], weight.shape[0]), device=codes.device)
     begin = 0

@@ -245,9 +245,15 @@ def fastest(key: tuple[object, ...], candidates: Iterator[Tiling], time: Callabl
 
 
 def pick(
-    kind: str, rows: int, channels: int, reduction: int, length: int, device: torch.device, kernel: str,
+    kind: str,
+    rows: int,
+    channels: int,
+    reduction: int,
+    length: int,
+    device: torch.device,
+    kernel: str,
     run: Callable[[Tiling], None],
-) -> Tiling:  # fmt: skip
+) -> Tiling:
     """The tiling for a product on this device.
 
     DGQ_AUTOTUNE=1 in the environment measures every candidate at a shape's first call, `kernel` and `run` being the

@@ -34,9 +34,16 @@ def _in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
 
 @operator("dgq::log_attention")
 def log_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
-    qk_bits: int = 8, v_bits: int = 8,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bits: int,
+    fraction_bits: int,
+    start_token: bool,
+    qk_bits: int = 8,
+    v_bits: int = 8,
+) -> Tensor:
     """softmax(scale * q k^T) v with the probabilities as `bits`-bit codes (DGQ paper; docs/method.md).
 
     With t = scale * log2(e) * q . k and m a row's largest t: code = clamp(rint((m - t) * 2^f), 0, 2^bits - 1), the
@@ -78,9 +85,16 @@ def _empty_rows_first(q: Tensor) -> Tensor:
 
 
 def log_attention_eager(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
-    qk_bits: int = 8, v_bits: int = 8,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bits: int,
+    fraction_bits: int,
+    start_token: bool,
+    qk_bits: int = 8,
+    v_bits: int = 8,
+) -> Tensor:
     """`log_attention`; on the CPU without torch's dispatcher."""
     if not q.is_cpu or torch.compiler.is_compiling() or not cpu.engine_takes(q.device, qk_bits, v_bits):
         return log_attention(q, k, v, scale, bits, fraction_bits, start_token, qk_bits, v_bits)

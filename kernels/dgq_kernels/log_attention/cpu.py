@@ -27,9 +27,16 @@ def engine_takes(device: torch.device, qk_bits: int, v_bits: int) -> bool:
 
 
 def log_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
-    qk_bits: int, v_bits: int,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bits: int,
+    fraction_bits: int,
+    start_token: bool,
+    qk_bits: int,
+    v_bits: int,
+) -> Tensor:
     """See `dgq_kernels.log_attention`."""
     if engine_takes(q.device, qk_bits, v_bits):
         factor = scale * LOG2_E
@@ -38,9 +45,16 @@ def log_attention(
 
 
 def carried_by_floats(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
-    qk_bits: int, v_bits: int,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bits: int,
+    fraction_bits: int,
+    start_token: bool,
+    qk_bits: int,
+    v_bits: int,
+) -> Tensor:
     """Attention on torch's float32 products.
 
     With integer operands every sum is exact: q . k stays below 2^24, and P V is summed over EXACT_KEYS keys at a time

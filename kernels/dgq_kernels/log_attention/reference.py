@@ -40,9 +40,16 @@ class Operands(NamedTuple):
 
 
 def validate(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
-    qk_bits: int, v_bits: int,
-) -> None:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bits: int,
+    fraction_bits: int,
+    start_token: bool,
+    qk_bits: int,
+    v_bits: int,
+) -> None:
     """Raise ValueError where the arguments of `dgq_kernels.log_attention` make no sense."""
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
@@ -150,9 +157,16 @@ def log_codes(operands: Operands, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def log_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
-    qk_bits: int, v_bits: int,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bits: int,
+    fraction_bits: int,
+    start_token: bool,
+    qk_bits: int,
+    v_bits: int,
+) -> Tensor:
     """See `dgq_kernels.log_attention`."""
     operands = quantize_operands(q, k, v, scale, fraction_bits, start_token, qk_bits, v_bits)
     codes, largest = log_codes(operands, bits)

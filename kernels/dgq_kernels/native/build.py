@@ -17,9 +17,16 @@ FOLDER = Path(__file__).resolve().parent
 # DGQ_CPU_LIBRARY names another file to build and load: one with sanitizers, for instance.
 LIBRARY = Path(os.environ.get("DGQ_CPU_LIBRARY") or FOLDER / "libdgq_cpu.so").absolute()
 FLAGS = [
-    "-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi", "-fno-math-errno",
-    "-fno-trapping-math", "-ffp-contract=off",  # no contraction: every instruction set must give the reference's bits
-]  # fmt: skip
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",  # no contraction: every instruction set must give the reference's bits
+]
 
 
 def compiler() -> list[str]:

@@ -46,9 +46,15 @@ def quantize_rows(
 
 @operator("dgq::layer_norm_quantize_rows")
 def layer_norm_quantize_rows(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int, inv_divisor: Tensor | None,
-    position: Tensor | None, rotation: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    bits: int,
+    inv_divisor: Tensor | None,
+    position: Tensor | None,
+    rotation: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_rows` of LayerNorm(x) over the channels, the norm in float32.
 
     Args:
@@ -99,9 +105,16 @@ def silu_quantize_rows(
 
 @operator("dgq::group_norm_quantize_rows")
 def group_norm_quantize_rows(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int,
-    inv_divisor: Tensor | None, position: Tensor | None, rotation: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    bits: int,
+    inv_divisor: Tensor | None,
+    position: Tensor | None,
+    rotation: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_rows` of GroupNorm(x), a row for each pixel: what a transformer over pixels begins with.
 
     Args:
@@ -192,9 +205,19 @@ def quantize_samples(
 
 @operator("dgq::group_norm_quantize_samples")
 def group_norm_quantize_samples(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, bits: int,
-    inv_divisor: Tensor | None, padding: int, position: Tensor | None, offset: Tensor | None = None, rotation: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    bits: int,
+    inv_divisor: Tensor | None,
+    padding: int,
+    position: Tensor | None,
+    offset: Tensor | None = None,
+    rotation: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_samples` of GroupNorm(x), or SiLU(GroupNorm(x)), in float32.
 
     Args:
@@ -222,8 +245,10 @@ def _empty_samples(x: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
     codes = torch.empty(
         (batch, channels, height + 2 * padding, width + 2 * padding),
-        dtype=torch.uint8, device=x.device, memory_format=torch.channels_last,
-    )  # fmt: skip
+        dtype=torch.uint8,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
     return codes, x.new_empty(batch, dtype=torch.float32), x.new_empty(batch, dtype=torch.int32)
 
 

@@ -12,15 +12,28 @@ from . import triton as quantize
 def cases(major: int) -> Iterator[aot_case.Case]:
     """On any major compute capability."""
     pointers = {
-        "x_ptr": "*fp16", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32", "inv_divisor_ptr": "*fp32",
-        "position_ptr": "*i32", "codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
+        "x_ptr": "*fp16",
+        "norm_weight_ptr": "*fp32",
+        "norm_bias_ptr": "*fp32",
+        "inv_divisor_ptr": "*fp32",
+        "position_ptr": "*i32",
+        "codes_ptr": "*u8",
+        "scale_ptr": "*fp32",
+        "zero_point_ptr": "*i32",
         **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "shift", "centre", "gain")},
-        "below_ptr": "*i32", "above_ptr": "*i32",
-    }  # fmt: skip
+        "below_ptr": "*i32",
+        "above_ptr": "*i32",
+    }
     flags = {
-        "DIVIDE": True, "PLACE": True, "ROTATION": 0, "OFFSET": True, "GAIN": True, "SHIFT": False, "SMALLEST": 1e-30,
+        "DIVIDE": True,
+        "PLACE": True,
+        "ROTATION": 0,
+        "OFFSET": True,
+        "GAIN": True,
+        "SHIFT": False,
+        "SMALLEST": 1e-30,
         "TOP": 255,
-    }  # fmt: skip
+    }
 
     def case(kernel: Any, config: quantize.Config, note: str, **constants: Any) -> aot_case.Case:
         tile = {"BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels}
@@ -38,9 +51,15 @@ def cases(major: int) -> Iterator[aot_case.Case]:
     turned = {"PLACE": False, "ROTATION": 256}
     yield case(quantize.quantize_long_rows_kernel, long, "plain rotated", **turned)
     for mode, note, channels, block in (
-        (0, "plain", 1280, 256), (0, "plain", 5120, 256), (0, "plain", 336, 16), (1, "layer norm", 320, 64),
-        (1, "layer norm", 1280, 256), (2, "geglu", 5120, 256), (3, "silu", 1280, 256), (4, "group norm", 1280, 256),
-    ):  # fmt: skip
+        (0, "plain", 1280, 256),
+        (0, "plain", 5120, 256),
+        (0, "plain", 336, 16),
+        (1, "layer norm", 320, 64),
+        (1, "layer norm", 1280, 256),
+        (2, "geglu", 5120, 256),
+        (3, "silu", 1280, 256),
+        (4, "group norm", 1280, 256),
+    ):
         turned = {"PLACE": False, "ROTATION": block, "INPUT": mode}
         config, note = quantize.config_for(channels, block), f"{note} rotated by {block}"
         yield case(quantize.quantize_rows_kernel, config, note, **turned)

@@ -48,9 +48,15 @@ def quantize_rows(
 
 
 def layer_norm_quantize_rows(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int, inv_divisor: Tensor | None,
-    position: Tensor | None, rotation: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    bits: int,
+    inv_divisor: Tensor | None,
+    position: Tensor | None,
+    rotation: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `dgq_kernels.layer_norm_quantize_rows`."""
     weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
     normed = functional.layer_norm(x.float(), x.shape[1:], weight, bias, eps)
@@ -79,9 +85,16 @@ def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | No
 
 
 def group_norm_quantize_rows(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int,
-    inv_divisor: Tensor | None, position: Tensor | None, rotation: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    bits: int,
+    inv_divisor: Tensor | None,
+    position: Tensor | None,
+    rotation: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `dgq_kernels.group_norm_quantize_rows`."""
     rows = _group_norm(x, groups, weight, bias, eps).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
     return quantize_rows(rows, bits, inv_divisor, position, rotation)
@@ -101,8 +114,10 @@ def quantize_samples(
     batch, channels, height, width = x.shape
     padded = torch.empty(
         (batch, channels, height + 2 * padding, width + 2 * padding),
-        dtype=torch.uint8, device=x.device, memory_format=torch.channels_last,
-    )  # fmt: skip
+        dtype=torch.uint8,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
     if padding:
         padded.copy_(zero_point.to(torch.uint8).expand_as(padded))
     padded[:, :, padding : padding + height, padding : padding + width] = _placed(codes, position, 1)
@@ -110,9 +125,19 @@ def quantize_samples(
 
 
 def group_norm_quantize_samples(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, bits: int,
-    inv_divisor: Tensor | None, padding: int, position: Tensor | None, offset: Tensor | None = None, rotation: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    bits: int,
+    inv_divisor: Tensor | None,
+    padding: int,
+    position: Tensor | None,
+    offset: Tensor | None = None,
+    rotation: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `dgq_kernels.group_norm_quantize_samples`."""
     if offset is not None:
         x = x.float() + offset.float()[:, :, None, None]

@@ -227,7 +227,7 @@ def _gate_backward(gradient: Tensor, values: Tensor) -> Tensor:
 
 def scaled_linear(
     x: Tensor, weight: Weight, d_in: Tensor | None, d_out: Tensor, bias: Tensor | None = None, gated: bool = False
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """A linear layer of an integer weight with an input and an output scale, both of which take gradients.
 
     Args:
@@ -247,9 +247,15 @@ def scaled_linear(
 
 
 def scaled_conv2d(
-    x: Tensor, weight: Weight, d_in: Tensor | None, d_out: Tensor, bias: Tensor | None = None, kernel: int = 1,
-    stride: int = 1, padding: int = 0,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Weight,
+    d_in: Tensor | None,
+    d_out: Tensor,
+    bias: Tensor | None = None,
+    kernel: int = 1,
+    stride: int = 1,
+    padding: int = 0,
+) -> Tensor:
     """A convolution of an integer weight, as `scaled_linear`.
 
     Args:

@@ -17,7 +17,7 @@ def along(scale: Tensor, like: Tensor, axis: int) -> Tensor:
 
 def scaled_linear(
     x: Tensor, weight: Tensor, d_in: Tensor | None, d_out: Tensor, bias: Tensor | None = None, gated: bool = False
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """See `dgq_kernels.scaled_linear`; weight is the whole integer matrix (N, K)."""
     scaled = x if d_in is None else x * along(d_in, x, -1)
     y = scaled @ weight.to(x.dtype).t()
@@ -30,9 +30,15 @@ def scaled_linear(
 
 
 def scaled_conv2d(
-    x: Tensor, weight: Tensor, d_in: Tensor | None, d_out: Tensor, bias: Tensor | None = None, kernel: int = 1,
-    stride: int = 1, padding: int = 0,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    d_in: Tensor | None,
+    d_out: Tensor,
+    bias: Tensor | None = None,
+    kernel: int = 1,
+    stride: int = 1,
+    padding: int = 0,
+) -> Tensor:
     """See `dgq_kernels.scaled_conv2d`; weight is the whole integer matrix (N, kernel^2 * C)."""
     scaled = x if d_in is None else x * along(d_in, x, 1)
     taps = weight.to(x.dtype).view(weight.shape[0], kernel, kernel, -1).permute(0, 3, 1, 2)

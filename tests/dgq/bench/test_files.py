@@ -22,10 +22,14 @@ from dgq.integer.layer import IntegerLayer
 from dgq.replay import take_apart
 
 TENSORS = {
-    "a.weight": torch.randn(3, 5), "a.bias": torch.randn(3).to(torch.bfloat16), "half": torch.randn(1, 2, 2).half(),
-    "codes": torch.randint(-127, 128, (7,), dtype=torch.int8), "packed": torch.arange(4, dtype=torch.uint8).view(2, 2),
-    "order": torch.arange(3, dtype=torch.int32), "scalar": torch.tensor(2.5),
-}  # fmt: skip
+    "a.weight": torch.randn(3, 5),
+    "a.bias": torch.randn(3).to(torch.bfloat16),
+    "half": torch.randn(1, 2, 2).half(),
+    "codes": torch.randint(-127, 128, (7,), dtype=torch.int8),
+    "packed": torch.arange(4, dtype=torch.uint8).view(2, 2),
+    "order": torch.arange(3, dtype=torch.int32),
+    "scalar": torch.tensor(2.5),
+}
 SPECS = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
 
 
@@ -53,10 +57,14 @@ def test_a_stream_of_other_tensors_is_refused(tmp_path: Path) -> None:
 
 def test_calls_come_back_as_they_were(tmp_path: Path) -> None:
     calls = [
-        {"sample": torch.randn(1, 4, 2, 2).contiguous(memory_format=torch.channels_last), "timestep": torch.tensor(i),
-         "added_cond_kwargs": {"text_embeds": torch.randn(1, 3), "time_ids": torch.randn(1, 6)}, "shapes": [[1, 2]]}
+        {
+            "sample": torch.randn(1, 4, 2, 2).contiguous(memory_format=torch.channels_last),
+            "timestep": torch.tensor(i),
+            "added_cond_kwargs": {"text_embeds": torch.randn(1, 3), "time_ids": torch.randn(1, 6)},
+            "shapes": [[1, 2]],
+        }
         for i in range(11)
-    ]  # fmt: skip
+    ]
     files.save_calls(calls, tmp_path / "calls")
     read = files.load_calls(tmp_path / "calls")
     assert len(read) == 11

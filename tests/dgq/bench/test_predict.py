@@ -33,8 +33,9 @@ def ideal():
 
 @pytest.mark.parametrize(
     # of PixArt by hand: 28 blocks of 1024 tokens and 1152 channels, 120 text tokens, two samples
-    ("name", "gmacs"), [("sd-v1.4", 803), ("sdxl-turbo", 794), ("pixart-alpha", 1236)],
-)  # fmt: skip
+    ("name", "gmacs"),
+    [("sd-v1.4", 803), ("sdxl-turbo", 794), ("pixart-alpha", 1236)],
+)
 def test_counts_every_product(name, gmacs):
     assert round(sum(work.macs for work in predict.works(name)) / 1e9) == gmacs
 
@@ -91,8 +92,9 @@ def test_gating_saves_half_of_the_output(ideal, ungated):
     product = predict.Work("linear", 128, 64, 32, 8192, 2048, 4096, gated=True)
     after = predict.Work("geglu", 0, 0, 0, 4096, 0, 2048, gated=True)
     assert [predict.cost(work, "W8A8", DEVICE, {})[0].bytes for work in (product, after)] == [
-        8192 + 2048 + 2 * 2048, 2 * 2048 + 2048,
-    ]  # fmt: skip
+        8192 + 2048 + 2 * 2048,
+        2 * 2048 + 2048,
+    ]
     assert predict.cost(after, "fp16", DEVICE, {})[0].bytes == 2 * 4096 + 2 * 2048
 
 
@@ -125,9 +127,7 @@ def test_a_bound_by_hand():
     assert int8.cost.issue_slots == pytest.approx(1280 * 1000 * 128 / 4096 * 3)
     assert int8.issue == pytest.approx(int8.cost.issue_slots / (10 * 4 * 1e9) * 1e3)
     assert int8.total >= int8.ideal
-    worse = predict.bound(
-        predict.Work("linear", 1281, 1000, 128, 1_281_000, 128_000, 163_968), "W8A8", DEVICE, table
-    )  # fmt: skip
+    worse = predict.bound(predict.Work("linear", 1281, 1000, 128, 1_281_000, 128_000, 163_968), "W8A8", DEVICE, table)
     assert worse.cost.waves == 2
     assert worse.waves > 1.8 * worse.tensor
 
@@ -187,9 +187,13 @@ def test_an_installed_wheel_predicts_the_same(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     run = subprocess.run(
-        [sys.executable, "-m", "dgq_cli", "bench", "--predict", "sd-v1.4", "--json"], cwd=tmp_path, check=True,
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-    )  # fmt: skip
+        [sys.executable, "-m", "dgq_cli", "bench", "--predict", "sd-v1.4", "--json"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+    )
     expected = predict.to_dict(predict.predict_step("sd-v1.4"))
     assert json.loads(run.stdout) == json.loads(json.dumps(expected))
 

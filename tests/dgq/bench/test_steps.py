@@ -73,9 +73,17 @@ def test_every_system_in_its_place(small_config: Path, planned: dict[str, list[A
     bench_architecture(str(small_config), (8, 4), Options(1, CPU, PEERS))
     assert planned["written"] == ["random", "random", "OpenVINO", "NNCF", "dgq", "dgq"]
     assert [system.name for system in planned["systems"]] == [
-        "float32", "bfloat16", "torch.compile", "torchao int8", "sdnq int8", "OpenVINO float32", "OpenVINO bfloat16",
-        "OpenVINO NNCF int8", "dgq W8A8", "dgq W4A8",
-    ]  # fmt: skip
+        "float32",
+        "bfloat16",
+        "torch.compile",
+        "torchao int8",
+        "sdnq int8",
+        "OpenVINO float32",
+        "OpenVINO bfloat16",
+        "OpenVINO NNCF int8",
+        "dgq W8A8",
+        "dgq W4A8",
+    ]
     calls = {spec.calls for system in planned["systems"] for spec in system.specs}
     assert len(calls) == 1  # all are fed the same
     for system in planned["systems"]:
@@ -170,8 +178,10 @@ def test_checkpoint_with_its_float_model_gone_measures_no_error(
     _, notes = bench_step(tiny_checkpoint, None, Options(1, CPU, compiled=False))
     assert planned["written"] == ["random"]  # the float systems' weights
     assert [(system.name, system.comparable) for system in planned["systems"]] == [
-        ("float32", True), ("bfloat16", True), ("dgq W4A8", False),
-    ]  # fmt: skip
+        ("float32", True),
+        ("bfloat16", True),
+        ("dgq W4A8", False),
+    ]
     assert planned["systems"][-1].specs[0].folder == str(tiny_checkpoint)
     assert any("not at hand" in note for note in notes)
 

@@ -66,8 +66,10 @@ def test_systems_that_fit_run_in_turns(log: list[str]) -> None:
     rows, notes = measure([system("float32", 8), system("b", 4), system("c", 2)], "case", SIZE, 2, 6 * GIB)
     assert log == ["+float32", "+b", "+c", *["float32", "b", "c"] * 2, "-c", "-b", "-float32"]
     assert [(row.system, row.p50_ms, row.ratio_to_float32) for row in rows] == [
-        ("float32", 8, 1), ("b", 4, 0.5), ("c", 2, 0.25),
-    ]  # fmt: skip
+        ("float32", 8, 1),
+        ("b", 4, 0.5),
+        ("c", 2, 0.25),
+    ]
     assert rows[0].relative_error == 0
     assert rows[1].relative_error == pytest.approx(0.004 / 1.008, rel=1e-3)
     assert {row.peak_rss_mib for row in rows} == {2048}
@@ -81,9 +83,7 @@ def test_systems_that_do_not_fit_run_in_groups_each_with_float32(log: list[str])
     # beside float32 (2 GiB) b's turns out to take 1, so that c's 2 still fit, and d's no more
     assert log == ["+float32", "+b", "+c", "float32", "b", "c", "-c", "-b", "+d", "float32", "d", "-d", "-float32"]
     assert [row.system for row in rows] == ["float32", "b", "c", "d"]
-    assert notes == [
-        "memory did not suffice for all systems at once: b, c; d ran in turns, each group with float32"
-    ]  # fmt: skip
+    assert notes == ["memory did not suffice for all systems at once: b, c; d ran in turns, each group with float32"]
 
 
 def test_a_later_system_may_fill_the_room_that_an_earlier_one_did_not_fit_into(log: list[str]) -> None:
@@ -103,16 +103,20 @@ def test_a_system_that_never_fits_is_left_out() -> None:
 
 def test_systems_that_fail_become_notes_and_the_others_go_on() -> None:
     found = [
-        system("float32", 8), system("b", 4, fault="load"), system("c", 2, fault="run"), system("d", 1, fault="nan"),
+        system("float32", 8),
+        system("b", 4, fault="load"),
+        system("c", 2, fault="run"),
+        system("d", 1, fault="nan"),
         system("e", 3),
-    ]  # fmt: skip
+    ]
     rows, notes = measure(found, "case", SIZE, 3)
     assert [(row.system, row.p50_ms) for row in rows] == [("float32", 8), ("d", 1), ("e", 3)]
     assert rows[1].relative_error is None
     assert notes == [
-        "b failed: cannot be loaded", "c failed: its process was ended by SIGKILL",
+        "b failed: cannot be loaded",
+        "c failed: its process was ended by SIGKILL",
         "the output of d holds values that are not finite",
-    ]  # fmt: skip
+    ]
 
 
 def test_float32_has_a_row_when_all_others_fail() -> None:

@@ -79,9 +79,13 @@ worker.main(*sys.argv[1:])
 def test_what_libraries_print_is_no_answer(spec: Spec, tmp_path: Path) -> None:
     noisy = worker.as_json(dataclasses.replace(spec, kind="noisy"))
     child = subprocess.run(
-        [sys.executable, "-c", SCRIPT, noisy, str(tmp_path / "output.npy")], input="\n\n", capture_output=True,
-        text=True, check=True, env=files.child_environment(),
-    )  # fmt: skip
+        [sys.executable, "-c", SCRIPT, noisy, str(tmp_path / "output.npy")],
+        input="\n\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        env=files.child_environment(),
+    )
     first, *others = [json.loads(line) for line in child.stdout.splitlines()]
     assert first["load"].keys() == {"ms", "weight_bytes", "peak_rss_bytes"}
     assert [answer.keys() for answer in others] == [{"ms", "peak_rss_bytes"}] * 2
@@ -92,9 +96,13 @@ def test_what_libraries_print_is_no_answer(spec: Spec, tmp_path: Path) -> None:
 def test_a_step_that_fails_is_an_answer(spec: Spec, tmp_path: Path) -> None:
     wrong = dataclasses.replace(spec, kind="openvino", dtype="float64")
     child = subprocess.run(
-        [*files.CHILD, "work", worker.as_json(wrong), str(tmp_path / "output.npy")], input="",
-        capture_output=True, text=True, check=False, env=files.child_environment(),
-    )  # fmt: skip
+        [*files.CHILD, "work", worker.as_json(wrong), str(tmp_path / "output.npy")],
+        input="",
+        capture_output=True,
+        text=True,
+        check=False,
+        env=files.child_environment(),
+    )
     assert child.returncode == 1
     # without OpenVINO it is that which is missing
     assert json.loads(child.stdout)["error"].startswith(("KeyError: ", "ModuleNotFoundError: No module named 'openv"))

@@ -118,7 +118,7 @@ def test_what_cannot_be_made_into_a_folder(single_file, config, tiny_pipeline, t
         ((str(tiny_pipeline), None, [(tmp_path / "wide.safetensors", 1.0)]), "wide.safetensors: cannot be loaded as"),
         ((str(tiny_pipeline), None, [(tmp_path / "other.safetensors", 1.0)]), "other.safetensors: holds no LoRA"),
         ((str(tiny_pipeline), None, [(single_file, 1.0)]), "model.safetensors: holds no LoRA"),
-    ]  # fmt: skip
+    ]
     for (model, folder, loras), message in cases:
         with pytest.raises(DgqError, match=message):
             float_folder(model, tmp_path / "made", folder, loras)

@@ -96,7 +96,7 @@ NAME = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.packed"
         (lambda t: t["conv_in.weight"].fill_(float("nan")), "conv_in.weight.*finite"),
         (lambda t: t.pop("conv_in.weight"), "conv_in.weight.*missing"),
     ],
-)  # fmt: skip
+)
 def test_wrong_tensors_are_named(copy_of, change, message):
     edit_tensors(copy_of, change)
     with pytest.raises(DgqError, match=message):

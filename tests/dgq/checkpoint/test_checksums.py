@@ -75,9 +75,15 @@ def test_the_checksum_is_zlibs_however_many_threads_compute_it(tmp_path, monkeyp
 def test_a_checkpoint_has_them_of_all_that_is_loaded(folder):
     names = checksums.stored(folder / "unet")
     files = {os.path.relpath(file, folder / "unet") for file in folder.rglob("*") if file.is_file()}
-    assert set(names) == {name for name in files if name.removeprefix("../").partition("/")[0] not in (
-        "README.md", "concepts.json",
-    )}  # fmt: skip
+    assert set(names) == {
+        name
+        for name in files
+        if name.removeprefix("../").partition("/")[0]
+        not in (
+            "README.md",
+            "concepts.json",
+        )
+    }
     assert all(draws(route(folder)).shape == (1, 16, 16, 3) for route in ROUTES[:2])
 
 

@@ -72,9 +72,15 @@ class Flux(Driver):
         self.model_class = FluxTransformer2DModel
         torch.manual_seed(0)
         model = FluxTransformer2DModel(
-            in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4,
-            joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=[4, 4, 8],
-        )  # fmt: skip
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            axes_dims_rope=[4, 4, 8],
+        )
         model.save_pretrained(folder)
         self.kept = quantizable(model)[1]
 

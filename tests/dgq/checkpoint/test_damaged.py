@@ -45,9 +45,10 @@ def build(tiny_pipeline: Path, name: str, out: Path) -> None:
     if name == "paper":
         torch.manual_seed(0)
         call = {
-            "sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor(500),
+            "sample": torch.randn(2, 4, 8, 8),
+            "timestep": torch.tensor(500),
             "encoder_hidden_states": torch.randn(2, 24, 32),
-        }  # fmt: skip
+        }
         table = calibrate_paper(unet, [[call]], wbits=4, abits=8, groups=4)
         header = Header(Recipe("paper", groups=8), table=PaperTable.from_dict(table))
     else:
@@ -152,13 +153,19 @@ def test_bad_orders(copy_of, base):
     "base, leaf, value",
     [
         *(("w4", ".weight_scale", value) for value in (0.0, -1.0, 1e-45, float("nan"), float("inf"))),
-        ("w8", ".inv_divisor", 0.0), ("w8", ".inv_divisor", 1.5), ("w4", ".bias", float("inf")),
-        ("w4", ".subscales", 0), ("shift8", ".inv_divisor", 0.5), ("shift4", ".inv_divisor", 0.3),
+        ("w8", ".inv_divisor", 0.0),
+        ("w8", ".inv_divisor", 1.5),
+        ("w4", ".bias", float("inf")),
+        ("w4", ".subscales", 0),
+        ("shift8", ".inv_divisor", 0.5),
+        ("shift4", ".inv_divisor", 0.3),
         ("paper", ".weight_scale", -1.0),
-        ("paper", ".input.scale", 1e-45), ("paper", ".weight_zero_point", 0.5), ("paper", "norm1.weight", float("nan")),
+        ("paper", ".input.scale", 1e-45),
+        ("paper", ".weight_zero_point", 0.5),
+        ("paper", "norm1.weight", float("nan")),
         ("paper", "attentions.0.proj_in.input.index", 255),
     ],
-)  # fmt: skip
+)
 def test_values_without_a_meaning(copy_of, route, base, leaf, value):
     folder = copy_of(base)
 
@@ -173,11 +180,22 @@ def test_values_without_a_meaning(copy_of, route, base, leaf, value):
 
 WRONG = [True, None, "4", 4.0, -1, 0, 3, 10**9, 10**400, [], {}, [1, 2], float("nan")]
 PLAN = {
-    "kind": ["conv9d", "pointwise"], "in_features": [64, 16], "out_features": [33], "wbits": [5, 8.0], "abits": [3, 9],
-    "bias": [1, False], "kernel_size": [3, 2**19], "stride": [2], "padding": [1, 8], "channels": ["none", "magic"],
-    "class_ends": [[32], [-1, 32], [40, 32], [True, 32]], "reordered": [False, 1], "weight_group": [16, 64, 33],
-    "columns": [[0, 32], [5, 1]], "surprise": [1],
-}  # fmt: skip
+    "kind": ["conv9d", "pointwise"],
+    "in_features": [64, 16],
+    "out_features": [33],
+    "wbits": [5, 8.0],
+    "abits": [3, 9],
+    "bias": [1, False],
+    "kernel_size": [3, 2**19],
+    "stride": [2],
+    "padding": [1, 8],
+    "channels": ["none", "magic"],
+    "class_ends": [[32], [-1, 32], [40, 32], [True, 32]],
+    "reordered": [False, 1],
+    "weight_group": [16, 64, 33],
+    "columns": [[0, 32], [5, 1]],
+    "surprise": [1],
+}
 
 
 @pytest.mark.parametrize("field", PLAN)
@@ -261,8 +279,16 @@ def test_tables_of_the_paper_recipe(copy_of, path, values):
         refused(load_unet_alone, folder, "config.json")
 
 
-NOT_FILES = ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json",
-             "tokenizer/tokenizer.json", str(UNET), str(TEXT), str(VAE))  # fmt: skip
+NOT_FILES = (
+    "model_index.json",
+    "unet/config.json",
+    "vae/config.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer.json",
+    str(UNET),
+    str(TEXT),
+    str(VAE),
+)
 
 
 @pytest.mark.parametrize("name", NOT_FILES)
@@ -321,9 +347,7 @@ def test_a_long_name_is_told_in_short(copy_of):
 
 def test_tensors_that_old_text_encoders_hold(copy_of):
     folder = copy_of("w4")
-    more = {
-        "text_model.embeddings.position_ids": torch.arange(24)[None], "text_projection.weight": torch.zeros(32, 32)
-    }  # fmt: skip
+    more = {"text_model.embeddings.position_ids": torch.arange(24)[None], "text_projection.weight": torch.zeros(32, 32)}
     edit_tensors(folder / TEXT, lambda tensors: tensors.update(more))
     dgq.load(folder, device="cpu")
 
@@ -414,8 +438,17 @@ def raised(route, folder):
         return error
 
 
-FILES = ("unet/config.json", str(UNET), "model_index.json", str(TEXT), str(VAE), "text_encoder/config.json",
-         "vae/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json")  # fmt: skip
+FILES = (
+    "unet/config.json",
+    str(UNET),
+    "model_index.json",
+    str(TEXT),
+    str(VAE),
+    "text_encoder/config.json",
+    "vae/config.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer.json",
+)
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -25,8 +25,11 @@ print(type(pipe.unet.get_submodule("mid_block.resnets.0.conv1")).__name__, pipe.
 def test_from_pretrained_gives_no_warnings(tiny_checkpoint):
     run = subprocess.run(
         [sys.executable, "-W", "default::UserWarning", "-c", SCRIPT, str(tiny_checkpoint)],
-        capture_output=True, text=True, check=True, env=None,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        env=None,
+    )
     assert run.stdout.split() == ["IntegerConv2d", "torch.float32"]
     # bars of progress; and transformers says of itself that torchvision is missing, with dgq or without
     progress = ("it/s]", "s/it]", "requires torchvision")

@@ -157,9 +157,16 @@ def flux(**options):
 
     torch.manual_seed(0)
     return FluxTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=[4, 4, 8], **options,
-    )  # fmt: skip
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=[4, 4, 8],
+        **options,
+    )
 
 
 def flux_call(network):
@@ -247,15 +254,26 @@ def test_a_dequantized_layer_is_the_integer_one_without_rounding(kind, wbits, ch
     generator = torch.Generator().manual_seed(0)
     rms = torch.ones(64)
     rms[5::9] = 6.0
-    groups = form_groups(channels, rms, wbits) if channels != "rotate" else dataclasses.replace(
-        form_groups("smooth", rms, wbits), rotation=64
-    )  # fmt: skip
+    groups = (
+        form_groups(channels, rms, wbits)
+        if channels != "rotate"
+        else dataclasses.replace(form_groups("smooth", rms, wbits), rotation=64)
+    )
     groups = no_groups(64) if channels == "none" else groups
     plan = LayerPlan(
-        kind, 64, 48, wbits, 8, True, kernel_size=3 if kind == "conv2d" else 1, padding=int(kind == "conv2d"),
-        channels=groups.mode, class_ends=groups.class_ends, reordered=groups.order is not None,
+        kind,
+        64,
+        48,
+        wbits,
+        8,
+        True,
+        kernel_size=3 if kind == "conv2d" else 1,
+        padding=int(kind == "conv2d"),
+        channels=groups.mode,
+        class_ends=groups.class_ends,
+        reordered=groups.order is not None,
         rotation=groups.rotation,
-    )  # fmt: skip
+    )
     weight = torch.randn(48, 64, *([3, 3] if kind == "conv2d" else []), generator=generator)
     matrix = groups.fold(weight)
     ones = torch.ones(matrix.shape[1])
@@ -273,9 +291,14 @@ def test_a_dequantized_layer_is_the_integer_one_without_rounding(kind, wbits, ch
 def test_configurations_say_what_was_asked_for(folder):
     config = DgqConfig(wbits=8, modules_to_not_convert=["attn1"])
     assert config.to_dict() == {
-        "quant_method": "dgq", "wbits": 8, "abits": 8, "channels": "none", "attention": "log", "weight_group": 32,
+        "quant_method": "dgq",
+        "wbits": 8,
+        "abits": 8,
+        "channels": "none",
+        "attention": "log",
+        "weight_group": 32,
         "modules_to_not_convert": ["attn1"],
-    }  # fmt: skip
+    }
     assert config.to_diff_dict() == {"quant_method": "dgq", "wbits": 8, "modules_to_not_convert": ["attn1"]}
     assert json.loads(config.to_json_string()) == config.to_diff_dict()
     assert dict(config) == config.to_dict()

@@ -28,10 +28,19 @@ def kept(size=(24, 16), **changes):
             for i, prompt in enumerate(PROMPTS)
         ]
         report = {
-            "model": f"models/{name}", "recipe": "integer W4A8", "against": "dgq-emoji", "prompts": 3, "seeds": 1,
-            "settings": {"steps": 4, "guidance": 3.0, "seed": 7}, "items": items, "dgq": "1", "torch": "2",
-            "sha256": "abcdef0123456789", "bytes": 2**21, "fidelity": {"ssim": {"mean": 0.5}},
-        }  # fmt: skip
+            "model": f"models/{name}",
+            "recipe": "integer W4A8",
+            "against": "dgq-emoji",
+            "prompts": 3,
+            "seeds": 1,
+            "settings": {"steps": 4, "guidance": 3.0, "seed": 7},
+            "items": items,
+            "dgq": "1",
+            "torch": "2",
+            "sha256": "abcdef0123456789",
+            "bytes": 2**21,
+            "fidelity": {"ssim": {"mean": 0.5}},
+        }
         report |= changes if name == "two" else {}
         floats = [picture(prompt, 200, size) for prompt in PROMPTS]
         found.systems.append((report, floats, [picture(prompt, 60, size) for prompt in PROMPTS]))
@@ -59,8 +68,9 @@ def test_holds_what_was_measured(file):
     assert data["head"] == ["checkpoint", "PSNR, median (dB)", "worst tenth", "SSIM", "MiB", "SHA-256"]
     assert data["rows"][1] == ["two, integer W4A8", "35.0", "10.0", "0.5000", "2.0", "abcdef012345"]
     assert data["bench"] == {
-        "head": ["this machine", "", "ms", "of float32's time"], "rows": [["dgq W4A8", "step", "12.3", "0.5"]],
-    }  # fmt: skip
+        "head": ["this machine", "", "ms", "of float32's time"],
+        "rows": [["dgq W4A8", "step", "12.3", "0.5"]],
+    }
     assert all(address.startswith("data:image/png;base64,") for address in data["floats"])
 
 

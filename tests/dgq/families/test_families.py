@@ -44,9 +44,16 @@ class Toy(Family):
     shortened = (("transformer_blocks", "block"),)
 
     def call(
-        self, config: Any, batch: int, device: torch.device, *, tokens: int, timestep: int = 500, seed: int = 0,
+        self,
+        config: Any,
+        batch: int,
+        device: torch.device,
+        *,
+        tokens: int,
+        timestep: int = 500,
+        seed: int = 0,
         pixels: int | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         size = config.sample_size
         return {
             "hidden_states": torch.zeros(batch, config.in_channels, size, size, device=device),
@@ -57,10 +64,18 @@ class Toy(Family):
 
 
 CONFIG: dict[str, Any] = {
-    "sample_size": 8, "patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": 2,
-    "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 4 * WIDTH, "caption_projection_dim": 32,
-    "pooled_projection_dim": 2 * WIDTH, "pos_embed_max_size": 8,
-}  # fmt: skip
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 4 * WIDTH,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 2 * WIDTH,
+    "pos_embed_max_size": 8,
+}
 
 
 def build(folder: Path) -> Path:
@@ -73,15 +88,27 @@ def build(folder: Path) -> Path:
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=CHANNELS, norm_num_groups=8, sample_size=16,
-        shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=CHANNELS,
+        norm_num_groups=8,
+        sample_size=16,
+        shift_factor=0.06,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
     pipe = StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(**CONFIG), scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae,
-        text_encoder=text_encoder(projection=True), tokenizer=tokenizer(), text_encoder_2=text_encoder(projection=True),
-        tokenizer_2=tokenizer(), text_encoder_3=None, tokenizer_3=None,
-    )  # fmt: skip
+        transformer=SD3Transformer2DModel(**CONFIG),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=text_encoder(projection=True),
+        tokenizer=tokenizer(),
+        text_encoder_2=text_encoder(projection=True),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
     pipe.save_pretrained(folder)
     return folder
 
@@ -147,9 +174,14 @@ def test_a_picture_is_the_one_that_diffusers_makes(toy: Toy, folder: Path, monke
     pipe = dgq.load(folder, device="cpu")
     picture = generate(pipe, ["a cat"], Settings(steps=2, guidance=3.0, seed=7))[0]
     plain = pipe(
-        "a cat", negative_prompt="", num_inference_steps=2, guidance_scale=3.0, width=16, height=16,
+        "a cat",
+        negative_prompt="",
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        width=16,
+        height=16,
         generator=torch.Generator().manual_seed(7),
-    ).images[0]  # fmt: skip
+    ).images[0]
     assert picture.image.tobytes() == plain.tobytes()
 
     seen = []
@@ -222,7 +254,15 @@ def test_fused_classes_name_the_layers_that_take_in_what_precedes_them() -> None
     after = family_of(net).after_norm(net)
     assert after <= layers
     ends = (
-        "attn2.to_k", "attn2.to_v", "to_out.0", "proj_out", "conv_shortcut", "conv", "conv_in", "conv_out", "linear_1",
-    )  # fmt: skip
+        "attn2.to_k",
+        "attn2.to_v",
+        "to_out.0",
+        "proj_out",
+        "conv_shortcut",
+        "conv",
+        "conv_in",
+        "conv_out",
+        "linear_1",
+    )
     assert [name for name in layers - after if not name.endswith(ends)] == []
     assert not any(name.endswith(ends) for name in after)

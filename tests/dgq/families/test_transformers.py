@@ -97,16 +97,21 @@ def test_a_float_picture_is_the_one_that_diffusers_makes(made: Made) -> None:
     one, two = (
         generate(pipe, ["a cat", "a bowl of fruit"], made.settings),
         generate(
-            pipe, ["a cat", "a bowl of fruit"], Settings(**{**vars(made.settings), "batch": 2}),
+            pipe,
+            ["a cat", "a bowl of fruit"],
+            Settings(**{**vars(made.settings), "batch": 2}),
             progress=lambda *step: told.append(step),
         ),
-    )  # fmt: skip
+    )
     family = family_of(network_of(pipe))
     width, height = one[0].image.size
     plain = pipe(
-        **family.pipeline_arguments(["a cat"], "", made.settings.guidance or 0), num_inference_steps=STEPS, width=width,
-        height=height, generator=torch.Generator().manual_seed(7),
-    ).images[0]  # fmt: skip
+        **family.pipeline_arguments(["a cat"], "", made.settings.guidance or 0),
+        num_inference_steps=STEPS,
+        width=width,
+        height=height,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
     apart = np.abs(np.asarray(one[0].image, dtype=int) - np.asarray(plain, dtype=int))
     assert apart.max() <= 1  # latents are scaled in another order of operations: a last digit may round otherwise
     assert (apart > 0).mean() < 1e-3
@@ -194,9 +199,10 @@ def test_a_checkpoint_is_inspected_measured_and_evaluated(made: Made) -> None:
     assert found.network == family_at(made.folder).title
     assert found.ratio < 1
     report = evaluation.evaluate(
-        str(made.folder), str(made.float_folder),
+        str(made.folder),
+        str(made.float_folder),
         evaluation.Options(prompts="2", floor=0, device="cpu", settings=Settings(steps=STEPS, batch=2)),
-    )  # fmt: skip
+    )
     assert report is not None
     assert report["pictures"] == 2
     assert report["fidelity"]["psnr_db"]["mean"] > 20

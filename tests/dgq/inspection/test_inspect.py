@@ -83,11 +83,22 @@ def measured(tiny_checkpoint: Path) -> Measurement:
     assert header is not None
     layers = [
         LayerMeasurement(
-            name, 20.0 + i, [20.0 + i] * 2, 40.0, 1e-3 * (i % 7 + 1), [1e-3] * 2, 1e-4, [3.0, 4.0], [2.0, 3.0],
-            [1.5, 1.0], "channel", ["channel", "pixel"], {},
+            name,
+            20.0 + i,
+            [20.0 + i] * 2,
+            40.0,
+            1e-3 * (i % 7 + 1),
+            [1e-3] * 2,
+            1e-4,
+            [3.0, 4.0],
+            [2.0, 3.0],
+            [1.5, 1.0],
+            "channel",
+            ["channel", "pixel"],
+            {},
         )
         for i, name in enumerate(header.layers)
-    ]  # fmt: skip
+    ]
     cross = AttentionMeasurement(
         "mid_block.attentions.0.transformer_blocks.0.attn2", True, 50.0, [50.0] * 2, 1e-5, [0.3, 0.4]
     )
@@ -196,8 +207,9 @@ def test_the_picture_shows_a_measured_checkpoint(
 
 def test_names_are_split_into_block_and_place() -> None:
     assert split_name("up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q") == (
-        "up_blocks.0.attentions.1", "transformer_blocks.0.attn1.to_q",
-    )  # fmt: skip
+        "up_blocks.0.attentions.1",
+        "transformer_blocks.0.attn1.to_q",
+    )
     assert split_name("mid_block.resnets.1.conv1") == ("mid_block.resnets.1", "conv1")
     assert split_name("time_embedding.linear_1") == ("time_embedding", "linear_1")
 

@@ -72,9 +72,13 @@ def test_every_layer_and_step_is_measured(measured: Measurement, tiny_checkpoint
     assert measured.layers[0].name == "time_embedding.linear_1"  # it runs first
     for layer in measured.layers:
         lists = (
-            layer.sqnr_db_by_step, layer.noise_by_step, layer.kurtosis, layer.channel_ratio, layer.pixel_ratio,
+            layer.sqnr_db_by_step,
+            layer.noise_by_step,
+            layer.kurtosis,
+            layer.channel_ratio,
+            layer.pixel_ratio,
             layer.axis_by_step,
-        )  # fmt: skip
+        )
         assert {len(values) for values in lists} == {3}
         assert min(layer.sqnr_db_by_step) <= layer.sqnr_db <= max(layer.sqnr_db_by_step)
         assert layer.input_sqnr_db > layer.sqnr_db  # 4-bit weights cost more than 8-bit inputs

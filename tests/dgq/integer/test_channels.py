@@ -53,10 +53,14 @@ def test_smooth_divides_only_what_stands_out():
 @pytest.mark.parametrize(
     ("mode", "outliers", "modes"),
     [
-        ("auto", True, ["none", "smooth", "smooth 16"]), ("auto", False, ["none", "smooth", "smooth 16"]),
-        ("none", True, ["none"]), ("rotate", True, ["none 16"]), ("shift", True, ["shift"]), ("shift", False, ["none"]),
+        ("auto", True, ["none", "smooth", "smooth 16"]),
+        ("auto", False, ["none", "smooth", "smooth 16"]),
+        ("none", True, ["none"]),
+        ("rotate", True, ["none 16"]),
+        ("shift", True, ["shift"]),
+        ("shift", False, ["none"]),
     ],
-)  # fmt: skip
+)
 def test_candidates(mode, outliers, modes):
     rms = torch.linspace(0.8, 1.2, 16)
     rms[3] = 9 if outliers else 1

@@ -15,10 +15,20 @@ from dgq.integer.stored import StoredWeight
 from dgq.recipe import LayerPlan
 
 PLANS = [
-    LayerPlan(kind, 32, 48, wbits, 8, True, kernel_size=3 if kind == "conv2d" else 1, padding=int(kind == "conv2d"),
-              class_ends=[32])
-    for kind in ("linear", "pointwise", "conv2d") for wbits in (8, 4)
-]  # fmt: skip
+    LayerPlan(
+        kind,
+        32,
+        48,
+        wbits,
+        8,
+        True,
+        kernel_size=3 if kind == "conv2d" else 1,
+        padding=int(kind == "conv2d"),
+        class_ends=[32],
+    )
+    for kind in ("linear", "pointwise", "conv2d")
+    for wbits in (8, 4)
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +37,12 @@ def tiny_w8_checkpoint(tiny_pipeline, tmp_path_factory):
     from dgq.recipe import Recipe
 
     out = tmp_path_factory.mktemp("checkpoints") / "tiny-w8a8"
-    calibrate(tiny_pipeline, out, Recipe(wbits=8, abits=8, rounding="nearest"), Options(prompts=["a cat"], steps=2,
-                                                                                     evaluate=0))  # fmt: skip
+    calibrate(
+        tiny_pipeline,
+        out,
+        Recipe(wbits=8, abits=8, rounding="nearest"),
+        Options(prompts=["a cat"], steps=2, evaluate=0),
+    )
     return out
 
 
@@ -65,9 +79,11 @@ def test_layers_look_like_the_float_ones(plan):
     assert isinstance(layer, type(float_layer))
     assert layer.weight.shape == float_layer.weight.shape
     assert layer.weight.dtype == torch.int8
-    names = "in_features out_features" if plan.kind == "linear" else (
-        "in_channels out_channels kernel_size stride padding dilation groups padding_mode transposed"
-    )  # fmt: skip
+    names = (
+        "in_features out_features"
+        if plan.kind == "linear"
+        else ("in_channels out_channels kernel_size stride padding dilation groups padding_mode transposed")
+    )
     for name in names.split():
         assert getattr(layer, name) == getattr(float_layer, name), name
     assert not list(layer.buffers())
@@ -111,8 +127,22 @@ def test_lora_of_every_layer_is_what_it_is_around_float_layers(unet):
     import peft
 
     plain, fused = plain_call(unet), call(unet)
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-               "time_emb_proj", "linear_1", "linear_2", "conv"]  # fmt: skip
+    targets = [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "conv1",
+        "conv2",
+        "proj_in",
+        "proj_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "time_emb_proj",
+        "linear_1",
+        "linear_2",
+        "conv",
+    ]
     unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False), "one")
     inner = {name: module for name, module in unet.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
     assert {type(module.get_base_layer()) for module in inner.values()} == {IntegerLinear, IntegerConv2d}
@@ -264,9 +294,11 @@ def test_an_ip_adapter(unet):
                 weights[f"{place}.{part}.weight"] = torch.randn(width, 32, generator=generator)
             place += 2
     projection = {
-        "proj.weight": torch.randn(4 * 32, 16, generator=generator), "proj.bias": torch.zeros(4 * 32),
-        "norm.weight": torch.ones(32), "norm.bias": torch.zeros(32),
-    }  # fmt: skip
+        "proj.weight": torch.randn(4 * 32, 16, generator=generator),
+        "proj.bias": torch.zeros(4 * 32),
+        "norm.weight": torch.ones(32),
+        "norm.bias": torch.zeros(32),
+    }
     unet._load_ip_adapter_weights([{"ip_adapter": weights, "image_proj": projection}])
     kinds = {name.split(".")[-2]: type(one).__name__ for name, one in unet.attn_processors.items()}
     assert kinds == {"attn1": "LogAttnProcessor", "attn2": "IPAdapterAttnProcessor2_0"}
@@ -284,9 +316,13 @@ def test_an_ip_adapter(unet):
 def motion_adapter():
     torch.manual_seed(0)
     return MotionAdapter(
-        block_out_channels=(32, 64), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=8,
-        motion_max_seq_length=8, use_motion_mid_block=False,
-    )  # fmt: skip
+        block_out_channels=(32, 64),
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=8,
+        motion_max_seq_length=8,
+        use_motion_mid_block=False,
+    )
 
 
 def test_networks_that_copy_a_unets_weights_say_that_they_are_packed(tiny_checkpoint):

@@ -30,18 +30,26 @@ from dgq.integer.skeleton import fuse, place
 from dgq.recipe import Recipe
 
 FUSED = {
-    FusedGEGLU: GEGLU, FusedResnetBlock: ResnetBlock2D, FusedTransformer: Transformer2DModel,
-    FusedTransformerBlock: BasicTransformerBlock, FusedTimestepEmbedding: TimestepEmbedding,
-}  # fmt: skip
+    FusedGEGLU: GEGLU,
+    FusedResnetBlock: ResnetBlock2D,
+    FusedTransformer: Transformer2DModel,
+    FusedTransformerBlock: BasicTransformerBlock,
+    FusedTimestepEmbedding: TimestepEmbedding,
+}
 
 
 def unet(**options: object) -> UNet2DConditionModel:
     torch.manual_seed(0)
     config = {
-        "sample_size": 8, "block_out_channels": (32, 64), "cross_attention_dim": 24, "attention_head_dim": 4,
-        "norm_num_groups": 8, "layers_per_block": 1, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "cross_attention_dim": 24,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }  # fmt: skip
+    }
     model = UNet2DConditionModel(**{**config, **options}).eval()
     with torch.no_grad():  # biases start at zero, which would hide a bias that is lost
         for parameter in model.parameters():

@@ -68,9 +68,12 @@ def around(kind):
         return {"norm": nn.GroupNorm(8, 48), "residual": torch.randn(2, 24, 4, 5)}
     channels, n, size = (24, 40, (6, 5)) if kind == "conv2d" else (32, 20, (4, 3))
     return {
-        "norm": nn.GroupNorm(8, channels), "activation": "silu", "offset": torch.randn(2, channels),
-        "sample_bias": torch.randn(2, n), "residual": torch.randn(2, n, *size),
-    }  # fmt: skip
+        "norm": nn.GroupNorm(8, channels),
+        "activation": "silu",
+        "offset": torch.randn(2, channels),
+        "sample_bias": torch.randn(2, n),
+        "residual": torch.randn(2, n, *size),
+    }
 
 
 def plainly(module, x, residual=None, sample_bias=None, norm=None, activation="none", offset=None):

@@ -142,9 +142,10 @@ def test_no_float_copy_of_the_weight_exists():
     layer(x)
     gc.collect()
     floats = [
-        item for item in gc.get_objects()
+        item
+        for item in gc.get_objects()
         if isinstance(item, torch.Tensor) and item.is_floating_point() and item.numel() >= size
-    ]  # fmt: skip
+    ]
     assert not floats
     stored = sum(tensor.numel() * tensor.element_size() for tensor in layer.state_dict().values())
     assert stored < 0.29 * 2 * size

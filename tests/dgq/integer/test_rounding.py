@@ -85,8 +85,10 @@ def test_sums_that_could_overflow_are_refused_without_packing(monkeypatch):
 def test_plan_covers_what_can_be_quantized_and_says_why_not(net):
     layers, kept = plan_layers(net, Recipe(overrides=(("head.1", 0), ("body", 8))))
     assert {layer.name: (layer.plan.kind, layer.plan.wbits) for layer in layers} == {
-        "body": ("conv2d", 8), "point": ("pointwise", 4), "head.0": ("linear", 4),
-    }  # fmt: skip
+        "body": ("conv2d", 8),
+        "point": ("pointwise", 4),
+        "head.0": ("linear", 4),
+    }
     assert set(kept) == {"conv_in", "conv_out", "depthwise", "head.1"}
     assert "groups=16" in kept["depthwise"]
 
@@ -115,10 +117,15 @@ def test_a_joined_input_has_a_scale_for_each_part(wbits):
     """A small skip beside a large hidden state is not rounded away, and only one part carries the bias."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
-        layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        sample_size=8,
+        block_out_channels=(32, 64),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()  # fmt: skip
+    ).eval()
     name, reference = "up_blocks.0.resnets.1.conv_shortcut", copy.deepcopy(unet)
     shortcut = reference.get_submodule(name)
     hidden = family_of(unet).joined_inputs(unet)[name]
@@ -361,9 +368,15 @@ def test_what_an_input_takes_is_made_once_for_all_its_layers(monkeypatch):
     """Queries, keys and values read one input: one set of statistics, and one factor for each handling."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32,), cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
-        layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-    ).eval()  # fmt: skip
+        sample_size=8,
+        block_out_channels=(32,),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    ).eval()
     layers = [layer for layer in plan_layers(unet, Recipe())[0] if ".attn1.to_" in layer.name and layer.owner]
     together = by_input(layers)[0]
     assert len(together) == 3

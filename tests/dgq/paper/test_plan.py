@@ -11,16 +11,41 @@ GROUPS = {"axis": "channel", "groups": 4, "size": 8}
 TABLE = {
     "timesteps": [801.0, 1.0],
     "layers": {
-        "a": {"kind": "linear", "in_features": 8, "out_features": 4, "bias": True, "wbits": 4, "abits": 8,
-              "input": GROUPS},
-        "b": {"kind": "conv2d", "in_channels": 8, "out_channels": 4, "kernel_size": [3, 3], "stride": [1, 1],
-              "padding": [1, 1], "dilation": [1, 1], "conv_groups": 2, "bias": False, "wbits": 4, "abits": 8,
-              "input": GROUPS},
+        "a": {
+            "kind": "linear",
+            "in_features": 8,
+            "out_features": 4,
+            "bias": True,
+            "wbits": 4,
+            "abits": 8,
+            "input": GROUPS,
+        },
+        "b": {
+            "kind": "conv2d",
+            "in_channels": 8,
+            "out_channels": 4,
+            "kernel_size": [3, 3],
+            "stride": [1, 1],
+            "padding": [1, 1],
+            "dilation": [1, 1],
+            "conv_groups": 2,
+            "bias": False,
+            "wbits": 4,
+            "abits": 8,
+            "input": GROUPS,
+        },
         "c": {"kind": "attention", "cross": True, "abits": 8, "query": GROUPS, "key": GROUPS, "value": GROUPS},
-        "d": {"kind": "attention", "cross": False, "abits": 8, "query": GROUPS, "key": GROUPS, "value": GROUPS,
-              "probabilities": GROUPS},
+        "d": {
+            "kind": "attention",
+            "cross": False,
+            "abits": 8,
+            "query": GROUPS,
+            "key": GROUPS,
+            "value": GROUPS,
+            "probabilities": GROUPS,
+        },
     },
-}  # fmt: skip
+}
 
 
 def test_a_table_comes_back_as_it_was():

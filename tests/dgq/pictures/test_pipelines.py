@@ -121,8 +121,14 @@ def test_a_safety_checker_loads_strictly_and_quietly(tiny_pipeline, tmp_path, ca
     from transformers import CLIPConfig, CLIPImageProcessor
 
     folder = shutil.copytree(tiny_pipeline, tmp_path / "checked")
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 16, "patch_size": 8}  # fmt: skip
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
     checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16))
     checker.save_pretrained(folder / "safety_checker")
     CLIPImageProcessor(size=16, crop_size=16).save_pretrained(folder / "feature_extractor")

@@ -110,9 +110,10 @@ def test_the_integer_forward_is_the_one_that_was_trained(tiny_pipeline, tmp_path
     scales = tuned_scales(pipe.unet, size=0.2)
     g = torch.Generator().manual_seed(0)
     call = {
-        "sample": torch.randn(1, 4, 8, 8, generator=g), "timestep": torch.tensor([700]),
+        "sample": torch.randn(1, 4, 8, 8, generator=g),
+        "timestep": torch.tensor([700]),
         "encoder_hidden_states": torch.randn(1, 24, 32, generator=g),
-    }  # fmt: skip
+    }
     experts = Experts(Layout.of(pipe.unet, True), 2, 1000, torch.device("cpu"))
     with torch.no_grad():
         plain = pipe.unet(**call).sample
@@ -221,22 +222,25 @@ def _with(old, new):
 NAME = "mid_block.resnets.0.conv1.out"
 
 
-@pytest.mark.parametrize("change, metadata, message", [
-    (lambda t: t.pop(NAME), None, f"tensor '{NAME}' is missing"),
-    (lambda t: t.update(extra=t[NAME].clone()), None, "tensor 'extra' is unknown"),
-    (lambda t: t.update({NAME: t[NAME][:1].clone()}), None, f"tensor '{NAME}' is torch.float16"),
-    (lambda t: t.update({NAME: t[NAME][:, :5].clone()}), None, f"tensor '{NAME}' has 5 values, expected 64"),
-    (lambda t: t.update({NAME: t[NAME].float()}), None, f"tensor '{NAME}' is torch.float32"),
-    (lambda t: t[NAME][0, 0].fill_(float("nan")), None, f"tensor '{NAME}' holds values that are not finite"),
-    (lambda t: t[NAME][0, 0].mul_(2), None, "another checksum"),
-    (lambda t: None, _with('"steps": ', '"steps": 1'), "another checksum"),
-    (lambda t: None, lambda found: {"format": "pt"}, "holds no tuned scales"),
-    (lambda t: None, _with('"format_version": 1', '"format_version": 9'), "format version 9"),
-    (lambda t: None, _with('"experts": 2', '"experts": 0'), "0 experts"),
-    (lambda t: None, _with('"experts": 2', '"experts": "2"'), "experts '2' is not a whole number"),
-    (lambda t: None, _with('"steps"', '"stepz"'), "unknown field 'stepz'"),
-    (lambda t: None, _with("{", "["), "no JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, metadata, message",
+    [
+        (lambda t: t.pop(NAME), None, f"tensor '{NAME}' is missing"),
+        (lambda t: t.update(extra=t[NAME].clone()), None, "tensor 'extra' is unknown"),
+        (lambda t: t.update({NAME: t[NAME][:1].clone()}), None, f"tensor '{NAME}' is torch.float16"),
+        (lambda t: t.update({NAME: t[NAME][:, :5].clone()}), None, f"tensor '{NAME}' has 5 values, expected 64"),
+        (lambda t: t.update({NAME: t[NAME].float()}), None, f"tensor '{NAME}' is torch.float32"),
+        (lambda t: t[NAME][0, 0].fill_(float("nan")), None, f"tensor '{NAME}' holds values that are not finite"),
+        (lambda t: t[NAME][0, 0].mul_(2), None, "another checksum"),
+        (lambda t: None, _with('"steps": ', '"steps": 1'), "another checksum"),
+        (lambda t: None, lambda found: {"format": "pt"}, "holds no tuned scales"),
+        (lambda t: None, _with('"format_version": 1', '"format_version": 9'), "format version 9"),
+        (lambda t: None, _with('"experts": 2', '"experts": 0'), "0 experts"),
+        (lambda t: None, _with('"experts": 2', '"experts": "2"'), "experts '2' is not a whole number"),
+        (lambda t: None, _with('"steps"', '"stepz"'), "unknown field 'stepz'"),
+        (lambda t: None, _with("{", "["), "no JSON"),
+    ],
+)
 def test_damaged_files_are_refused_by_name(pipe, file, change, metadata, message):
     rewritten(file, change, metadata)
     plain = draw(pipe)

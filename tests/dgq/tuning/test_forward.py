@@ -111,10 +111,21 @@ def test_forward_and_gradients_equal_the_formula(kind, wbits, channels, prepared
     assert "forward" not in layer.__dict__
 
 
-@pytest.mark.parametrize("t, experts, expected", [
-    (0, 2, 0), (499, 2, 0), (500, 2, 1), (999, 2, 1), (1000, 2, 1), (-1, 2, 0), (333, 3, 0), (334, 3, 1), (999, 1, 0),
-    (499.7, 2, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "t, experts, expected",
+    [
+        (0, 2, 0),
+        (499, 2, 0),
+        (500, 2, 1),
+        (999, 2, 1),
+        (1000, 2, 1),
+        (-1, 2, 0),
+        (333, 3, 0),
+        (334, 3, 1),
+        (999, 1, 0),
+        (499.7, 2, 0),
+    ],
+)
 def test_the_expert_of_a_timestep(t, experts, expected):
     assert expert_of(t, experts, 1000) == expected
 

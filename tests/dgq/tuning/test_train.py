@@ -138,9 +138,7 @@ def test_another_precision_is_refused(tiny_checkpoint, subject, tmp_path, wrong)
 
 
 @pytest.mark.parametrize("validation", [(), ("a cat",)])
-def test_what_encodes_is_let_go_of_where_nothing_is_drawn(
-    tiny_checkpoint, subject, tmp_path, validation, monkeypatch
-):  # fmt: skip
+def test_what_encodes_is_let_go_of_where_nothing_is_drawn(tiny_checkpoint, subject, tmp_path, validation, monkeypatch):
     seen = []
     step = train._Run._step
 
@@ -166,9 +164,12 @@ def test_another_run_is_not_resumed(tiny_checkpoint, subject, tmp_path):
     (partial / "fingerprint").unlink()
     told = []
     tune(
-        tiny_checkpoint, [(subject, "a cat")], out, Options(**SHORT, resume=True),
+        tiny_checkpoint,
+        [(subject, "a cat")],
+        out,
+        Options(**SHORT, resume=True),
         lambda stage, done, total, detail: told.append((stage, detail)),
-    )  # fmt: skip
+    )
     assert any(stage == "resume" and "begins anew" in detail for stage, detail in told)
     assert out.is_file()
 
@@ -212,8 +213,10 @@ def test_the_loss_is_the_schedulers(tiny_checkpoint, predicts, gamma):
     times = torch.tensor([10, 400, 900])
     alpha = objective.schedule.alphas_cumprod[times].view(-1, 1, 1, 1)
     right = {
-        "epsilon": noise, "sample": latents, "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * latents,
-    }[predicts]  # fmt: skip
+        "epsilon": noise,
+        "sample": latents,
+        "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * latents,
+    }[predicts]
     seen = []
 
     class Unet:
@@ -259,9 +262,26 @@ def test_killed_twenty_times_and_resumed(tiny_checkpoint, subject, tmp_path):
     """The real command, stopped at any moment from its first import on; the file is that of an undisturbed run."""
     whole, out, random_ = tmp_path / "whole.safetensors", tmp_path / "x.safetensors", random.Random(0)
     command = [
-        sys.executable, "-m", "dgq_cli", "tune", str(tiny_checkpoint), "--images", str(subject), "--prompt", "a cat",
-        "--steps", "40", "--batch", "1", "--checkpoint-every", "1", "--class-prompt", "a dog", "--class-images", "2",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "dgq_cli",
+        "tune",
+        str(tiny_checkpoint),
+        "--images",
+        str(subject),
+        "--prompt",
+        "a cat",
+        "--steps",
+        "40",
+        "--batch",
+        "1",
+        "--checkpoint-every",
+        "1",
+        "--class-prompt",
+        "a dog",
+        "--class-images",
+        "2",
+    ]
     environment = {**os.environ, "NO_COLOR": "1"}
     started = time.monotonic()
     subprocess.run([*command, "--out", str(whole)], check=True, env=environment, capture_output=True)
