@@ -81,12 +81,12 @@ def test_codes_are_the_references_bit_for_bit(backend, bits, fraction, spread):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_shape(backend, rows, keys, width, start, fraction, bits, qk_bits, seed):
     q, k, v = operands(rows, keys, width, heads=(1, 1), spread=2.0, seed=seed)
+    k = (k * 64).round() / 64  # whose sums are exact: no code of a key, which all rows read, lies on a border
     arguments = (width**-0.5, bits, fraction, start, qk_bits, 8)
     expected = reference.log_attention(q, k, v, *arguments)
     off = (run(backend, q, k, v, *arguments) - expected).norm(dim=-1) / expected.norm(dim=-1)
-    # a logit on the border of two codes may fall to either side, in few rows, by one step of one probability; and so
-    # may a value of a key, which all rows read
-    assert int((off > 1e-4).sum()) <= 1 + rows // 10
+    # a logit on the border of two codes may fall to either side: in few rows, by one step of one probability
+    assert int((off > 1e-4).sum()) <= 1 + rows // 50
     assert float(off.max()) < 2 ** (1 / 2**fraction) - 1
 
 
