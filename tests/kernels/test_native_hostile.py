@@ -241,7 +241,7 @@ def call(function, *arguments):
 
 def linear_call(layer, **changes):
     x, y = torch.zeros(3, 32), torch.zeros(3, 32)
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(layer))
+    pointers, outputs = (ctypes.c_void_p * 1)(ctypes.addressof(layer)), (ctypes.c_void_p * 1)(y.data_ptr())
     values = {
         "layers": ctypes.addressof(pointers),
         "count": 1,
@@ -252,7 +252,7 @@ def linear_call(layer, **changes):
         "norm": None,
         "residual": None,
         "gated": 0,
-        "y": ctypes.addressof((ctypes.c_void_p * 1)(y.data_ptr())),
+        "y": ctypes.addressof(outputs),
         "threads": 1,
     }
     return call("dgq_linear", *{**values, **changes}.values())
