@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dgq_kernels import native
+from dgq_kernels.weight_rounding.reference import SUBSCALE_MAX
 
 from ..errors import DgqError
 from ..range_search import SMALLEST_SCALE
@@ -22,7 +23,7 @@ from .channels import no_groups, rotate_channels, rotation_block, to_matrix
 from .layer import IntegerLayer
 from .plan import Layer, plan_layers
 from .skeleton import SplitLayer
-from .weights import SUBSCALE_MAX, IntegerWeight
+from .weights import IntegerWeight
 
 # Weights of a block that is searched in the cache; elsewhere a launch costs more than a pass over memory.
 BLOCK_ELEMENTS = 2**17

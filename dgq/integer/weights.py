@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from dgq_kernels.weight_rounding import round_columns, search_subscales
+from dgq_kernels.weight_rounding.reference import SUBSCALE_MAX
 
 from ..errors import DgqError
 from ..range_search import search_symmetric
-
-SUBSCALE_MAX = 15
-
 
 # Columns that GPTQ rounds before it tells all others.
 BLOCK = 64

@@ -219,11 +219,16 @@ def _engine() -> _Engine:
     return engine
 
 
-def _checked(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-    """The tensor in one piece; ValueError where it is not what the library will read."""
+def _expect(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """ValueError where a tensor is not what the library will read."""
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu:
         got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         raise ValueError(f"{name}: {dtype} {shape} on the CPU expected, got {got}")
+
+
+def _checked(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """The tensor in one piece; ValueError where it is not what the library will read."""
+    _expect(name, tensor, dtype, *shape)
     return tensor.contiguous()
 
 
@@ -582,9 +587,7 @@ def _other_shapes(q: Tensor, k: Tensor, v: Tensor) -> ValueError:
 
 def _matrix(name: str, tensor: Tensor, rows: int, columns: int) -> Tensor:
     """A float32 matrix on the CPU whose rows may lie apart; ValueError where it is something else."""
-    if tensor.dtype != torch.float32 or not tensor.is_cpu or tensor.shape != (rows, columns):
-        got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-        raise ValueError(f"{name}: float32 {(rows, columns)} on the CPU expected, got {got}")
+    _expect(name, tensor, torch.float32, rows, columns)
     in_rows = tensor.stride(1) == 1 and (rows == 1 or tensor.stride(0) >= columns)
     return tensor if in_rows else tensor.contiguous()
 
