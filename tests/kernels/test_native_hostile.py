@@ -235,7 +235,7 @@ INTS = [-1, 0, 2**31 - 1, -(2**31)]
 
 
 def call(function, *arguments):
-    library = native._engine().library
+    library = native.library.loaded().library
     return library.dgq_error(getattr(library, function)(*arguments)).decode()
 
 
@@ -333,7 +333,7 @@ def test_the_library_refuses_a_picture(name, values):
 )
 def test_the_library_refuses_a_stored_weight(name, values):
     packed, subscales = torch.zeros(5, 48, dtype=torch.uint8), torch.zeros(5, 2, dtype=torch.uint8)
-    library = native._engine().library
+    library = native.library.loaded().library
     out = torch.zeros(library.dgq_packed_bytes(5, 70), dtype=torch.int8)
     sums, sizes = torch.zeros(5, dtype=torch.int32), torch.zeros(5, dtype=torch.int64)
     order = torch.arange(70, dtype=torch.int32)
@@ -348,25 +348,27 @@ def test_the_library_refuses_a_stored_weight(name, values):
     }
     results = out.data_ptr(), sums.data_ptr(), sizes.data_ptr()
     for value in [fields[name], *values]:
-        struct = native._Stored(**{**fields, name: value})
+        struct = native.library.StoredStruct(**{**fields, name: value})
         answer = call("dgq_pack", ctypes.addressof(struct), *results, 1)
         assert (answer == "done") == (value == fields[name]), value
     assert [library.dgq_packed_bytes(*size) for size in ((-1, 5), (5, 0), (2**40, 2**40), (1, 2**24))] == [0] * 4
 
 
-@pytest.mark.parametrize("name", [name for name, _ in native._Attention._fields_ if name != "logit_scale"])
+@pytest.mark.parametrize("name", [name for name, _ in native.library.AttentionStruct._fields_ if name != "logit_scale"])
 def test_the_library_refuses_attention(name):
     x = torch.zeros(1, 2, 6, 8)
     strides = [16 * 6, 8 * 6, 8] * 3
-    good = native._Attention(*[x.data_ptr()] * 3, x.clone().data_ptr(), *strides, 1, 2, 6, 6, 8, 0.3, 8, 4, 0, 8, 8, 0)
-    kind = dict(native._Attention._fields_)[name]
+    good = native.library.AttentionStruct(
+        *[x.data_ptr()] * 3, x.clone().data_ptr(), *strides, 1, 2, 6, 6, 8, 0.3, 8, 4, 0, 8, 8, 0
+    )
+    kind = dict(native.library.AttentionStruct._fields_)[name]
     values = {ctypes.c_void_p: [None], ctypes.c_int64: LONGS, ctypes.c_int32: [*INTS, 40]}[kind]
     for value in values:
         if value == 0 and (name.endswith(("_batch", "_head", "_token")) or name in ("dtype", "fraction_bits")):
             continue  # a stride of an expanded tensor, and numbers that may be 0
         if value == 2**40 and name.endswith(("_batch", "_head", "_token")):
             continue  # a stride that could be
-        changed = native._Attention.from_buffer_copy(good)
+        changed = native.library.AttentionStruct.from_buffer_copy(good)
         setattr(changed, name, value)
         if name == "start_token" and value == 0:
             continue
@@ -381,9 +383,9 @@ def test_the_library_refuses_an_instruction_set_it_has_not():
 
 def test_a_library_of_other_structures_is_not_used(monkeypatch):
     class Longer(ctypes.Structure):
-        _fields_ = (*native._Layer._fields_, ("more", ctypes.c_int64))
+        _fields_ = (*native.library.LayerStruct._fields_, ("more", ctypes.c_int64))
 
-    monkeypatch.setattr(native, "_STRUCTURES", (Longer, *native._STRUCTURES[1:]))
-    engine, why = native._load.__wrapped__()
+    monkeypatch.setattr(native.library, "STRUCTURES", (Longer, *native.library.STRUCTURES[1:]))
+    engine, why = native.library.load.__wrapped__()
     assert engine is None
     assert "build it again" in why
