@@ -10,10 +10,12 @@ minutes.
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
 import sys
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -199,11 +201,16 @@ def attempt(name, run, *arguments):
 
 def second_device():
     """Every operator launches where its tensors are, and leaves the device that was current."""
-    for name, arguments in dict(calls()).items():
-        begin = len(LAUNCHES)
-        placed = [x.as_subclass(OnDevice1) if isinstance(x, torch.Tensor) else x for x in arguments]
-        attempt(name, getattr(dgq_kernels, name), *placed)
-        say(operator=name, devices=sorted({device for _, device in LAUNCHES[begin:]}), left=CURRENT[0])
+    with contextlib.ExitStack() as stack:
+        for name in ("empty", "tensor"):  # there is no such device to make a tensor on
+            really = getattr(torch, name)
+            anywhere = functools.partial(lambda really, *args, device=None, **kwargs: really(*args, **kwargs), really)
+            stack.enter_context(unittest.mock.patch.object(torch, name, anywhere))
+        for name, arguments in dict(calls()).items():
+            begin = len(LAUNCHES)
+            placed = [x.as_subclass(OnDevice1) if isinstance(x, torch.Tensor) else x for x in arguments]
+            attempt(name, getattr(dgq_kernels, name), *placed)
+            say(operator=name, devices=sorted({device for _, device in LAUNCHES[begin:]}), left=CURRENT[0])
 
 
 def step(name, dtypes=(torch.float16,)):
@@ -217,6 +224,7 @@ def step(name, dtypes=(torch.float16,)):
     if which is None:
         which = architectures.architecture(str(embedded.FOLDER / "unet" / "config.json"))
     for wbits, dtype in ((wbits, dtype) for wbits in (8, 4) for dtype in dtypes):
+        gc.collect()  # the network before
         unet, plan = architectures.skeleton(which.config), attention.AttentionPlan.for_activations(8)
         found, _ = plan_layers(unet, recipe.Recipe(wbits=wbits, rounding="nearest", channels="none"))
         plans = {one.name: one.plan for one in found}
@@ -231,9 +239,6 @@ def step(name, dtypes=(torch.float16,)):
 def main(parts):
     pretend(compiled, lambda name, device: LAUNCHES.append((name, device)))
     torch.cuda.device = current
-    for name in ("empty", "tensor"):
-        really = getattr(torch, name)
-        setattr(torch, name, lambda *args, device=None, really=really, **kwargs: really(*args, **kwargs))
     with torch.no_grad():
         for part in parts:
             if part in ("operators", "second_device"):
