@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dgq_kernels import backend, native, packing
+from dgq_kernels.scaled_product import Integers
 
 from ..errors import DgqError
 from ..recipe import LayerPlan
@@ -161,6 +162,13 @@ class IntegerLayer(nn.Module):
             return self._natural(to_matrix(stored))
         subscales = self.subscales[start:stop]
         return self._natural(packing.expand_two_level(stored, subscales, self.plan.reduction, self.plan.weight_group))
+
+    def integers(self) -> Integers:
+        """The stored weight, for ops that multiply float activations by it."""
+        order = self.order if self.plan.reordered else None
+        if self.plan.wbits == 8:
+            return Integers(self.stored_tensor(), order=order)
+        return Integers(self.stored_tensor(), self.subscales.detach(), self.plan.weight_group, order)
 
     def _natural(self, matrix: Tensor) -> Tensor:
         """A matrix (rows, K) of stored order in natural order."""
