@@ -11,9 +11,9 @@ from . import triton as product
 
 
 def cases(major: int) -> Iterator[aot_case.Case]:
-    """On a major compute capability, 0 for AMD."""
+    """On a major compute capability; none for AMD (0), whose compiler ends with an error of its own in Triton 3.6."""
     kinds = (("bf16", 2, (0, *GROUP_SIZES)), ("fp16", 2, (0,)), ("fp32", 4, (0, 32)))
-    for dtype, size, groups in kinds if major else kinds[:1]:
+    for dtype, size, groups in kinds if major else ():
         for back in (False, True):
             for group in groups:
                 for config in product.TILES[size]:
@@ -23,7 +23,7 @@ def cases(major: int) -> Iterator[aot_case.Case]:
                         "PADDING": 1,
                         "BACK": back,
                         "GROUP": group,
-                        "ASSEMBLY": major > 0,
+                        "ASSEMBLY": True,
                         "BLOCK_ROWS": config.rows,
                         "BLOCK_CHANNELS": config.channels,
                         "STEP": config.step,
