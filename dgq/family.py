@@ -63,6 +63,8 @@ class Family:
         wide_layers: layers, by pattern, whose weights take 8 bits where the recipe says fewer, and why.
         shared_inputs: names of layers in a module, below its own, that read one tensor, beside the queries, keys and
             values of an attention.
+        time_layers: last names of layers that read the time's embedding, one tensor in the whole network; each has a
+            channel handling of its own.
         start_token: whether the first key of cross-attention is a start token, which takes most of the probability:
             then attention may be the logarithmic one, else it is float.
         tuned: whether `dgq tune` knows what it predicts and reads, and where latents come from.
@@ -87,6 +89,7 @@ class Family:
     float_layers: Mapping[str, str] = FIRST_AND_LAST
     wide_layers: Mapping[str, str] = {}
     shared_inputs: tuple[tuple[str, ...], ...] = (("add_q_proj", "add_k_proj", "add_v_proj"),)
+    time_layers: tuple[str, ...] = ()
     start_token = False
     tuned = False
     fused: Mapping[type[nn.Module], tuple[Callable[[Any], bool], Any]] = {}

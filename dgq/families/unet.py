@@ -26,6 +26,7 @@ class UNet(Family):
     pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
     needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     arguments = ("sample", "timestep", "encoder_hidden_states")
+    time_layers = ("time_emb_proj",)
     start_token = True
     tuned = True
     fused = FUSED

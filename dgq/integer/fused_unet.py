@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .adapters import direct
 from .attention import LogAttnProcessor
 from .layer import is_direct
+from .shared_input import activated
 
 
 class FusedGEGLU(GEGLU):
@@ -147,8 +148,7 @@ class FusedResnetBlock(ResnetBlock2D):
             known: Any = self.time_emb_proj
             plain: Tensor = known(temb if self.skip_time_act else self.nonlinearity(temb))
             return plain
-        embedding: Tensor = layer(temb, activation="silu")
-        return embedding
+        return activated(layer, temb, "silu")
 
 
 class FusedTimestepEmbedding(TimestepEmbedding):

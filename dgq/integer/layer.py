@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dgq_kernels import backend, native, packing
+from dgq_kernels.scaled_product import Integers
 
 from ..errors import DgqError
 from ..recipe import LayerPlan
@@ -162,6 +163,13 @@ class IntegerLayer(nn.Module):
         subscales = self.subscales[start:stop]
         return self._natural(packing.expand_two_level(stored, subscales, self.plan.reduction, self.plan.weight_group))
 
+    def integers(self) -> Integers:
+        """The stored weight, for ops that multiply float activations by it."""
+        order = self.order if self.plan.reordered else None
+        if self.plan.wbits == 8:
+            return Integers(self.stored_tensor(), order=order)
+        return Integers(self.stored_tensor(), self.subscales.detach(), self.plan.weight_group, order)
+
     def _natural(self, matrix: Tensor) -> Tensor:
         """A matrix (rows, K) of stored order in natural order."""
         if not self.plan.reordered:
@@ -173,20 +181,23 @@ class IntegerLayer(nn.Module):
 
     def prepare(self, device: torch.device) -> Prepared:
         """The backend's form of the weight, made at the first call on a device and kept while the stored tensor is."""
-        ready = self._prepared
-        if (
-            ready is not None
-            and ready.device == device
-            and (torch.compiler.is_compiling() or ready.source() is self._parameters[self._stored_name])
-        ):
+        ready = self.prepared(device)
+        if ready is not None:
             return ready
         with _preparing:
-            ready = self._prepared
-            if ready is None or ready.device != device or ready.source() is not self.stored:
+            ready = self.prepared(device)
+            if ready is None:
                 self.restore()
                 ready = form_of(self.plan, device)(self, device)
                 self._keep(ready)
             return ready
+
+    def prepared(self, device: torch.device) -> Prepared | None:
+        """The form of `prepare` where it was made before and serves."""
+        ready = self._prepared
+        if ready is None or ready.device != device:
+            return None
+        return ready if torch.compiler.is_compiling() or ready.source() is self._parameters[self._stored_name] else None
 
     def _keep(self, ready: Prepared) -> None:
         """Until whoever holds the stored tensor lets go of it: offloading puts another one in its place."""

@@ -24,6 +24,7 @@ from .weights import column_sum
 
 if TYPE_CHECKING:
     from .layer import IntegerLayer
+    from .shared_input import Shared
 
 # What a layer does to its input first, after a norm.
 Activation = Literal["none", "silu"]
@@ -49,9 +50,11 @@ class Prepared:
         tensors: the forms of the weight kept beside the stored tensors.
         column_sum: int32 (N,).
         source: gives the stored tensor, while that is alive.
+        shared: with the layers all over the network that read the same tensor (`shared_input.share`).
     """
 
     fuses = False
+    shared: Shared | None = None
     column_sum: Tensor
 
     def __init__(self, layer: IntegerLayer, device: torch.device) -> None:
@@ -101,7 +104,12 @@ class Prepared:
         """Take the layer's scales anew."""
 
     def together(
-        self, layers: Sequence[IntegerLayer], ready: Sequence[Prepared], x: Tensor, norm: nn.Module | None
+        self,
+        layers: Sequence[IntegerLayer],
+        ready: Sequence[Prepared],
+        x: Tensor,
+        norm: nn.Module | None,
+        activation: Activation = "none",
     ) -> list[Tensor] | None:
         """The results of linear layers on one input, prepared as `ready`, of which this is the first; None where they
         share nothing."""
@@ -179,13 +187,18 @@ class Engine(Prepared):
         return self.engine.linear(x, gated=True, norm=before)
 
     def together(
-        self, layers: Sequence[IntegerLayer], ready: Sequence[Prepared], x: Tensor, norm: nn.Module | None
+        self,
+        layers: Sequence[IntegerLayer],
+        ready: Sequence[Prepared],
+        x: Tensor,
+        norm: nn.Module | None,
+        activation: Activation = "none",
     ) -> list[Tensor] | None:
         engines = [one.engine for one in ready if isinstance(one, Engine)]
         if len(engines) < len(layers) or not native.can_share(engines):
             return None
-        before = None if norm is None else self._norm_of("linear", norm, "none")
-        x = x if norm is None or before is not None else norm(x)
+        before = None if norm is None else self._norm_of("linear", norm, activation)
+        x = apply(x, norm, activation, None) if before is None else x
         return native.linear(engines, x, norm=before)
 
     def rows(self, start: int, stop: int) -> Tensor | None:
@@ -309,19 +322,26 @@ class ByOps(Prepared):
         return self.multiply(layer, self.codes_of(layer, x, norm), x.dtype, None, True).view(*x.shape[:-1], -1)
 
     def together(
-        self, layers: Sequence[IntegerLayer], ready: Sequence[Prepared], x: Tensor, norm: nn.Module | None
+        self,
+        layers: Sequence[IntegerLayer],
+        ready: Sequence[Prepared],
+        x: Tensor,
+        norm: nn.Module | None,
+        activation: Activation = "none",
     ) -> list[Tensor] | None:
         joined = self.joined
         if joined is not None and joined.fits(layers):
-            return joined.multiply(self.codes_of(layers[0], x, norm), x)
+            return joined.multiply(self.codes_of(layers[0], x, norm, activation), x)
         if all(one.fuses for one in ready):
-            return [layer(x, norm=norm) for layer in layers]
+            return [layer(x, norm=norm, activation=activation) for layer in layers]
         return None
 
-    def codes_of(self, layer: IntegerLayer, x: Tensor, norm: nn.Module | None) -> Codes:
-        """The codes of rows, normalized first, by one op where there is one."""
-        codes = None if norm is None else self._fused_codes(layer, x, norm, "none", None)
-        return self._codes(layer, x if norm is None else norm(x)) if codes is None else codes
+    def codes_of(
+        self, layer: IntegerLayer, x: Tensor, norm: nn.Module | None, activation: Activation = "none"
+    ) -> Codes:
+        """The codes of rows, normalized and activated first, by one op where there is one."""
+        codes = self._fused_codes(layer, x, norm, activation, None)
+        return self._codes(layer, apply(x, norm, activation, None)) if codes is None else codes
 
     def _codes(self, layer: IntegerLayer, x: Tensor) -> Codes:
         """The codes of x itself: of its rows, or of samples with their padding."""
@@ -469,16 +489,22 @@ class Joined:
     weight_scale: Tensor
     column_sum: Tensor
     bias: Tensor | None
+    alike: bool = True  # whether one quantized input serves all of them
 
     def rescale(self) -> None:
         """Take the layers' scales anew, after `IntegerLayer.set_scales` or `clear_scales` of any of them."""
         self.weight_scale = torch.cat([layer._scale() for layer in self.layers])
+        self.alike = same([layer._inv_divisor() for layer in self.layers])
 
     def fits(self, layers: Sequence[IntegerLayer]) -> bool:
-        """Whether these are the layers, and none was loaded or moved since."""
-        return len(layers) == len(self.layers) and all(
-            layer is mine and layer._prepared is part
-            for layer, mine, part in zip(layers, self.layers, self.parts, strict=True)
+        """Whether these are the layers, of one divisor, and none was loaded or moved since."""
+        return (
+            self.alike
+            and len(layers) == len(self.layers)
+            and all(
+                layer is mine and layer._prepared is part
+                for layer, mine, part in zip(layers, self.layers, self.parts, strict=True)
+            )
         )
 
     def multiply(self, codes: Codes, x: Tensor) -> list[Tensor]:
@@ -490,6 +516,14 @@ class Joined:
         else:
             y = dgq_kernels.linear_int4(*codes, self.weight, self.subscales, *after, plan.weight_group)
         return list(y.view(*x.shape[:-1], -1).split(self.sizes, dim=-1))
+
+
+def same(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all are None, or all equal."""
+    first, *others = tensors
+    if first is None or any(other is None for other in others):
+        return all(tensor is None for tensor in tensors)
+    return all(other is first or (other is not None and torch.equal(first, other)) for other in others)
 
 
 def shaped(weight: Tensor, plan: LayerPlan) -> Tensor:

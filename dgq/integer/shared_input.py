@@ -7,26 +7,21 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dgq_kernels import native
+
+from ..family import family_of
 from .adapters import Adapted, add_product, direct
 from .gradient import needed
-from .layer import IntegerLayer
+from .layer import IntegerLayer, is_direct
 from .plan import shared_inputs
-from .prepared import ByOps, Dense, Joined, Packed
-
-
-def _same(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether all are None, or all equal."""
-    first, *others = tensors
-    if first is None or any(other is None for other in others):
-        return all(tensor is None for tensor in tensors)
-    return all(other is not None and torch.equal(first, other) for other in others)
+from .prepared import Activation, ByOps, Dense, Engine, Joined, Packed, same
 
 
 def _share_codes(layers: Sequence[IntegerLayer], ready: Sequence[ByOps]) -> bool:
     """Whether one quantized input serves all these layers. Looks at values: at preparation only."""
     sizes = {(layer.plan.in_features, layer.plan.abits, layer.plan.rotation) for layer in layers}
     divisors = [layer._inv_divisor() for layer in layers]
-    return len(sizes) == 1 and _same(divisors) and _same([one.position for one in ready])
+    return len(sizes) == 1 and same(divisors) and same([one.position for one in ready])
 
 
 def join(layers: Sequence[nn.Module], device: torch.device) -> None:
@@ -60,6 +55,80 @@ def join(layers: Sequence[nn.Module], device: torch.device) -> None:
     scales = torch.cat([layer._scale() for layer in own])
     sums = torch.cat([one.column_sum for one in ready])
     ready[0].joined = Joined(own, ready, sizes, weight, subscales, scales, sums, bias)
+
+
+class Shared:
+    """Linear layers all over a network that read one tensor: the first of them to be called computes for all.
+
+    A result is given out once, to a call with the very tensor that it was made of: layers that read others, or are
+    called in another order or again, compute as they would alone.
+
+    Attributes:
+        layers: the layers, whose handling of the input is alike.
+    """
+
+    def __init__(self, layers: list[IntegerLayer]) -> None:
+        self.layers = layers
+        self._last: tuple[Tensor, int, dict[IntegerLayer, Tensor]] | None = None
+
+    def take(self, layer: IntegerLayer, x: Tensor, activation: Activation) -> Tensor | None:
+        """layer(x, activation=activation), the same bit for bit; None where it is to be computed alone."""
+        if torch.compiler.is_compiling() or x.is_inference():  # such a tensor does not tell whether it was changed
+            return None
+        last = self._last
+        if last is None or last[0] is not x or last[1] != x._version or layer not in last[2]:
+            forms = [one.prepared(x.device) for one in self.layers]
+            ready = [form for form in forms if form is not None]
+            if len(ready) < len(forms):  # the weights of some are away
+                return None
+            results = ready[0].together(self.layers, ready, x, None, activation)
+            if results is None:
+                return None
+            last = self._last = x, x._version, dict(zip(self.layers, results, strict=True))
+        result = last[2].pop(layer, None)
+        if not last[2]:
+            self._last = None
+        return result
+
+
+def share(layers: Iterable[nn.Module], device: torch.device) -> None:
+    """Let those of these linear layers that handle an input alike compute together where they read the same tensor
+    (`activated`), as one product where ops and formats allow."""
+    groups: list[list[IntegerLayer]] = []
+    for layer in layers:
+        if not is_direct(layer, "linear"):
+            continue
+        group = next((group for group in groups if _alike(group[0], layer, device)), None)
+        if group is None:
+            groups.append([layer])
+        else:
+            group.append(layer)
+    for group in groups:
+        if len(group) > 1:
+            join(group, device)
+            shared = Shared(group)
+            for layer in group:
+                layer.prepare(device).shared = shared
+
+
+def _alike(one: IntegerLayer, other: IntegerLayer, device: torch.device) -> bool:
+    """Whether the codes of one input serve both layers, and one call multiplies them by both. Looks at values."""
+    first, second = one.prepare(device), other.prepare(device)
+    if isinstance(first, Engine) and isinstance(second, Engine):
+        return native.can_share([first.engine, second.engine])
+    formats = {(layer.plan.wbits, layer.plan.weight_group, tuple(layer.plan.class_ends)) for layer in (one, other)}
+    ops = isinstance(first, ByOps) and isinstance(second, ByOps) and first.fuses and second.fuses
+    return ops and len(formats) == 1 and _share_codes([one, other], [first, second])
+
+
+def activated(layer: IntegerLayer | Adapted, x: Tensor, activation: Activation) -> Tensor:
+    """layer(x, activation=activation), computed with those that `share` found to read x too."""
+    ready = layer._prepared if isinstance(layer, IntegerLayer) else None
+    if ready is not None and ready.shared is not None and not needed(x):
+        result = ready.shared.take(layer, x, activation)
+        if result is not None:
+            return result
+    return layer(x, activation=activation)
 
 
 def rescale_joined(layers: Iterable[IntegerLayer]) -> None:
@@ -110,3 +179,5 @@ def prepare_all(model: nn.Module, device: torch.device) -> None:
             module.prepare(device)
     for names in shared_inputs(model):
         join([model.get_submodule(name) for name in names], device)
+    ends = family_of(model).time_layers
+    share([module for name, module in model.named_modules() if name.rpartition(".")[2] in ends], device)

@@ -69,7 +69,7 @@ class _Layer:
         owner = f"{experts.layout.owners[name]}.in"
         self.input = owner if owner in experts.layout.parts else None
         self.divisor = input_factor(layer)
-        self.weight = Weight(layer.out_features, layer.plan.reduction, layer.natural_rows)
+        self.weight = Weight(layer.out_features, layer.plan.reduction, layer.natural_rows, layer.integers)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, gated: bool = False) -> Tensor:
         layer, plan = self.layer, self.layer.plan

@@ -21,7 +21,7 @@ from .quantize_activation import (
     quantize_samples,
     silu_quantize_rows,
 )
-from .scaled_product import scaled_conv2d, scaled_linear
+from .scaled_product import scaled_conv2d, scaled_linear, unscaled_product, unscaled_product_input
 
 __all__ = [
     "conv2d",
@@ -45,4 +45,6 @@ __all__ = [
     "scaled_conv2d",
     "scaled_linear",
     "silu_quantize_rows",
+    "unscaled_product",
+    "unscaled_product_input",
 ]

@@ -37,7 +37,9 @@ TARGETS = (*NVIDIA_TARGETS, "gfx942")
 _ALIGNED = (
     "reduction",
     "channels",
+    "in_channels",
     "packed_row",
+    "weight_row",
     "padded_keys",
     "x_row",
     *(f"{name}_{axis}" for name in ("q", "k", "v", "out") for axis in ("batch", "head", "row")),

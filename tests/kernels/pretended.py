@@ -25,10 +25,16 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 from pretend import CURRENT, MOST_STACK, pretend
 
 import dgq_kernels
+from dgq import architectures, recipe
+from dgq.bench import worker
 from dgq.checkpoint.apply import apply_header
 from dgq.checkpoint.header import Header
+from dgq.integer import attention
 from dgq.integer.plan import plan_layers
 from dgq.integer.shared_input import prepare_all
+from dgq.pictures import embedded
+from dgq.tuning.forward import Experts, differentiable
+from dgq.tuning.layout import Layout
 from dgq_kernels import packing
 
 log_attention = importlib.import_module("dgq_kernels.log_attention")  # the package has the operator by that name
@@ -176,6 +182,22 @@ def calls():
                 ),
             )
 
+    # one row, channel and pixel; groups that cross from tap to tap; tiles of a middle block and of a feed-forward layer
+    for size, n, window, dtype in (
+        ((1, 1, 1, 1), 1, (1, 1, 0), half),
+        ((1, 1, 5, 40), 6, (1, 1, 0), torch.bfloat16),
+        ((2, 4, 4, 4), 320, (3, 1, 1), torch.bfloat16),
+        ((2, 6, 5, 64), 32, (3, 2, 1), single),
+        ((4, 8, 8, 1280), 1280, (3, 1, 1), torch.bfloat16),
+        ((1, 1, 4096, 320), 2560, (1, 1, 0), torch.bfloat16),
+    ):
+        kernel, stride, padding = window
+        weight = torch.zeros(n, kernel**2 * size[3], dtype=torch.int8)
+        pixels = [(length + 2 * padding - kernel) // stride + 1 for length in size[1:3]]
+        for stored in ((weight, None, 0), *((*int4(weight, group), group) for group in packing.GROUP_SIZES)):
+            yield "unscaled_product", (floats(*size, dtype=dtype), *stored, *window)
+            yield "unscaled_product_input", (floats(size[0], *pixels, n, dtype=dtype), *stored, list(size), *window)
+
     for rows, keys, width, dtype in ((1, 1, 64, half), (1, 2, 32, torch.bfloat16), (5, 7, 16, single)):
         q, k, v = (floats(1, 2, n, width, dtype=dtype) for n in (rows, keys, keys))
         for start in (False, True)[:keys]:
@@ -213,27 +235,41 @@ def second_device():
             say(operator=name, devices=sorted({device for _, device in LAUNCHES[begin:]}), left=CURRENT[0])
 
 
+def embedded_architecture():
+    return architectures.architecture(str(embedded.FOLDER / "unet" / "config.json"))
+
+
+def quantized(which, wbits, dtype):
+    """A whole UNet with integer layers of no values in particular, and the arguments of a call."""
+    unet, plan = architectures.skeleton(which.config), attention.AttentionPlan.for_activations(8)
+    found, _ = plan_layers(unet, recipe.Recipe(wbits=wbits, rounding="nearest", channels="none"))
+    plans = {one.name: one.plan for one in found}
+    apply_header(unet, Header(recipe.Recipe(), plans, plan, dgq_version="0"))
+    prepare_all(unet.to_empty(device="cpu").requires_grad_(False).to(dtype), torch.device("cpu"))
+    call = architectures.call(unet, which.batch, torch.device("cpu"), tokens=which.tokens)
+    return unet, {key: worker.cast(value, dtype, torch.device("cpu")) for key, value in call.items()}
+
+
 def step(name, dtypes=(torch.float16,)):
     """A step of a whole quantized UNet, its float operators on the CPU, on rubbish."""
-    from dgq import architectures, recipe
-    from dgq.bench import worker
-    from dgq.integer import attention
-    from dgq.pictures import embedded
-
-    which = architectures.ARCHITECTURES.get(name)
-    if which is None:
-        which = architectures.architecture(str(embedded.FOLDER / "unet" / "config.json"))
+    which = architectures.ARCHITECTURES.get(name) or embedded_architecture()
     for wbits, dtype in ((wbits, dtype) for wbits in (8, 4) for dtype in dtypes):
         gc.collect()  # the network before
-        unet, plan = architectures.skeleton(which.config), attention.AttentionPlan.for_activations(8)
-        found, _ = plan_layers(unet, recipe.Recipe(wbits=wbits, rounding="nearest", channels="none"))
-        plans = {one.name: one.plan for one in found}
-        apply_header(unet, Header(recipe.Recipe(), plans, plan, dgq_version="0"))
-        prepare_all(unet.to_empty(device="cpu").requires_grad_(False).to(dtype), torch.device("cpu"))
-        call = architectures.call(unet, which.batch, torch.device("cpu"), tokens=which.tokens)
-        call = {key: worker.cast(value, dtype, torch.device("cpu")) for key, value in call.items()}
+        unet, call = quantized(which, wbits, dtype)
         for log_attention.FORCED in (False, True):
             attempt(f"{name} W{wbits}A8", functools.partial(unet, **call))
+
+
+@torch.enable_grad()
+def tuning():
+    """A step of tuning the embedded model, forwards and backwards, on rubbish."""
+    which = embedded_architecture()
+    for wbits, dtype in ((4, torch.bfloat16), (8, torch.bfloat16), (4, torch.float32)):
+        unet, call = quantized(which, wbits, dtype)
+        experts = Experts(Layout.of(unet, True), 2, 1000, torch.device("cpu"))
+        with differentiable(unet, experts):
+            experts.choose([700] * which.batch)
+            attempt(f"tuning W{wbits}", lambda unet=unet, call=call: unet(**call).sample.float().mean().backward())
 
 
 def main(parts):
@@ -241,7 +277,7 @@ def main(parts):
     torch.cuda.device = current
     with torch.no_grad():
         for part in parts:
-            if part in ("operators", "second_device"):
+            if part in ("operators", "second_device", "tuning"):
                 globals()[part]()
             else:
                 step(part, (torch.float16, torch.float32) if part == "embedded" else (torch.float16,))

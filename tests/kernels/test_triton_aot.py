@@ -25,6 +25,7 @@ FLOAT_KERNELS = {
     "key_statistics_kernel",
     "key_codes_kernel",
     "sum_splits_kernel",
+    "unscaled_product_kernel",
 }
 
 

@@ -13,6 +13,8 @@ from dgq_kernels.log_attention import reference as attention_reference
 from dgq_kernels.log_attention import triton as attention_kernels
 from dgq_kernels.quantize_activation import reference as quantize_reference
 from dgq_kernels.quantize_activation import triton as quantize_kernels
+from dgq_kernels.scaled_product import reference as scaled_reference
+from dgq_kernels.scaled_product import triton as scaled_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 4096
@@ -126,3 +128,22 @@ def test_attention(name):
     more = {"log_attention": (8, 4, True, 8, 8), "log_attention_running": (8, 4, 32), "log_attention_base2": (8, True)}
     arguments = (q, k, v, 40**-0.5, *more[name])
     compare(getattr(attention_kernels, name), getattr(attention_reference, name)(*arguments), arguments)
+
+
+@pytest.mark.parametrize("group", [0, *packing.GROUP_SIZES])
+@pytest.mark.parametrize(
+    "size, window", [((1, 1, 7, 131), (1, 1, 0)), ((2, 5, 4, 64), (3, 2, 1)), ((1, 3, 3, 5), (3, 1, 1))]
+)
+def test_unscaled_product(size, window, group):
+    g, reduction = generator(), window[0] ** 2 * size[3]
+    weight = torch.randint(-8, 8, (13, reduction), dtype=torch.int8, generator=g)
+    stored = weight, None, 0
+    if group:
+        groups = packing.padded_length(reduction, group) // group
+        subscales = packing.pack_subscales(torch.full((13, groups), 3, dtype=torch.uint8))
+        stored = packing.pack_int4(weight, group), subscales, group
+    arguments = (torch.randn(size, generator=g), *stored, *window)
+    y = scaled_reference.unscaled_product(*arguments)
+    compare(scaled_kernels.unscaled_product, y, arguments)
+    arguments = (torch.randn(y.shape, generator=g), *stored, list(size), *window)
+    compare(scaled_kernels.unscaled_product_input, scaled_reference.unscaled_product_input(*arguments), arguments)

@@ -217,6 +217,24 @@ def test_a_norm_is_one_launch_more(monkeypatch):
     kernels.group_norm_quantize_rows(x, 2, None, None, 1e-5, 8, None, None)
     samples = ["group_statistics_kernel", "sample_range_kernel", "quantize_samples_kernel"]
     assert launched == [*samples, "group_statistics_kernel", "quantize_rows_kernel"]
+    launched.clear()  # of two tiles the statistics' program tells the range too, where no rotation mixes groups
+    for rotation in (0, 16):
+        kernels.group_norm_quantize_samples(x[:, :, :16], 2, None, None, 1e-5, True, 8, None, 1, None, None, rotation)
+    assert launched == [samples[0], samples[2], *samples]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 27), (33, 27)])
+def test_an_offset_that_is_a_part_of_a_wider_tensor(size):
+    """As time embeddings are that one product made: read where it lies, whoever reads it."""
+    wide = torch.randn(2, 200, generator=torch.Generator().manual_seed(0)) * 3
+    x, last = image(2, 80, *size), (2, *gains(80), 1e-5, True, 8, None, 1, None)
+    results = [
+        kernels.group_norm_quantize_samples(*move(x, *last, offset))
+        for offset in (wide[:, 50:130], wide[:, 50:130].contiguous())
+    ]
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    check("group_norm_quantize_samples", x, *last, wide[:, 50:130])
 
 
 def test_rows_too_long_for_registers():

@@ -47,3 +47,10 @@ def test_edges_compile_and_launch_where_their_tensors_are():
 @pytest.mark.parametrize("name", ["embedded", "sd-v1.4", "sdxl-turbo"])
 def test_a_step(name):
     check(pretend(name))
+
+
+@pytest.mark.slow
+def test_a_step_of_tuning():
+    rows = pretend("tuning")
+    check(rows)
+    assert {row["kernel"] for row in rows if "kernel" in row} == {"unscaled_product_kernel"}

@@ -270,6 +270,11 @@ def pick(
     return choose(kind, rows, channels, reduction, length, machine)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many a CUDA device has."""
+    return _machine(device).multiprocessors
+
+
 @functools.cache
 def _machine(device: torch.device) -> Machine:
     found = torch.cuda.get_device_properties(device)

@@ -31,6 +31,8 @@ def cases(major: int) -> Iterator[aot_case.Case]:
         "OFFSET": True,
         "GAIN": True,
         "SHIFT": False,
+        "SILU": True,
+        "RANGE": False,
         "SMALLEST": 1e-30,
         "TOP": 255,
     }
@@ -72,6 +74,10 @@ def cases(major: int) -> Iterator[aot_case.Case]:
                 note, parts = f"group={group} parts={groups.parts}", {"GROUP": group, "PARTS": groups.parts}
                 whole = quantize.Config(groups.rows, groups.channels, groups.warps)
                 yield case(quantize.group_statistics_kernel, whole, note, SHIFT=True, **parts)
+                if pixels <= 2 * groups.rows:
+                    yield case(
+                        quantize.group_statistics_kernel, whole, f"{note} range", SHIFT=True, RANGE=True, **parts
+                    )
         for norm, note in ((False, "plain"), (True, "norm silu")):
             fused = {"NORM": norm, "SILU": norm, "OFFSET": norm}
             merge = {**parts, "SHIFT": True} if norm else {"GROUP": 1, "PARTS": 1}

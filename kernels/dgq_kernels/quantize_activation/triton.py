@@ -187,14 +187,20 @@ def quantize_long_rows_kernel(
 
 @triton.jit
 def group_statistics_kernel(
-    x_ptr, shift_ptr, norm_weight_ptr, centre_ptr, gain_ptr, pixels, channels, share, eps,
-    GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    x_ptr, shift_ptr, norm_weight_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, below_ptr, above_ptr,
+    pixels, channels, shift_row, share, eps,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr, RANGE: tl.constexpr,
+    OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Of one group in the `share` pixels of one part of a sample: x (B, pixels, channels) plus shift (B, channels).
+    """Of one group in the `share` pixels of one part of a sample: x (B, pixels, channels) plus shift (B, channels),
+    whose rows lie shift_row apart.
 
     One part: centre (its mean, less the shift) and gain (norm weight / deviation), float32 (B, channels). More: its
     mean, and the sum of squared differences to it, in their places, (B, PARTS, groups); `_merged` makes them one.
+
+    RANGE, of one part: that of what the norm, and what follows it, make of the group too, as `sample_range_kernel` has
+    that of a block of pixels: below and above (B, groups).
     """
     group, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lane = tl.arange(0, BLOCK_CHANNELS)
@@ -203,7 +209,7 @@ def group_statistics_kernel(
     base = x_ptr + sample.to(tl.int64) * pixels * channels + channel[None, :]
     shift = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     if SHIFT:
-        shift = tl.load(shift_ptr + sample * channels + channel, mask=in_group, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + sample * shift_row + channel, mask=in_group, other=0.0).to(tl.float32)
     begin = part * share
     end = tl.minimum(begin + share, pixels)
     pixel = begin + tl.arange(0, BLOCK_ROWS)
@@ -231,8 +237,25 @@ def group_statistics_kernel(
         if GAIN:
             gain *= tl.load(norm_weight_ptr + channel, mask=in_group, other=0.0).to(tl.float32)
         out = sample * channels + channel
-        tl.store(centre_ptr + out, mean - shift, mask=in_group)
+        centre = mean - shift
+        tl.store(centre_ptr + out, centre, mask=in_group)
         tl.store(gain_ptr + out, gain, mask=in_group)
+        if RANGE:
+            below = 0
+            above = 0
+            for first in range(0, pixels, BLOCK_ROWS):
+                pixel = first + tl.arange(0, BLOCK_ROWS)
+                inside = (pixel < pixels)[:, None] & in_group[None, :]
+                x = _load_sample(
+                    base + pixel[:, None] * channels, centre, gain, norm_bias_ptr, inv_divisor_ptr, channel, channels,
+                    inside, True, OFFSET, SILU, DIVIDE, 0, BLOCK_ROWS, BLOCK_CHANNELS,
+                )  # fmt: skip
+                tile_below, tile_above = reach(x, None)
+                below = tl.maximum(below, tile_below)
+                above = tl.maximum(above, tile_above)
+            at = sample * tl.num_programs(0) + group
+            tl.store(below_ptr + at, below)
+            tl.store(above_ptr + at, above)
     else:
         out = (sample * PARTS + part) * tl.num_programs(0) + group
         tl.store(centre_ptr + out, mean)
@@ -241,8 +264,8 @@ def group_statistics_kernel(
 
 @triton.jit
 def _merged(
-    mean_ptr, square_ptr, shift_ptr, norm_weight_ptr, sample, channel, in_channels, pixels, channels, share, eps,
-    GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr,
+    mean_ptr, square_ptr, shift_ptr, norm_weight_ptr, sample, channel, in_channels, pixels, channels, shift_row, share,
+    eps, GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
     """(centre, gain) of channels from the parts' statistics, as `group_statistics_kernel` has them."""
     at = sample * PARTS * (channels // GROUP) + channel // GROUP
@@ -262,7 +285,7 @@ def _merged(
     if GAIN:
         gain *= tl.load(norm_weight_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)
     if SHIFT:
-        mean -= tl.load(shift_ptr + sample * channels + channel, mask=in_channels, other=0.0).to(tl.float32)
+        mean -= tl.load(shift_ptr + sample * shift_row + channel, mask=in_channels, other=0.0).to(tl.float32)
     return mean, gain
 
 
@@ -294,7 +317,7 @@ def _load_sample(
 @triton.jit
 def sample_range_kernel(
     x_ptr, mean_ptr, square_ptr, shift_ptr, norm_weight_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr,
-    below_ptr, above_ptr, pixels, channels, share, eps,
+    below_ptr, above_ptr, pixels, channels, shift_row, share, eps,
     GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr, NORM: tl.constexpr,
     OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, ROTATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
@@ -321,7 +344,7 @@ def sample_range_kernel(
             else:
                 centre, gain = _merged(
                     mean_ptr, square_ptr, shift_ptr, norm_weight_ptr, sample, channel, in_channels, pixels, channels,
-                    share, eps, GROUP, PARTS, SHIFT, GAIN,
+                    shift_row, share, eps, GROUP, PARTS, SHIFT, GAIN,
                 )  # fmt: skip
                 if block == 0:
                     tl.store(centre_ptr + at, centre, mask=in_channels)
@@ -417,23 +440,34 @@ class Groups(NamedTuple):
 
 
 def groups_for(pixels: int, group: int, most_parts: int) -> Groups:
-    """One program for each group of a part, of up to 16384 values at once; parts of one tile or more."""
+    """One program for each group of a part, of up to 16384 values at once; parts of one tile or more. Two tiles are
+    not shared: one program can go on with their range, which is a launch less."""
     channels = triton.next_power_of_2(group)
     rows = min(max(1, 16384 // channels), triton.next_power_of_2(pixels))
     tiles = triton.cdiv(pixels, rows)
-    parts = min(most_parts, triton.next_power_of_2(tiles))
+    parts = min(most_parts, triton.next_power_of_2(tiles)) if tiles > 2 else 1
     warps = min(16, max(4, rows * channels // 1024))
     return Groups(rows, channels, warps, parts, triton.cdiv(tiles, parts) * rows)
 
 
 class Norm(NamedTuple):
     """What `sample_range_kernel` takes of a norm: centre and gain, which it makes itself of more than one part, of
-    these parts (mean, square, shift, weight) and sizes (share, eps, GROUP, PARTS, SHIFT, GAIN)."""
+    these parts (mean, square, shift, weight) and sizes (shift_row, share, eps, GROUP, PARTS, SHIFT, GAIN). Or the
+    ranges below and above (B, groups) of what follows the norm."""
 
     centre: Tensor | None = None
     gain: Tensor | None = None
     parts: tuple[Tensor | None, ...] = (None,) * 4
-    sizes: tuple[float, ...] = (0, 0.0, 1, 1, False, False)
+    sizes: tuple[float, ...] = (0, 0, 0.0, 1, 1, False, False)
+    ranges: Tensor | None = None
+
+
+class After(NamedTuple):
+    """What follows a norm before a convolution's codes: its bias, SiLU, the divisor."""
+
+    bias: Tensor | None
+    silu: bool
+    inv_divisor: Tensor | None
 
 
 def _check(position: Tensor | None, *vectors: Tensor | None) -> None:
@@ -568,30 +602,41 @@ def group_norm_quantize_samples(
     """See `dgq_kernels.group_norm_quantize_samples`; `out` and errors as in `quantize_samples`."""
     _check(None, weight, bias)
     x = x.contiguous(memory_format=torch.channels_last)
-    norm = _group_statistics(x, groups, weight, eps, None if offset is None else offset.contiguous(), PROGRAMS)
+    if offset is not None and offset.stride(1) != 1:
+        offset = offset.contiguous()
+    after = None if rotation else After(bias, silu, inv_divisor)
+    norm = _group_statistics(x, groups, weight, eps, offset, PROGRAMS, after)
     return _samples(x, bits, inv_divisor, padding, position, out, norm, bias, silu, rotation)
 
 
 def _group_statistics(
-    x: Tensor, groups: int, weight: Tensor | None, eps: float, shift: Tensor | None, programs: int
-) -> Norm:
+    x: Tensor, groups: int, weight: Tensor | None, eps: float, shift: Tensor | None, programs: int,
+    after: After | None = None,
+) -> Norm:  # fmt: skip
     """Of x + shift (B, C), by about so many programs, or one for each group: (x - centre) * gain is its norm without
-    the offset."""
+    the offset. `after`: the ranges are wanted too, where a group is no more than two tiles."""
     batch, channels, height, width = x.shape
     group, pixels = channels // groups, height * width
     tile = groups_for(max(1, pixels), group, max(1, programs // max(1, batch * groups)))
     centre, gain = x.new_empty((2, batch, channels), dtype=torch.float32)
     many = tile.parts > 1
     mean, square = x.new_empty((2, batch, tile.parts, groups), dtype=torch.float32) if many else (centre, gain)
-    sizes = (tile.share, eps, group, tile.parts, shift is not None, weight is not None)
+    shift_row = 0 if shift is None else shift.stride(0)
+    sizes = (shift_row, tile.share, eps, group, tile.parts, shift is not None, weight is not None)
+    ranges = None
+    if after is not None and 0 < pixels <= 2 * tile.rows:
+        ranges = x.new_empty((2, batch, groups), dtype=torch.int32)
+    bias, silu, inv_divisor = (None, False, None) if ranges is None or after is None else after
     if x.numel():
         group_statistics_kernel[(groups, tile.parts, batch)](
-            x, shift, weight, mean, square, pixels, channels, *sizes,
+            x, shift, weight, mean, square, bias, inv_divisor, *((None, None) if ranges is None else ranges),
+            pixels, channels, *sizes,
+            RANGE=ranges is not None, OFFSET=bias is not None, SILU=silu, DIVIDE=inv_divisor is not None,
             BLOCK_ROWS=tile.rows, BLOCK_CHANNELS=tile.channels, num_warps=tile.warps, enable_fp_fusion=False,
         )  # fmt: skip
     if many:
         return Norm(centre, gain, (mean, square, shift, weight), sizes)
-    return Norm(centre, gain)
+    return Norm(centre, gain, ranges=ranges)
 
 
 def _samples(
@@ -612,20 +657,22 @@ def _samples(
         return codes, scale, zero_point
     config = sample_config_for(batch, height * width, channels, rotation)
     blocks = triton.cdiv(height * width, config.rows)
-    below, above = x.new_empty((2, batch, blocks), dtype=torch.int32)
+    ranges = norm.ranges if norm.ranges is not None else x.new_empty((2, batch, blocks), dtype=torch.int32)
+    below, above = ranges
     flags: dict[str, Any] = {
         "NORM": norm.gain is not None, "OFFSET": bias is not None, "SILU": silu, "DIVIDE": inv_divisor is not None,
         "ROTATION": rotation, "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "num_warps": config.warps,
         "enable_fp_fusion": False,
     }  # fmt: skip
-    sample_range_kernel[(blocks, batch)](
-        x, *norm.parts, norm.centre, norm.gain, bias, inv_divisor, below, above, height * width, channels,
-        *norm.sizes, **flags,
-    )  # fmt: skip
+    if norm.ranges is None:
+        sample_range_kernel[(blocks, batch)](
+            x, *norm.parts, norm.centre, norm.gain, bias, inv_divisor, below, above, height * width, channels,
+            *norm.sizes, **flags,
+        )  # fmt: skip
     grid = (triton.cdiv(size[2] * size[3], config.rows), triton.cdiv(channels, config.channels), batch)
     quantize_samples_kernel[grid](
         x, norm.centre, norm.gain, bias, inv_divisor, position, below, above, codes, scale, zero_point,
-        height, width, channels, padding, blocks,
+        height, width, channels, padding, below.shape[1],
         PLACE=position is not None, SMALLEST=SMALLEST_SCALE, TOP=2**bits - 1, BLOCK_RANGES=256, **flags,
     )  # fmt: skip
     return codes, scale, zero_point

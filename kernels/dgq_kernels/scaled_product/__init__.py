@@ -2,7 +2,9 @@
 
 Autograd of the plain formula keeps float copies of the whole weight. Here neither direction has more of it than a tile
 of rows in the input's dtype: the gradients of the scales are sums over what is there anyway, that of the input is a
-product with the same tiles. One implementation serves every device; `reference.py` is its definition.
+product with the same tiles. Where the backend's ops unpack weights themselves, `unscaled_product` and
+`unscaled_product_input` are the products, and no float of a weight reaches memory; elsewhere torch multiplies by tiles.
+`reference.py` is the definition of all of it.
 """
 
 from __future__ import annotations
@@ -15,11 +17,103 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
+from .. import backend
+from ..backend import implementation, operator
+from ..fakes import register_fake
+from . import reference
+
 # Values of a tile, about 4 MiB in float32: it stays in a core's cache. A GPU needs more of them at a time.
 _TILE = {"cpu": 2**20, "cuda": 2**23}
 # Values of a strip of activations that scales are applied to in float32.
 _STRIP = {"cpu": 2**18, "cuda": 2**22}
 _ROWS = 16  # a tile is whole blocks of the CPU engine's packed form
+
+
+@operator("dgq::unscaled_product")
+def unscaled_product(
+    x: Tensor, weight: Tensor, subscales: Tensor | None, group: int, kernel: int, stride: int, padding: int
+) -> Tensor:
+    """Float activations times a packed integer weight: a square convolution without its scales, summed in float32.
+
+    Args:
+        x: float16, bfloat16 or float32 (B, H, W, C), contiguous; a linear layer's rows as (1, 1, M, C).
+        weight: int8 (N, kernel^2 * C), columns in the order (row, column, channel), or uint8 from `packing.pack_int4`
+            of it.
+        subscales: uint8 from `packing.pack_subscales`; None for an int8 weight.
+        group: weights that share a sub-scale.
+        kernel, stride, padding: of the convolution; 1, 1 and 0 for a linear layer.
+
+    Returns:
+        (B, Ho, Wo, N) in x's dtype.
+
+    Raises:
+        ValueError: operands are not contiguous.
+    """
+    return implementation(reference.unscaled_product, x)(x, weight, subscales, group, kernel, stride, padding)
+
+
+@operator("dgq::unscaled_product_input")
+def unscaled_product_input(
+    gradient: Tensor,
+    weight: Tensor,
+    subscales: Tensor | None,
+    group: int,
+    size: list[int],
+    kernel: int,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """The gradient of the x of `unscaled_product`, given that of its result.
+
+    Args:
+        gradient: float (B, Ho, Wo, N), contiguous.
+        size: of x, (B, H, W, C). The others as in `unscaled_product`.
+
+    Returns:
+        (B, H, W, C) in the gradient's dtype.
+
+    Raises:
+        ValueError: operands are not contiguous.
+    """
+    return implementation(reference.unscaled_product_input, gradient)(
+        gradient, weight, subscales, group, size, kernel, stride, padding
+    )
+
+
+@register_fake(unscaled_product)
+def _(x, weight, subscales, group, kernel, stride, padding):
+    batch, *size, _ = x.shape
+    return x.new_empty(batch, *((length + 2 * padding - kernel) // stride + 1 for length in size), weight.shape[0])
+
+
+@register_fake(unscaled_product_input)
+def _(gradient, weight, subscales, group, size, kernel, stride, padding):
+    return gradient.new_empty(size)
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A packed weight as `unscaled_product` takes it.
+
+    Attributes:
+        weight, subscales, group: of the operator.
+        order: integer (C,), which channel each stored one is; None: in order.
+    """
+
+    weight: Tensor
+    subscales: Tensor | None = None
+    group: int = 0
+    order: Tensor | None = None
+
+    def forward(self, x: Tensor, *window: int) -> Tensor:
+        """`unscaled_product` of pixels (B, H, W, C), channels in natural order."""
+        x = x.contiguous() if self.order is None else x.index_select(-1, self.order)
+        return unscaled_product(x, self.weight, self.subscales, self.group, *window)
+
+    def backward(self, gradient: Tensor, size: list[int], *window: int) -> Tensor:
+        """`unscaled_product_input`, its channels in natural order."""
+        of_x = unscaled_product_input(gradient.contiguous(), self.weight, self.subscales, self.group, size, *window)
+        return of_x if self.order is None else torch.empty_like(of_x).index_copy_(-1, self.order.long(), of_x)
 
 
 @dataclass(frozen=True)
@@ -30,11 +124,18 @@ class Weight:
         n, k: rows (outputs) and their length.
         rows: rows(start, stop) -> int8 (stop - start, k), where start is a multiple of 16. (The products of gradients
             alone take rows of floats as well.)
+        integers: integers() -> the packed weight, for backends whose ops unpack it; None: rows are all there is.
     """
 
     n: int
     k: int
     rows: Callable[[int, int], Tensor]
+    integers: Callable[[], Integers] | None = None
+
+    def packed(self, like: Tensor) -> Integers | None:
+        """The packed weight, where ops of the backend of `like` are to multiply by it."""
+        unpacks = self.integers is not None and backend.chosen(like.device).unpacks
+        return self.integers() if unpacks and self.integers is not None else None
 
     def tiles(self, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(which rows, their values in the dtype and on the device of `like`)."""
@@ -53,6 +154,8 @@ class _Linear:
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.weight.k)
+        if packed := self.weight.packed(x):
+            return packed.forward(rows[None, None], 1, 1, 0).view(*x.shape[:-1], self.weight.n)
         y = x.new_empty(rows.shape[0], self.weight.n)
         for part, tile in self.weight.tiles(x):
             torch.mm(rows, tile.t(), out=y[:, part])
@@ -60,6 +163,9 @@ class _Linear:
 
     def backward(self, gradient: Tensor) -> Tensor:
         rows = gradient.reshape(-1, self.weight.n)
+        if packed := self.weight.packed(gradient):
+            size = [1, 1, len(rows), self.weight.k]
+            return packed.backward(rows[None, None], size, 1, 1, 0).view(*gradient.shape[:-1], self.weight.k)
         result = gradient.new_zeros(rows.shape[0], self.weight.k)
         for part, tile in self.weight.tiles(gradient):
             result.addmm_(rows[:, part], tile)
@@ -81,11 +187,17 @@ class _Conv2d:
     size: torch.Size
     axis: int = 1
 
+    @property
+    def _window(self) -> tuple[int, int, int]:
+        return self.kernel, self.stride, self.padding
+
     def _tiles(self, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
         for part, tile in self.weight.tiles(like):
             yield part, tile.view(tile.shape[0], self.kernel, self.kernel, -1).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        if packed := self.weight.packed(x):
+            return packed.forward(x.permute(0, 2, 3, 1), *self._window).permute(0, 3, 1, 2)
         y: Tensor | None = None
         for part, tile in self._tiles(x):
             one = torch.nn.functional.conv2d(x, tile, stride=self.stride, padding=self.padding)
@@ -99,6 +211,10 @@ class _Conv2d:
         return y
 
     def backward(self, gradient: Tensor) -> Tensor:
+        if packed := self.weight.packed(gradient):
+            batch, channels, *pixels = self.size
+            size = [batch, *pixels, channels]
+            return packed.backward(gradient.permute(0, 2, 3, 1), size, *self._window).permute(0, 3, 1, 2)
         result: Tensor | None = None
         for part, tile in self._tiles(gradient):
             one = conv2d_input(self.size, tile, gradient[:, part], self.stride, self.padding)

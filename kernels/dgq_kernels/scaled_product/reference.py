@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
+
+from ..packing import expand_two_level
 
 
 def along(scale: Tensor, like: Tensor, axis: int) -> Tensor:
@@ -45,3 +48,36 @@ def scaled_conv2d(
     y = torch.nn.functional.conv2d(scaled, taps, stride=stride, padding=padding)
     y = y * along(d_out, y, 1)
     return y if bias is None else y + bias[:, None, None]
+
+
+def _taps(weight: Tensor, subscales: Tensor | None, group: int, channels: int, kernel: int, like: Tensor) -> Tensor:
+    """A packed weight as torch's convolutions take it, (N, C, kernel, kernel) in the dtype of `like`."""
+    if subscales is not None:
+        weight = expand_two_level(weight, subscales, kernel**2 * channels, group)
+    return weight.to(like.dtype).view(weight.shape[0], kernel, kernel, channels).permute(0, 3, 1, 2)
+
+
+def unscaled_product(
+    x: Tensor, weight: Tensor, subscales: Tensor | None, group: int, kernel: int, stride: int, padding: int
+) -> Tensor:
+    """See `dgq_kernels.unscaled_product`."""
+    taps = _taps(weight, subscales, group, x.shape[3], kernel, x)
+    y = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), taps, stride=stride, padding=padding)
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+def unscaled_product_input(
+    gradient: Tensor,
+    weight: Tensor,
+    subscales: Tensor | None,
+    group: int,
+    size: list[int],
+    kernel: int,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """See `dgq_kernels.unscaled_product_input`."""
+    batch, height, width, channels = size
+    taps = _taps(weight, subscales, group, channels, kernel, gradient)
+    of_y = gradient.permute(0, 3, 1, 2)
+    return conv2d_input([batch, channels, height, width], taps, of_y, stride, padding).permute(0, 2, 3, 1).contiguous()

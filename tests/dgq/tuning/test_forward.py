@@ -48,11 +48,11 @@ def float_weight(layer: IntegerLayer):
     return result.view(-1, k, k, plan.in_features).permute(0, 3, 1, 2).float()
 
 
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("form", ["stored", "engine", "triton"])
 @pytest.mark.parametrize("channels", ["none", "smooth", "shift", "rotate"])
 @pytest.mark.parametrize("wbits", [4, 8])
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "strided", "pointwise"])
-def test_forward_and_gradients_equal_the_formula(kind, wbits, channels, prepared):
+def test_forward_and_gradients_equal_the_formula(kind, wbits, channels, form, monkeypatch):
     torch.manual_seed(0)
     build, shape = {
         "linear": (lambda: nn.Linear(48, 35), (3, 9, 48)),
@@ -74,7 +74,9 @@ def test_forward_and_gradients_equal_the_formula(kind, wbits, channels, prepared
         layer = IntegerLayer.from_quantized(one.plan, one.weight, one.groups, module.bias)
     else:
         layer = quantize_layers([planned], statistics, wanted)[0].layer
-    if prepared:
+    if form == "triton":
+        monkeypatch.setenv("DGQ_BACKEND", "triton")
+    if form != "stored":
         layer.prepare(x.device)
     unet = Unet(layer)
     experts = Experts(Layout.of(unet, True), 3, 1000, x.device)

@@ -60,7 +60,7 @@ def test_the_kernels_take_tuned_scales(tiny_checkpoint):
 def test_gradients_on_the_device_are_the_cpus(tiny_checkpoint):
     found = []
     for device in ("cpu", "cuda"):
-        with Pretended():
+        with Pretended() as mode:
             unet = dgq.load(tiny_checkpoint, device=device, dtype=torch.float32).unet
             for parameter in unet.parameters():
                 parameter.requires_grad_(False)
@@ -70,4 +70,7 @@ def test_gradients_on_the_device_are_the_cpus(tiny_checkpoint):
                 experts.choose([700])
                 unet(*(argument.to(place) for argument in call())).sample.square().mean().backward()
             found.append(experts.vectors[1].grad.cpu())
+            layers = len(integer_layers(unet))
     assert error(found[1], found[0]) < 1e-4
+    ran = {op.__name__.split(".")[0]: count for (op, _), count in mode.ran.items() if op.namespace == "dgq"}
+    assert ran == {"unscaled_product": layers, "unscaled_product_input": layers}
