@@ -62,14 +62,15 @@ class Cost:
 
     Attributes:
         layers: by name; kept: {name: reason} of layers that stay float.
-        statistics_bytes: peak of what is kept of the replayed calls; passes: how often they are replayed.
+        statistics_bytes: peak of what is kept of the replayed calls.
+        passes: names of the layers that each replay of the calls is for; it ends where the last of them is reached.
         whole: whether every recorded call is replayed, or at most as many as the user says.
     """
 
     layers: Mapping[str, LayerCost]
     kept: Mapping[str, str]
     statistics_bytes: int = 0
-    passes: int = 1
+    passes: Sequence[Sequence[str]] = ()
     whole: bool = False
 
 
@@ -125,7 +126,8 @@ class Method:
             one. Raises a DgqError where the header's plans are not of this network.
         layers: the quantized layers of a header, in the model's order.
         rounded_input: rounded_input(layer, x): the float values that a quantized layer makes of its input.
-        cost: cost(network, recipe, budget), with a float network on any device and bytes for statistics.
+        cost: cost(network, recipe, budget, call), with a float network on any device, bytes for statistics, and a call
+            of the network there (keyword arguments).
         label: short name of a recipe, without its bits.
         check: raises a DgqError for options that the method does not take.
         plans: plans of the layers whose results an interrupted run may have stored. Raises a DgqError where the recipe
@@ -142,7 +144,7 @@ class Method:
     skeleton: Callable[[nn.Module, Any], None]
     layers: Callable[[Any], dict[str, LayerFacts]]
     rounded_input: Callable[[Any, Tensor], Tensor]
-    cost: Callable[[nn.Module, Any, int], Cost]
+    cost: Callable[[nn.Module, Any, int, dict[str, Any]], Cost]
     label: Callable[[Any], str]
     check: Callable[[Any], None] = lambda recipe: None
     plans: Callable[[nn.Module, Any], dict[str, Any]] = lambda network, recipe: {}

@@ -50,6 +50,10 @@ def record_inputs(
     return recorded
 
 
+class Enough(Exception):  # noqa: N818 (no error)
+    """Raised by a hook of `replay` that needs no more of a call."""
+
+
 @contextlib.contextmanager
 def hooked(handles: Iterable[Any]) -> Iterator[None]:
     """Hooks that go with the block, however it ends: their handles are given."""
@@ -65,7 +69,8 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
 def replay(
     network: nn.Module, calls: Sequence[dict[str, Any]], handles: Iterable[Any], told: Callable[[int, int], None]
 ) -> None:
-    """Run calls of any device through a network whose hooks, of these handles, see what it computes.
+    """Run calls of any device through a network whose hooks, of these handles, see what it computes; a call ends where
+    one of them raises `Enough`.
 
     Args:
         network: called on its own device, as its family does.
@@ -77,7 +82,8 @@ def replay(
     run = family_of(network).run
     with hooked(handles):
         for done, call in enumerate(calls, start=1):
-            run(network, to_device(call, device))
+            with contextlib.suppress(Enough):
+                run(network, to_device(call, device))
             told(done, len(calls))
 
 

@@ -85,7 +85,6 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     if pixels and "sample_size" in config:
         config["sample_size"], pixels = pixels // _decoder(family, vae)[1], None
     network = family.skeleton(config)
-    cost = METHODS[recipe.name].cost(network, recipe, options.budget)
     settings = wanted_settings(options, found)
     assert settings.steps is not None
     assert settings.guidance is not None
@@ -93,16 +92,24 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     doubled = family.doubled(network.config, settings.guidance)
     apart = doubled and family.separate_guidance
     recorded = count * settings.steps * (2 if apart else 1)
+    meta = torch.device("meta")
+    with meta:
+        call = architectures.call(network, 2 if doubled and not apart else 1, meta, pixels=pixels)
+    cost = METHODS[recipe.name].cost(network, recipe, options.budget, call)
     replayed = recorded if cost.whole else min(recorded, options.calls)
     parameters = sum(tensor.numel() for tensor in network.state_dict().values())
     quantized = sum(layer.parameters for layer in cost.layers.values())
     packed = sum(layer.stored_bytes for layer in cost.layers.values())
-    rows, taken = _rows_per_call(network, cost.layers, 2 if doubled and not apart else 1, pixels)
+    rows, taken = _rows_per_call(network, cost.layers, call)
     macs = sum(rows[name] * layer.macs for name, layer in cost.layers.items())
     per_pixel, factor = _decoder(family, vae)
     drawn = 2 * options.evaluate
-    per_call = macs * _seconds_per_mac() + len(cost.layers) * SECONDS_PER_LAYER
-    seconds = (recorded + cost.passes * replayed + drawn * settings.steps * (2 if apart else 1)) * per_call
+    per_call, before = 0.0, {}  # seconds, and those until a layer is reached
+    for name in rows:
+        before[name] = per_call
+        per_call += rows[name] * cost.layers[name].macs * _seconds_per_mac() + SECONDS_PER_LAYER
+    seconds = (recorded + drawn * settings.steps * (2 if apart else 1)) * per_call
+    seconds += replayed * sum(max(map(before.__getitem__, names)) for names in cost.passes)
     pipe = SimpleNamespace(vae=vae, vae_scale_factor=factor, **{family.component: network})
     width, height = (options.size, options.size) if options.size else family.default_size(pipe)
     seconds += drawn * width * height * per_pixel * _seconds_per_mac()
@@ -112,10 +119,12 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     decoder, decoder_cost = decoder_recipe(found, recipe, options), Cost({}, {})
     held = sum(tensor.numel() for tensor in vae.state_dict().values())
     if decoder is not None:
-        decoder_cost = METHODS[decoder.name].cost(vae, decoder, options.budget)
-        _, taken = _rows_per_call(vae, decoder_cost.layers, 1, math.isqrt(width * height))
+        with meta:
+            latent = architectures.call(vae, 1, meta, pixels=math.isqrt(width * height))
+        decoder_cost = METHODS[decoder.name].cost(vae, decoder, options.budget, latent)
+        _, taken = _rows_per_call(vae, decoder_cost.layers, latent)
         decoded = min(count, options.calls)
-        seconds += decoder_cost.passes * decoded * width * height * per_pixel * _seconds_per_mac()
+        seconds += len(decoder_cost.passes) * decoded * width * height * per_pixel * _seconds_per_mac()
         seconds += sum(layer.seconds(decoded * taken[name]) for name, layer in decoder_cost.layers.items())
         after = 4 * (parameters - quantized) + packed
         memory = max(memory, after + 4 * held + decoder_cost.statistics_bytes)
@@ -126,9 +135,9 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         float16_bytes=2 * parameters,
         packed_bytes=2 * (parameters - quantized) + packed,
         statistics_bytes=cost.statistics_bytes,
-        passes=cost.passes,
+        passes=len(cost.passes),
         memory_bytes=memory + PROCESS_BYTES,
-        calls=recorded + cost.passes * replayed,
+        calls=recorded + len(cost.passes) * replayed,
         macs_per_call=macs,
         seconds=seconds,
         network=family.title,
@@ -139,10 +148,10 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
 
 
 def _rows_per_call(
-    network: nn.Module, layers: Mapping[str, LayerCost], batch: int, pixels: int | None
+    network: nn.Module, layers: Mapping[str, LayerCost], call: dict[str, Any]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Rows (tokens or pixels, of all samples) each layer computes in one call, found on the meta device; and those
-    that its statistics take."""
+    """Rows (tokens or pixels, of all samples) each layer computes in a call on the meta device, in the order in which
+    it does; and those that its statistics take."""
     rows: dict[str, int] = {}
     taken: dict[str, int] = {}
 
@@ -155,9 +164,8 @@ def _rows_per_call(
         return note
 
     handles = [layer.module.register_forward_hook(hook(name, layer)) for name, layer in layers.items()]
-    device = torch.device("meta")
-    with device:
-        replay(network, [architectures.call(network, batch, device, pixels=pixels)], handles, lambda done, total: None)
+    with torch.device("meta"):
+        replay(network, [call], handles, lambda done, total: None)
     return rows, taken
 
 

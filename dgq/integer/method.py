@@ -17,6 +17,7 @@ from .plan import Layer, geometry, packed_bytes, plan_layers, quantizable
 from .rates import rounding_seconds
 from .rounding import pass_bytes, passes, quantize_network
 from .skeleton import build_skeleton, fuse
+from .statistics import reading_order
 
 if TYPE_CHECKING:
     from .layer import IntegerLayer
@@ -103,11 +104,14 @@ def _rounded_input(layer: IntegerLayer, x: Tensor) -> Tensor:
     return rows.permute(0, 3, 1, 2) if plan.kind == "pointwise" else rows
 
 
-def _cost(network: nn.Module, recipe: Recipe, budget: int) -> Cost:
+def _cost(network: nn.Module, recipe: Recipe, budget: int, call: dict[str, Any]) -> Cost:
     layers, kept = plan_layers(network, recipe)
-    groups = passes(layers, recipe, budget)
+    with next(network.parameters()).device:  # on the meta device nothing may come from another one
+        order = reading_order(network, layers, call)
+    groups = passes(layers, recipe, budget, order)
     peak = max(pass_bytes(group, recipe) for group in groups)
-    return Cost({layer.name: _layer_cost(layer, recipe) for layer in layers}, kept, peak, len(groups))
+    replayed = [[layer.name for layer in group] for group in groups]
+    return Cost({layer.name: _layer_cost(layer, recipe) for layer in layers}, kept, peak, replayed)
 
 
 def _layer_cost(layer: Layer, recipe: Recipe) -> LayerCost:

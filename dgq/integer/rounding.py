@@ -20,7 +20,7 @@ from .channels import ChannelGroups, apply_layer, candidates, fake_quantize_inpu
 from .layer import IntegerLayer
 from .plan import GPTQ_MAX_REDUCTION, SAMPLE_ROWS, plan_layers
 from .skeleton import place
-from .statistics import MOMENT_ROWS, gather
+from .statistics import MOMENT_ROWS, gather, reading_order
 from .weights import IntegerWeight, column_sum, gptq, nearest, quantize_weight
 
 if TYPE_CHECKING:
@@ -239,10 +239,12 @@ def _has_moments(plan: LayerPlan, recipe: Recipe) -> bool:
     return recipe.rounding == "gptq" and plan.reduction <= GPTQ_MAX_REDUCTION
 
 
-def passes(layers: Sequence[Layer], recipe: Recipe, budget: int) -> list[list[Layer]]:
-    """Split the layers into runs whose statistics and rounding fit the memory budget (bytes), or of one input."""
+def passes(layers: Sequence[Layer], recipe: Recipe, budget: int, order: Sequence[str]) -> list[list[Layer]]:
+    """Split the layers into runs whose statistics and rounding fit the memory budget (bytes), or of one input; in the
+    order in which a call reads their inputs (`reading_order`), so that the calls of early runs can end early."""
+    first = {name: i for i, name in reversed(list(enumerate(order)))}
     groups: list[list[Layer]] = []
-    for together in by_input(layers):
+    for together in sorted(by_input(layers), key=lambda together: first.get(together[0].input, len(order))):
         if groups and pass_bytes([*groups[-1], *together], recipe) <= budget:
             groups[-1].extend(together)
         else:
@@ -290,8 +292,9 @@ def quantize_network(
         if any(one.name not in finished for one in together)
         for layer in together
     ]
-    for group in passes(todo, recipe, budget):
-        gathered = gather(network, group, calls, progress, recipe.rounding == "gptq")
+    order = reading_order(network, todo, calls[0]) if todo else []
+    for group in passes(todo, recipe, budget, order):
+        gathered = gather(network, group, calls, order, progress, recipe.rounding == "gptq")
         for together in by_input(group):
             results = quantize_layers(together, gathered.pop(together[0].input), recipe)
             for layer, result in zip(together, results, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..progress import silent
 from ..recipe import LayerPlan
-from ..replay import replay
+from ..replay import Enough, replay
 from .plan import GPTQ_MAX_REDUCTION, SAMPLE_PICTURES, SAMPLE_ROWS
 
 if TYPE_CHECKING:
@@ -125,10 +125,27 @@ class Statistics:
         return self._squares / self._channel_count
 
 
+def readers(layers: Iterable[Layer]) -> list[Layer]:
+    """The first of the layers that read one input, for each input."""
+    return list({layer.input: layer for layer in reversed(list(layers))}.values())
+
+
+def reading_order(network: nn.Module, layers: Iterable[Layer], call: dict[str, Any]) -> list[str]:
+    """The inputs that layers read in a call of the network, by `Layer.input`: in order, each as often as it is read."""
+    order: list[str] = []
+
+    def hook(layer: Layer) -> Any:
+        return layer.module.register_forward_pre_hook(lambda *_: order.append(layer.input))
+
+    replay(network, [call], map(hook, readers(layers)), lambda done, total: None)
+    return order
+
+
 def gather(
     network: nn.Module,
     layers: Iterable[Layer],
     calls: Sequence[dict[str, Any]],
+    order: Sequence[str],
     progress: Progress = silent,
     moments: bool = True,
 ) -> dict[str, Statistics]:
@@ -137,19 +154,33 @@ def gather(
     Args:
         network: the float model.
         layers: of several that read one input, the first one's is gathered.
-        calls: keyword arguments.
+        calls: keyword arguments; each is replayed up to the last of these inputs.
+        order: the `reading_order` of a call, of these and any other layers.
         progress: told of stage "statistics".
         moments: whether second moments are summed up.
 
     Returns:
         By `Layer.input`.
     """
-    readers = {layer.input: layer for layer in reversed(list(layers))}
-    gathered = {name: Statistics(layer.plan, len(calls), moments) for name, layer in readers.items()}
+    chosen = readers(layers)
+    gathered = {layer.input: Statistics(layer.plan, len(calls), moments) for layer in chosen}
+    wanted = sum(name in gathered for name in order)
+    seen = 0
 
     def hook(layer: Layer) -> Any:
-        return layer.module.register_forward_pre_hook(lambda _, args: gathered[layer.input].add(layer.own(args[0])))
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal seen
+            gathered[layer.input].add(layer.own(args[0]))
+            seen += 1
+            if seen == wanted:
+                raise Enough
 
-    told: Any = lambda done, total: progress("statistics", done, total, f"call {done}")  # noqa: E731
-    replay(network, calls, map(hook, readers.values()), told)
+        return layer.module.register_forward_pre_hook(add)
+
+    def told(done: int, total: int) -> None:
+        nonlocal seen
+        seen = 0
+        progress("statistics", done, total, f"call {done}")
+
+    replay(network, calls, map(hook, chosen), told)
     return gathered

@@ -52,7 +52,7 @@ def _rounded_input(layer: Any, x: Tensor) -> Tensor:
     return pixels_last_to_image(layer.input(image_to_pixels_last(x)), x.shape[-2:])
 
 
-def _cost(network: nn.Module, recipe: Recipe, budget: int) -> Cost:
+def _cost(network: nn.Module, recipe: Recipe, budget: int, call: dict[str, Any]) -> Cost:
     """Ranges are small, and searched in no time that counts."""
     _plans(network, recipe)
     layers = {}
@@ -63,7 +63,8 @@ def _cost(network: nn.Module, recipe: Recipe, budget: int) -> Cost:
         layers[name] = LayerCost(module, n * k, n, n * k + bias, stored)
     family = family_of(network)
     weighted = (name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
-    return Cost(layers, {name: why for name in weighted if (why := family.kept(name))}, whole=True)
+    kept = {name: why for name in weighted if (why := family.kept(name))}
+    return Cost(layers, kept, passes=[list(layers)], whole=True)
 
 
 def _plans(network: nn.Module, recipe: Recipe) -> dict[str, Any]:

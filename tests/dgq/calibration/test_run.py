@@ -195,6 +195,20 @@ def test_estimate_agrees_with_the_file(tiny_pipeline, tmp_path, wbits, ratio):
     assert before.seconds > 0
 
 
+def test_estimate_counts_the_passes_that_are_run(tiny_pipeline, tmp_path):
+    options = Options(**FAST, budget=2**20, vae="float")
+    started = []
+
+    def told(stage, done, total, detail):
+        if stage == "statistics" and done == 1:
+            started.append(total)
+
+    calibrate(tiny_pipeline, tmp_path / "out", Recipe(), options, told)
+    predicted = estimate(tiny_pipeline, Recipe(), options)
+    assert predicted.passes == len(started) > 2
+    assert predicted.calls == 4 + sum(started)
+
+
 def test_overrides_and_float_attention_reach_the_file(tiny_pipeline, tmp_path):
     recipe = Recipe(attention="float", overrides=(("mid_block.*", 8), ("*.to_q", 0)))
     header = calibrate(tiny_pipeline, tmp_path / "out", recipe, Options(**FAST))

@@ -29,7 +29,7 @@ from dgq.integer.rounding import (
     rounding_bytes,
 )
 from dgq.integer.skeleton import build_skeleton
-from dgq.integer.statistics import MOMENT_ROWS, WINDOW, Statistics, gather
+from dgq.integer.statistics import MOMENT_ROWS, WINDOW, Statistics, gather, reading_order
 from dgq.integer.weights import gptq
 from dgq.recipe import Recipe
 from dgq.replay import spread
@@ -224,11 +224,12 @@ def test_spread_takes_every_prompt_and_different_steps():
 
 def test_passes_keep_to_the_budget(net):
     layers, _ = plan_layers(net, Recipe())
-    groups = passes(layers, Recipe(), 1)
+    order = [layer.name for layer in layers]
+    groups = passes(layers, Recipe(), 1, order)
     assert [len(group) for group in groups] == [1] * len(layers)
-    assert len(passes(layers, Recipe(), 2**40)) == 1
+    assert len(passes(layers, Recipe(), 2**40, order)) == 1
     for budget in (40_000, 60_000, 100_000):
-        groups = passes(layers, Recipe(), budget)
+        groups = passes(layers, Recipe(), budget, order)
         assert [layer for group in groups for layer in group] == layers
         assert all(len(group) == 1 or pass_bytes(group, Recipe()) <= budget for group in groups)
     assert [pass_bytes(group, Recipe()) > sum(input_bytes(layer, Recipe()) for layer in group) for group in groups] == [
@@ -381,7 +382,7 @@ def test_what_an_input_takes_is_made_once_for_all_its_layers(monkeypatch):
     together = by_input(layers)[0]
     assert len(together) == 3
     call = {"sample": torch.randn(2, 4, 8, 8), "timestep": 10, "encoder_hidden_states": torch.randn(2, 5, 32)}
-    gathered = gather(unet, layers, [call])
+    gathered = gather(unet, layers, [call], reading_order(unet, layers, call))
     assert set(gathered) == {some[0].name for some in by_input(layers)}
     factored = []
     monkeypatch.setattr(rounding, "gptq", lambda *args, **options: factored.append(1) or gptq(*args, **options))
@@ -440,5 +441,87 @@ def test_layer_with_bad_weights_is_named(net, calls):
 
 def test_gather_removes_its_hooks(net, calls):
     layers, _ = plan_layers(net, Recipe())
-    gather(net, layers, calls)
+    gather(net, layers, calls, reading_order(net, layers, calls[0]))
     assert not any(layer.module._forward_pre_hooks for layer in layers)
+
+
+class Twice(Net):
+    """Names in another order than it computes in, and one layer that reads twice in a call."""
+
+    def forward(self, sample):
+        x = self.body(self.conv_in(sample))
+        x = self.point(torch.relu(self.point(torch.relu(x)).repeat(1, 2, 1, 1)[:, :24]))
+        x = self.head[0](x.permute(0, 2, 3, 1))
+        return self.conv_out(self.head[1](x).permute(0, 3, 1, 2))
+
+
+def counted(modules):
+    """How often each module computes in what follows."""
+    done = dict.fromkeys(modules, 0)
+
+    def hook(name):
+        def count(*_):
+            done[name] += 1
+
+        return count
+
+    for name, module in modules.items():
+        module.register_forward_hook(hook(name))
+    return done
+
+
+@torch.no_grad()
+def test_calls_end_at_the_last_layer_that_a_pass_is_for(calls, monkeypatch):
+    torch.manual_seed(0)
+    net = Twice().eval()
+    layers, _ = plan_layers(net, Recipe())
+    order = reading_order(net, layers, calls[0])
+    assert order == ["body", "point", "point", "head.0", "head.1"]
+    whole = gather(net, layers, calls, [*order, "body"])  # as if more was read: no call ends early
+    done = counted({name: net.get_submodule(name) for name in ("conv_in", "body", "point", "head.0", "conv_out")})
+    (point,) = (layer for layer in layers if layer.name == "point")
+    early = gather(net, [point], calls, order)["point"]
+    assert torch.equal(early.moment, whole["point"].moment)
+    assert torch.equal(early.samples, whole["point"].samples)
+    assert early.count == 2 * 2 * 6 * 6 * len(calls)
+    # its second reading ends the call, before it computes
+    assert done == {"conv_in": 6, "body": 6, "point": 6, "head.0": 0, "conv_out": 0}
+
+
+@torch.no_grad()
+def test_passes_follow_the_network_and_end_early():
+    """A UNet names its up blocks before the middle one, which computes before them."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+    recipe, budget = Recipe(), 12 * 2**20
+    layers, _ = plan_layers(unet, recipe)
+    calls = [architectures.call(unet, 1, torch.device("cpu"), timestep=i, seed=i) for i in (3, 500)]
+    one, many, stored = copy.deepcopy(unet), copy.deepcopy(unet), {}
+    plans = quantize_network(one, calls, recipe)
+    done = counted({name: many.get_submodule(name) for name in ("conv_in", "mid_block", "up_blocks.1", "conv_out")})
+    assert quantize_network(many, calls, recipe, store=stored.__setitem__, budget=budget) == plans
+    assert list(plans[0]) == [layer.name for layer in layers]  # as the model has them, in whichever order they are done
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, many.state_dict()[name]), name
+    places = {name.split(".")[0]: i for i, name in enumerate(stored)}
+    assert places["down_blocks"] < places["mid_block"] < places["up_blocks"]
+    order = reading_order(unet, layers, calls[0])
+    last = [group[-1].name for group in passes(layers, recipe, budget, order)]
+    up = sum(name.startswith("up_blocks") for name in last)
+    assert 0 < up < len(last) - 1
+    # one call tells the order; all others end before conv_out
+    assert done == {
+        "conv_in": 1 + len(last) * len(calls),
+        "mid_block": 1 + up * len(calls),
+        "up_blocks.1": 1,
+        "conv_out": 1,
+    }
