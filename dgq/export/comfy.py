@@ -13,7 +13,7 @@ There is no place for divisors of input channels and for convolutions: what beco
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def slot(codes: Tensor, scale: Tensor, rotation: int) -> dict[str, Tensor]:
     return {"weight": codes.contiguous(), "weight_scale": scale[:, None].contiguous(), MARK[1:]: mark}
 
 
-def is_quantized(names: Mapping[str, Any]) -> bool:
+def is_quantized(names: Iterable[str]) -> bool:
     """Whether a file with tensors of these names has layers in one of ComfyUI's formats."""
     return any(name.endswith(MARK) for name in names)
 
