@@ -68,9 +68,11 @@ def _layer(one: LayerMeasurement, report: LayerReport) -> dict[str, Any]:
     def facts(values: Sequence[float], form: str) -> str:
         return f"{fmean(values):{form}}"
 
+    block, place = split_name(one.name)
     return {
         "name": one.name,
-        "block": short_block(split_name(one.name)[0]),
+        "label": f"{short_block(block)} {place.removeprefix('transformer_blocks.')}".rstrip(),
+        "block": short_block(block),
         "sqnr": [round(value, 2) for value in one.sqnr_db_by_step],
         "noise": one.noise_by_step,
         "all": one.sqnr_db,

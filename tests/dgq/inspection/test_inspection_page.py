@@ -55,7 +55,7 @@ def test_in_a_browser(found, file):
         tab.open(file.as_uri(), width=390, dark=True)
 
         def names():
-            return tab.run("[...document.querySelectorAll('#map tbody th')].map(one => one.textContent)")
+            return tab.run("[...document.querySelectorAll('#map tbody th')].map(one => one.title)")
 
         def chosen():
             return tab.run("document.querySelector('#one b').textContent")
