@@ -108,7 +108,7 @@ sanitize-native: $(VENV)/ready
 CASES ?= 1000
 SEED ?= 1
 fuzz: $(VENV)/ready
-	$(BIN)/python benchmarks/fuzz.py --cases $(CASES) --seed $(SEED)
+	PYTHONHASHSEED=0 $(BIN)/python benchmarks/fuzz.py --cases $(CASES) --seed $(SEED)
 
 bench: $(VENV)/ready
 	$(BIN)/dgq bench --csv benchmarks/results.csv

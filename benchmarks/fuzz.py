@@ -4,8 +4,11 @@
     python benchmarks/fuzz.py --one 1:17          # what case 17 of seed 1 does
 
 Without --model it is the embedded model, rounded to nearest. Four fifths load by `dgq.load`, the others by
-`DiffusionPipeline.from_pretrained`. Every case runs in a process of its own, with limits of time and memory. It exits
-with 1 where a case of `dgq.load` was anything but refused or harmless, or one of diffusers drew another picture.
+`DiffusionPipeline.from_pretrained`, whose own errors `dgq.verify` has to tell in a line that names the file. Every
+case runs in a process of its own, with limits of time and memory. It exits with 1 where a case of `dgq.load` was
+anything but refused or harmless, or one of diffusers drew another picture or failed where `dgq.verify` saw nothing.
+
+diffusers reads components in the order of a set of names, another one in each process: PYTHONHASHSEED makes it one.
 """
 
 from __future__ import annotations
@@ -40,9 +43,20 @@ from dgq.calibration.run import Options, calibrate
 from dgq.pictures.pipelines import resolve
 from dgq.recipe import Recipe
 
-# In the order of the table. What follows "harmless" must not be, but for an error of another library where diffusers
-# reads a file before it asks dgq.
-OUTCOMES = ("refused", "harmless", "unnamed", "library", "drawing", "silent", "hung", "crashed", "code run")
+# In the order of the table. What follows "harmless" must not be, but for an error of another library (which names the
+# file, or does not) where diffusers reads a file before it asks dgq.
+OUTCOMES = (
+    "refused",
+    "harmless",
+    "unnamed",
+    "library",
+    "library, no file",
+    "drawing",
+    "silent",
+    "hung",
+    "crashed",
+    "code run",
+)
 ROUTES = ("dgq", "diffusers")
 SECONDS = 60  # a case may take
 MEMORY = 24 * 2**30  # of address space
@@ -59,6 +73,7 @@ class Case:
         seed, number: which one it is.
         damage: its class; what: the damage itself.
         route: how it was loaded; outcome: one of `OUTCOMES`; line: what was said.
+        verified: where that was no outcome of dgq's, the one of `dgq.verify`.
     """
 
     seed: int
@@ -68,6 +83,7 @@ class Case:
     route: str
     outcome: str
     line: str
+    verified: str = ""
 
 
 def files_of(folder: Path, suffix: str = "") -> list[Path]:
@@ -453,16 +469,30 @@ def in_a_process(work: Callable[[], tuple[str, str]], seconds: int = SECONDS) ->
     return outcome, line
 
 
+def told(folder: Path, error: dgq.DgqError, route: str = "dgq") -> tuple[str, str]:
+    """Whether an error of ours is one line that names the file, and its message."""
+    named = str(folder) in error.message or (route == "diffusers" and error.message.startswith("config.json: "))
+    line = "\n" not in error.message and len(error.message) < 1000
+    return "refused" if named and line else "unnamed", error.message[:1000]
+
+
+def verified(folder: Path) -> tuple[str, str]:
+    """The outcome of `dgq.verify`, and what was said."""
+    try:
+        dgq.verify(folder)
+    except dgq.DgqError as error:
+        return told(folder, error)
+    return "harmless", ""
+
+
 def judged(folder: Path, route: str, size: int, wanted: bytes) -> tuple[str, str]:
     """The outcome of loading and drawing, and what was said."""
     try:
         pipe = load(folder, route)
     except dgq.DgqError as error:
-        named = str(folder) in error.message or (route == "diffusers" and error.message.startswith("config.json: "))
-        line = "\n" not in error.message and len(error.message) < 1000
-        return "refused" if named and line else "unnamed", error.message[:1000]
+        return told(folder, error, route)
     except Exception as error:
-        return "library", f"{type(error).__name__}: {error}"[:300]
+        return "library" if str(folder) in str(error) else "library, no file", f"{type(error).__name__}: {error}"[:300]
     try:
         picture = draw(pipe, size)
     except Exception as error:
@@ -506,10 +536,13 @@ def run(base: Path, size: int, cases: int, seed: int, work: Path, only: int | No
         folder = copied(base, work / f"case-{number}")
         what = DAMAGES[name](folder, rng)
         outcome, line = in_a_process(lambda folder=folder, route=route: judged(folder, route, size, wanted[route]))
+        seen = ""
+        if route == "diffusers" and outcome not in ("refused", "harmless"):
+            seen, _ = in_a_process(lambda folder=folder: verified(folder))
         if (folder / MARK).exists():
             outcome = "code run"
         shutil.rmtree(folder)
-        yield Case(seed, number, name, what, route, outcome, line)
+        yield Case(seed, number, name, what, route, outcome, line, seen)
 
 
 def table(cases: list[Case]) -> str:
@@ -526,8 +559,10 @@ def table(cases: list[Case]) -> str:
 
 def wrong(case: Case) -> bool:
     """Whether it should not have ended so."""
-    allowed = {"refused", "harmless"} | ({"library", "drawing", "hung"} if case.route == "diffusers" else set())
-    return case.outcome not in allowed
+    if case.outcome in ("refused", "harmless"):
+        return False
+    foreign = case.route == "diffusers" and case.outcome in ("library", "library, no file", "drawing", "hung")
+    return not foreign or case.verified != "refused"
 
 
 def main() -> None:

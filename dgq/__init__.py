@@ -12,10 +12,20 @@ from __future__ import annotations
 from .checkpoint.diffusers import DgqConfig, register
 from .errors import DgqError
 from .graphs import use_graphs
-from .pictures.pipelines import load
+from .pictures.pipelines import load, verify
 from .tuning.apply import load_tuned, set_tuned, unload_tuned
 from .version import __version__
 
 register()
 
-__all__ = ["DgqConfig", "DgqError", "__version__", "load", "load_tuned", "set_tuned", "unload_tuned", "use_graphs"]
+__all__ = [
+    "DgqConfig",
+    "DgqError",
+    "__version__",
+    "load",
+    "load_tuned",
+    "set_tuned",
+    "unload_tuned",
+    "use_graphs",
+    "verify",
+]

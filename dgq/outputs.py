@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import json
 import os
 import secrets
 import shutil
@@ -18,7 +19,7 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -132,6 +133,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise refusal(path, error) from None
+
+
+def write_page(file: Path, template: Path, data: Any) -> None:
+    """Write an HTML page: the template with `data` as JSON in the place of `__DATA__`, within a script element.
+
+    Raises:
+        DgqError: it cannot be written.
+    """
+    text = json.dumps(data).replace("<", "\\u003c")  # no text of the data ends the script
+    with atomic_file(file) as handle:
+        handle.write(template.read_text(encoding="utf-8").replace("__DATA__", text).encode())
 
 
 def claim(path: Path) -> Path:

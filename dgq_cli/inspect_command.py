@@ -54,6 +54,12 @@ def command(
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measure, and draw it all; replaces the file.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Measure, and write it as a page to look at, in one file; replaces the file."
+        ),
+    ] = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -63,11 +69,14 @@ def command(
     through every layer."""
     if png is not None and png.suffix.lower() != ".png":
         raise typer.BadParameter(f"--png {png} is not a .png file")
-    if against != "float" and not measure and png is None:
+    measure = measure or png is not None or html is not None
+    if against != "float" and not measure:
         raise typer.BadParameter("--against needs --measure")
     if checkpoint is not None and Path(checkpoint).is_file():
-        if measure or verify or png is not None:
-            raise typer.BadParameter(f"{checkpoint} is a file: --measure, --verify and --png are of checkpoints")
+        if measure or verify:
+            raise typer.BadParameter(
+                f"{checkpoint} is a file: --measure, --verify, --png and --html are of checkpoints"
+            )
         _tuned(Path(checkpoint), json)
         return
     from dgq.devices import check_device
@@ -75,15 +84,17 @@ def command(
 
     check_device(device)
     measurement = None
-    if measure or png is not None:
+    if measure:
         from dgq.inspection.measure import MeasureOptions, measure_checkpoint
+        from dgq.outputs import check_output
 
         if png is not None:
             from dgq.inspection.plot import check_available
-            from dgq.outputs import check_output
 
             check_available()
-            check_output(png)
+        for file in (png, html):
+            if file is not None:
+                check_output(file)
         options = MeasureOptions(prompts, steps, guidance, seed, device, against)
         # what is wrong with the checkpoint comes before the work
         inspect(checkpoint, worst, budget / 100, verify=verify)
@@ -94,6 +105,10 @@ def command(
         from dgq.inspection.plot import draw
 
         draw(found, png)
+    if html is not None:
+        from dgq.inspection import page
+
+        page.write(found, html, _summary(found))
     if json:
         print_json(found.to_dict())
     elif not found.quantized:
@@ -102,8 +117,9 @@ def command(
         err.print(f"quantize it: dgq calibrate {found.path} --out DIR", soft_wrap=True)
     else:
         _print(found, layers, worst)
-    if png is not None:
-        err.print(f"wrote {png}", soft_wrap=True)
+    for file in (png, html):
+        if file is not None:
+            err.print(f"wrote {file}", soft_wrap=True)
 
 
 def _tuned(file: Path, json: bool) -> None:

@@ -6,8 +6,9 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _name in ("calibrate", "generate", "tune", "bench", "eval", "inspect", "doctor"):
+for _name in ("calibrate", "generate", "tune", "bench", "eval", "inspect", "export", "doctor"):
     _module = importlib.import_module(f"dgq_cli.{_name}_command")
     app.command(_name)(_module.command)
 
@@ -51,19 +52,30 @@ def _options(
 def main() -> None:
     """Run `dgq`.
 
-    Exit codes: 0; 1 a known error, told in one line; 2 wrong usage; 130 interrupted; 141 nobody reads the output.
+    Exit codes: 0; 1 a known error, told in one line; 2 wrong usage; 130 interrupted; 141 nobody reads the output; 143
+    ended by SIGTERM, which is told and put in order as an interruption.
     """
     _open_streams()
+    terminated = []
+
+    def terminate(number: int, _: Any) -> None:
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminate)
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
     except KeyboardInterrupt:
         err.print("interrupted")
-        code = 130
+        code = INTERRUPTED
     except SystemExit as end:  # typer's own, where a pipe was closed
         code = CLOSED_PIPE if isinstance(end.__context__, BrokenPipeError) else end.code
     except Exception as error:
         code = _report(error)
+    if terminated and code == INTERRUPTED:
+        code = 128 + terminated[0]
     try:
         sys.stdout.flush()
     except OSError:  # told already; Python would try and fail again at its end
@@ -71,6 +83,7 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+INTERRUPTED = 128 + signal.SIGINT  # as the shell says it of a program that a signal ended
 CLOSED_PIPE = 128 + 13  # as the shell says it of a program that SIGPIPE ended
 
 
@@ -103,7 +116,7 @@ def _report(error: Exception) -> int:
         return int(error.exit_code)
     if type(error).__name__ == "Abort":
         err.print("interrupted")
-        return 130
+        return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return CLOSED_PIPE
     if os.environ.get("DGQ_DEBUG"):

@@ -12,9 +12,18 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.reading import SAFETENSORS_DTYPES, check_regular, components, read_json, tensor_table
+from ..checkpoint.reading import (
+    SAFETENSORS_DTYPES,
+    check_regular,
+    components,
+    family_at,
+    read_header,
+    read_json,
+    tensor_table,
+)
 from ..checkpoint.writing import COPIED_NAMES
 from ..errors import DgqError
+from ..export import comfy
 from ..family import network_of
 from ..outputs import atomic_folder
 from ..pictures.components import one_line, quiet, without_bars
@@ -57,10 +66,10 @@ def float_folder(
     """Write the diffusers folder of a float model that is none yet; one that was made of the same files stays.
 
     Args:
-        model: a single-file checkpoint, or with `loras` what `find_model` takes.
+        model: a single-file checkpoint, a network's file in ComfyUI's int8, or with `loras` what `find_model` takes.
         target: the folder to be.
-        config: for a single file: a diffusers folder of the same kind of model, whose configurations and tokenizers
-            are taken; it needs no weights.
+        config: for a file: a diffusers folder of the same kind of model, whose configurations and tokenizers are
+            taken; it needs no weights, but those of the other components for a network's file.
         loras: files of LoRA and their weights, fused in float32.
         progress: told of stage "prepare".
 
@@ -120,6 +129,8 @@ def _names(file: Path) -> list[str]:
 def _check_single(file: Path, config: Path) -> None:
     """Refuse, by the names of its tensors, what is no whole checkpoint of the kind that a folder is of."""
     names = _names(file)
+    if comfy.is_quantized(names):
+        return
     for part, prefixes in PARTS.items():
         if any(name.startswith(prefixes) for name in names):
             continue
@@ -170,12 +181,31 @@ def _from_single_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
     lacking = [name for name in found if not (config / name).is_dir()]
     if lacking:
         raise DgqError(f"{config / lacking[0]}: the folder is missing", "--config takes a whole diffusers folder")
+    if comfy.is_quantized(tensor_table(file)):
+        return _from_comfy(file, config, dtype)
     pipeline: Any = getattr(diffusers, read_json(config / "model_index.json")["_class_name"])
     optional = dict.fromkeys(name for name in ("safety_checker", "feature_extractor") if name in found)
     with one_line(file, f"cannot be read as the model of {config}", OTHER_KIND), quiet("diffusers"):
         return pipeline.from_single_file(
             str(file), config=str(config), local_files_only=True, torch_dtype=dtype, **optional
         )
+
+
+def _from_comfy(file: Path, config: Path, dtype: torch.dtype) -> Any:
+    """The pipeline of a folder with the network of a file, whose int8 layers are made float."""
+    if read_header(config) is not None:
+        raise DgqError(f"{config}: is a dgq checkpoint", "--config takes the folder of a float model")
+    tensors = comfy.float_tensors(file, dtype)
+    for part, prefixes in list(PARTS.items())[1:]:
+        if found := next((name for name in tensors if name.startswith(prefixes)), None):
+            raise DgqError(f"{file}: holds a {part} too ({found})", "files of a network alone are read in int8")
+    named = {comfy.PREFIX + name.removeprefix(comfy.PREFIX): tensor for name, tensor in tensors.items()}
+    family = family_at(config)
+    with one_line(file, f"cannot be read as the {family.title} of {config}", OTHER_KIND), quiet("diffusers"):
+        network = family.network_class().from_single_file(
+            named, config=str(config), subfolder=family.component, local_files_only=True, torch_dtype=dtype
+        )
+    return load(str(config), device="cpu", dtype=dtype, network=network)
 
 
 def _fuse(pipe: Any, loras: Sequence[tuple[Path, float]]) -> None:

@@ -39,11 +39,7 @@ def check_target(target: Path, base: Path, overwrite: bool = False) -> None:
     Raises:
         DgqError: target is, holds or lies in `base`; is a link or a file; exists and may not be replaced.
     """
-    if os.path.islink(target):
-        raise DgqError(f"{target}: is a link", "name the folder itself, or choose another --out")
-    place, source = Path(os.path.realpath(target)), Path(os.path.realpath(base))
-    if place.is_relative_to(source) or source.is_relative_to(place):
-        raise DgqError(f"{target}: is, holds or lies in the folder of the model ({base})", "choose another --out")
+    check_apart(target, base)
     if not os.path.exists(target):
         return
     if not os.path.isdir(target):
@@ -63,6 +59,19 @@ def check_target(target: Path, base: Path, overwrite: bool = False) -> None:
     if others := sorted(names - {*components, *COPIED_NAMES, "model_index.json", "README.md"}):
         reason = f"{target}: holds {others[0]!r}, which is no part of the checkpoint"
         raise DgqError(reason, "move it away, or choose another --out")
+
+
+def check_apart(target: Path, base: Path) -> None:
+    """Refuse a folder to be that is a link, or is, holds or lies in the model folder `base`.
+
+    Raises:
+        DgqError: so it is.
+    """
+    if os.path.islink(target):
+        raise DgqError(f"{target}: is a link", "name the folder itself, or choose another --out")
+    place, source = Path(os.path.realpath(target)), Path(os.path.realpath(base))
+    if place.is_relative_to(source) or source.is_relative_to(place):
+        raise DgqError(f"{target}: is, holds or lies in the folder of the model ({base})", "choose another --out")
 
 
 def component_files(source: Path) -> dict[str, Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .. import outputs
 from ..checkpoint.reading import read_json
 from ..errors import DgqError
-from ..outputs import atomic_file
 from ..pictures.generation import Picture
 from .evaluate import Kept
 
@@ -67,10 +66,7 @@ def write_page(file: Path, kept: Kept, bench: Mapping[str, Any] | None = None) -
         ],
         "bench": bench or {"head": [], "rows": []},
     }
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    text = json.dumps(data).replace("<", "\\u003c")  # no prompt ends the script
-    with atomic_file(file) as handle:
-        handle.write(template.replace("__DATA__", text).encode())
+    outputs.write_page(file, Path(__file__).with_name("page.html"), data)
 
 
 def _name(report: Mapping[str, Any]) -> str:

@@ -78,6 +78,24 @@ def resolve(model: str | os.PathLike[str] | None) -> Path:
     return find_model(model).folder
 
 
+def verify(model: str | os.PathLike[str]) -> int:
+    """Refuse a damaged checkpoint in one line, before another library reads it.
+
+    `load` does the same. It is for whoever loads by diffusers' `from_pretrained`, which reads the other components of a
+    pipeline before it asks dgq, and ends in errors of its own.
+
+    Args:
+        model: checkpoint folder or hub id.
+
+    Returns:
+        The number of files that were held against their checksums; 0 where there are none.
+
+    Raises:
+        DgqError: there is no such model, or it is damaged: the message names the file.
+    """
+    return checksums.verify(component_at(resolve(model)))
+
+
 def _model(folder: Path, header: Header | None, said: object) -> Model:
     own = header.generation if header else {}
     if folder == embedded.FOLDER:

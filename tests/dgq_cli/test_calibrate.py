@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +83,8 @@ def test_unknown_model(dgq_command, tmp_path):
     assert run.stderr.startswith("error: ./nosuch: no such folder")
 
 
-def test_ctrl_c_leaves_no_checkpoint_and_resumes(tiny_pipeline, tmp_path, dgq_command):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_no_checkpoint_and_it_resumes(tiny_pipeline, tmp_path, dgq_command, number):
     args = [
         "calibrate",
         str(tiny_pipeline),
@@ -107,9 +111,9 @@ def test_ctrl_c_leaves_no_checkpoint_and_resumes(tiny_pipeline, tmp_path, dgq_co
     deadline = time.monotonic() + 120
     while not list(partial.glob("layer-*")) and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "--resume" in stderr
     assert not (tmp_path / "out").exists()
     run = dgq_command(*args, "--resume")
@@ -173,3 +177,60 @@ def test_one_of_several_processes_calibrates_and_draws(dgq_command, tiny_pipelin
         assert dgq_command(*command).returncode == 0
     assert (made / "model_index.json").is_file()
     assert [file.name for file in drawn.iterdir()] == ["a-cat-7.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_killed_thirty_times_and_resumed(tiny_pipeline, tmp_path, rounding):
+    """The real command, stopped at any moment and resumed with one thread or two: byte for byte the checkpoint of an
+    undisturbed run of one thread."""
+    random_, signals = random.Random(rounding), [signal.SIGKILL, signal.SIGTERM, signal.SIGINT] * 10
+    few = ("--prompts", "2", "--steps", "2", "--evaluate", "1", "--rounding", rounding)
+    command = [sys.executable, "-m", "dgq_cli", "calibrate", str(tiny_pipeline), *few]
+
+    def start(out: Path, threads: int, *more: str) -> subprocess.Popen[bytes]:
+        # a shell starts jobs in the background with SIGINT ignored, which would be handed down
+        return subprocess.Popen(
+            [*command, "--out", str(out), *more],
+            env={**os.environ, "NO_COLOR": "1", "OMP_NUM_THREADS": str(threads)},
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def at_work(process: subprocess.Popen[bytes], out: Path) -> None:
+        while process.poll() is None and not out.with_name(f".{out.name}.partial").exists():
+            time.sleep(0.01)
+
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    process, began = start(whole, 1), time.monotonic()
+    at_work(process, whole)
+    working = time.monotonic()
+    assert process.wait() == 0, process.stderr.read()
+    process.stderr.close()
+    before, during = working - began, time.monotonic() - working
+    expected = contents(whole)
+    while signals:
+        process = start(out, random_.choice((1, 2)), "--resume")
+        working = random_.random() < 0.8
+        if working:
+            at_work(process, out)
+        try:
+            process.wait(timeout=random_.uniform(0, during if working else before))
+        except subprocess.TimeoutExpired:
+            process.send_signal(number := signals.pop())
+            code = process.wait()
+            assert code in (-number, 128 + number, 0)
+            if working and code == 128 + number:
+                assert b"--resume" in process.stderr.read() or out.exists()
+        process.stderr.close()
+        if out.exists():
+            assert contents(out) == expected
+            shutil.rmtree(out)
+    process = start(out, 2, "--resume")
+    assert process.wait() == 0, process.stderr.read()
+    process.stderr.close()
+    assert contents(out) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]

@@ -63,9 +63,9 @@ def test_text_of_a_float_model(tiny_pipeline: Path, capsys: pytest.CaptureFixtur
 
 
 def test_measured_checkpoint_as_text_picture_and_json(dgq_command: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    file = tmp_path / "picture.png"
+    file, page = tmp_path / "picture.png", tmp_path / "page.html"
     arguments = ("inspect", tiny_checkpoint, "--prompts", 1, "--steps", 2, "--worst", 3)
-    run = dgq_command(*arguments, "--png", file, "--json")
+    run = dgq_command(*arguments, "--png", file, "--html", page, "--json")
     assert run.returncode == 0, run.stderr
     data = json.loads(run.stdout)
     measured = data["measurement"]
@@ -74,6 +74,8 @@ def test_measured_checkpoint_as_text_picture_and_json(dgq_command: Run, tiny_che
     assert data["suggestion"]["predicted_sqnr_db"] > 0
     assert file.read_bytes().startswith(b"\x89PNG")
     assert f"wrote {file}" in run.stderr
+    assert f"wrote {page}" in run.stderr
+    assert measured["layers"][0]["name"] in page.read_text()
 
 
 def test_measured_text_fits_a_narrow_terminal(

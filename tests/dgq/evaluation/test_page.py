@@ -2,8 +2,8 @@
 
 import json
 import re
-import shutil
 
+import browser
 import pytest
 from PIL import Image
 
@@ -95,37 +95,28 @@ def test_a_file_that_is_no_benchmark_is_refused(tmp_path, text):
         page.read_bench(tmp_path / "bench.json")
 
 
+@pytest.mark.skipif(browser.chromium() is None, reason="there is no Chromium")
 def test_in_a_browser(file):
     """Sorted worst first, the slider moves by key, views and checkpoints change; nothing is fetched, nothing logged."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
-        seen = []
-        tab.on("console", lambda message: seen.append(message.text))
-        tab.on("pageerror", lambda error: seen.append(str(error)))
-        tab.on("request", lambda request: seen.append(request.url))
-        tab.goto(file.as_uri())
+    with browser.tab() as tab:
+        tab.open(file.as_uri(), width=390, dark=True)
 
         def prompts():
-            return tab.locator("figcaption b").all_text_contents()
+            return tab.run("[...document.querySelectorAll('figcaption b')].map(one => one.textContent)")
 
         assert prompts() == [PROMPTS[2], PROMPTS[1], PROMPTS[0]]
-        slider = tab.locator("figure input").first
-        slider.focus()
+        tab.run("document.querySelector('figure input').focus()")
         for _ in range(5):
-            slider.press("ArrowRight")
-        assert tab.locator(".pair").first.evaluate("pair => pair.style.getPropertyValue('--at')") == "55%"
-        tab.select_option("#system", "1")
+            tab.press("ArrowRight")
+        assert tab.run("document.querySelector('.pair').style.getPropertyValue('--at')") == "55%"
+        assert tab.run("getComputedStyle(document.querySelector('.over')).clipPath") == "inset(0px 0px 0px 55%)"
+        tab.choose("system", "1")
         assert prompts() == [PROMPTS[0], PROMPTS[2], PROMPTS[1]]
-        tab.select_option("#order", "")
+        tab.choose("order", "")
         assert prompts() == list(PROMPTS)
-        tab.select_option("#view", "difference")
-        assert tab.locator(".pair.difference").count() == 3
-        assert tab.locator("figure input").first.is_hidden()
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
-        assert [url for url in seen if not url.startswith("data:")] == [file.as_uri()]
-        browser.close()
+        tab.choose("view", "difference")
+        assert tab.run("document.querySelectorAll('.pair.difference').length") == 3
+        assert tab.run("getComputedStyle(document.querySelector('figure input')).display") == "none"
+        assert tab.run("[...document.images].every(one => one.complete && one.naturalWidth)")
+        assert tab.run("document.documentElement.scrollWidth") <= 390
+        assert (tab.requests, tab.complaints) == ([file.as_uri()], [])

@@ -151,3 +151,24 @@ def test_a_safety_checker_loads_strictly_and_quietly(tiny_pipeline, tmp_path, ca
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(DgqError, match=r"safety_checker/model.safetensors: tensor 'concept_embeds_weights' is missing"):
         dgq.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_index.json",
+        "tokenizer/tokenizer.json",
+        "text_encoder/model.safetensors",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_what_diffusers_reads_before_it_asks_dgq_is_verified(tiny_checkpoint, tmp_path, name):
+    """Where diffusers ends in an error of its own, which may name no file."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    assert dgq.verify(folder) == 10
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:-9])
+    with pytest.raises(DgqError) as told:
+        dgq.verify(folder)
+    assert str(folder / name) in told.value.message
+    assert "\n" not in told.value.message

@@ -1,0 +1,72 @@
+"""A checkpoint as a float folder: plain diffusers loads it, in a process that has no dgq."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dgq
+from dgq.errors import DgqError
+from dgq.export import folder
+from dgq.export.source import loaded, open_checkpoint
+
+SCRIPT = """
+import sys
+import numpy, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
+pipe.set_progress_bar_config(disable=True)
+picture = pipe("a cat", num_inference_steps=3, height=16, width=16, output_type="np",
+               generator=torch.Generator().manual_seed(1)).images[0]
+numpy.save(sys.argv[2], picture)
+assert not any(name.split(".")[0] in ("dgq", "dgq_kernels") for name in sys.modules)
+"""
+
+
+def test_plain_diffusers_draws_nearly_the_same(tiny_checkpoint, tmp_path):
+    made = folder.export(open_checkpoint(tiny_checkpoint), tmp_path / "made")
+    assert made.layers.keys() == {"unet", "vae"}
+    assert made.bytes == sum(file.stat().st_size for file in (tmp_path / "made").rglob("*") if file.is_file())
+    for name in ("unet", "vae"):
+        config = json.loads((tmp_path / "made" / name / "config.json").read_text())
+        assert not {"quantization_config", "_name_or_path"} & set(config)
+        written = load_file(tmp_path / "made" / name / "diffusion_pytorch_model.safetensors")
+        plain = loaded(open_checkpoint(tiny_checkpoint), name).dequantize().state_dict()
+        assert written.keys() == plain.keys()
+        assert {tensor.dtype for tensor in written.values()} == {torch.float16}
+        assert all(torch.equal(written[key], plain[key]) for key in plain)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SCRIPT, str(tmp_path / "made"), str(tmp_path / "picture.npy")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pipe = dgq.load(tiny_checkpoint, device="cpu")
+    generator = torch.Generator().manual_seed(1)
+    own = pipe("a cat", num_inference_steps=3, height=16, width=16, output_type="np", generator=generator).images[0]
+    error = float(np.mean((np.load(tmp_path / "picture.npy") - own) ** 2))
+    assert 0 < error < 10**-2.5  # 25 dB
+
+
+def test_nothing_is_replaced(tiny_checkpoint, tmp_path):
+    source = open_checkpoint(tiny_checkpoint)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "thesis.txt").write_text("years of work")
+    (tmp_path / "link").symlink_to("nowhere")
+    cases = {
+        tmp_path / "there": "already exists",
+        tmp_path / "there" / "thesis.txt": "already exists",
+        tmp_path / "link": "is a link",
+        tiny_checkpoint: "is, holds or lies in",
+        tiny_checkpoint / "inside": "is, holds or lies in",
+    }
+    for place, message in cases.items():
+        with pytest.raises(DgqError, match=message):
+            folder.export(source, place)
+    assert (tmp_path / "there" / "thesis.txt").read_text() == "years of work"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "there"]
