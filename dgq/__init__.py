@@ -9,14 +9,17 @@ Load a checkpoint and draw:
 
 from __future__ import annotations
 
-from .checkpoint.diffusers import DgqConfig, register
+from .checkpoint import diffusers as _diffusers
+from .checkpoint import transformers as _transformers
+from .checkpoint.diffusers import DgqConfig
 from .errors import DgqError
 from .graphs import use_graphs
 from .pictures.pipelines import load, verify
 from .tuning.apply import load_tuned, set_tuned, unload_tuned
 from .version import __version__
 
-register()
+_diffusers.register()
+_transformers.register()
 
 __all__ = [
     "DgqConfig",

@@ -291,6 +291,7 @@ class Patched(Family):
 
 FAMILIES: list[Family] = []
 DECODERS: list[Family] = []  # what makes pixels of the networks' latents, and is quantized beside them
+ENCODERS: list[Family] = []  # what makes embeddings of prompts, and is quantized beside them
 
 
 class Unknown(Family):
@@ -331,7 +332,7 @@ def named(network: str) -> Family:
 def family_of(network: Any) -> Family:
     """The family of a network, which may be of a subclass, or `UNKNOWN`."""
     names = [kind.__name__ for kind in type(network).__mro__]
-    return next((family for family in (*FAMILIES, *DECODERS) if family.network in names), UNKNOWN)
+    return next((family for family in (*FAMILIES, *DECODERS, *ENCODERS) if family.network in names), UNKNOWN)
 
 
 def network_of(pipe: Any) -> Any:

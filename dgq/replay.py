@@ -32,20 +32,31 @@ def record_inputs(
         For each prompt the list of its calls, one or two per sampler step, as keyword arguments (tensors detached),
         without `return_dict`.
     """
-    calls: list[dict[str, Any]] = []
-    names = family_of(network).arguments
+    return record_all(run, {"": network}, prompts, progress)[""]
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(names, args, strict=False)) | kwargs
-        named.pop("return_dict", None)
-        calls.append(over_tensors(named, lambda tensor: tensor.detach().clone()))
 
-    recorded = []
-    with hooked([network.register_forward_pre_hook(hook, with_kwargs=True)]):
+def record_all(
+    run: Callable[[str, int], Any], modules: Mapping[str, nn.Module], prompts: Sequence[str], progress: Progress
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """As `record_inputs`, of several modules by name."""
+    recorded: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in modules}
+
+    def hook(name: str, names: Sequence[str]) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            named = dict(zip(names, args, strict=False)) | kwargs
+            named.pop("return_dict", None)
+            recorded[name][-1].append(over_tensors(named, lambda tensor: tensor.detach().clone()))
+
+        return note
+
+    with hooked(
+        module.register_forward_pre_hook(hook(name, family_of(module).arguments), with_kwargs=True)
+        for name, module in modules.items()
+    ):
         for i, prompt in enumerate(prompts):
-            calls = []
+            for calls in recorded.values():
+                calls.append([])
             run(prompt, i)
-            recorded.append(calls)
             progress("record", i + 1, len(prompts), prompt)
     return recorded
 

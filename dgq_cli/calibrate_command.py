@@ -64,6 +64,7 @@ def command(
     vae: Annotated[
         str | None, typer.Option(help="The VAE's decoder: int8 or float; default int8 but with the paper recipe.")
     ] = None,
+    text_encoder: Annotated[str, typer.Option(help="The text encoders: int8 or float.")] = "float",
     override: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN=BITS", help="Weight bits (4, 8, float) of matching layers; repeatable."),
@@ -104,6 +105,8 @@ def command(
 
     if vae not in (None, "int8", "float"):
         raise typer.BadParameter(f"--vae {vae!r} is neither int8 nor float")
+    if text_encoder not in ("int8", "float"):
+        raise typer.BadParameter(f"--text-encoder {text_encoder!r} is neither int8 nor float")
     overrides = tuple(_override(text) for text in override or [])
     try:
         wanted = Recipe(
@@ -136,6 +139,7 @@ def command(
         overwrite=overwrite,
         resume=resume,
         vae=vae,  # type: ignore[arg-type]
+        text_encoder=text_encoder,  # type: ignore[arg-type]
     )
     loras = [_lora(text) for text in lora or []]
     from dgq.calibration.sources import float_folder, is_single_file
@@ -181,14 +185,19 @@ def _print_estimate(estimate: object, label: str, json: bool) -> None:
         print_json(data)
         return
     kept, share = data["kept"], data["packed_bytes"] / data["float16_bytes"]
-    size, before = data["decoder_packed_bytes"], data["decoder_float16_bytes"]
-    decoder = f"{data['decoder_layers']} layers, {mib(size)} ({size / before:.0%} of float16)"
+
+    def beside(part: str) -> str:
+        size, before = data[f"{part}_packed_bytes"], data[f"{part}_float16_bytes"]
+        layers = data[f"{part}_layers"]
+        return f"{layers} layers, {mib(size)} ({size / before:.0%} of float16)" if layers else "float"
+
     rows = [
         ["recipe", label],
         ["layers quantized", str(data["layers"])],
         ["layers kept float", f"{len(kept)} ({', '.join(list(kept)[:4])}{', ...' if len(kept) > 4 else ''})"],
         [f"{data['network']} file", f"{mib(data['packed_bytes'])} ({share:.0%} of float16)"],
-        ["VAE", decoder if data["decoder_layers"] else "float"],
+        ["VAE", beside("decoder")],
+        ["text encoders", beside("encoder")],
         ["statistics", f"{mib(data['statistics_bytes'])} in {data['passes']} pass(es)"],
         ["peak memory, about", mib(data["memory_bytes"])],
         ["calls", str(data["calls"])],

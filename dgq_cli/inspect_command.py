@@ -13,7 +13,7 @@ from . import heat_map
 from .common import DeviceOption, JsonOption, StageProgress, err, finite, mib, print_json
 
 if TYPE_CHECKING:
-    from dgq.inspection.inspect import Inspection, LayerReport
+    from dgq.inspection.inspect import Inspection, LayerReport, PartReport
     from dgq.inspection.measurement import LayerMeasurement, Measurement
     from dgq.inspection.overrides import Suggestion
 
@@ -158,6 +158,8 @@ def _print(found: Inspection, layers: bool, worst: int) -> None:
         _print_layers(f"{len(found.layers)} quantized layers", found.layers)
         if found.decoder:
             _print_layers(f"{len(found.decoder.layers)} quantized layers of the VAE", found.decoder.layers)
+        for name, part in found.encoders.items():
+            _print_layers(f"{len(part.layers)} quantized layers of the {name}", part.layers)
     if found.measurement:
         _print_measurement(found.measurement, layers, found.network)
         _print_worst(found.measurement, found.worst, found.network)
@@ -294,14 +296,22 @@ def _summary(found: Inspection) -> list[tuple[str, str]]:
     if found.decoder:
         alone = found.decoder.calibration.get("fidelity")
         told = f", PSNR of the decoder alone {alone['psnr_db']:.1f} dB" if alone else ""
-        size = f"{mib(found.decoder.bytes)}, {found.decoder.bytes / found.decoder.float16_bytes:.1%} of float16"
-        rows.append(("VAE", f"{found.decoder.label}, {len(found.decoder.layers)} layers, {size}{told}"))
+        rows.append(("VAE", _told(found.decoder) + told))
+    for name, part in found.encoders.items():
+        error = part.calibration.get("embeddings_error")
+        rows.append((name, _told(part) + (f", embeddings {error:.2%} off" if error is not None else "")))
     if overrides:
         rows.append(("overrides", overrides))
     if fidelity:
         text = f"PSNR {fidelity['psnr_db']:.1f} dB, latent SQNR {fidelity['latent_sqnr_db']:.1f} dB"
         rows.append(("against float", f"{text}, {fidelity['prompts']} prompts"))
     return rows
+
+
+def _told(part: PartReport) -> str:
+    """Of a component beside the network: what it is, and its size."""
+    size = f"{mib(part.bytes)}, {part.bytes / part.float16_bytes:.1%} of float16"
+    return f"{part.label}, {len(part.layers)} layers, {size}"
 
 
 def _print_layers(title: str, layers: list[LayerReport]) -> None:

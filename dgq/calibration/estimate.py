@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import architectures
-from ..checkpoint.reading import components, family_at, network_config, read_json, tensor_table, weight_files
+from ..checkpoint.reading import components, family_at, held, network_config, read_json, tensor_table, weight_files
+from ..family import TOKENS
 from ..integer.rates import alone
 from ..integer.statistics import WINDOW
 from ..method import METHODS, Cost, LayerCost
+from ..pictures.components import empty_encoder
 from ..recipe import Recipe
 from ..replay import hooked, replay
-from .run import decoder_recipe, float_model, wanted_settings
+from .run import decoder_recipe, encoder_recipes, float_model, wanted_settings
 
 if TYPE_CHECKING:
     from ..family import Family
@@ -54,6 +56,7 @@ class Estimate:
         network: what its kind of network is called.
         decoder_layers: quantized layers of the VAE's decoder, none where it stays float; decoder_float16_bytes,
             decoder_packed_bytes: the VAE's file before and after.
+        encoder_layers, encoder_float16_bytes, encoder_packed_bytes: the same of all text encoders that are quantized.
     """
 
     layers: int
@@ -70,6 +73,9 @@ class Estimate:
     decoder_layers: int = 0
     decoder_float16_bytes: int = 0
     decoder_packed_bytes: int = 0
+    encoder_layers: int = 0
+    encoder_float16_bytes: int = 0
+    encoder_packed_bytes: int = 0
 
 
 def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Options) -> Estimate:
@@ -117,7 +123,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     # either the whole pipeline records, or the network alone is quantized, then the VAE beside it
     memory = 4 * parameters + max(_others(folder), cost.statistics_bytes + packed)
     decoder, decoder_cost = decoder_recipe(found, recipe, options), Cost({}, {})
-    held = sum(tensor.numel() for tensor in vae.state_dict().values())
+    decoding = sum(tensor.numel() for tensor in vae.state_dict().values())
     if decoder is not None:
         with meta:
             latent = architectures.call(vae, 1, meta, pixels=math.isqrt(width * height))
@@ -127,8 +133,24 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         seconds += len(decoder_cost.passes) * decoded * width * height * per_pixel * _seconds_per_mac()
         seconds += sum(layer.seconds(decoded * taken[name]) for name, layer in decoder_cost.layers.items())
         after = 4 * (parameters - quantized) + packed
-        memory = max(memory, after + 4 * held + decoder_cost.statistics_bytes)
-    stored = sum(layer.stored_bytes - 2 * layer.parameters for layer in decoder_cost.layers.values())
+        memory = max(memory, after + 4 * decoding + decoder_cost.statistics_bytes)
+    stored = _stored(decoder_cost)
+    from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
+
+    encoders = {"layers": 0, "before": 0, "after": 0}
+    for name, wanted in encoder_recipes(found, recipe, options).items():
+        encoder = empty_encoder(folder / name, simple_get_class_obj(*components(folder)[name]))
+        encoder_cost = METHODS[wanted.name].cost(encoder, wanted, options.budget)
+        size = sum(tensor.numel() for tensor in held(encoder).values())
+        read = TOKENS * min(2 * count if doubled else count, options.calls)
+        seconds += sum(
+            encoder_cost.passes * read * layer.macs * _seconds_per_mac() + layer.seconds(read)
+            for layer in encoder_cost.layers.values()
+        )
+        memory = max(memory, 4 * (parameters - quantized) + packed + 4 * size + encoder_cost.statistics_bytes)
+        encoders["layers"] += len(encoder_cost.layers)
+        encoders["before"] += 2 * size
+        encoders["after"] += 2 * size + _stored(encoder_cost)
     return Estimate(
         layers=len(cost.layers),
         kept=dict(cost.kept),
@@ -142,9 +164,17 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         seconds=seconds,
         network=family.title,
         decoder_layers=len(decoder_cost.layers),
-        decoder_float16_bytes=2 * held,
-        decoder_packed_bytes=2 * held + stored,
+        decoder_float16_bytes=2 * decoding,
+        decoder_packed_bytes=2 * decoding + stored,
+        encoder_layers=encoders["layers"],
+        encoder_float16_bytes=encoders["before"],
+        encoder_packed_bytes=encoders["after"],
     )
+
+
+def _stored(cost: Cost) -> int:
+    """Bytes by which quantized layers make a file in float16 larger."""
+    return sum(layer.stored_bytes - 2 * layer.parameters for layer in cost.layers.values())
 
 
 def _rows_per_call(

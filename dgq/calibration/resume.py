@@ -121,9 +121,15 @@ _DAMAGED = (SafetensorError, OSError, DgqError, KeyError, TypeError, ValueError,
 
 
 def fingerprint_of(
-    folder: Path, recipe: Recipe, prompts: Sequence[str], settings: Settings, calls: int, decoder: Recipe | None = None
+    folder: Path,
+    recipe: Recipe,
+    prompts: Sequence[str],
+    settings: Settings,
+    calls: int,
+    beside: Mapping[str, Recipe],
 ) -> str:
-    """Of everything that recorded calls and quantized layers depend on, the content of the model's files included."""
+    """Of everything that recorded calls and quantized layers depend on, the content of the model's files included;
+    `beside` has the recipes of what is quantized with the network."""
     own = component_at(folder)
     contents = {}
     for file in (*copied_files(folder).values(), own / "config.json", *weight_files(own)):
@@ -136,6 +142,6 @@ def fingerprint_of(
         list(prompts),
         dataclasses.asdict(settings),
         calls,
-        decoder and decoder.to_dict(),
+        {name: one.to_dict() for name, one in beside.items()},
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ..checkpoint.header import Header
-from ..checkpoint.reading import check_folder, components, family_at, network_config, read_json
+from ..checkpoint.reading import check_folder, components, family_at, network_config, read_json, text_encoders
 from ..checkpoint.writing import check_target, write_checkpoint
+from ..devices import to_device
 from ..errors import DgqError
-from ..family import DECODERS, family_of, named, network_of
+from ..family import DECODERS, ENCODERS, family_of, named, network_of
 from ..integer.rounding import DEFAULT_BUDGET_BYTES
 from ..method import METHODS, Work
 from ..outputs import workplace
@@ -26,9 +29,12 @@ from ..pictures.pipelines import Model, find_model, load
 from ..pictures.prompts import calibration_prompts, evaluation_prompts
 from ..progress import Progress, silent
 from ..recipe import Recipe
-from ..replay import record_inputs, spread
+from ..replay import record_all, spread
 from ..version import __version__
 from .resume import Partial, fingerprint_of
+
+# Prompts on which the error of a text encoder's embeddings is measured.
+JUDGED_PROMPTS = 16
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Options:
         resume: go on from an interrupted calibration of the same settings.
         vae: "int8" quantizes the VAE's decoder too, "float" does not; None does where the method is faster than float
             and the VAE's class is known.
+        text_encoder: "int8" quantizes the text encoders too.
     """
 
     prompts: Sequence[str] | int = 32
@@ -60,6 +67,7 @@ class Options:
     overwrite: bool = False
     resume: bool = False
     vae: Literal["int8", "float"] | None = None
+    text_encoder: Literal["int8", "float"] = "float"
 
 
 def float_model(model: str | os.PathLike[str] | None) -> Model:
@@ -89,6 +97,27 @@ def decoder_recipe(model: Model, recipe: Recipe, options: Options) -> Recipe | N
         return None
     if not known:
         raise DgqError(f"{file}: a {kind} cannot be quantized", "leave it in float")
+    return _beside(recipe)
+
+
+def encoder_recipes(model: Model, recipe: Recipe, options: Options) -> dict[str, Recipe]:
+    """How the text encoders of a float model are quantized, by component; none where they stay float.
+
+    Raises:
+        DgqError: they are quantized already.
+    """
+    if options.text_encoder == "float":
+        return {}
+    found = text_encoders(model.folder)
+    for name in found:
+        file = model.folder / name / "config.json"
+        if "quantization_config" in read_json(file):
+            raise DgqError(f"{file}: the text encoder is quantized already", "leave it as it is: --text-encoder float")
+    return dict.fromkeys(found, _beside(recipe))
+
+
+def _beside(recipe: Recipe) -> Recipe:
+    """Of what is quantized beside a network."""
     return Recipe(wbits=8, abits=8, rounding=recipe.rounding, channels=recipe.channels, attention="float")
 
 
@@ -144,9 +173,10 @@ def calibrate(
     with workplace(out) as work:
         check_target(out, folder, options.overwrite)  # a replacement that was killed may just have been undone
         decoder = decoder_recipe(found, recipe, options)
-        fingerprint = fingerprint_of(folder, recipe, prompts, settings, options.calls, decoder)
+        beside = {**encoder_recipes(found, recipe, options), **({} if decoder is None else {"vae": decoder})}
+        fingerprint = fingerprint_of(folder, recipe, prompts, settings, options.calls, beside)
         partial = Partial(work, fingerprint, options.resume, progress)
-        header = _calibrated(found, out, recipe, decoder, options, prompts, settings, partial, progress)
+        header = _calibrated(found, out, recipe, beside, options, prompts, settings, partial, progress)
         partial.remove()
     progress("save", 1, 1, str(out))
     return header
@@ -156,37 +186,43 @@ def _calibrated(
     model: Model,
     out: Path,
     recipe: Recipe,
-    decoder: Recipe | None,
+    beside: Mapping[str, Recipe],
     options: Options,
     prompts: Sequence[str],
     settings: Settings,
     partial: Partial,
     progress: Progress,
 ) -> Header:
-    """`calibrate`, in the place that it works in."""
+    """`calibrate`, in the place that it works in; `beside` has the recipes of what is quantized with the network."""
     folder = model.folder
     pipe = load(model, dtype=torch.float32, graph=False)
     check_prompts(pipe, prompts)
     network = network_of(pipe)
     # an override that matches no layer is told before the work
     plans = METHODS[recipe.name].plans(network, recipe)
-    if decoder is not None:
-        plans |= METHODS[decoder.name].plans(pipe.vae, decoder)
+    for name, wanted in beside.items():
+        plans |= _prefixed(name, METHODS[wanted.name].plans(getattr(pipe, name), wanted))
     done = partial.layers(plans)
     reference = _evaluate(pipe, folder, settings, options, prompts, "float", progress, 0)
-    recorded, decoded = partial.calls(), partial.calls("calls-vae") if decoder is not None else []
-    if recorded is None or decoded is None:
-        recorded, decoded = _record(pipe, settings, prompts, decoder is not None, progress)
-        partial.store_calls(recorded)
-        if decoder is not None:
-            partial.store_calls(decoded, "calls-vae")
+    files = {"": "calls"} | {name: f"calls-{name}" for name in beside}
+    stored = {name: partial.calls(file) for name, file in files.items()}
+    recorded = {name: calls for name, calls in stored.items() if calls is not None}
+    if len(recorded) < len(files):
+        recorded = _record(pipe, settings, prompts, beside, progress)
+        for name, file in files.items():
+            partial.store_calls(recorded[name], file)
     del pipe  # text encoders and VAE would lie beside the statistics
 
-    def quantized(part: Any, wanted: Recipe, calls: list[list[dict[str, Any]]]) -> Header:
-        method = METHODS[wanted.name]
-        own = {name: done[name] for name in method.plans(part, wanted) if name in done}
+    def quantized(name: str, part: Any, wanted: Recipe) -> Header:
+        method, calls = METHODS[wanted.name], recorded[name]
+        prefix = f"{name}." if name else ""
+        own = {of: done[prefix + of] for of in method.plans(part, wanted) if prefix + of in done}
+
+        def store(of: str, result: Any) -> None:
+            partial.store(prefix + of, result)
+
         replayed = spread(calls, options.calls)
-        made = method.calibrate(Work(part, calls, replayed, wanted, options.budget, progress, partial.store, own))
+        made = method.calibrate(Work(part, calls, replayed, wanted, options.budget, progress, store, own))
         facts = {"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed}
         if options.size:
             facts["size"] = options.size
@@ -201,39 +237,68 @@ def _calibrated(
             __version__,
         )
 
-    header = quantized(network, recipe, recorded)
-    vae = None
-    if decoder is not None:
-        loaded = component(folder, "vae", *components(folder)["vae"], torch.float32)
-        loaded = loaded.to(next(network.parameters()).device)
-        vae = loaded, quantized(loaded, decoder, decoded)
+    header = quantized("", network, recipe)
+    parts: dict[str, tuple[Any, Header]] = {}
+    for name, wanted in beside.items():
+        part = component(folder, name, *components(folder)[name], torch.float32)
+        part = part.to(next(network.parameters()).device)
+        read = [calls[0] for calls in recorded[name][:JUDGED_PROMPTS]] if family_of(part) in ENCODERS else []
+        before = _embeddings(part, read)
+        parts[name] = part, quantized(name, part, wanted)
+        if read:
+            parts[name][1].calibration["embeddings_error"] = _distance(before, _embeddings(part, read))
     if reference:
-        pipe = load(model, dtype=torch.float32, network=network, vae=vae and vae[0], graph=False)
+        given = {name: part for name, (part, _) in parts.items()}
+        pipe = load(model, dtype=torch.float32, network=network, parts=given, graph=False)
         pictures = _evaluate(pipe, folder, settings, options, prompts, recipe.label, progress, len(reference))
         header.calibration["fidelity"] = compare(reference, pictures)
-        if vae is not None:
-            vae[1].calibration["fidelity"] = _decoding(pipe, reference)
+        if "vae" in parts:
+            parts["vae"][1].calibration["fidelity"] = _decoding(pipe, reference)
     progress("save", 0, 1, str(out))
-    write_checkpoint(folder, network, header, out, options.overwrite, partial.folder, vae)
+    write_checkpoint(folder, network, header, out, options.overwrite, partial.folder, parts)
     check_folder(out)
     return header
 
 
+def _prefixed(component: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a component's layers, named as no other component's."""
+    return {f"{component}.{name}": value for name, value in values.items()}
+
+
 def _record(
-    pipe: Any, settings: Settings, prompts: Sequence[str], decoding: bool, progress: Progress
-) -> tuple[list[list[dict[str, Any]]], list[list[dict[str, Any]]]]:
-    """The calls of the network and, where they are wanted, those of the VAE that make each prompt's picture, which is
-    not decoded."""
+    pipe: Any, settings: Settings, prompts: Sequence[str], beside: Iterable[str], progress: Progress
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """The calls that make each prompt's picture, which is not decoded: of the network, named "", and of these
+    components."""
     network = network_of(pipe)
     family, (width, height) = family_of(network), check_size(pipe, settings)
-    decoded = []
+    decoding, decoded = "vae" in beside, []
 
     def draw(prompt: str, i: int) -> None:
         latents = draw_latents(pipe, prompt, dataclasses.replace(settings, seed=settings.seed + i))
         if decoding:
             decoded.append([{"z": family.plain_latents(pipe, family.unpacked(pipe, latents, width, height))}])
 
-    return record_inputs(draw, network, prompts, progress), decoded
+    modules = {"": network} | {name: getattr(pipe, name) for name in beside if name != "vae"}
+    recorded = record_all(draw, modules, prompts, progress)
+    return {**recorded, "vae": decoded} if decoding else recorded
+
+
+@torch.no_grad()
+def _embeddings(encoder: Any, calls: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """What the last block but one, of which pipelines mostly ask, or else the last one makes of each call."""
+    device, found = next(encoder.parameters()).device, []
+    for call in calls:
+        output = encoder(**to_device(call, device))
+        states = output.hidden_states
+        found.append((output.last_hidden_state if states is None else states[-2]).float().cpu())
+    return found
+
+
+def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Norm of the difference, relative to the first one's."""
+    error = sum(float((a - b).square().sum()) for a, b in zip(one, other, strict=True))
+    return math.sqrt(error / sum(float(a.square().sum()) for a in one))
 
 
 def _decoding(pipe: Any, reference: Sequence[Picture]) -> dict[str, float]:

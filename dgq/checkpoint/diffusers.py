@@ -175,6 +175,36 @@ class DgqConfig(QuantizationConfigMixin):
 _ASKED = ("wbits", "abits", "channels", "attention", "weight_group")  # of a recipe
 
 
+def check_asked(config: DgqConfig, pre_quantized: bool) -> None:
+    """Hold a configuration against what is loaded with it: a checkpoint, or a float model.
+
+    Raises:
+        DgqError: it is the other's.
+    """
+    if pre_quantized and config.header is None:
+        raise DgqError(
+            "config.json: quantization_config says what was asked for, and not what the weights are",
+            "it belongs to no checkpoint: quantize the float model again",
+        )
+    if not pre_quantized and config.header is not None:
+        raise DgqError(
+            "the quantization_config is that of a checkpoint, and the model is a float one",
+            "ask by DgqConfig(wbits=..., abits=...)",
+        )
+
+
+def made_header(model: Any, config: DgqConfig, layers: Sequence[Layer], folder: Path) -> Header:
+    """The header of what was made of a float model, read from a folder, as a configuration asked."""
+    inside = folder.name == family_of(model).component or (folder.parent / "model_index.json").is_file()
+    return Header(
+        config.recipe,
+        {layer.name: layer.plan for layer in layers},
+        base_model=(folder.parent if inside else folder).name,
+        dgq_version=__version__,
+        modules_to_not_convert=list(config.modules_to_not_convert),
+    )
+
+
 class DgqQuantizer(DiffusersQuantizer):
     """Loads the packed layers of a checkpoint, every tensor checked, or quantizes a float model's as they are read."""
 
@@ -186,17 +216,7 @@ class DgqQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: DgqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        header = quantization_config.header
-        if self.pre_quantized and header is None:
-            raise DgqError(
-                "config.json: quantization_config says what was asked for, and not what the weights are",
-                "it belongs to no checkpoint: quantize the float model again",
-            )
-        if not self.pre_quantized and header is not None:
-            raise DgqError(
-                "the quantization_config is that of a checkpoint, and the model is a float one",
-                "ask by DgqConfig(wbits=..., abits=...)",
-            )
+        check_asked(quantization_config, self.pre_quantized)
         self._files: list[Path] = []
         self._kept: set[str] = set()
         self._dtype = torch.float32
@@ -274,21 +294,14 @@ class DgqQuantizer(DiffusersQuantizer):
             self._layers, self._arrivals = [], None
         _make_quantized(model)
         # Packed now, torch.compile finds nothing to do before a first call.
-        if all(_stays(weight.device) for weight in model.parameters()):
+        if all(stays(weight.device) for weight in model.parameters()):
             prepare_all(model, torch.device("cpu"))
         return model
 
     def _finish(self, model: nn.Module) -> Header:
         """What was made of a float model: its blocks and attention as a checkpoint's are, and the header."""
-        folder = self._files[0].parent
         config = self.quantization_config
-        header = Header(
-            config.recipe,
-            {layer.name: layer.plan for layer in self._layers},
-            base_model=(folder.parent if folder.name == family_of(model).component else folder).name,
-            dgq_version=__version__,
-            modules_to_not_convert=list(config.modules_to_not_convert),
-        )
+        header = made_header(model, config, self._layers, self._files[0].parent)
         if config.recipe.attention == "log" and family_of(model).start_token:
             header.attention = AttentionPlan.for_activations(config.recipe.abits)
             use_log_attention(model, header.attention)
@@ -317,7 +330,7 @@ class DgqQuantizer(DiffusersQuantizer):
                 place = weights_place(self._files)
                 raise DgqError(f"{place}: tensor {param_name!r} holds values that are not finite")
             device = torch.device(target_device)
-            self._arrivals.take(param_name, stored, device, _stays(device))
+            self._arrivals.take(param_name, stored, device, stays(device))
             native.page_out(stored)
             return
         module_name, _, leaf = param_name.rpartition(".")
@@ -351,7 +364,7 @@ class DgqQuantizer(DiffusersQuantizer):
         return True
 
 
-def _stays(device: torch.device) -> bool:
+def stays(device: torch.device) -> bool:
     """Whether what is loaded to a device will run there; where there is CUDA, the model will move."""
     return device.type == "cpu" and not torch.cuda.is_available()
 
@@ -438,7 +451,7 @@ def _state_dict(model: Any, *args: Any, **kwargs: Any) -> _State:
     return made
 
 
-def _save_pretrained(model: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+def save_pretrained(model: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
     """As the class does; then the checksums of what was written. One that is pushed as well goes without them."""
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
     if is_main_process and os.path.isdir(save_directory):
@@ -446,13 +459,13 @@ def _save_pretrained(model: Any, save_directory: Any, is_main_process: bool = Tr
 
 
 # Pipelines look which arguments it takes. functools.wraps would give it another name, by which it cannot be pickled.
-_save_pretrained.__wrapped__ = ModelMixin.save_pretrained  # type: ignore[attr-defined]
+save_pretrained.__wrapped__ = ModelMixin.save_pretrained  # type: ignore[attr-defined]
 
 
 # What a quantized model answers in its class's place.
 _METHODS: dict[str, Callable[..., Any]] = {
     "num_parameters": _num_parameters,
-    "save_pretrained": _save_pretrained,
+    "save_pretrained": save_pretrained,
     "fuse_qkv_projections": _fuse_qkv_projections,
     "fuse_lora": _fuse_lora,
     "state_dict": _state_dict,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from .. import methods  # noqa: F401 (fills METHODS)
 from ..errors import DgqError
@@ -22,7 +22,7 @@ from ..families import DECODERS, FAMILIES
 from ..family import Family, drawing, working
 from ..integer.layer import IntegerLayer
 from ..recipe import shortened
-from .header import Header, _of_type
+from .header import QUANT_METHOD, Header, _of_type
 
 # What a component's folder may carry into a checkpoint: data, never code or pickles.
 COPIED_SUFFIXES = {".json", ".txt", ".safetensors", ".model", ".jinja"}
@@ -152,6 +152,38 @@ def decoder_header(folder: Path) -> Header | None:
     return header_at(place) if place else None
 
 
+def encoder_headers(folder: Path) -> dict[str, Header]:
+    """The headers of a model folder's text encoders, those that dgq quantized, by component.
+
+    Raises:
+        DgqError: a damaged header.
+    """
+    found = {name: encoder_header(folder / name) for name in text_encoders(folder)}
+    return {name: header for name, header in found.items() if header is not None}
+
+
+def encoder_header(component: Path) -> Header | None:
+    """The header in a text encoder's folder, or None for a float one, or one that another method quantized: what
+    transformers makes of that is its own affair.
+
+    Raises:
+        DgqError: there is no configuration, or a damaged header.
+    """
+    quantization = read_json(component / "config.json").get("quantization_config")
+    own = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+    return header_at(component) if own else None
+
+
+def text_encoders(folder: Path) -> dict[str, str]:
+    """The text encoders of a pipeline folder: {component: class of transformers}.
+
+    Raises:
+        DgqError: as `components`.
+    """
+    known = components(folder).items()
+    return {name: kind for name, (library, kind) in known if library == "transformers" and "text_encoder" in name}
+
+
 def _class_at(component: Path) -> Any:
     """The class that a component's configuration names; None where there is none."""
     file = component / "config.json"
@@ -229,7 +261,7 @@ def verify_tensors(files: Sequence[Path], network: nn.Module) -> None:
         stored.update(table)
     place = weights_place(files)
     integer = {name for name, module in network.named_modules() if isinstance(module, IntegerLayer)}
-    expected = network.state_dict()
+    expected = held(network)
     for name, tensor in expected.items():
         if name not in stored:
             raise DgqError(f"{place}: tensor {name!r} is missing")
@@ -242,6 +274,12 @@ def verify_tensors(files: Sequence[Path], network: nn.Module) -> None:
             raise DgqError(f"{place}: tensor {name!r} has dtype {dtype}, expected {tensor.dtype}")
     if unknown := sorted(set(stored) - set(expected)):
         raise DgqError(f"{place}: unknown tensor {unknown[0]!r}", "the config belongs to another checkpoint")
+
+
+def held(network: nn.Module) -> dict[str, Tensor]:
+    """What files hold of a network: its state without the second names of tensors that it has under two."""
+    tied = getattr(network, "all_tied_weights_keys", {})  # of transformers
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in tied}
 
 
 def weights_place(files: Sequence[Path]) -> Path:
@@ -296,6 +334,7 @@ def check_folder(folder: Path) -> Header | None:
     for name in components(folder):
         _check_component(folder / name)
     decoder_header(folder)
+    encoder_headers(folder)
     return read_header(folder)
 
 

@@ -12,19 +12,22 @@ import torch
 from torch import nn
 
 from ..errors import DgqError
-from ..family import family_of
+from ..family import ENCODERS, family_of
 from ..integer.skeleton import stored_names
 from ..outputs import atomic_folder, save_tensors
 from . import checksums
 from .header import QUANT_METHOD
-from .reading import COPIED_SUFFIXES, component_at, family_at, read_json, tensor_table, weight_files
+from .reading import COPIED_SUFFIXES, component_at, family_at, held, read_json, tensor_table, weight_files
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..family import Family
     from .header import Header
 
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+ENCODER_NAME = "model.safetensors"  # of a text encoder's weights
 
 
 # What its own folder may, beside model_index.json.
@@ -130,7 +133,7 @@ def write_checkpoint(
     target: Path,
     overwrite: bool = False,
     work: Path | None = None,
-    decoder: tuple[nn.Module, Header] | None = None,
+    beside: Mapping[str, tuple[nn.Module, Header]] | None = None,
 ) -> None:
     """Write a checkpoint: the base folder's other components, the packed network, the header and a model card.
 
@@ -141,60 +144,65 @@ def write_checkpoint(
         target: where the checkpoint goes.
         overwrite: replace a checkpoint that is there.
         work: the target's `writing.workplace` where the caller holds it.
-        decoder: the VAE, quantized too, and its description.
+        beside: other components that are quantized too, by name: the VAE, text encoders; and their descriptions.
 
     Raises:
         DgqError: the target cannot be written; what was there is there still, and nothing else is left behind.
     """
     check_target(target, base, overwrite)
     files = copied_files(base)
-    parts = [*([decoder] if decoder else []), (network, header)]
-    quantized = {family_of(part).component for part, _ in parts}
+    own = component_at(base).name
+    parts = {**(beside or {}), own: (network, header)}  # the network last: its checksums are of all files
     with atomic_folder(target, overwrite, work) as folder:
         for name, file in files.items():
-            if name.partition("/")[0] in quantized:
+            component, _, part = name.partition("/")
+            if component in parts and (part == "config.json" or part.endswith(".safetensors")):
                 continue
             copy = folder / name
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
-        for component in [there for there in folder.iterdir() if there.is_dir()]:
-            index_shards(component)
-        written = [_write_part(base, folder, part, of) for part, of in parts]
-        sizes = [file.stat().st_size for file in written]
-        card = model_card(header, target.name, family_at(base), sizes[-1], (decoder[1], sizes[0]) if decoder else None)
+        for place in [there for there in folder.iterdir() if there.is_dir()]:
+            index_shards(place)
+        written = {name: _write_part(base / name, folder / name, *one) for name, one in parts.items()}
+        sizes = {name: file.stat().st_size for name, file in written.items()}
+        others = {name: (of, sizes[name]) for name, (_, of) in (beside or {}).items()}
+        card = model_card(header, target.name, family_at(base), sizes[own], others)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        for file in written:
-            checksums.record(file.parent, pipeline=file is written[-1])
+        for name, file in written.items():
+            checksums.record(file.parent, pipeline=name == own)
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
 
 
-def _write_part(base: Path, folder: Path, part: nn.Module, header: Header) -> Path:
-    """Write a quantized component of the pipeline in `base` into a new folder of its own; returns the weights' file."""
-    family = family_of(part)
-    place = folder / family.component
-    place.mkdir()
-    config = read_json(base / family.component / "config.json")
+def _write_part(base: Path, place: Path, part: nn.Module, header: Header) -> Path:
+    """Write a quantized component, whose float one is in a folder `base`, into a folder of its own; returns the
+    weights' file."""
+    place.mkdir(exist_ok=True)
+    config = read_json(base / "config.json")
     config.pop("_name_or_path", None)
     config["quantization_config"] = header.to_dict()
     text = json.dumps(config, indent=1, sort_keys=True)
     (place / "config.json").write_text(text + "\n", encoding="utf-8")
     # What stays float is stored in half precision, as published float checkpoints are; the scales of quantized
     # layers keep float32.
-    halved = set(family.skeleton(config).state_dict()) - stored_names(part)
+    family = family_of(part)
+    encoder = family in ENCODERS
+    halved = set(part.state_dict() if encoder else family.skeleton(config).state_dict()) - stored_names(part)
     state = {
         name: value.half() if name in halved and value.dtype == torch.float32 else value
-        for name, value in part.state_dict().items()
+        for name, value in held(part).items()
     }
     state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-    file = place / WEIGHTS_NAME
+    file = place / (ENCODER_NAME if encoder else WEIGHTS_NAME)
     save_tensors(state, file, {"format": "pt"})
     return file
 
 
-def model_card(header: Header, name: str, family: Family, size: int, decoder: tuple[Header, int] | None = None) -> str:
-    """The README of a checkpoint folder `name` with a network of `size` bytes, and a quantized VAE of so many: what it
-    is, measured, and its use."""
+def model_card(
+    header: Header, name: str, family: Family, size: int, beside: Mapping[str, tuple[Header, int]] | None = None
+) -> str:
+    """The README of a checkpoint folder `name` with a network of `size` bytes, and other quantized components of so
+    many: what it is, measured, and its use."""
     recipe, calibration = header.recipe, header.calibration
     lines = [
         "---",
@@ -216,10 +224,10 @@ def model_card(header: Header, name: str, family: Family, size: int, decoder: tu
         f"| calibration | {calibration.get('prompts', '?')} prompts, {calibration.get('steps', '?')} steps, "
         f"seed {calibration.get('seed', '?')} |",
     ]
-    if decoder:
-        about, size = decoder
-        count = len(about.method.layers(about))
-        lines.append(f"| VAE's decoder | {about.recipe.label}, {count} layers; the VAE's file {size / 2**20:.1f} MiB |")
+    for component, (about, size) in (beside or {}).items():
+        what = "VAE's decoder" if component == "vae" else component
+        told = f"{about.recipe.label}, {len(about.method.layers(about))} layers; file {size / 2**20:.1f} MiB"
+        lines.append(f"| {what} | {told} |")
     names = {"steps": "num_inference_steps", "guidance": family.guidance_argument}
     call = "".join(f", {names[key]}={value}" for key, value in header.generation.items() if key in names)
     fidelity = calibration.get("fidelity")

@@ -16,16 +16,16 @@ from ..checkpoint.reading import (
     SAFETENSORS_DTYPES,
     component_at,
     decoder_header,
+    encoder_headers,
     family_at,
     float16_bytes,
     network_bytes,
     read_header,
-    read_json,
     tensor_table,
     weight_files,
 )
 from ..errors import DgqError
-from ..family import FAMILIES, named
+from ..family import FAMILIES
 from ..pictures.pipelines import resolve
 from .measurement import Measurement
 from .overrides import DEFAULT_BUDGET, count_of, suggest, suggest_measured
@@ -65,8 +65,9 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class DecoderReport:
-    """The VAE of a checkpoint, whose decoder is quantized too.
+class PartReport:
+    """Another component of a checkpoint that is quantized beside the network: the VAE, of which the decoder is, or a
+    text encoder.
 
     Attributes:
         label: of its recipe.
@@ -105,6 +106,7 @@ class Inspection:
         checksums: of how many files the checkpoint holds one; 0 for those of older versions.
         verified: whether the files were compared with them, and are as they were written.
         decoder: None where the VAE is float.
+        encoders: by component, those text encoders that are quantized.
     """
 
     path: str
@@ -130,7 +132,8 @@ class Inspection:
     words: dict[str, str] = field(default_factory=dict)
     checksums: int = 0
     verified: bool = False
-    decoder: DecoderReport | None = None
+    decoder: PartReport | None = None
+    encoders: dict[str, PartReport] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object; "suggestion" also holds the "command_line"."""
@@ -211,21 +214,25 @@ def inspect(
         checksums=len(checksums.stored(component_at(folder))),
         verified=verify,
         decoder=_decoder(folder),
+        encoders={name: _part(folder / name, of) for name, of in encoder_headers(folder).items()},
     )
 
 
-def _decoder(folder: Path) -> DecoderReport | None:
+def _decoder(folder: Path) -> PartReport | None:
     header = decoder_header(folder)
-    if header is None:
-        return None
-    place = folder / "vae"
-    tensors, config = _tensors(place), read_json(place / "config.json")
-    skeleton = named(config["_class_name"]).skeleton(config)
-    return DecoderReport(
+    return None if header is None else _part(folder / "vae", header)
+
+
+def _part(place: Path, header: Header) -> PartReport:
+    tensors = _tensors(place)
+    owners = _owners(header, tensors)
+    plain = sum(count_of(tensors[name][0]) for name, owner in owners.items() if owner is None)
+    quantized = sum(plan.out_features * (plan.reduction + plan.bias) for plan in header.layers.values())
+    return PartReport(
         header.recipe.label,
         sum(file.stat().st_size for file in weight_files(place)),
-        2 * sum(tensor.numel() for tensor in skeleton.state_dict().values()),
-        _layers(header, _owners(header, tensors), tensors),
+        2 * (plain + quantized),
+        _layers(header, owners, tensors),
         {key: value for key, value in header.calibration.items() if key != "sqnr_db"},
     )
 

@@ -18,6 +18,7 @@ from torch import nn
 from ..checkpoint.apply import apply_header
 from ..checkpoint.reading import (
     components,
+    encoder_header,
     family_at,
     header_at,
     read_json,
@@ -129,6 +130,16 @@ def _vocabulary(place: Path, kind: Any) -> str:
     return " nor ".join([*([whole] if whole else []), ", ".join(names.values())])
 
 
+def empty_encoder(place: Path, kind: Any) -> Any:
+    """The float network of a class of transformers that a folder configures, on the meta device.
+
+    Raises:
+        Exception: transformers refuses the configuration.
+    """
+    with torch.device("meta"):
+        return kind(kind.config_class.from_pretrained(str(place), local_files_only=True))
+
+
 def _check_shapes(place: Path, kind: Any, files: list[Path]) -> None:
     """Hold a network's configuration against its weights, before anything is as large as it says.
 
@@ -140,12 +151,9 @@ def _check_shapes(place: Path, kind: Any, files: list[Path]) -> None:
     """
     file, weights = place / "config.json", weights_place(files)
     config = {name: value for name, value in read_json(file).items() if name != "quantization_config"}
-    header = None if named(kind.__name__) is UNKNOWN else header_at(place)
+    header = encoder_header(place) if named(kind.__name__) is UNKNOWN else header_at(place)
     with one_line(file), quiet("diffusers"), torch.device("meta"):
-        if hasattr(kind, "config_class"):
-            network = kind(kind.config_class.from_pretrained(str(place), local_files_only=True))
-        else:
-            network = kind.from_config(config)
+        network = empty_encoder(place, kind) if hasattr(kind, "config_class") else kind.from_config(config)
         if header is not None:
             apply_header(network, header, file)
     if header is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dgq_kernels import backend, native
 
@@ -16,7 +18,7 @@ from ..checkpoint.header import Header
 from ..checkpoint.reading import check_folder, component_at, family_at, network_config, read_header, read_json
 from ..devices import check_device
 from ..errors import DgqError
-from ..family import family_of, network_of
+from ..family import family_of
 from ..graphs import use_graphs
 from ..integer.shared_input import prepare_all
 from . import embedded
@@ -172,6 +174,7 @@ def load(
     dtype: torch.dtype | None = None,
     network: Any = None,
     vae: Any = None,
+    parts: Mapping[str, Any] | None = None,
     graph: bool | None = None,
     verify: bool = True,
 ) -> Any:
@@ -181,7 +184,7 @@ def load(
         model: checkpoint folder, hub id, or None for the embedded model; or what `find_model` found.
         device: default CUDA where there is one, else CPU.
         dtype: dtype of everything that is not quantized; default float16 on CUDA, float32 on the CPU.
-        network, vae: take the place of the folder's.
+        network, vae, parts: take the place of the folder's components; `parts` by name.
         graph: replay the network's calls from CUDA graphs (`dgq.use_graphs`); default on CUDA.
         verify: hold a checkpoint's files against their checksums first; those of older versions have none. False takes
             files that were changed on purpose.
@@ -206,11 +209,12 @@ def load(
         checksums.verify(component_at(folder))
     with checksums.left_out():
         given = {family_of(part).component: part for part in (network, vae) if part is not None}
-        pipe = assemble(folder, dtype, given)
+        pipe = assemble(folder, dtype, {**given, **(parts or {})})
     pipe.set_progress_bar_config(disable=True)
     pipe = pipe.to(place)
-    for part in (network_of(pipe), pipe.vae):
-        prepare_all(part, place)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            prepare_all(part, place)
     if graph or (graph is None and place.type == "cuda"):
         use_graphs(pipe)
     return pipe
