@@ -137,6 +137,16 @@ def test_every_block_equals_the_cpus(run, checkpoint):
         assert_close(name, got, expected, max(1e-2, 2 * digits))
 
 
+def times(unet):
+    return [module.time_emb_proj for module in unet.modules() if hasattr(module, "time_emb_proj")]
+
+
+def products(layers):
+    """How many take the place of layers that read one tensor."""
+    shared = [layer.prepare(torch.device(DEVICE)).shared for layer in layers]
+    return shared.count(None) + len({*shared} - {None})
+
+
 def test_nothing_runs_before_a_quantized_layer(run):
     """Norms, SiLU, GEGLU, residuals and embeddings are part of the ops; what is left belongs to the last, float, layer
     and to the ways between the blocks."""
@@ -151,7 +161,8 @@ def test_nothing_runs_before_a_quantized_layer(run):
     assert run.times("dgq.layer_norm_quantize_rows") >= 3 * blocks
     assert run.times("dgq.group_norm_quantize_rows") == blocks
     assert run.times("dgq.group_norm_quantize_samples") == 2 * resnets
-    assert run.times("dgq.silu_quantize_rows") == resnets + 1
+    assert len(times(run.unet)) == resnets
+    assert run.times("dgq.silu_quantize_rows") == 1 + products(times(run.unet))
     assert run.times("dgq.log_attention") == 2 * blocks
 
 
@@ -160,7 +171,9 @@ def test_queries_keys_and_values_are_one_product(run, checkpoint):
     plans = [module.plan for module in run.unet.modules() if isinstance(module, IntegerLayer)]
     pairs = sum(isinstance(getattr(m, "processor", None), LogAttnProcessor) for m in run.unet.modules()) // 2
     rows = sum(plan.kind in ("linear", "pointwise") for plan in plans)
-    assert run.times("dgq.linear_int8") == rows - 3 * pairs  # of each pair two fewer for itself, one for the text
+    alone = rows - 3 * pairs  # of each pair two fewer for itself, one for the text
+    assert products(times(run.unet)) == 1
+    assert run.times("dgq.linear_int8") == alone - len(times(run.unet)) + 1
 
 
 @torch.no_grad()

@@ -1,0 +1,169 @@
+"""Layers all over a network that read one tensor: one product's parts are bit for bit what each layer gives alone."""
+
+import copy
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dgq.integer.adapters import direct
+from dgq.integer.channels import form_groups, no_groups
+from dgq.integer.layer import IntegerLayer
+from dgq.integer.on_the_fly import round_to_nearest
+from dgq.integer.plan import plan_layer
+from dgq.integer.shared_input import activated, prepare_all, rescale_joined, share
+from dgq.recipe import Recipe
+from dgq_kernels import native
+from tests.dgq.integer.test_fused_unet import call, quantize, unet
+
+CPU = torch.device("cpu")
+K = 48
+
+
+class Ran(TorchDispatchMode):
+    """Counts own operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.times[function.__name__.split(".")[0]] += function.namespace == "dgq"
+        return function(*args, **(kwargs or {}))
+
+
+def layer(n, wbits=8, divide=False):
+    module, recipe = nn.Linear(K, n), Recipe(wbits=wbits, channels="none", rounding="nearest")
+    plan, groups = plan_layer(module, wbits, recipe), no_groups(K)
+    if divide:
+        groups = form_groups("smooth", torch.linspace(1, 30, K), wbits)
+        plan = dataclasses.replace(plan, channels="smooth")
+    weight = round_to_nearest(module.weight.detach() * groups.divisor, wbits, plan.weight_group)
+    return IntegerLayer.from_quantized(plan, weight, groups, module.bias.detach())
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def backend(request, monkeypatch):
+    monkeypatch.setenv("DGQ_BACKEND", request.param)
+    return request.param
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_each_gets_what_it_gives_alone(backend, dtype):
+    torch.manual_seed(0)
+    layers = [layer(32), layer(64), layer(32, divide=True), layer(32), layer(64, 4), layer(32, divide=True)]
+    layers += [layer(64), layer(64, 4)]
+    share(layers, CPU)
+    for seed in range(2):
+        x = torch.randn(2, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        with Ran() as ran:
+            together = [activated(one, x, "silu") for one in layers]
+        for one, y in zip(layers, together, strict=True):
+            assert torch.equal(y, one(x, activation="silu"))
+    if backend == "triton":  # 8 bits, 8 bits divided, 4 bits
+        assert (ran.times["silu_quantize_rows"], ran.times["linear_int8"], ran.times["linear_int4"]) == (3, 2, 1)
+
+
+@torch.no_grad()
+def test_results_are_of_the_tensor_that_is_asked_for(backend):
+    torch.manual_seed(0)
+    layers = [layer(32) for _ in range(3)]
+    share(layers, CPU)
+    x, other = torch.randn(2, K), torch.randn(2, K)
+    for one, given in ((0, x), (1, other), (0, other), (1, x), (1, x), (2, other), (2, x)):
+        assert torch.equal(activated(layers[one], given, "silu"), layers[one](given, activation="silu"))
+    activated(layers[0], x, "silu")
+    x.mul_(2)
+    assert torch.equal(activated(layers[1], x, "silu"), layers[1](x, activation="silu"))
+    with torch.inference_mode():
+        y = torch.randn(2, K)
+        activated(layers[0], y, "silu")
+        y.mul_(2)
+        assert torch.equal(activated(layers[1], y, "silu"), layers[1](y, activation="silu"))
+    rows = torch.randn(2, K, requires_grad=True)
+    with torch.enable_grad():
+        activated(layers[0], rows, "silu").sum().backward()
+    assert rows.grad is not None
+
+
+@torch.no_grad()
+def test_tuned_scales_take_them_apart_and_put_them_together(backend):
+    torch.manual_seed(0)
+    layers = [layer(32) for _ in range(3)]
+    share(layers, CPU)
+    x = torch.randn(2, K)
+    plain = [one(x, activation="silu") for one in layers]
+    for divisors in ([torch.rand(K) + 0.5 for _ in layers], [torch.full((K,), 0.5)] * 3):
+        for one, divisor in zip(layers, divisors, strict=True):
+            one.set_scales(one.weight_scale * 3, divisor)
+        rescale_joined(layers)
+        alone = [one(x, activation="silu") for one in layers]
+        for one, y, before in zip(layers, alone, plain, strict=True):
+            assert torch.equal(activated(one, x, "silu"), y)
+            assert not torch.equal(y, before)
+    for one in layers:
+        one.clear_scales()
+    rescale_joined(layers)
+    assert all(torch.equal(activated(one, x, "silu"), y) for one, y in zip(layers, plain, strict=True))
+
+
+@torch.no_grad()
+def test_a_layer_whose_weight_is_away_or_another(backend):
+    """Offloading exchanges the stored tensor, loading a state gives up the form: the others go on alone."""
+    torch.manual_seed(0)
+    layers = [layer(32) for _ in range(3)]
+    share(layers, CPU)
+    x = torch.randn(2, K)
+    changed = layers[1]
+    changed.load_state_dict({**changed.state_dict(), "weight_scale": 2 * changed.weight_scale})
+    assert all(torch.equal(activated(one, x, "silu"), one(x, activation="silu")) for one in layers)
+    changed.restore()
+    assert torch.equal(activated(layers[0], x, "silu"), layers[0](x, activation="silu"))
+    assert changed._prepared is None  # nobody packed it for another layer's sake
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no CPU engine: {native.describe()}")
+def test_a_networks_time_embeddings(monkeypatch):
+    model = unet(block_out_channels=(32, 64))
+    quantize(model)
+    apart = copy.deepcopy(model)
+    prepare_all(model, CPU)
+    layers = [module.time_emb_proj for module in model.modules() if hasattr(module, "time_emb_proj")]
+    groups = Counter(one.out_features for one in layers)
+    assert len(groups) == 2
+    assert all(len(one._prepared.shared.layers) == groups[one.out_features] > 1 for one in layers)
+    calls, linear = [], native.linear
+    monkeypatch.setattr(
+        native, "linear", lambda engines, *a, **k: calls.append(len(engines)) or linear(engines, *a, **k)
+    )
+    expected = call(apart)
+    alone, calls[:] = len(calls), []
+    assert torch.equal(call(model), expected)
+    assert len(calls) == alone - len(layers) + 2
+    assert not set(groups.values()) - set(calls)
+    assert all(one._prepared.shared._last is None for one in layers)  # nothing is kept after a step
+
+
+@torch.no_grad()
+def test_an_adapter_around_one_of_them():
+    peft = pytest.importorskip("peft")
+    model = unet()
+    quantize(model)
+    prepare_all(model, CPU)
+    before = call(model)
+    name = next(name for name, _ in model.named_modules() if name.endswith("time_emb_proj"))
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=[name]))
+    adapted = model.get_submodule(name)
+    assert direct(adapted, "linear") is not None
+    assert torch.equal(call(model), before)  # B is zero
+    adapted.lora_B["default"].weight.normal_()
+    got = call(model)
+    assert not torch.equal(got, before)
+    for module in model.modules():
+        if isinstance(module, IntegerLayer) and module._prepared is not None:
+            module._prepared.shared = None
+    assert torch.equal(call(model), got)
