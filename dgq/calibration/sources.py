@@ -205,7 +205,8 @@ def _from_comfy(file: Path, config: Path, dtype: torch.dtype) -> Any:
         network = family.network_class().from_single_file(
             named, config=str(config), subfolder=family.component, local_files_only=True, torch_dtype=dtype
         )
-    return load(str(config), device="cpu", dtype=dtype, network=network)
+    with quiet("diffusers"):  # float16 is only written, never run on the CPU
+        return load(str(config), device="cpu", dtype=dtype, network=network)
 
 
 def _fuse(pipe: Any, loras: Sequence[tuple[Path, float]]) -> None:

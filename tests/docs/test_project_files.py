@@ -9,7 +9,8 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CI = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+CI, WEEKLY = (yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text()) for name in ("ci", "weekly"))
+JOBS = {**CI["jobs"], **WEEKLY["jobs"]}
 YAML = [
     *(ROOT / ".github").rglob("*.yml"),
     ROOT / ".pre-commit-config.yaml",
@@ -25,15 +26,16 @@ def test_yaml_parses(file):
 
 
 def test_every_step_of_a_workflow_does_something():
-    for name, job in CI["jobs"].items():
+    assert len(JOBS) == len(CI["jobs"]) + len(WEEKLY["jobs"])
+    for name, job in JOBS.items():
         assert job["runs-on"], name
         assert all(("run" in step) != ("uses" in step) for step in job["steps"]), name
 
 
 def test_targets_and_constraints_of_the_workflow_exist():
     makefile = (ROOT / "Makefile").read_text().replace("$(VENV)", ".venv")
-    run = "\n".join(step["run"] for job in CI["jobs"].values() for step in job["steps"] if "run" in step)
-    for line in re.findall(r"^make ([^=\n]*?)(?: CONSTRAINTS=.*)?$", run, re.MULTILINE):
+    run = "\n".join(step["run"] for job in JOBS.values() for step in job["steps"] if "run" in step)
+    for line in re.findall(r"^make ([^=\n]*?)(?: [A-Z]+=.*)?$", run, re.MULTILINE):
         assert all(f"\n{target}:" in makefile for target in line.split()), line
     for entry in CI["jobs"]["test"]["strategy"]["matrix"]["include"]:
         assert (ROOT / entry["constraints"]).exists()

@@ -1,6 +1,7 @@
 """Pictures: checked input, seeds that do not depend on the batch, metadata."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import diffusers
@@ -15,6 +16,7 @@ import dgq
 from dgq.errors import DgqError
 from dgq.pictures.fidelity import compare, psnr
 from dgq.pictures.generation import Settings, generate, grid, write_png
+from dgq_kernels import native
 
 FAST = Settings(steps=2, guidance=3.0, seed=7)
 
@@ -32,6 +34,23 @@ def test_same_seed_same_picture_whatever_the_batch(pipe):
     for a, b in zip(alone, together, strict=True):
         assert torch.allclose(a.latents, b.latents, atol=1e-2)
     assert psnr(alone[0].image, alone[2].image) < 40
+
+
+@pytest.mark.skipif(not native.available(), reason="there is no CPU engine")
+@pytest.mark.parametrize("logarithmic", [True, False])
+def test_every_instruction_set_draws_the_same_picture(tiny_checkpoint, monkeypatch, logarithmic):
+    """Which attention runs is the only thing that is chosen by it."""
+    monkeypatch.setattr(sys.modules["dgq_kernels.log_attention"], "FORCED", logarithmic)
+    pipe = dgq.load(tiny_checkpoint, device="cpu")
+    before, drawn = native.describe(), {}
+    try:
+        for isa in native.supported():
+            native.use(isa)
+            drawn[isa] = generate(pipe, ["a cat"], FAST)[0].latents
+    finally:
+        native.use(before)
+    first = drawn[before]
+    assert {isa for isa, latents in drawn.items() if not torch.equal(latents, first)} == set()
 
 
 class Drawn(TorchFunctionMode):
