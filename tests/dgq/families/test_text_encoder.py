@@ -152,7 +152,7 @@ def test_one_that_is_quantized_already(sdxl, tmp_path):
     folder = shutil.copytree(sdxl.base, tmp_path / "model")
     file = folder / "text_encoder_2" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "other"}}))
-    with pytest.raises(DgqError, match="text_encoder_2.config.json: the text encoder is quantized already"):
+    with pytest.raises(DgqError, match=r"text_encoder_2.config.json: the text encoder is quantized already"):
         calibrate(folder, tmp_path / "out", QUICK, Options(**FAST))
     assert not (tmp_path / "out").exists()
 
