@@ -11,7 +11,7 @@ import tiny_pipelines
 import tiny_transformers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -273,6 +273,25 @@ def test_on_the_fly_in_a_pipeline_from_files_of_older_names(sdxl, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
     for route in ROUTES.values():
         assert torch.equal(read(route(tmp_path / "saved", "text_encoder")), read(encoder))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"quant_mapping": {"unet": DgqConfig(wbits=4), "text_encoder": DgqConfig(wbits=8)}},
+        {"quant_backend": "dgq", "quant_kwargs": {"wbits": 8}, "components_to_quantize": ["unet", "text_encoder"]},
+    ],
+    ids=["mapping", "backend"],
+)
+def test_a_whole_pipeline_on_the_fly(sdxl, asked):
+    config = PipelineQuantizationConfig(**asked)
+    pipe = DiffusionPipeline.from_pretrained(sdxl.base, quantization_config=config)
+    assert layers(pipe.unet)
+    assert len(layers(pipe.text_encoder)) == 6
+    assert not layers(pipe.text_encoder_2)
+    moved = copy.deepcopy(pipe.text_encoder)
+    assert torch.equal(read(moved), read(pipe.text_encoder))
+    generate(pipe, ["a cat"], Settings(1, 5.0, width=16, height=16, seed=0))
 
 
 def test_a_value_that_is_not_finite_is_not_quantized(tmp_path):
