@@ -286,12 +286,12 @@ def _record(
 
 @torch.no_grad()
 def _embeddings(encoder: Any, calls: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """What the last block but one, of which pipelines mostly ask, or else the last one makes of each call."""
+    """What the last block makes of each call."""
     device, found = next(encoder.parameters()).device, []
     for call in calls:
         output = encoder(**to_device(call, device))
         states = output.hidden_states
-        found.append((output.last_hidden_state if states is None else states[-2]).float().cpu())
+        found.append((output.last_hidden_state if states is None else states[-1]).float().cpu())
     return found
 
 

@@ -155,7 +155,7 @@ def _numbers(data: dict[str, Any], kinds: dict[str, Any]) -> dict[str, Any]:
 
 
 def _calibration(data: dict[str, Any]) -> dict[str, Any]:
-    _numbers(data, dict.fromkeys(("prompts", "steps", "seed", "calls"), int))
+    _numbers(data, {**dict.fromkeys(("prompts", "steps", "seed", "calls"), int), "embeddings_error": int | float})
     for name in ("sqnr_db", "fidelity"):
         values = _of_type(data, name, dict, {})
         for key in values:

@@ -91,8 +91,9 @@ class DgqEncoderQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Plain layers of the model's dtype, with the float weights that the integers stand for."""
-        dequantize(model, dtype or model.dtype)
+        """Plain layers with the float weights that the integers stand for, of the model's dtype: of its configuration
+        transformers may have made a text."""
+        dequantize(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
         for name in ("to", "save_pretrained"):
             model.__dict__.pop(name, None)
         return model

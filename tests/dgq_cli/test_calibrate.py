@@ -30,6 +30,8 @@ def test_calibrate_then_generate(dgq_command, tiny_pipeline, tmp_path):
         2,
         "--evaluate",
         1,
+        "--text-encoder",
+        "int8",
         "--json",
         alone=True,
     )
@@ -43,6 +45,11 @@ def test_calibrate_then_generate(dgq_command, tiny_pipeline, tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == str(tmp_path / "cat.png")
     assert (tmp_path / "cat.png").read_bytes().startswith(b"\x89PNG")
+    run = dgq_command("inspect", out, "--verify", "--layers")
+    assert run.returncode == 0, run.stderr
+    assert "text_encoder      integer W8A8, 6 layers, " in run.stdout
+    assert "6 quantized layers of the text_encoder\n" in run.stdout
+    assert "embeddings" in run.stdout
 
 
 def test_dry_run_writes_nothing(dgq_command, tiny_pipeline, tmp_path):
@@ -50,8 +57,10 @@ def test_dry_run_writes_nothing(dgq_command, tiny_pipeline, tmp_path):
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["layers"] == 85
     assert json.loads(run.stdout)["decoder_layers"] == 16
-    run = dgq_command("calibrate", tiny_pipeline, "--out", tmp_path / "out", "--dry-run", "--vae", "float")
+    options = ("--vae", "float", "--text-encoder", "int8")
+    run = dgq_command("calibrate", tiny_pipeline, "--out", tmp_path / "out", "--dry-run", *options)
     assert "VAE                 float" in run.stdout
+    assert "text encoders       6 layers, " in run.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -62,6 +71,7 @@ def test_dry_run_writes_nothing(dgq_command, tiny_pipeline, tmp_path):
         (("--abits", "2"), 2, "abits"),
         (("--recipe", "magic"), 2, "recipe"),
         (("--vae", "int4"), 2, "neither int8 nor float"),
+        (("--text-encoder", "int4"), 2, "neither int8 nor float"),
         (("--override", "mid_block"), 2, "PATTERN=BITS"),
         (("--prompts", "0"), 2, "from 1 to"),
         (("--prompts", "/no/such/file"), 1, "/no/such/file"),

@@ -35,7 +35,7 @@ TARGETS = {
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
 def folders(request, tiny_pipeline, tiny_checkpoint, tmp_path_factory):
-    """(a float pipeline, its checkpoint)."""
+    """(a float pipeline, its checkpoint; SDXL's text encoders are quantized too)."""
     if request.param == "sd":
         return tiny_pipeline, tiny_checkpoint
     from dgq.calibration.run import Options, calibrate
@@ -43,7 +43,7 @@ def folders(request, tiny_pipeline, tiny_checkpoint, tmp_path_factory):
     base = tmp_path_factory.mktemp("sdxl")
     plain = tiny_pipelines.sdxl(base / "float")
     recipe = Recipe(wbits=8, rounding="nearest")
-    calibrate(plain, base / "w8", recipe, Options(prompts=["a cat"], steps=1, evaluate=0))
+    calibrate(plain, base / "w8", recipe, Options(prompts=["a cat"], steps=1, evaluate=0, text_encoder="int8"))
     return plain, base / "w8"
 
 
