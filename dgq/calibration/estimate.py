@@ -21,6 +21,7 @@ from ..integer.statistics import WINDOW
 from ..method import METHODS, Cost, LayerCost
 from ..recipe import Recipe
 from ..replay import hooked, replay
+from .budget import MEASURED_PICTURES, check_budget
 from .run import decoder_recipe, float_model, wanted_settings
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ SHARE_OF_MATMUL = 0.6
 SECONDS_PER_LAYER = 3e-4
 
 
+# A call that is measured beside the quantized network, its backward pass included, in calls of the float one.
+CALLS_OF_A_MEASURED = 6
+
+
 # Python, torch, diffusers and transformers, and a call's activations.
 PROCESS_BYTES = 700 * 2**20
 
@@ -44,7 +49,8 @@ class Estimate:
 
     Attributes:
         layers: quantized layers; kept: {name: reason} of layers that stay float.
-        float16_bytes, packed_bytes: the network's file before and after.
+        float16_bytes, packed_bytes: the network's file before and after, with a budget spent in full.
+        budget_bytes: what a budget of bits lets layers of eight bits add, part of it; None without a budget.
         statistics_bytes: peak of second moments, samples and rounding; passes: runs over the recorded calls.
         memory_bytes: peak of the process (float32 model, text encoders or statistics and packed layers).
         calls: of the network: recorded and replayed.
@@ -67,6 +73,7 @@ class Estimate:
     macs_per_call: int
     seconds: float
     network: str = ""
+    budget_bytes: int | None = None
     decoder_layers: int = 0
     decoder_float16_bytes: int = 0
     decoder_packed_bytes: int = 0
@@ -86,6 +93,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         config["sample_size"], pixels = pixels // _decoder(family, vae)[1], None
     network = family.skeleton(config)
     cost = METHODS[recipe.name].cost(network, recipe, options.budget)
+    added = None if options.bits is None else check_budget(network, recipe, options.bits)
     settings = wanted_settings(options, found)
     assert settings.steps is not None
     assert settings.guidance is not None
@@ -96,13 +104,15 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     replayed = recorded if cost.whole else min(recorded, options.calls)
     parameters = sum(tensor.numel() for tensor in network.state_dict().values())
     quantized = sum(layer.parameters for layer in cost.layers.values())
-    packed = sum(layer.stored_bytes for layer in cost.layers.values())
+    packed = sum(layer.stored_bytes for layer in cost.layers.values()) + (added or 0)
     rows, taken = _rows_per_call(network, cost.layers, 2 if doubled and not apart else 1, pixels)
     macs = sum(rows[name] * layer.macs for name, layer in cost.layers.items())
     per_pixel, factor = _decoder(family, vae)
     drawn = 2 * options.evaluate
     per_call = macs * _seconds_per_mac() + len(cost.layers) * SECONDS_PER_LAYER
     seconds = (recorded + cost.passes * replayed + drawn * settings.steps * (2 if apart else 1)) * per_call
+    measured = 0 if added is None else min(MEASURED_PICTURES, count) * recorded // count
+    seconds += CALLS_OF_A_MEASURED * measured * per_call
     pipe = SimpleNamespace(vae=vae, vae_scale_factor=factor, **{family.component: network})
     width, height = (options.size, options.size) if options.size else family.default_size(pipe)
     seconds += drawn * width * height * per_pixel * _seconds_per_mac()
@@ -128,10 +138,11 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         statistics_bytes=cost.statistics_bytes,
         passes=cost.passes,
         memory_bytes=memory + PROCESS_BYTES,
-        calls=recorded + cost.passes * replayed,
+        calls=recorded + cost.passes * replayed + measured,
         macs_per_call=macs,
         seconds=seconds,
         network=family.title,
+        budget_bytes=added,
         decoder_layers=len(decoder_cost.layers),
         decoder_float16_bytes=2 * held,
         decoder_packed_bytes=2 * held + stored,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from ..progress import Progress, silent
 from ..recipe import Recipe
 from ..replay import record_inputs, spread
 from ..version import __version__
+from .budget import check_budget, spend, twin_of
 from .resume import Partial, fingerprint_of
 
 
@@ -42,6 +43,8 @@ class Options:
         seed: seed of the first calibration picture and of the choice of prompts.
         calls: the network's calls replayed for the statistics, spread over prompts and steps.
         evaluate: prompts, apart from calibration, on which the result is compared with the float model.
+        bits: of a weight, on average over the network's quantized layers, everything that they store counted: layers of
+            four bits whose noise harms its output most get eight. None: the recipe's alone.
         budget: bytes for statistics held at one time.
         overwrite: replace a checkpoint that is there, never anything else.
         resume: go on from an interrupted calibration of the same settings.
@@ -56,6 +59,7 @@ class Options:
     seed: int = 0
     calls: int = 160
     evaluate: int = 4
+    bits: float | None = None
     budget: int = DEFAULT_BUDGET_BYTES
     overwrite: bool = False
     resume: bool = False
@@ -118,8 +122,9 @@ def calibrate(
         out: folder of the checkpoint.
         recipe: what to quantize and how.
         options: prompts, seeds, limits.
-        progress: told of the stages "record", "statistics", "quantize" (or "calibrate"), "compare" and "save"; and of
-            "resume" for each file of an interrupted run that cannot be used.
+        progress: told of the stages "record", "statistics", "quantize" (or "calibrate"), "measure" where there is a
+            budget of bits, "compare" and "save"; and of "resume" for each file of an interrupted run that cannot be
+            used.
 
     Returns:
         The header of the written checkpoint.
@@ -170,6 +175,8 @@ def _calibrated(
     network = network_of(pipe)
     # an override that matches no layer is told before the work
     plans = METHODS[recipe.name].plans(network, recipe)
+    if options.bits is not None:
+        check_budget(network, recipe, options.bits)
     if decoder is not None:
         plans |= METHODS[decoder.name].plans(pipe.vae, decoder)
     done = partial.layers(plans)
@@ -182,11 +189,21 @@ def _calibrated(
             partial.store_calls(decoded, "calls-vae")
     del pipe  # text encoders and VAE would lie beside the statistics
 
-    def quantized(part: Any, wanted: Recipe, calls: list[list[dict[str, Any]]]) -> Header:
+    def keep(name: str, layer: Any) -> None:
+        done[name] = layer
+        partial.store(name, layer)
+
+    def quantized(
+        part: Any, wanted: Recipe, calls: list[list[dict[str, Any]]], store: Callable[[str, Any], None] = keep
+    ) -> Header:
         method = METHODS[wanted.name]
-        own = {name: done[name] for name in method.plans(part, wanted) if name in done}
+        own = {
+            name: done[name]
+            for name, plan in method.plans(part, wanted).items()
+            if name in done and done[name].layer.plan.wbits == plan.wbits
+        }
         replayed = spread(calls, options.calls)
-        made = method.calibrate(Work(part, calls, replayed, wanted, options.budget, progress, partial.store, own))
+        made = method.calibrate(Work(part, calls, replayed, wanted, options.budget, progress, store, own))
         facts = {"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed}
         if options.size:
             facts["size"] = options.size
@@ -201,7 +218,13 @@ def _calibrated(
             __version__,
         )
 
-    header = quantized(network, recipe, recorded)
+    if options.bits is None:
+        header = quantized(network, recipe, recorded)
+    else:
+        twin = twin_of(network)
+        mixed = spend(network, twin, quantized(twin, recipe, recorded), recorded, options.bits, progress)
+        del twin
+        header = quantized(network, mixed, recorded, lambda name, layer: None)  # a later run chooses again
     vae = None
     if decoder is not None:
         loaded = component(folder, "vae", *components(folder)["vae"], torch.float32)
