@@ -127,7 +127,7 @@ class Method:
         layers: the quantized layers of a header, in the model's order.
         rounded_input: rounded_input(layer, x): the float values that a quantized layer makes of its input.
         cost: cost(network, recipe, budget, call), with a float network on any device, bytes for statistics, and a call
-            of the network there (keyword arguments).
+            of the network there (keyword arguments), or None where its layers are reached in the order of its modules.
         label: short name of a recipe, without its bits.
         check: raises a DgqError for options that the method does not take.
         plans: plans of the layers whose results an interrupted run may have stored. Raises a DgqError where the recipe
@@ -144,7 +144,7 @@ class Method:
     skeleton: Callable[[nn.Module, Any], None]
     layers: Callable[[Any], dict[str, LayerFacts]]
     rounded_input: Callable[[Any, Tensor], Tensor]
-    cost: Callable[[nn.Module, Any, int, dict[str, Any]], Cost]
+    cost: Callable[[nn.Module, Any, int, dict[str, Any] | None], Cost]
     label: Callable[[Any], str]
     check: Callable[[Any], None] = lambda recipe: None
     plans: Callable[[nn.Module, Any], dict[str, Any]] = lambda network, recipe: {}

@@ -18,6 +18,7 @@ STAGES = {
     "statistics": "statistics",
     "quantize": "quantize",
     "calibrate": "calibrate",
+    "measure": "measure",
     "compare": "compare",
     "save": "save",
 }
@@ -69,6 +70,16 @@ def command(
         list[str] | None,
         typer.Option(metavar="PATTERN=BITS", help="Weight bits (4, 8, float) of matching layers; repeatable."),
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            min=4,
+            max=9,
+            metavar="BITS",
+            callback=finite,
+            help="Bits a weight with scales and biases: 8-bit weights where 4 harm most.",
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="For a single file: a diffusers folder with its configurations and tokenizer."),
@@ -107,6 +118,8 @@ def command(
         raise typer.BadParameter(f"--vae {vae!r} is neither int8 nor float")
     if text_encoder not in ("int8", "float"):
         raise typer.BadParameter(f"--text-encoder {text_encoder!r} is neither int8 nor float")
+    if budget is not None and (recipe != "integer" or wbits != 4):
+        raise typer.BadParameter("--budget chooses among layers of 4 bits: it is of --recipe integer --wbits 4")
     overrides = tuple(_override(text) for text in override or [])
     try:
         wanted = Recipe(
@@ -135,6 +148,7 @@ def command(
         seed=seed,
         calls=calls,
         evaluate=evaluate,
+        bits=budget,
         budget=int(memory * 2**30),
         overwrite=overwrite,
         resume=resume,
@@ -165,7 +179,7 @@ def command(
         print_json(
             {
                 "checkpoint": str(out),
-                "recipe": wanted.to_dict(),
+                "recipe": header.recipe.to_dict(),
                 "unet_bytes": after,
                 "unet_float16_bytes": before,
                 "layers": len(header.method.layers(header)),
@@ -175,6 +189,8 @@ def command(
         return
     err.print(out, end="", style="bold", soft_wrap=True)
     err.print(f"  {wanted.label}, {family_at(out).title} {mib(after)} ({after / before:.0%} of float16)")
+    if finer := [pattern for pattern, _ in header.recipe.overrides[len(overrides) :]]:
+        err.print(f"8 bits by the budget: {', '.join(finer)}", soft_wrap=True)
     if fidelity:
         err.print(f"against float: PSNR {fidelity['psnr_db']:.1f} dB, latent SQNR {fidelity['latent_sqnr_db']:.1f} dB")
 
@@ -185,6 +201,7 @@ def _print_estimate(estimate: object, label: str, json: bool) -> None:
         print_json(data)
         return
     kept, share = data["kept"], data["packed_bytes"] / data["float16_bytes"]
+    added = data["budget_bytes"]
 
     def beside(part: str) -> str:
         size, before = data[f"{part}_packed_bytes"], data[f"{part}_float16_bytes"]
@@ -195,6 +212,7 @@ def _print_estimate(estimate: object, label: str, json: bool) -> None:
         ["recipe", label],
         ["layers quantized", str(data["layers"])],
         ["layers kept float", f"{len(kept)} ({', '.join(list(kept)[:4])}{', ...' if len(kept) > 4 else ''})"],
+        *([] if added is None else [["budget", f"{mib(added)} for layers of 8 bits, chosen by measured noise"]]),
         [f"{data['network']} file", f"{mib(data['packed_bytes'])} ({share:.0%} of float16)"],
         ["VAE", beside("decoder")],
         ["text encoders", beside("encoder")],

@@ -23,6 +23,7 @@ from ..method import METHODS, Cost, LayerCost
 from ..pictures.components import empty_encoder
 from ..recipe import Recipe
 from ..replay import hooked, replay
+from .budget import MEASURED_PICTURES, check_budget
 from .run import decoder_recipe, encoder_recipes, float_model, wanted_settings
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ SHARE_OF_MATMUL = 0.6
 SECONDS_PER_LAYER = 3e-4
 
 
+# A call that is measured beside the quantized network, its backward pass included, in calls of the float one.
+CALLS_OF_A_MEASURED = 6
+
+
 # Python, torch, diffusers and transformers, and a call's activations.
 PROCESS_BYTES = 700 * 2**20
 
@@ -46,7 +51,8 @@ class Estimate:
 
     Attributes:
         layers: quantized layers; kept: {name: reason} of layers that stay float.
-        float16_bytes, packed_bytes: the network's file before and after.
+        float16_bytes, packed_bytes: the network's file before and after, with a budget spent in full.
+        budget_bytes: what a budget of bits lets layers of eight bits add, part of it; None without a budget.
         statistics_bytes: peak of second moments, samples and rounding; passes: runs over the recorded calls.
         memory_bytes: peak of the process (float32 model, text encoders or statistics and packed layers).
         calls: of the network: recorded and replayed.
@@ -70,6 +76,7 @@ class Estimate:
     macs_per_call: int
     seconds: float
     network: str = ""
+    budget_bytes: int | None = None
     decoder_layers: int = 0
     decoder_float16_bytes: int = 0
     decoder_packed_bytes: int = 0
@@ -91,6 +98,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     if pixels and "sample_size" in config:
         config["sample_size"], pixels = pixels // _decoder(family, vae)[1], None
     network = family.skeleton(config)
+    added = None if options.bits is None else check_budget(network, recipe, options.bits)
     settings = wanted_settings(options, found)
     assert settings.steps is not None
     assert settings.guidance is not None
@@ -105,7 +113,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     replayed = recorded if cost.whole else min(recorded, options.calls)
     parameters = sum(tensor.numel() for tensor in network.state_dict().values())
     quantized = sum(layer.parameters for layer in cost.layers.values())
-    packed = sum(layer.stored_bytes for layer in cost.layers.values())
+    packed = sum(layer.stored_bytes for layer in cost.layers.values()) + (added or 0)
     rows, taken = _rows_per_call(network, cost.layers, call)
     macs = sum(rows[name] * layer.macs for name, layer in cost.layers.items())
     per_pixel, factor = _decoder(family, vae)
@@ -116,6 +124,8 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         per_call += rows[name] * cost.layers[name].macs * _seconds_per_mac() + SECONDS_PER_LAYER
     seconds = (recorded + drawn * settings.steps * (2 if apart else 1)) * per_call
     seconds += replayed * sum(max(map(before.__getitem__, names)) for names in cost.passes)
+    measured = 0 if added is None else min(MEASURED_PICTURES, count) * recorded // count
+    seconds += CALLS_OF_A_MEASURED * measured * per_call
     pipe = SimpleNamespace(vae=vae, vae_scale_factor=factor, **{family.component: network})
     width, height = (options.size, options.size) if options.size else family.default_size(pipe)
     seconds += drawn * width * height * per_pixel * _seconds_per_mac()
@@ -140,11 +150,11 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     encoders = {"layers": 0, "before": 0, "after": 0}
     for name, wanted in encoder_recipes(found, recipe, options).items():
         encoder = empty_encoder(folder / name, simple_get_class_obj(*components(folder)[name]))
-        encoder_cost = METHODS[wanted.name].cost(encoder, wanted, options.budget)
+        encoder_cost = METHODS[wanted.name].cost(encoder, wanted, options.budget, None)
         size = sum(tensor.numel() for tensor in held(encoder).values())
         read = TOKENS * min(2 * count if doubled else count, options.calls)
         seconds += sum(
-            encoder_cost.passes * read * layer.macs * _seconds_per_mac() + layer.seconds(read)
+            len(encoder_cost.passes) * read * layer.macs * _seconds_per_mac() + layer.seconds(read)
             for layer in encoder_cost.layers.values()
         )
         memory = max(memory, 4 * (parameters - quantized) + packed + 4 * size + encoder_cost.statistics_bytes)
@@ -159,10 +169,11 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         statistics_bytes=cost.statistics_bytes,
         passes=len(cost.passes),
         memory_bytes=memory + PROCESS_BYTES,
-        calls=recorded + len(cost.passes) * replayed,
+        calls=recorded + len(cost.passes) * replayed + measured,
         macs_per_call=macs,
         seconds=seconds,
         network=family.title,
+        budget_bytes=added,
         decoder_layers=len(decoder_cost.layers),
         decoder_float16_bytes=2 * decoding,
         decoder_packed_bytes=2 * decoding + stored,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from ..progress import Progress, silent
 from ..recipe import Recipe
 from ..replay import record_all, spread
 from ..version import __version__
+from .budget import check_budget, spend, twin_of
 from .resume import Partial, fingerprint_of
 
 # Prompts on which the error of a text encoder's embeddings is measured.
@@ -48,6 +49,8 @@ class Options:
         seed: seed of the first calibration picture and of the choice of prompts.
         calls: the network's calls replayed for the statistics, spread over prompts and steps.
         evaluate: prompts, apart from calibration, on which the result is compared with the float model.
+        bits: of a weight, on average over the network's quantized layers, everything that they store counted: layers of
+            four bits whose noise harms its output most get eight. None: the recipe's alone.
         budget: bytes for statistics held at one time.
         overwrite: replace a checkpoint that is there, never anything else.
         resume: go on from an interrupted calibration of the same settings.
@@ -63,6 +66,7 @@ class Options:
     seed: int = 0
     calls: int = 160
     evaluate: int = 4
+    bits: float | None = None
     budget: int = DEFAULT_BUDGET_BYTES
     overwrite: bool = False
     resume: bool = False
@@ -147,8 +151,9 @@ def calibrate(
         out: folder of the checkpoint.
         recipe: what to quantize and how.
         options: prompts, seeds, limits.
-        progress: told of the stages "record", "statistics", "quantize" (or "calibrate"), "compare" and "save"; and of
-            "resume" for each file of an interrupted run that cannot be used.
+        progress: told of the stages "record", "statistics", "quantize" (or "calibrate"), "measure" where there is a
+            budget of bits, "compare" and "save"; and of "resume" for each file of an interrupted run that cannot be
+            used.
 
     Returns:
         The header of the written checkpoint.
@@ -200,6 +205,8 @@ def _calibrated(
     network = network_of(pipe)
     # an override that matches no layer is told before the work
     plans = METHODS[recipe.name].plans(network, recipe)
+    if options.bits is not None:
+        check_budget(network, recipe, options.bits)
     for name, wanted in beside.items():
         plans |= _prefixed(name, METHODS[wanted.name].plans(getattr(pipe, name), wanted))
     done = partial.layers(plans)
@@ -213,16 +220,24 @@ def _calibrated(
             partial.store_calls(recorded[name], file)
     del pipe  # text encoders and VAE would lie beside the statistics
 
-    def quantized(name: str, part: Any, wanted: Recipe) -> Header:
+    def keep(name: str, layer: Any) -> None:
+        done[name] = layer
+        partial.store(name, layer)
+
+    def quantized(name: str, part: Any, wanted: Recipe, store: Callable[[str, Any], None] = keep) -> Header:
         method, calls = METHODS[wanted.name], recorded[name]
         prefix = f"{name}." if name else ""
-        own = {of: done[prefix + of] for of in method.plans(part, wanted) if prefix + of in done}
+        own = {
+            of: done[prefix + of]
+            for of, plan in method.plans(part, wanted).items()
+            if prefix + of in done and done[prefix + of].layer.plan.wbits == plan.wbits
+        }
 
-        def store(of: str, result: Any) -> None:
-            partial.store(prefix + of, result)
+        def kept(of: str, result: Any) -> None:
+            store(prefix + of, result)
 
         replayed = spread(calls, options.calls)
-        made = method.calibrate(Work(part, calls, replayed, wanted, options.budget, progress, store, own))
+        made = method.calibrate(Work(part, calls, replayed, wanted, options.budget, progress, kept, own))
         facts = {"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed}
         if options.size:
             facts["size"] = options.size
@@ -237,7 +252,13 @@ def _calibrated(
             __version__,
         )
 
-    header = quantized("", network, recipe)
+    if options.bits is None:
+        header = quantized("", network, recipe)
+    else:
+        twin = twin_of(network)
+        mixed = spend(network, twin, quantized("", twin, recipe), recorded[""], options.bits, progress)
+        del twin
+        header = quantized("", network, mixed, lambda name, layer: None)  # a later run chooses again
     parts: dict[str, tuple[Any, Header]] = {}
     for name, wanted in beside.items():
         part = component(folder, name, *components(folder)[name], torch.float32)

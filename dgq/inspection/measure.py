@@ -92,7 +92,7 @@ def measure_checkpoint(
         prompts,
         progress,
     )
-    return _replay(
+    return measured(
         network_of(pipe),
         quantized,
         header,
@@ -107,7 +107,7 @@ def measure_checkpoint(
     )
 
 
-def _replay(
+def measured(
     network: nn.Module,
     quantized: nn.Module,
     header: Header,
@@ -116,7 +116,19 @@ def _replay(
     progress: Progress,
     about: dict[str, Any],
 ) -> Measurement:
-    """Replay the calls with every probe in place."""
+    """Measure a quantized network beside the float one it was made of, on recorded calls.
+
+    Args:
+        network, quantized: in memory, on one device.
+        header: of the quantized one.
+        recorded: whole pictures' calls, by prompt and step.
+        guidance: of the sampler.
+        progress: told of "measure" (calls).
+        about: the `Measurement`'s "against", "prompts" and "settings".
+
+    Raises:
+        DgqError: the float network lacks a layer, or never runs it.
+    """
     family = family_of(network)
     step_of = [_steps(calls, family.timestep) for calls in recorded]
     steps = step_of[0][-1] + 1

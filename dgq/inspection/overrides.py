@@ -48,7 +48,7 @@ def count_of(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def _growth(header: Header) -> dict[str, dict[int, int]]:
+def growth_of(header: Header) -> dict[str, dict[int, int]]:
     """Bytes that other weight bits would add, of every float layer (whose name an override takes).
 
     Returns:
@@ -66,7 +66,7 @@ def _growth(header: Header) -> dict[str, dict[int, int]]:
 
 def suggest(order: Iterable[str], header: Header, budget: int) -> Suggestion | None:
     """8-bit weights for those of the 4-bit layers, in this order, that fit the budget (bytes)."""
-    growth = _growth(header)
+    growth = growth_of(header)
     chosen, spent = [], 0
     for owner in order:
         if 8 in growth.get(owner, {}) and spent + growth[owner][8] <= budget:  # another method's takes no overrides
@@ -75,13 +75,25 @@ def suggest(order: Iterable[str], header: Header, budget: int) -> Suggestion | N
     return Suggestion([f"{owner}=8" for owner in chosen], spent, budget) if chosen else None
 
 
-def suggest_measured(measurement: Measurement, header: Header, budget: int) -> Suggestion | None:
-    """Most noise taken away per byte first; or with one of the largest gains first, which would find no room later."""
-    growth = _growth(header)
+def suggest_measured(
+    measurement: Measurement,
+    header: Header,
+    budget: int,
+    growth: dict[str, dict[int, int]] | None = None,
+) -> Suggestion | None:
+    """Most noise taken away per byte first; or with one of the largest gains first, which would find no room later.
+
+    Args:
+        measurement: of the checkpoint with this header.
+        header: whose layers get more bits.
+        budget: bytes.
+        growth: what may be chosen, and the bytes that it adds; None: all that `growth_of` has.
+    """
+    growth = growth_of(header) if growth is None else growth
     saved: dict[str, dict[int, float]] = {owner: {8: 0.0, 0: 0.0} for owner in growth}
     for one in measurement.layers:
         plan = header.layers.get(one.name)
-        if plan is not None:
+        if plan is not None and plan.owner(one.name) in saved:
             saved[plan.owner(one.name)][8] += max(0.0, one.noise - one.input_noise)
             saved[plan.owner(one.name)][0] += one.noise
     single = [(owner, bits) for owner, sizes in growth.items() for bits in sizes if 0 < sizes[bits] <= budget]

@@ -104,10 +104,12 @@ def _rounded_input(layer: IntegerLayer, x: Tensor) -> Tensor:
     return rows.permute(0, 3, 1, 2) if plan.kind == "pointwise" else rows
 
 
-def _cost(network: nn.Module, recipe: Recipe, budget: int, call: dict[str, Any]) -> Cost:
+def _cost(network: nn.Module, recipe: Recipe, budget: int, call: dict[str, Any] | None) -> Cost:
     layers, kept = plan_layers(network, recipe)
-    with next(network.parameters()).device:  # on the meta device nothing may come from another one
-        order = reading_order(network, layers, call)
+    order = [layer.input for layer in layers]
+    if call is not None:
+        with next(network.parameters()).device:  # on the meta device nothing may come from another one
+            order = reading_order(network, layers, call)
     groups = passes(layers, recipe, budget, order)
     peak = max(pass_bytes(group, recipe) for group in groups)
     replayed = [[layer.name for layer in group] for group in groups]

@@ -52,7 +52,7 @@ def _rounded_input(layer: Any, x: Tensor) -> Tensor:
     return pixels_last_to_image(layer.input(image_to_pixels_last(x)), x.shape[-2:])
 
 
-def _cost(network: nn.Module, recipe: Recipe, budget: int, call: dict[str, Any]) -> Cost:
+def _cost(network: nn.Module, recipe: Recipe, budget: int, call: dict[str, Any] | None) -> Cost:
     """Ranges are small, and searched in no time that counts."""
     _plans(network, recipe)
     layers = {}

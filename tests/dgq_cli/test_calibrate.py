@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+BUDGET = ("--budget", 5.5)
+
 
 def test_calibrate_then_generate(dgq_command, tiny_pipeline, tmp_path):
     out = tmp_path / "w8"
@@ -64,9 +66,35 @@ def test_dry_run_writes_nothing(dgq_command, tiny_pipeline, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_budget_of_bits(dgq_command, tiny_pipeline, tmp_path):
+    options = ("--out", tmp_path / "out", "--prompts", 1, "--steps", 1, "--evaluate", 0, "--vae", "float")
+    dry = [dgq_command("calibrate", tiny_pipeline, *options, "--dry-run", "--json", *more) for more in ((), BUDGET)]
+    without, within = (json.loads(run.stdout) for run in dry)
+    assert without["budget_bytes"] is None
+    assert within["packed_bytes"] - without["packed_bytes"] == within["budget_bytes"] > 0
+    assert within["seconds"] > without["seconds"]
+    run = dgq_command("calibrate", tiny_pipeline, *options, "--dry-run", *BUDGET)
+    assert "for layers of 8 bits, chosen by measured noise" in run.stdout
+    assert list(tmp_path.iterdir()) == []
+    run = dgq_command("calibrate", tiny_pipeline, *options, *BUDGET)
+    assert run.returncode == 0, run.stderr
+    (told,) = (line for line in run.stderr.splitlines() if line.startswith("8 bits by the budget: "))
+    found = json.loads(dgq_command("inspect", tmp_path / "out", "--json").stdout)
+    chosen = [name for name, bits in found["recipe"]["overrides"] if bits == 8]
+    assert told.removeprefix("8 bits by the budget: ").split(", ") == chosen
+    assert 5.4 < found["bits_per_weight"] <= 5.5
+    assert found["unet_bytes"] == pytest.approx(within["packed_bytes"], rel=0.1)
+
+
 @pytest.mark.parametrize(
     "args, code, message",
     [
+        (("--budget", "3.9"), 2, "--budget"),
+        (("--budget", "nan"), 2, "--budget"),
+        (("--budget", "8.5", "--wbits", "8"), 2, "--recipe integer --wbits 4"),
+        (("--budget", "5", "--recipe", "paper"), 2, "--recipe integer --wbits 4"),
+        (("--budget", "4.1"), 1, "scales and biases included"),
+        (("--budget", "4.1", "--dry-run"), 1, "too small: the layers take"),
         (("--wbits", "5"), 2, "wbits"),
         (("--abits", "2"), 2, "abits"),
         (("--recipe", "magic"), 2, "recipe"),

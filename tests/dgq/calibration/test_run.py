@@ -1,5 +1,6 @@
 """The whole way from a float folder to a checkpoint, interruptions included."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from dgq.checkpoint.reading import network_bytes, read_header
 from dgq.checkpoint.writing import WEIGHTS_NAME
 from dgq.errors import DgqError
 from dgq.inspection.inspect import inspect
+from dgq.integer.plan import packed_bytes
 from dgq.outputs import workplace
 from dgq.pictures.prompts import calibration_prompts, evaluation_prompts, read_prompts
 from dgq.recipe import Recipe
@@ -59,6 +61,68 @@ def test_interrupted_and_resumed_gives_the_same_file(tiny_pipeline, tmp_path):
     a, b = weights(tmp_path / "whole"), weights(out)
     assert all(bool((a[name] == b[name]).all()) for name in a)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def bits_of(header):
+    """Stored bits of the quantized layers for each of their weights, as `dgq inspect` reckons them."""
+    plans = header.layers.values()
+    return 8 * sum(map(packed_bytes, plans)) / sum(plan.out_features * plan.reduction for plan in plans)
+
+
+def test_a_budget_of_bits_is_spent_and_kept(tiny_pipeline, tmp_path):
+    plain = calibrate(tiny_pipeline, tmp_path / "plain", Recipe(), Options(**FAST))
+    bits, told = bits_of(plain) + 0.5, (("mid_block.*", 4),)
+    out, stages = tmp_path / "mixed", []
+    recipe, options = Recipe(overrides=told), Options(**FAST, bits=bits)
+    mixed = calibrate(tiny_pipeline, out, recipe, options, lambda stage, *_: stages.append(stage))
+    assert stages.count("measure") == 4  # two prompts, two steps
+    assert mixed.recipe.overrides[:1] == told
+    chosen = dict(mixed.recipe.overrides[1:])
+    assert set(chosen.values()) == {8}
+    assert not any(name.startswith("mid_block") for name in chosen)
+    assert {plan.owner(name) for name, plan in mixed.layers.items() if plan.wbits == 8} == set(chosen)
+    assert bits - 0.1 < bits_of(mixed) <= bits
+    assert read_header(out).recipe == mixed.recipe
+    # the file is that of these overrides, whoever chose them
+    calibrate(tiny_pipeline, tmp_path / "again", mixed.recipe, Options(**FAST))
+    a, b = weights(out), weights(tmp_path / "again")
+    assert all(bool((a[name] == b[name]).all()) for name in b)
+
+
+def test_a_budget_goes_on_after_an_interruption(tiny_pipeline, tmp_path):
+    options = Options(**FAST, bits=8)
+    calibrate(tiny_pipeline, tmp_path / "whole", QUICK, options)
+
+    def interrupt(stage, done, total, detail):
+        if stage == "save":
+            raise KeyboardInterrupt
+
+    out, told = tmp_path / "out", []
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_pipeline, out, QUICK, options, interrupt)
+    calibrate(
+        tiny_pipeline, out, QUICK, dataclasses.replace(options, resume=True), lambda stage, *_: told.append(stage)
+    )
+    assert "resume" not in told  # nothing there was of another kind
+    a, b = weights(tmp_path / "whole"), weights(out)
+    assert all(bool((a[name] == b[name]).all()) for name in a)
+
+
+def test_budgets_that_cannot_be_kept_are_told_before_the_work(tiny_pipeline, tmp_path):
+    def work(*_):
+        pytest.fail("it began to work")
+
+    for recipe, bits, message in (
+        (QUICK, 4.0, r"too small: the layers take \d+\.\d\d"),
+        (Recipe(wbits=8), 6.0, "there are none"),
+        (Recipe(name="paper"), 6.0, "there are none"),
+    ):
+        options = Options(**FAST, bits=bits)
+        with pytest.raises(DgqError, match=message):
+            estimate(tiny_pipeline, recipe, options)
+        with pytest.raises(DgqError, match=message):
+            calibrate(tiny_pipeline, tmp_path / "out", recipe, options, work)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def test_output_noise_is_what_the_layers_cause_alone(models: Any) -> None:
     names = [CONV, LINEAR, POINTWISE, "up_blocks.1.resnets.1.conv2", "mid_block.resnets.0.conv1"]
     few = dataclasses.replace(header, layers={name: header.layers[name] for name in names})
     about = {"against": "", "prompts": [], "settings": {}}
-    found = measurement._replay(unet, quantized, few, [[call]] * 120, 3.0, lambda *_: None, about)
+    found = measurement.measured(unet, quantized, few, [[call]] * 120, 3.0, lambda *_: None, about)
     weights = torch.tensor([-2.0, 3.0]).view(2, 1, 1, 1)
     with torch.no_grad():
         reference = (weights * unet(**call)[0]).sum(0)
@@ -159,7 +159,7 @@ def test_the_float_model_is_left_as_it_was(models: Any) -> None:
         expected = unet(**calls[0][0])[0]
         about = {"against": "", "prompts": [], "settings": {}}
         with torch.enable_grad():
-            measurement._replay(unet, quantized, header, [[calls[0][0]]], 3.0, lambda *_: None, about)
+            measurement.measured(unet, quantized, header, [[calls[0][0]]], 3.0, lambda *_: None, about)
         assert torch.equal(unet(**calls[0][0])[0], expected)
     assert {name: value.requires_grad for name, value in unet.named_parameters()} == before
     assert all(value.grad is None for value in unet.parameters())
