@@ -20,6 +20,8 @@ from .errors import DgqError
 
 TOKENS = 77
 
+DISTILLED = ("LCMScheduler", "TCDScheduler")
+
 FIRST_AND_LAST = dict.fromkeys(("conv_in", "conv_out"), "first and last convolution stay float")
 
 
@@ -150,6 +152,19 @@ class Family:
     def generation(self, index: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:
         """A model's own "steps" and "guidance", by its model_index.json and its network's configuration."""
         return {"steps": 25, "guidance": 7.5}
+
+    def few_steps(
+        self, scheduler: Mapping[str, Any], network: Mapping[str, Any], names: Sequence[str]
+    ) -> dict[str, Any]:
+        """What goes before `generation` where a model was distilled to draw in a few steps; nothing for others.
+
+        Args:
+            scheduler: its configuration.
+            network: the network's configuration.
+            names: what the model is called, and what its files say they were.
+        """
+        # schedulers that are made for distillates and for nothing else
+        return {"steps": 4, "guidance": 1.0} if scheduler.get("_class_name") in DISTILLED else {}
 
     def check_parts(self, folder: Path, parts: Mapping[str, Any]) -> None:
         """Refuse components of a folder's pipeline that load one by one and fail only while they draw.

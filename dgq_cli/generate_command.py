@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .common import DeviceOption, JsonOption, ModelOption, SeedOption, StageProgress, err, finite, print_json
+from .light_imports import light_imports
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:
@@ -75,12 +76,13 @@ def command(
     if single and len(prompts) * count > 1 and not grid:
         total = len(prompts) * count
         raise typer.BadParameter(f"--out {out} names one file for {total} pictures: give a folder or --grid")
-    from dgq.devices import check_device
-    from dgq.outputs import check_output, check_place
-    from dgq.pictures.generation import Settings, generate, write_png
-    from dgq.pictures.generation import grid as sheet
-    from dgq.pictures.pipelines import find_model, load
-    from dgq.tuning.apply import load_tuned
+    with light_imports():
+        from dgq.devices import check_device
+        from dgq.outputs import check_output, check_place
+        from dgq.pictures.generation import Settings, generate, write_png
+        from dgq.pictures.generation import grid as sheet
+        from dgq.pictures.pipelines import find_model, load
+        from dgq.tuning.apply import load_tuned
 
     if single:
         check_output(out, overwrite)

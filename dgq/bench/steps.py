@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -246,7 +245,7 @@ def bench_architecture(
 def bench_step(
     folder: Path, bits: int | None, options: Options, progress: Progress = silent
 ) -> tuple[list[Row], list[str]]:
-    """Time whole calls with guidance, on inputs recorded from the model's own sampler.
+    """Time whole calls with the model's own guidance, on inputs recorded from the model's own sampler.
 
     Args:
         folder: checkpoint, or float model that is quantized on the fly.
@@ -316,7 +315,6 @@ def _record(folder: Path, device: torch.device) -> list[Call]:
     """The network's calls of one picture of `RECORDED_STEPS` steps."""
     pipe = load(folder, device=device, dtype=torch.float32, graph=False)
     settings = Settings(RECORDED_STEPS).resolved(folder)
-    settings = dataclasses.replace(settings, guidance=max(settings.guidance or 0, 1.5))
     prompts = evaluation_prompts(folder, 1)
     run: Callable[[str, int], Any] = lambda prompt, _: generate(pipe, [prompt], settings)  # noqa: E731
     (calls,) = record_inputs(run, network_of(pipe), prompts)

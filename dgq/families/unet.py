@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 from ..errors import DgqError
-from ..family import Architecture, Family, check_fit, check_scale, noise
+from ..family import DISTILLED, Architecture, Family, check_fit, check_scale, noise
 from ..integer.fused_unet import FUSED
 
 NETWORK = "UNet2DConditionModel"
+
+TURBO = re.compile(r"(?<![a-z])turbo(?![a-z])")
+LIGHTNING = re.compile(r"(?<![a-z])lightning(?![a-z])")
+STEPS = re.compile(r"(?<![0-9])([1248])[-_ ]?steps?(?![a-z])")  # the ones that there are
 
 
 class UNet(Family):
@@ -74,6 +78,29 @@ class UNet(Family):
                     found[f"up_blocks.{i}.resnets.{j}.conv_shortcut"] = hidden
                 hidden = resnet.out_channels
         return found
+
+    def few_steps(
+        self, scheduler: Mapping[str, Any], network: Mapping[str, Any], names: Sequence[str]
+    ) -> dict[str, Any]:
+        """LCM's, which are told the guidance scale where the UNet has an input for it; Turbo's and Lightning's.
+
+        The latter have files of a plain model. Their schedulers' trailing timesteps are the first sign: one step has to
+        begin at the noise. Others have these too, so it takes a second one: that the model is called so, or that it
+        is an SDXL for 512 pixels.
+        """
+        if scheduler.get("_class_name") in DISTILLED:
+            told = network.get("time_cond_proj_dim") is not None
+            return {"steps": 4, "guidance": 8.0} if told else super().few_steps(scheduler, network, names)
+        euler = scheduler.get("_class_name") in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+        plain = scheduler.get("prediction_type", "epsilon") == "epsilon" and not scheduler.get("rescale_betas_zero_snr")
+        if not (euler and plain and scheduler.get("timestep_spacing") == "trailing"):
+            return {}
+        called = " ".join(names).lower()
+        if LIGHTNING.search(called):
+            steps = next((int(match[1]) for match in [STEPS.search(called)] if match), 4)
+            return {"steps": steps, "guidance": 0.0}
+        small = network.get("addition_embed_type") == "text_time" and network.get("sample_size") == 64
+        return {"steps": 1, "guidance": 0.0} if small or TURBO.search(called) else {}
 
     def check_configs(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
         """Inpainting's takes a mask and a picture too."""

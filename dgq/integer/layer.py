@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,12 @@ class IntegerLayer(nn.Module):
 
     def _hold(self, name: str, tensor: Tensor) -> None:
         self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def _hold_made(self, stored: StoredWeight) -> None:
+        # nn.Parameter would detach it, and torch imports its distributed tensors (a second) at the first operation of
+        # such a tensor
+        stored._is_param = True
+        self._parameters[self._stored_name] = cast("nn.Parameter", stored)
 
     @property
     def stored(self) -> Tensor:
@@ -215,7 +221,7 @@ class IntegerLayer(nn.Module):
         """Let go of the stored weight, which `make` makes again."""
         stored = self.stored
         native.page_out(stored)
-        self._hold(self._stored_name, StoredWeight.of(stored.shape, stored.dtype, stored.device, make))
+        self._hold_made(StoredWeight.of(stored.shape, stored.dtype, stored.device, make))
 
     @property
     def prepared_bytes(self) -> int:

@@ -18,7 +18,7 @@ from ..checkpoint.header import Header
 from ..checkpoint.reading import check_folder, component_at, family_at, network_config, read_header, read_json
 from ..devices import check_device
 from ..errors import DgqError
-from ..family import family_of
+from ..family import FAMILIES, family_of
 from ..graphs import use_graphs
 from ..integer.shared_input import prepare_all
 from . import embedded
@@ -102,9 +102,24 @@ def _model(folder: Path, header: Header | None, said: object) -> Model:
     own = header.generation if header else {}
     if folder == embedded.FOLDER:
         return Model(folder, embedded.NAME, header, {**own, **embedded.GENERATION})
-    index = folder / "model_index.json"
-    usual = family_at(folder).generation(read_json(index) if index.is_file() else {}, network_config(folder))
+    index, scheduler = (
+        read_json(file) if file.is_file() else {}
+        for file in (folder / "model_index.json", folder / "scheduler" / "scheduler_config.json")
+    )
+    family, network = family_at(folder), network_config(folder)
+    origins = (index.get("_name_or_path"), network.get("_name_or_path"), header and header.base_model)
+    names = [_own_name(name) for name in (str(folder.resolve()), *origins) if isinstance(name, str)]
+    usual = {**family.generation(index, network), **family.few_steps(scheduler, network, names)}
     return Model(folder, str(said), header, {**usual, **own})
+
+
+def _own_name(place: str) -> str:
+    """What a model is called by the folder or hub id it comes from, of which other parts are somebody's choice."""
+    parts = Path(place).parts
+    cached = [part for part in parts if part.startswith("models--")]  # of a hub id, in Hugging Face's cache
+    if cached:
+        return cached[-1].rpartition("--")[2]
+    return next((part for part in reversed(parts) if part not in {one.component for one in FAMILIES}), "")
 
 
 def _place(model: str | os.PathLike[str] | None) -> Path:

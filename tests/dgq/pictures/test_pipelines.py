@@ -7,14 +7,17 @@ import subprocess
 import sys
 
 import pytest
+import tiny_pipelines
 import torch
 
 import dgq
+from dgq.calibration.run import Options, calibrate
 from dgq.checkpoint.header import Header
 from dgq.devices import check_device, default_device
 from dgq.errors import DgqError
-from dgq.pictures.generation import Settings
+from dgq.pictures.generation import Settings, generate
 from dgq.pictures.pipelines import described, find_model, resolve
+from dgq.recipe import Recipe
 
 
 @pytest.mark.parametrize("device", ["", "xyz", "mps", "meta", "CPU", " cpu", "cpu:3", "cuda:", "cuda:1e9", 0])
@@ -172,3 +175,67 @@ def test_what_diffusers_reads_before_it_asks_dgq_is_verified(tiny_checkpoint, tm
         dgq.verify(folder)
     assert str(folder / name) in told.value.message
     assert "\n" not in told.value.message
+
+
+SD, XL = {"sample_size": 64}, {"sample_size": 128, "addition_embed_type": "text_time"}
+EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
+
+
+@pytest.mark.parametrize(
+    "name, scheduler, settings, network, expected",
+    [
+        ("sd-turbo", EULER, {"timestep_spacing": "trailing"}, SD, (1, 0)),
+        ("sdxl-turbo", ANCESTRAL, {"timestep_spacing": "trailing"}, {**XL, "sample_size": 64}, (1, 0)),
+        ("mine", ANCESTRAL, {"timestep_spacing": "trailing"}, {**XL, "sample_size": 64}, (1, 0)),
+        ("mine", EULER, {"timestep_spacing": "trailing"}, {**SD, "_name_or_path": "stabilityai/sd-turbo"}, (1, 0)),
+        ("mine", EULER, {"timestep_spacing": "trailing"}, {**SD, "_name_or_path": "/models/sd-turbo/unet"}, (1, 0)),
+        (
+            "models--stabilityai--sd-turbo/snapshots/b261bac6fd2cf515557d5d0707481eafa0485ec2",
+            EULER,
+            {"timestep_spacing": "trailing"},
+            SD,
+            (1, 0),
+        ),
+        ("sdxl_lightning_8step", EULER, {"timestep_spacing": "trailing"}, XL, (8, 0)),
+        ("RealVisXL_V4.0_Lightning", EULER, {"timestep_spacing": "trailing"}, XL, (4, 0)),
+        ("lcm", "LCMScheduler", {}, {**SD, "time_cond_proj_dim": 256}, (4, 8)),
+        ("with-lcm-lora", "LCMScheduler", {}, XL, (4, 1)),
+        ("hyper", "TCDScheduler", {}, XL, (4, 1)),
+        # plain models and their fine-tunes, whatever they are called and however their steps lie
+        ("stable-diffusion-v1-4", "PNDMScheduler", {}, SD, (25, 7.5)),
+        ("sdxl-base", EULER, {"timestep_spacing": "leading"}, XL, (25, 7.5)),
+        ("turbo", EULER, {"timestep_spacing": "leading"}, XL, (25, 7.5)),
+        ("turbo", "DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}, XL, (25, 7.5)),
+        ("mine", EULER, {"timestep_spacing": "trailing"}, XL, (25, 7.5)),
+        ("turbot", EULER, {"timestep_spacing": "trailing"}, SD, (25, 7.5)),
+        ("turbo/mine", EULER, {"timestep_spacing": "trailing"}, SD, (25, 7.5)),
+        ("turbo", EULER, {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}, SD, (25, 7.5)),
+        ("turbo", EULER, {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, SD, (25, 7.5)),
+    ],
+)
+def test_models_of_few_steps_are_known(tmp_path, name, scheduler, settings, network, expected):
+    """By what diffusers writes of the schedulers that they come with, and by a second sign."""
+    import diffusers
+
+    folder = tmp_path / name
+    kind = "StableDiffusionXLPipeline" if "addition_embed_type" in network else "StableDiffusionPipeline"
+    getattr(diffusers, scheduler)(**settings).save_pretrained(folder / "scheduler")
+    (folder / "unet").mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    (folder / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **network}))
+    generation = described(folder).generation
+    assert (generation["steps"], generation["guidance"]) == expected
+
+
+def test_turbo_takes_one_call_of_one_sample(tmp_path):
+    """And is calibrated so: its checkpoint says the same."""
+    folder = tiny_pipelines.sdxl_turbo(tmp_path / "sdxl-turbo")
+    calibrate(folder, tmp_path / "w8a8", Recipe(wbits=8, abits=8), Options(prompts=["a cat"], evaluate=0))
+    for place in (folder, tmp_path / "w8a8"):
+        found = find_model(place)
+        assert found.generation == {"steps": 1, "guidance": 0.0}
+        pipe, batches = dgq.load(found, device="cpu"), []
+        pipe.unet.register_forward_pre_hook(lambda _, args, batches=batches: batches.append(len(args[0])))
+        (picture,) = generate(pipe, ["a cat"], Settings(seed=1).resolved(found))
+        assert batches == [1]
+        assert "Steps: 1, Sampler: EulerAncestralDiscrete, CFG scale: 0.0" in picture.parameters
