@@ -13,20 +13,6 @@ from .common import DeviceOption, JsonOption, ModelOption, SeedOption, StageProg
 from .light_imports import light_imports
 
 
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    match = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?", text)
-    if not match:
-        raise typer.BadParameter(f"--size {text!r} is neither N nor WIDTHxHEIGHT in pixels")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def _file_name(prompt: str, seed: int) -> str:
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
-    return f"{slug}-{seed}.png"
-
-
 def _tuned(text: str) -> tuple[Path, float]:
     """FILE or FILE:STRENGTH; a file's own name may hold colons."""
     name, _, strength = text.rpartition(":")
@@ -68,7 +54,6 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Make pictures. Each picture's seed is the first one plus its number."""
-    width, height = _size(size)
     for prompt in prompts:
         if not prompt.strip():
             raise typer.BadParameter("a prompt is empty: say what to draw")
@@ -78,12 +63,17 @@ def command(
         raise typer.BadParameter(f"--out {out} names one file for {total} pictures: give a folder or --grid")
     with light_imports():
         from dgq.devices import check_device
+        from dgq.errors import DgqError
         from dgq.outputs import check_output, check_place
-        from dgq.pictures.generation import Settings, generate, write_png
+        from dgq.pictures.generation import Settings, file_name, generate, read_size, write_png
         from dgq.pictures.generation import grid as sheet
         from dgq.pictures.pipelines import find_model, load
         from dgq.tuning.apply import load_tuned
 
+    try:
+        width, height = (None, None) if size is None else read_size(size)
+    except DgqError as error:
+        raise typer.BadParameter(f"--{error}") from None
     if single:
         check_output(out, overwrite)
     else:
@@ -99,7 +89,6 @@ def command(
     for number, (file, strength) in enumerate(map(_tuned, tuned or [])):
         load_tuned(pipe, file, strength, f"{file.stem}-{number}")
         label += f", Tuned: {file.stem}:{strength:g}"
-    name = found.header.base_model if found.header else found.name if found.embedded else found.folder.name
     wanted = [prompt for prompt in prompts for _ in range(count)]
     with StageProgress({"generate": "generate"}) as progress:
         pictures = generate(
@@ -107,13 +96,13 @@ def command(
             wanted,
             settings,
             label=label,
-            name=name,
+            name=found.base,
             progress=lambda done, total: progress("generate", done, total, f"seed {chosen}"),
         )
     files = []
     if not (single and grid):
         for picture in pictures:
-            file = out if single else out / _file_name(picture.prompt, picture.seed)
+            file = out if single else out / file_name(picture.prompt, picture.seed)
             files.append(picture.save(file, metadata, keep=not overwrite))
     if grid:
         file = out if single else out / "grid.png"

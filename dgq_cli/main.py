@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _name in ("calibrate", "generate", "tune", "bench", "eval", "inspect", "export", "doctor"):
+for _name in ("calibrate", "generate", "tune", "bench", "eval", "inspect", "export", "serve", "doctor"):
     _module = importlib.import_module(f"dgq_cli.{_name}_command")
     app.command(_name)(_module.command)
 

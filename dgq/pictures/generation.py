@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,18 @@ class Picture:
     parameters: str
     latents: Tensor = field(repr=False)
 
+    def png(self) -> bytes:
+        """The file that `save` writes."""
+        buffer = io.BytesIO()
+        self.image.save(buffer, format="PNG", pnginfo=self._info(True))
+        return buffer.getvalue()
+
+    def _info(self, metadata: bool) -> PngInfo:
+        info = PngInfo()
+        if metadata:
+            info.add_text("parameters", self.parameters)
+        return info
+
     def save(self, path: Path, metadata: bool = True, keep: bool = False) -> Path:
         """Write a PNG; `metadata` adds the `parameters` text that web UIs read.
 
@@ -91,10 +104,7 @@ class Picture:
         Raises:
             DgqError: the file cannot be written.
         """
-        info = PngInfo()
-        if metadata:
-            info.add_text("parameters", self.parameters)
-        return write_png(self.image, path, info, keep)
+        return write_png(self.image, path, self._info(metadata), keep)
 
 
 def write_png(image: Image.Image, path: Path, info: PngInfo | None = None, keep: bool = False) -> Path:
@@ -121,6 +131,24 @@ def write_png(image: Image.Image, path: Path, info: PngInfo | None = None, keep:
             place.unlink(missing_ok=True)
         raise
     return place
+
+
+def file_name(prompt: str, seed: int) -> str:
+    """What a picture's file is called."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
+    return f"{slug}-{seed}.png"
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """(width, height) in pixels of a text N or WIDTHxHEIGHT.
+
+    Raises:
+        DgqError: it is neither.
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?", text)
+    if not match:
+        raise DgqError(f"size {text!r} is neither N nor WIDTHxHEIGHT in pixels")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def check_text(what: str, text: str) -> None:

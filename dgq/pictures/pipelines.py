@@ -51,6 +51,13 @@ class Model:
         """Its recipe's, or "float"."""
         return "float" if self.header is None else self.header.recipe.label
 
+    @property
+    def base(self) -> str:
+        """What its pictures' metadata call it: a checkpoint by the float model it was made of."""
+        if self.header is not None:
+            return self.header.base_model
+        return self.name if self.embedded else self.folder.name
+
 
 def find_model(model: str | os.PathLike[str] | None) -> Model:
     """A model: None for the embedded one, a folder, or a hub id (downloaded to its cache).

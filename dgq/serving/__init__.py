@@ -1,0 +1,1 @@
+"""One model behind HTTP: pictures for the clients that people have."""

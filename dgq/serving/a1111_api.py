@@ -1,0 +1,148 @@
+"""The API of AUTOMATIC1111's web UI, as far as its clients need it to draw from text.
+
+A client sends every setting that the web UI has. What would change a picture and is not there is refused; what says
+nothing (false, 0, "", an empty list) or belongs to what is off is not.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import time
+from typing import Any
+
+from fastapi import APIRouter, Body, Request, Response
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+
+from ..errors import DgqError
+from .answers import draw, problem, reply
+from .drawing import Drawer
+
+# What has no effect while the features are off that it belongs to, or tells samplers that no model here has.
+WITHOUT_EFFECT = re.compile(
+    "(hr|s|firstphase|seed_resize_from|do_not_save)_.*|denoising_strength|subseed|eta|script_args|send_images"
+    "|override_settings_restore_afterwards|disable_extra_networks|force_task_id"
+)
+
+
+class Txt2ImgRequest(BaseModel):
+    """A request for pictures."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str = ""
+    negative_prompt: str | None = None
+    seed: int | None = -1
+    steps: int | None = None
+    cfg_scale: FiniteFloat | None = None
+    width: int | None = None
+    height: int | None = None
+    batch_size: int | None = 1
+    n_iter: int | None = 1
+    sampler_name: str | None = None
+    sampler_index: str | None = None
+    scheduler: str | None = None
+    override_settings: dict[str, Any] | None = None
+
+
+def router(drawer: Drawer) -> APIRouter:
+    """The routes below /sdapi/v1."""
+    routes = APIRouter(prefix="/sdapi/v1")
+    checkpoint = {"sd_model_checkpoint": drawer.id}
+
+    def check_options(options: dict[str, Any]) -> None:
+        for name, value in options.items():
+            if checkpoint.get(name) != value:
+                raise DgqError(f"the option {name} cannot be {value!r} here", f"the model is {drawer.id!r}")
+
+    @routes.get("/sd-models")
+    async def models() -> Response:
+        name = {"title": drawer.id, "model_name": drawer.id, "filename": drawer.id}
+        return reply([{**name, "hash": None, "sha256": None, "config": None}])
+
+    @routes.get("/samplers")
+    async def samplers() -> Response:
+        return reply([{"name": drawer.sampler, "aliases": [drawer.sampler.lower()], "options": {}}])
+
+    @routes.get("/options")
+    async def options() -> Response:
+        return reply({**checkpoint, "samples_format": "png", "grid_save": False, "samples_save": False})
+
+    @routes.post("/options")
+    async def set_options(wanted: dict[str, Any] = Body()) -> Response:  # noqa: B008 (FastAPI's way)
+        check_options(wanted)
+        return reply(None)
+
+    @routes.get("/progress")
+    async def progress() -> Response:
+        job = drawer.current
+        share = job.share if job else 0.0
+        spent = time.monotonic() - job.started if job else 0.0
+        state = {
+            "skipped": False,
+            "interrupted": bool(job and job.stopped),
+            "stopping_generation": False,
+            "job": "txt2img" if job else "",
+            "job_count": job.order.count if job else 0,
+            "job_no": job.number if job else 0,
+            "job_timestamp": "0",
+            "sampling_step": job.step if job else 0,
+            "sampling_steps": job.steps if job else 0,
+        }
+        left = spent / share - spent if share else 0.0
+        return reply({"progress": share, "eta_relative": left, "state": state, "current_image": None, "textinfo": None})
+
+    @routes.post("/interrupt")
+    async def interrupt() -> Response:
+        drawer.interrupt()
+        return reply({})
+
+    @routes.post("/txt2img")
+    async def txt2img(request: Request, wanted: Txt2ImgRequest) -> Response:
+        for sampler in (wanted.sampler_name, wanted.sampler_index):
+            if sampler and sampler.lower() not in (drawer.sampler.lower(), "automatic"):
+                message = f"the sampler {sampler!r} is not there: this model draws with {drawer.sampler!r}"
+                return problem(request.url.path, 404, message, "Sampler not found")
+        if wanted.scheduler and wanted.scheduler.lower() != "automatic":
+            raise DgqError(f"the scheduler {wanted.scheduler!r} is not there", "leave it automatic")
+        for name, value in (wanted.model_extra or {}).items():
+            if value and not WITHOUT_EFFECT.fullmatch(name):
+                raise DgqError(f"{name} {value!r} is not supported here")
+        check_options(wanted.override_settings or {})
+        repeats, size = (1 if value is None else value for value in (wanted.n_iter, wanted.batch_size))
+        if repeats < 1 or size < 1:
+            raise DgqError(f"{repeats} x {size} pictures are none")
+        order = drawer.order(
+            wanted.prompt,
+            count=repeats * size,
+            seed=None if wanted.seed == -1 else wanted.seed,
+            steps=wanted.steps,
+            guidance=wanted.cfg_scale,
+            negative=wanted.negative_prompt or "",
+            width=wanted.width,
+            height=wanted.height,
+        )
+        pictures = await draw(request, drawer, order)
+        settings, seeds = order.settings, [picture.seed for picture in pictures]
+        info = {
+            "prompt": order.prompt,
+            "all_prompts": [order.prompt] * len(pictures),
+            "negative_prompt": settings.negative,
+            "all_negative_prompts": [settings.negative] * len(pictures),
+            "seed": seeds[0],
+            "all_seeds": seeds,
+            "width": settings.width,
+            "height": settings.height,
+            "sampler_name": drawer.sampler,
+            "cfg_scale": settings.guidance,
+            "steps": settings.steps,
+            "batch_size": size,
+            "sd_model_name": drawer.id,
+            "infotexts": [picture.parameters for picture in pictures],
+            "index_of_first_image": 0,
+        }
+        images = [base64.b64encode(picture.png).decode() for picture in pictures]
+        return reply({"images": images, "parameters": wanted.model_dump(), "info": json.dumps(info)})
+
+    return routes
