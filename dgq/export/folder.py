@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.reading import component_at, decoder_header, read_json
+from ..checkpoint.reading import component_at, decoder_header, encoder_headers, read_json
 from ..checkpoint.writing import check_apart, copied_files
 from ..errors import DgqError
 from ..integer.layer import IntegerLayer
@@ -46,7 +46,8 @@ def export(source: Source, out: Path, progress: Progress = silent) -> Exported:
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         raise DgqError(f"{out}: already exists", "choose another --out")
     check_place(out)
-    quantized = [component_at(source.folder).name, *(["vae"] if decoder_header(source.folder) else [])]
+    beside = ["vae"] if decoder_header(source.folder) else []
+    quantized = [component_at(source.folder).name, *beside, *encoder_headers(source.folder)]
     layers = {}
     with atomic_folder(out) as folder:
         for name, file in copied_files(source.folder).items():

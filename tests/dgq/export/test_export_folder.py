@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import dgq
+from dgq.calibration.run import Options, calibrate
 from dgq.errors import DgqError
 from dgq.export import folder
 from dgq.export.source import loaded, open_checkpoint
+from dgq.recipe import Recipe
 
 SCRIPT = """
 import sys
@@ -51,6 +53,21 @@ def test_plain_diffusers_draws_nearly_the_same(tiny_checkpoint, tmp_path):
     own = pipe("a cat", num_inference_steps=3, height=16, width=16, output_type="np", generator=generator).images[0]
     error = float(np.mean((np.load(tmp_path / "picture.npy") - own) ** 2))
     assert 0 < error < 10**-2.5  # 25 dB
+
+
+def test_text_encoders_are_made_float_too(tiny_pipeline, tmp_path):
+    options = Options(prompts=["a cat"], steps=1, evaluate=0, text_encoder="int8", vae="float")
+    calibrate(tiny_pipeline, tmp_path / "w8a8", Recipe(rounding="nearest"), options)
+    made = folder.export(open_checkpoint(tmp_path / "w8a8"), tmp_path / "made")
+    assert made.layers.keys() == {"unet", "text_encoder"}
+    assert made.layers["text_encoder"] > 0
+    written = load_file(tmp_path / "made" / "text_encoder" / "model.safetensors")
+    plain = load_file(tiny_pipeline / "text_encoder" / "model.safetensors")
+    assert written.keys() == {name for name in plain if "position_ids" not in name}
+    assert {tensor.dtype for tensor in written.values()} == {torch.float16}
+    for name, tensor in written.items():
+        assert (tensor.float() - plain[name].float()).norm() <= 0.02 * plain[name].float().norm()
+    assert "quantization_config" not in json.loads((tmp_path / "made" / "text_encoder" / "config.json").read_text())
 
 
 def test_nothing_is_replaced(tiny_checkpoint, tmp_path):
