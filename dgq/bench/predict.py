@@ -543,7 +543,7 @@ def _figures(one: Cost) -> str:
 
 def text(predictions: list[Prediction], *, products: bool = False) -> str:
     """A table in which every line says that it is predicted."""
-    lines = ["PREDICTED ms, not measured: lower bounds of published figures; totals of an h100 are of what one reached of them"]
+    lines = ["PREDICTED ms, not measured: bounds of published figures; totals of an h100, of what one reached of them"]
     for item in predictions:
         for kind in ("ideal", "total"):
             values = getattr(item, kind)
