@@ -1,6 +1,7 @@
 """Lower bounds of a step on GPUs that are not at hand: bytes, tensor-core work, issue slots, waves, launches.
 
-Everything here is predicted from published figures and the compile table (aot.csv of dgq_kernels), never measured.
+Everything here is predicted from published figures and the compile table (aot.csv of dgq_kernels). Where a card was
+measured (`Reached`), totals are of what it reached of its figures; the prediction itself is never a measurement.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import dgq_kernels
-from dgq_kernels.linear.tiles import Config, Machine, Tiling, choose
+from dgq_kernels.linear.tiles import Config, Machine, Tiling, choose, clocks
 
 from ..architectures import architecture, call, network
 from ..errors import DgqError
@@ -28,11 +29,31 @@ from ..family import family_of
 SYSTEMS = ("fp16", "W8A8 fp16-attention", "W8A8", "W4A8")
 
 
-# CUDA graphs aside, a launch costs 3 to 6 microseconds of the host; in a graph about 1.
-LAUNCH_US = 1.0
-
-
 TABLE = Path(dgq_kernels.__file__).with_name("aot.csv")
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a card reached in CUDA graphs of a real step: shares of its published figures beyond the launches.
+
+    Attributes:
+        launch: microseconds of a launch in a graph.
+        products: of the tensor cores' rate, waves counted: float products.
+        passes: of the memory's rate: norms, activations, additions, quantization.
+        attention, log_attention: of the tensor cores' rate, waves counted.
+    """
+
+    launch: float = 1.0
+    products: float = 1.0
+    passes: float = 1.0
+    attention: float = 1.0
+    log_attention: float = 1.0
+
+
+# benchmarks/gpu/2026-11-26-H100, SD v1.4 in float16 and W8A8. Launch: from the end of one small kernel to that of the
+# next. Float products took 3.61 ms, 0.71 of them launches, for 1.61; norms of torch's 2.48 (0.54) for 0.27; its
+# attention 1.10 (0.04) for 0.30, the logarithmic one 2.20 (0.24) for 0.17.
+_H100 = Reached(launch=2.5, products=0.55, passes=0.14, attention=0.28, log_attention=0.09)
 
 
 @dataclass(frozen=True)
@@ -44,6 +65,7 @@ class Device:
         bandwidth: GB/s of its memory; cache: MB of its second-level cache.
         multiprocessors, clock: count and boost clock in GHz.
         target: of the compile table.
+        reached: what it was measured to reach of them; all of them where it was not.
     """
 
     fp16: float
@@ -53,6 +75,7 @@ class Device:
     clock: float
     target: str
     cache: float = 0.0
+    reached: Reached = Reached()
 
     @property
     def machine(self) -> Machine:
@@ -68,7 +91,7 @@ DEVICES = {
     "a6000": Device(154.8, 309.7, 768, 84, 1.80, "86", 6),  # RTX A6000 datasheet, GA102 whitepaper
     "rtx4090": Device(165.2, 660.6, 1008, 128, 2.52, "89", 72),  # Ada whitepaper, appendix A
     "l40s": Device(362, 733, 864, 142, 2.52, "89", 96),  # L40S datasheet
-    "h100": Device(989, 1979, 3350, 132, 1.83, "90", 50),  # H100 SXM datasheet
+    "h100": Device(989, 1979, 3350, 132, 1.83, "90", 50, _H100),  # H100 SXM datasheet
     "b200": Device(2250, 4500, 8000, 148, 1.85, "100", 126),  # HGX B200 datasheet, per GPU
 }
 
@@ -128,6 +151,8 @@ class Cost:
         issue_slots: instructions of the main loops, per warp; 0 where the compile table does not tell.
         waves: tiles per multiprocessor, rounded up; fill: the part of the last wave's and all others' places in use.
         launches: kernels.
+        clocks: of an integer product with its launches, by the model of tiles that was fitted to measured times; 0 on
+            other cards.
     """
 
     bytes: float = 0.0
@@ -137,6 +162,7 @@ class Cost:
     waves: int = 0
     fill: float = 1.0
     launches: int = 0
+    clocks: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -145,9 +171,9 @@ class Bound:
 
     Attributes:
         memory, tensor, issue: from bytes, tensor-core operations and instructions of the main loop.
-        waves: tensor time with idle multiprocessors in the last wave of tiles.
-        traffic: memory time with the bytes that the kernels move beyond the least.
-        launches: one each.
+        waves: tensor time with idle multiprocessors in the last wave of tiles, at the rate that was reached.
+        traffic: memory time with the bytes that the kernels move beyond the least, at the rate that was reached.
+        launches: one each, but for those that `waves` holds already.
         cost: what these come from.
         ideal: max(memory, tensor), the roofline.
         total: the largest of traffic, tensor, issue and waves, plus the launches.
@@ -384,7 +410,7 @@ def cost(work: Work, system: str, device: Device, table: Tiles) -> tuple[Cost, b
     joined = work.parts if integer else 1  # products in one launch
     channels = work.channels * joined
     processors = device.multiprocessors
-    more, launches, slots = 0.0, work.parts // joined, 0.0
+    more, launches, slots, modelled = 0.0, work.parts // joined, 0.0, 0.0
     if attention:
         tiles_in_all = math.ceil(work.rows / 128) * work.count
         if integer:
@@ -402,11 +428,14 @@ def cost(work: Work, system: str, device: Device, table: Tiles) -> tuple[Cost, b
             sums = 4 * tiling.splits * work.rows * channels
             more += 0 if device.machine.holds(sums) else 2 * sums
             launches += 1
+        if tiling.config.resident:
+            kind = "int4" if system == "W4A8" else "int8"
+            modelled = clocks(tiling, kind, work.rows, channels, work.reduction, device.machine)
     else:
         tiles_in_all = max(_float_tilings(work, channels), key=lambda many: many / math.ceil(many / processors))
     waves_in_all = math.ceil(tiles_in_all / processors)
     fill = tiles_in_all / (waves_in_all * processors)
-    return Cost(moved, more, operations, slots, waves_in_all, fill, launches), integer
+    return Cost(moved, more, operations, slots, waves_in_all, fill, launches, modelled), integer
 
 
 def _tiling(work: Work, channels: int, system: str, device: Device) -> Tiling:
@@ -433,13 +462,24 @@ def bound(work: Work, system: str, device: Device, table: Tiles) -> Bound:
     bandwidth = device.bandwidth * 1e9
     tensor = what.operations / ((device.int8 if integer else device.fp16) * 1e12)
     issue = what.issue_slots / (device.multiprocessors * 4 * device.clock * 1e9)
+    reached, launches = device.reached, what.launches
+    of_memory = of_tensor = 1.0
+    if not work.rows:
+        of_memory = reached.passes
+    elif work.kind.endswith("attention"):
+        of_tensor = of_memory = reached.log_attention if integer else reached.attention
+    elif not integer:
+        of_tensor = reached.products
+    waves = tensor / what.fill / of_tensor
+    if what.clocks:
+        waves, launches = what.clocks / (device.clock * 1e9), work.quantize
     return Bound(
         memory=1e3 * what.bytes / bandwidth,
         tensor=1e3 * tensor,
         issue=1e3 * issue,
-        waves=1e3 * tensor / what.fill,
-        launches=1e-3 * what.launches * LAUNCH_US,
-        traffic=1e3 * (what.bytes + what.more_bytes) / bandwidth,
+        waves=1e3 * waves,
+        launches=1e-3 * launches * reached.launch,
+        traffic=1e3 * (what.bytes + what.more_bytes) / bandwidth / of_memory,
         cost=what,
     )
 
@@ -503,7 +543,7 @@ def _figures(one: Cost) -> str:
 
 def text(predictions: list[Prediction], *, products: bool = False) -> str:
     """A table in which every line says that it is predicted."""
-    lines = ["PREDICTED lower bounds in ms from published figures, not measured on any device"]
+    lines = ["PREDICTED ms, not measured: bounds of published figures; totals of an h100, of what one reached of them"]
     for item in predictions:
         for kind in ("ideal", "total"):
             values = getattr(item, kind)

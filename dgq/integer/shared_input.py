@@ -96,7 +96,7 @@ def share(layers: Iterable[nn.Module], device: torch.device) -> None:
     (`activated`), as one product where ops and formats allow."""
     groups: list[list[IntegerLayer]] = []
     for layer in layers:
-        if not is_direct(layer, "linear"):
+        if not (isinstance(layer, IntegerLayer) and is_direct(layer, "linear")):
             continue
         group = next((group for group in groups if _alike(group[0], layer, device)), None)
         if group is None:
@@ -116,16 +116,17 @@ def _alike(one: IntegerLayer, other: IntegerLayer, device: torch.device) -> bool
     first, second = one.prepare(device), other.prepare(device)
     if isinstance(first, Engine) and isinstance(second, Engine):
         return native.can_share([first.engine, second.engine])
+    if not (isinstance(first, ByOps) and isinstance(second, ByOps) and first.fuses and second.fuses):
+        return False
     formats = {(layer.plan.wbits, layer.plan.weight_group, tuple(layer.plan.class_ends)) for layer in (one, other)}
-    ops = isinstance(first, ByOps) and isinstance(second, ByOps) and first.fuses and second.fuses
-    return ops and len(formats) == 1 and _share_codes([one, other], [first, second])
+    return len(formats) == 1 and _share_codes([one, other], [first, second])
 
 
 def activated(layer: IntegerLayer | Adapted, x: Tensor, activation: Activation) -> Tensor:
     """layer(x, activation=activation), computed with those that `share` found to read x too."""
-    ready = layer._prepared if isinstance(layer, IntegerLayer) else None
-    if ready is not None and ready.shared is not None and not needed(x):
-        result = ready.shared.take(layer, x, activation)
+    if isinstance(layer, IntegerLayer) and layer._prepared is not None and not needed(x):
+        shared = layer._prepared.shared
+        result = None if shared is None else shared.take(layer, x, activation)
         if result is not None:
             return result
     return layer(x, activation=activation)

@@ -243,14 +243,14 @@ def group_statistics_kernel(
         if RANGE:
             below = 0
             above = 0
-            for first in range(0, pixels, BLOCK_ROWS):
-                pixel = first + tl.arange(0, BLOCK_ROWS)
-                inside = (pixel < pixels)[:, None] & in_group[None, :]
-                x = _load_sample(
-                    base + pixel[:, None] * channels, centre, gain, norm_bias_ptr, inv_divisor_ptr, channel, channels,
-                    inside, True, OFFSET, SILU, DIVIDE, 0, BLOCK_ROWS, BLOCK_CHANNELS,
+            ROWS: tl.constexpr = (BLOCK_ROWS + 1) // 2  # with whole tiles 8.0 would spill
+            for first in range(0, pixels, ROWS):
+                row = first + tl.arange(0, ROWS)
+                y = _load_sample(
+                    base + row[:, None] * channels, centre, gain, norm_bias_ptr, inv_divisor_ptr, channel, channels,
+                    (row < pixels)[:, None] & in_group[None, :], True, OFFSET, SILU, DIVIDE, 0, ROWS, BLOCK_CHANNELS,
                 )  # fmt: skip
-                tile_below, tile_above = reach(x, None)
+                tile_below, tile_above = reach(y, None)
                 below = tl.maximum(below, tile_below)
                 above = tl.maximum(above, tile_above)
             at = sample * tl.num_programs(0) + group

@@ -132,6 +132,45 @@ def test_a_bound_by_hand():
     assert worse.waves > 1.8 * worse.tensor
 
 
+def test_a_measured_card_is_taken_at_what_it_reached():
+    """Launches, float products, passes and both attentions by hand; the roofline stays."""
+    reached = predict.Reached(launch=3, products=0.5, passes=0.25, attention=0.2, log_attention=0.1)
+    slow = dataclasses.replace(DEVICE, reached=reached)
+    product = predict.Work("linear", 1280, 1000, 1280, 1_280_000, 1_280_000, 1_638_400)
+    attention = predict.Work("self-attention", 1280, 80, 1280, 1, 0, 1, 1)
+    passed = predict.Work("layer norm", 0, 0, 0, 1_000_000, 0, 1_000_000)
+    for work, system, share in (
+        (product, "fp16", 0.5),
+        (product, "W8A8", 1),
+        (attention, "W8A8 fp16-attention", 0.2),
+        (attention, "W8A8", 0.1),
+        (passed, "fp16", 0.25),
+        (passed, "W8A8", 0.25),
+    ):
+        plain, bound = (predict.bound(work, system, device, {}) for device in (DEVICE, slow))
+        assert bound.ideal == plain.ideal
+        assert bound.launches == pytest.approx(3 * plain.launches)
+        assert bound.total - bound.launches == pytest.approx((plain.total - plain.launches) / share)
+
+
+def test_integer_products_of_a_fitted_card_take_its_models_time():
+    hopper, work = predict.DEVICES["h100"], predict.Work("linear", 8192, 320, 320, 8192 * 320, 320 * 320, 8192 * 320)
+    bound = predict.bound(work, "W8A8", hopper, {})
+    tiling = predict.choose("int8", 8192, 320, 320, 320, hopper.machine)
+    modelled = predict.clocks(tiling, "int8", 8192, 320, 320, hopper.machine) / (hopper.clock * 1e6)
+    assert (bound.total, bound.launches) == (pytest.approx(modelled), 0)  # its launch is among the model's clocks
+    alone = predict.bound(dataclasses.replace(work, quantize=1), "W8A8", hopper, {})
+    assert alone.total == pytest.approx(modelled + 2.5e-3)
+
+
+def test_the_prediction_stands_beside_what_an_h100_took():
+    """Shares were taken from SD v1.4; SDXL-Turbo's float16 graph took 12.7 ms."""
+    took = {"sd-v1.4": 10.6, "sdxl-turbo": 12.7}
+    for name, milliseconds in took.items():
+        (item,) = predict.predict_step(name, ["h100"])
+        assert item.total["fp16"] == pytest.approx(milliseconds, rel=0.05)
+
+
 def test_joined_products_read_their_input_once():
     three = predict.Work("linear", 128, 64, 32, 8192, 2048, 4096, parts=3)
     one = predict.Work("linear", 128, 64, 96, 8192, 3 * 2048, 3 * 4096)
