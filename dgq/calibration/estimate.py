@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from .. import architectures
 from ..checkpoint.reading import components, family_at, held, network_config, read_json, tensor_table, weight_files
 from ..family import TOKENS
-from ..integer.rates import alone
+from ..integer.rates import rates
 from ..integer.statistics import WINDOW
 from ..method import METHODS, Cost, LayerCost
 from ..pictures.components import empty_encoder
@@ -31,9 +30,7 @@ if TYPE_CHECKING:
     from .run import Options
 
 
-# Of a large matmul's speed, what the products and convolutions of a network reach; and seconds that everything around
-# one of its layers takes beside them.
-SHARE_OF_MATMUL = 0.6
+# What everything around one layer of a network takes beside its products.
 SECONDS_PER_LAYER = 3e-4
 
 
@@ -121,14 +118,14 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     per_call, before = 0.0, {}  # seconds, and those until a layer is reached
     for name in rows:
         before[name] = per_call
-        per_call += rows[name] * cost.layers[name].macs * _seconds_per_mac() + SECONDS_PER_LAYER
+        per_call += rows[name] * cost.layers[name].macs * rates().product + SECONDS_PER_LAYER
     seconds = (recorded + drawn * settings.steps * (2 if apart else 1)) * per_call
     seconds += replayed * sum(max(map(before.__getitem__, names)) for names in cost.passes)
     measured = 0 if added is None else min(MEASURED_PICTURES, count) * recorded // count
     seconds += CALLS_OF_A_MEASURED * measured * per_call
     pipe = SimpleNamespace(vae=vae, vae_scale_factor=factor, **{family.component: network})
     width, height = (options.size, options.size) if options.size else family.default_size(pipe)
-    seconds += drawn * width * height * per_pixel * _seconds_per_mac()
+    seconds += drawn * width * height * per_pixel * rates().product
     seconds += sum(layer.seconds(replayed * taken[name]) for name, layer in cost.layers.items())
     # either the whole pipeline records, or the network alone is quantized, then the VAE beside it
     memory = 4 * parameters + max(_others(folder), cost.statistics_bytes + packed)
@@ -140,7 +137,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         decoder_cost = METHODS[decoder.name].cost(vae, decoder, options.budget, latent)
         _, taken = _rows_per_call(vae, decoder_cost.layers, latent)
         decoded = min(count, options.calls)
-        seconds += len(decoder_cost.passes) * decoded * width * height * per_pixel * _seconds_per_mac()
+        seconds += len(decoder_cost.passes) * decoded * width * height * per_pixel * rates().product
         seconds += sum(layer.seconds(decoded * taken[name]) for name, layer in decoder_cost.layers.items())
         after = 4 * (parameters - quantized) + packed
         memory = max(memory, after + 4 * decoding + decoder_cost.statistics_bytes)
@@ -154,7 +151,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         size = sum(tensor.numel() for tensor in held(encoder).values())
         read = TOKENS * min(2 * count if doubled else count, options.calls)
         seconds += sum(
-            len(encoder_cost.passes) * read * layer.macs * _seconds_per_mac() + layer.seconds(read)
+            len(encoder_cost.passes) * read * layer.macs * rates().product + layer.seconds(read)
             for layer in encoder_cost.layers.values()
         )
         memory = max(memory, 4 * (parameters - quantized) + packed + 4 * size + encoder_cost.statistics_bytes)
@@ -241,10 +238,3 @@ def _decoder(family: Family, vae: Any) -> tuple[float, int]:
     with torch.no_grad(), hooked(handles):
         pixels = family.decode(SimpleNamespace(vae=vae), torch.empty(1, channels, side, side, device="meta"))
     return done / (pixels.shape[-1] * pixels.shape[-2]), pixels.shape[-1] // side
-
-
-@functools.cache
-def _seconds_per_mac() -> float:
-    """Of a network's products and convolutions, from a short matmul, less what they lose to it."""
-    a = torch.randn(512, 512)
-    return alone(lambda: a @ a) / len(a) ** 3 / torch.get_num_threads() / SHARE_OF_MATMUL

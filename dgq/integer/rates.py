@@ -12,11 +12,14 @@ import torch
 from ..recipe import LayerPlan, Recipe
 from .channels import candidates
 from .plan import GPTQ_MAX_REDUCTION, SAMPLE_ROWS
-from .rounding import JUDGED_ROWS
+from .rounding import JUDGED_ROWS, rotated_moment
 from .statistics import MOMENT_ROWS
-from .weights import Int8Grid, TwoLevelGrid, gptq
+from .weights import BLOCK, Int8Grid, TwoLevelGrid, gptq
 
 SWEEPS = 3  # of GPTQ over the columns: rounding, and two descents
+
+# Of a matmul's speed that fits the caches, what products and convolutions of real sizes reach.
+SHARE_OF_MATMUL = 0.6
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,19 @@ class Rates:
     """Seconds of the steps of a rounding, at best.
 
     Attributes:
-        product: one multiply-accumulate of a large float32 product.
+        product: one multiply-accumulate of a network's products and convolutions, or of a rounding's large ones.
+        update: one value that a block of columns' errors is multiplied for and added to.
+        factor: one value of a (K, K) matrix that is factored, beside the products of it.
+        rotated: one value of a (K, K) matrix, rotated from both sides.
         search: the grid of one weight, by the weight's bits.
         column: a column in one sweep of GPTQ; row: one of its rows more.
         copied: one value of a (K, K) matrix, read, scaled and written.
     """
 
     product: float
+    update: float
+    factor: float
+    rotated: float
     search: dict[int, float]
     column: float
     row: float
@@ -65,18 +74,27 @@ def rates() -> Rates:
         8: lambda: Int8Grid(a[:64], ones),
     }
     search = {bits: alone(make) / a[:64].numel() / threads for bits, make in grids.items()}
-    product = alone(lambda: a @ a) / len(a) ** 3 / threads
+    product = alone(lambda: a @ a) / len(a) ** 3 / SHARE_OF_MATMUL
+    wide = torch.randn(1024, 1024, generator=generator)
+    slope = torch.zeros_like(wide)
+    update = alone(lambda: slope.addmm_(wide[:, :32], wide[:32])) / slope.numel() / threads
+    moment = wide.t() @ wide
+    factored = alone(lambda: gptq(moment)) - len(moment) ** 3 / 6 * product
+    factor = max(factored, 0.0) / moment.numel() / threads
+    rotated = alone(lambda: rotated_moment(moment, moment[0], 256)) / moment.numel() / threads
+    product /= threads
     k, few, many = 64, 16, 512
-    rounding = gptq((a.t() @ a)[:k, :k].contiguous())
+    rounding = gptq(moment[:k, :k].contiguous())
 
     def swept(rows: int) -> float:
         weight = a[:rows, :k].contiguous()
         grid = Int8Grid(weight, ones[:k])
         return alone(lambda: rounding(weight, grid)) / (SWEEPS * k)
 
-    column, wide = swept(few), swept(many)
+    column, all_rows = swept(few), swept(many)
     copied = alone(lambda: (a * ones).mul_(ones[:, None])) / a.numel() / threads
-    return Rates(product, search, column, max(wide - column, 0.0) / (many - few) / threads, copied)
+    row = max(all_rows - column, 0.0) / (many - few) / threads
+    return Rates(product, update, factor, rotated, search, column, row, copied)
 
 
 def rounding_seconds(plan: LayerPlan, recipe: Recipe, first: bool, rows: int) -> float:
@@ -89,16 +107,20 @@ def rounding_seconds(plan: LayerPlan, recipe: Recipe, first: bool, rows: int) ->
         rows: of its output (tokens or pixels), of all replayed calls.
     """
     n, k, rate = plan.out_features, plan.reduction, rates()
-    tried = len(candidates(recipe.channels, torch.arange(1.0, plan.in_features + 1), plan.wbits))
+    handlings = candidates(recipe.channels, torch.arange(1.0, plan.in_features + 1), plan.wbits)
+    tried = len(handlings)
     judged = min(n, JUDGED_ROWS) if n > 2 * JUDGED_ROWS else n
     rounded = n if tried == 1 else tried * n if judged == n else n + tried * judged  # rows, of all roundings
     times = tried + (judged < n and tried > 1)
     seconds = rounded * k * (rate.search[plan.wbits] + SAMPLE_ROWS * 2 * rate.product)
     if recipe.rounding == "gptq" and k <= GPTQ_MAX_REDUCTION:
-        products = rounded * k * k * (SWEEPS / 2 + SWEEPS - 1)  # what columns pull at later ones, and E H
+        products: float = rounded * k * k * (SWEEPS - 1)  # E H
         if first:
             products += rows * k * (k + MOMENT_ROWS) / 2 + tried * k**3 / 6
+            seconds += k * k * (tried * rate.factor + any(one.rotation for one in handlings) * rate.rotated)
         seconds += products * rate.product
+        block = min(BLOCK, plan.weight_group if plan.wbits == 4 else k)
+        seconds += SWEEPS * rounded * k * k / (2 * block) * rate.update  # what columns pull at later ones
         seconds += k * SWEEPS * (times * rate.column + rounded * rate.row)
         seconds += times * SWEEPS / 2 * k * k * rate.copied
     return seconds
