@@ -47,6 +47,7 @@ VARIABLES = (
     "DGQ_BACKEND",
     "DGQ_CPU_ENGINE",
     "DGQ_LOG_ATTENTION",
+    "DGQ_API_KEY",
     "DGQ_DEBUG",
     "DGQ_VERIFY",
     "OMP_NUM_THREADS",
@@ -91,9 +92,9 @@ def disk() -> dict[str, dict[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    """Environment variables that change what dgq does; a token is only said to be set."""
+    """Environment variables that change what dgq does; a token or key is only said to be set."""
     found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    return {name: "(set)" if "TOKEN" in name else value for name, value in found.items()}
+    return {name: "(set)" if "TOKEN" in name or "KEY" in name else value for name, value in found.items()}
 
 
 def embedded_model(folder: Path = embedded.FOLDER) -> dict[str, Any]:

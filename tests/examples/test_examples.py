@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,6 +71,15 @@ def test_train_lora(example, tiny_checkpoint, tmp_path):
     assert files == "lora/pytorch_lora_weights.safetensors, with.png, without.png"
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
+def test_serve_with_ray(tiny_checkpoint, tmp_path):
+    """In a process of its own: Ray starts others, and ends with it."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    command = [sys.executable, EXAMPLES / "serve_with_ray.py", tiny_checkpoint, "2"]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "16 pictures of 2 replicas; a seed's are the same: True" in run.stdout
 
 
 def test_each_example_has_its_test():
