@@ -172,3 +172,11 @@ def test_what_diffusers_reads_before_it_asks_dgq_is_verified(tiny_checkpoint, tm
         dgq.verify(folder)
     assert str(folder / name) in told.value.message
     assert "\n" not in told.value.message
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json"])
+def test_a_missing_file_is_told_where_none_may_be_given_in_its_place(tiny_checkpoint, tmp_path, name):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    (folder / name).unlink()
+    with pytest.raises(DgqError, match=f"{name}: is missing"):
+        dgq.verify(folder)
