@@ -62,7 +62,8 @@ def main() -> None:
         terminated.append(number)
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    usual = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if usual:
         signal.signal(signal.SIGTERM, terminate)
     try:
         code = app(standalone_mode=False)
@@ -74,6 +75,8 @@ def main() -> None:
         code = CLOSED_PIPE if isinstance(end.__context__, BrokenPipeError) else end.code
     except Exception as error:
         code = _report(error)
+    if usual:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to put in order
     if terminated and code == INTERRUPTED:
         code = 128 + terminated[0]
     try:

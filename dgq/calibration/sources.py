@@ -168,10 +168,11 @@ def _digest(file: Path) -> str:
 
 
 def _dtype(file: Path) -> torch.dtype:
-    """That of most tensors of a file."""
-    most = Counter(dtype for _, dtype in tensor_table(file).values()).most_common(1)[0][0]
+    """That of most float tensors of a file, scales of int8 layers left aside."""
     named = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items() if dtype.is_floating_point}
-    return named.get(most, torch.float32)
+    found = [dtype for name, (_, dtype) in tensor_table(file).items() if not name.endswith(".weight_scale")]
+    most = Counter(dtype for dtype in found if dtype in named).most_common(1)
+    return named[most[0][0]] if most else torch.float32
 
 
 def _from_single_file(file: Path, config: Path, dtype: torch.dtype) -> Any:

@@ -89,7 +89,7 @@ def stored(component: Path) -> dict[str, str]:
     return sums
 
 
-def verify(component: Path) -> int:
+def verify(component: Path, whole: bool = False) -> int:
     """Hold the files of a checkpoint against their checksums, those of other components where they are around it.
 
     Weights and configurations that are not there are left to whoever loads them: a component may be given in their
@@ -97,6 +97,7 @@ def verify(component: Path) -> int:
 
     Args:
         component: the network's folder.
+        whole: weights and configurations have to be there too.
 
     Returns:
         The number of files that were compared; 0 where the checkpoint has no checksums.
@@ -122,6 +123,8 @@ def verify(component: Path) -> int:
             if more := sorted(there - set(names)):
                 raise DgqError(f"{folder / more[0]}: is no part of the checkpoint", f"remove it; {ON_PURPOSE}")
     files = [file for file in found if os.path.lexists(file)]
+    if whole and len(files) < len(found):
+        raise DgqError(f"{min(set(found) - set(files))}: is missing", "copy it again")
     wrong = []
     for file in files:
         own = file == component / CONFIG

@@ -315,7 +315,8 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
         raise DgqError(f"{file}: the pipeline has no {missing[0]}")
     if (network := found[family.component]) != ("diffusers", family.network):
         raise DgqError(
-            f"{file}: the {family.component} is {'.'.join(network)}; dgq works with diffusers.{family.network}"
+            f"{file}: the {family.component} is {shortened('.'.join(network))}; "
+            f"dgq works with diffusers.{family.network}"
         )
     return found
 

@@ -31,6 +31,7 @@ from ..checkpoint.reading import (
 from ..checkpoint.values import verify_values
 from ..errors import DgqError
 from ..family import UNKNOWN, named
+from ..recipe import shortened
 
 # What old text encoders' files hold and their classes no longer do, or that of another head: none is of any use here.
 _HARMLESS = re.compile(r"(^|\.)position_ids$|^text_projection\.weight$|^logit_scale$")
@@ -85,7 +86,7 @@ def component(folder: Path, name: str, library: str, kind: str, dtype: torch.dty
     from diffusers.schedulers import SchedulerMixin
 
     place = folder / name
-    with one_line(folder / "model_index.json", f"{name}: {library} has no class {kind}"):
+    with one_line(folder / "model_index.json", f"{name}: {library} has no class {shortened(kind)}"):
         found: Any = simple_get_class_obj(library, kind)
         load_from: Any = found.from_pretrained
     settings = place / getattr(found, "config_name", "config.json")

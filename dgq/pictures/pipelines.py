@@ -102,7 +102,7 @@ def verify(model: str | os.PathLike[str]) -> int:
     Raises:
         DgqError: there is no such model, or it is damaged: the message names the file.
     """
-    return checksums.verify(component_at(resolve(model)))
+    return checksums.verify(component_at(resolve(model)), whole=True)
 
 
 def _model(folder: Path, header: Header | None, said: object) -> Model:

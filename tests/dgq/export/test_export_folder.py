@@ -6,13 +6,15 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_transformers
 import torch
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from safetensors.torch import load_file
 
 import dgq
 from dgq.calibration.run import Options, calibrate
 from dgq.errors import DgqError
-from dgq.export import folder
+from dgq.export import comfy, folder
 from dgq.export.source import loaded, open_checkpoint
 from dgq.recipe import Recipe
 
@@ -87,3 +89,19 @@ def test_nothing_is_replaced(tiny_checkpoint, tmp_path):
             folder.export(source, place)
     assert (tmp_path / "there" / "thesis.txt").read_text() == "years of work"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "there"]
+
+
+def test_another_family_goes_to_a_folder_but_not_to_comfyui(tmp_path):
+    folder_of_flux = tiny_transformers.flux(tmp_path / "flux")
+    wanted = PipelineQuantizationConfig(quant_mapping={"transformer": dgq.DgqConfig(wbits=8)})
+    DiffusionPipeline.from_pretrained(folder_of_flux, quantization_config=wanted).save_pretrained(tmp_path / "w8")
+    source = open_checkpoint(tmp_path / "w8")
+    with pytest.raises(DgqError, match="whose tensors' names in ComfyUI's files are not known"):
+        comfy.export(source, tmp_path / "flux.safetensors")
+    assert not (tmp_path / "flux.safetensors").exists()
+    assert folder.export(source, tmp_path / "made").layers.keys() == {"transformer"}
+    before, after = (
+        load_file(next((tmp_path / one / "transformer").glob("*.safetensors"))) for one in ("flux", "made")
+    )
+    assert before.keys() == after.keys()
+    assert all((after[name] - value).norm() <= 0.02 * value.norm() for name, value in before.items())

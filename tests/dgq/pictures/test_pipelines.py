@@ -52,7 +52,8 @@ def test_a_device_is_checked_before_the_model(tmp_path):
         ({"_class_name": "ChromaPipeline", "unet": None}, "'ChromaPipeline'; dgq works with StableDiffusionPipeline"),
         ({"_class_name": "FluxPipeline", "unet": None}, "the pipeline has no transformer"),
         ({"unet": [None, None]}, "has no unet"),
-        ({"unet": ["diffusers", "UNet3DConditionModel"]}, "UNet3DConditionModel; dgq works with diffusers.UNet2DCond"),
+        ({"unet": ["diffusers", "UNet3DConditionModel"]}, "UNet3DConditionModel'; dgq works with diffusers.UNet2DC"),
+        ({"unet": ["diffusers", "x" * 10**5]}, "; dgq works with diffusers.UNet2DConditionModel"),
     ],
 )
 def test_pipelines_that_cannot_work_are_refused_first(tiny_pipeline, tmp_path, index, message):
@@ -62,6 +63,7 @@ def test_pipelines_that_cannot_work_are_refused_first(tiny_pipeline, tmp_path, i
     with pytest.raises(DgqError, match=message) as caught:
         resolve(tmp_path)
     assert str(tmp_path / "model_index.json") in caught.value.message
+    assert len(caught.value.message) < 1000
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -239,3 +241,11 @@ def test_turbo_takes_one_call_of_one_sample(tmp_path):
         (picture,) = generate(pipe, ["a cat"], Settings(seed=1).resolved(found))
         assert batches == [1]
         assert "Steps: 1, Sampler: EulerAncestralDiscrete, CFG scale: 0.0" in picture.parameters
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json"])
+def test_a_missing_file_is_told_where_none_may_be_given_in_its_place(tiny_checkpoint, tmp_path, name):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    (folder / name).unlink()
+    with pytest.raises(DgqError, match=f"{name}: is missing"):
+        dgq.verify(folder)
