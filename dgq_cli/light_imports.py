@@ -41,7 +41,7 @@ class Deferred(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if not self.ran:
-            self.run()
+            self.ready()
             return getattr(sys.modules[self.__name__], name)
         module = sys.modules[self.__name__]  # some put another one in their own place
         if module is self:
@@ -53,8 +53,10 @@ class Deferred(types.ModuleType):
         self.stand_ins = values
         self.__dict__.update(values)
 
-    def run(self) -> None:
-        """Run the package's code."""
+    def ready(self) -> Any:
+        """The module, once the package's code ran, which this causes."""
+        if self.ran:
+            return self
         self.ran = True
         for name in self.stand_ins:
             del self.__dict__[name]
@@ -63,6 +65,7 @@ class Deferred(types.ModuleType):
         self.__spec__.loader.exec_module(self)
         for decorator, marked in self.marks:
             getattr(self, decorator)(marked)
+        return self
 
 
 class _Finder(MetaPathFinder):
@@ -76,7 +79,7 @@ class _Finder(MetaPathFinder):
         parent, _, leaf = name.rpartition(".")
         if parent != package.__name__ or package.ran or package.apart is None or leaf in package.apart:
             return None
-        package.run()
+        package.ready()
         return spec_from_loader(name, _Found(sys.modules[name])) if name in sys.modules else None
 
 
@@ -123,8 +126,7 @@ def defer_compiler() -> None:
         if function is None:
             return functools.partial(disable, recursive=recursive, **options)
         if not inspect.isroutine(function):
-            package.run()
-            return package.disable(function, recursive, **options)
+            return package.ready().disable(function, recursive, **options)
         disabled: list[Callable[..., Any]] = []
 
         @functools.wraps(function)
@@ -143,8 +145,7 @@ def defer_compiler() -> None:
         OptimizedModule = type("OptimizedModule", (), {})
 
         def __getattr__(self, name: str) -> Any:
-            package.run()
-            return getattr(package.eval_frame, name)
+            return getattr(package.ready().eval_frame, name)
 
     marks = {name: functools.partial(mark, name) for name in ("allow_in_graph", "assume_constant_result")}
     package.stand_in(disable=disable, eval_frame=Frames(f"{COMPILER}.eval_frame"), **marks)

@@ -97,8 +97,8 @@ class UNet(Family):
             return {}
         called = " ".join(names).lower()
         if LIGHTNING.search(called):
-            steps = next((int(match[1]) for match in [STEPS.search(called)] if match), 4)
-            return {"steps": steps, "guidance": 0.0}
+            steps = STEPS.search(called)
+            return {"steps": int(steps[1]) if steps else 4, "guidance": 0.0}
         small = network.get("addition_embed_type") == "text_time" and network.get("sample_size") == 64
         return {"steps": 1, "guidance": 0.0} if small or TURBO.search(called) else {}
 

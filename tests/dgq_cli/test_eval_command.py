@@ -123,20 +123,31 @@ def test_prompts_without_labels(checkpoint: Path, tmp_path: Path) -> None:
     assert report["prompts"] == 2
 
 
+def test_processes_share_the_cores(tmp_path: Path) -> None:
+    """Launched without a word of threads, they have together as many as there are cores at most."""
+    script = tmp_path / "share.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from dgq.evaluation.evaluate import _Share\n"
+        "share = _Share.find()\n"
+        "print(share.rank, share.world, torch.get_num_threads(), file=open(f'{sys.argv[1]}-{share.rank}', 'w'))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, tmp_path / "rank"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    told = [tuple(map(int, (tmp_path / f"rank-{rank}").read_text().split())) for rank in range(2)]
+    assert [(rank, world) for rank, world, _ in told] == [(0, 2), (1, 2)]
+    assert sum(threads for *_, threads in told) <= max(2, len(os.sched_getaffinity(0)))
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_same_report(checkpoint: Path, tmp_path: Path) -> None:
     arguments = ["eval", str(checkpoint), "--prompts", "10", "--steps", "2", "--batch", "4", "--floor", "4", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
+    # accelerate's own launcher starts one process alone where there is neither a GPU nor MPI
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     commands = ([sys.executable, "-m", "dgq_cli"], [*launch, "-m", "dgq_cli"])
     one, two = (
         subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
