@@ -119,7 +119,12 @@ class Drawer:
         waiting: orders that may wait beside the one in hand.
         max_side: pixels of the largest side.
         progress: told of every step as stage "generate".
+
+    Attributes:
         closing: asked before each picture; where it says so, no further one is begun.
+        on_picture: told of each picture's seconds.
+        size: width and height in pixels of the model's own pictures.
+        settings: the model's own.
     """
 
     def __init__(
