@@ -1,8 +1,8 @@
 """dgq calibrate as a person runs it."""
 
 import json
-import shutil
 import os
+import shutil
 import signal
 import subprocess
 import sys
