@@ -157,6 +157,7 @@ def command(
     )
     loras = [_lora(text) for text in lora or []]
     from dgq.calibration.sources import float_folder, is_single_file
+    from dgq.checkpoint.writing import check_target
 
     made = out.with_name(f"{out.name}-float") if loras or config or is_single_file(model) else None
     if dry_run:
@@ -166,6 +167,7 @@ def command(
     try:
         with StageProgress(STAGES) as progress:
             if made is not None:
+                check_target(out, made, overwrite)  # before the model is made
                 model = str(float_folder(model, made, config, loras, progress))
             header = calibrate(model, out, wanted, options, progress)
     except KeyboardInterrupt:

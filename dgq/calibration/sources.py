@@ -20,13 +20,14 @@ from ..checkpoint.reading import (
     read_header,
     read_json,
     tensor_table,
+    weight_files,
 )
 from ..checkpoint.writing import COPIED_NAMES
 from ..errors import DgqError
 from ..export import comfy
 from ..family import network_of
 from ..outputs import atomic_folder
-from ..pictures.components import one_line, quiet, without_bars
+from ..pictures.components import component, one_line, quiet, without_bars
 from ..pictures.pipelines import load, resolve
 from ..progress import Progress, silent
 
@@ -69,7 +70,8 @@ def float_folder(
         model: a single-file checkpoint, a network's file in ComfyUI's int8, or with `loras` what `find_model` takes.
         target: the folder to be.
         config: for a file: a diffusers folder of the same kind of model, whose configurations and tokenizers are
-            taken; it needs no weights, but those of the other components for a network's file.
+            taken; it needs no weights, but those of the VAE where a single file has none, and those of the other
+            components for a network's file.
         loras: files of LoRA and their weights, fused in float32.
         progress: told of stage "prepare".
 
@@ -90,7 +92,7 @@ def float_folder(
         raise DgqError(f"{config}: configurations are taken for a single-file checkpoint alone", "leave out --config")
     files = [*([Path(str(model))] if single else []), *(file for file, _ in loras)]
     if single and config is not None:
-        _check_single(files[0], config)
+        files += _check_single(files[0], config)
     for file, _ in loras:
         _check_lora(file)
     made_of = {
@@ -126,16 +128,26 @@ def _names(file: Path) -> list[str]:
     return list(tensor_table(file))
 
 
-def _check_single(file: Path, config: Path) -> None:
-    """Refuse, by the names of its tensors, what is no whole checkpoint of the kind that a folder is of."""
+def _check_single(file: Path, config: Path) -> list[Path]:
+    """Refuse, by the names of its tensors, what is no whole checkpoint of the kind that a folder is of; the VAE's files
+    of that folder, where the checkpoint has no VAE."""
     names = _names(file)
+    taken: list[Path] = []
     if comfy.is_quantized(names):
-        return
+        return taken
     for part, prefixes in PARTS.items():
         if any(name.startswith(prefixes) for name in names):
             continue
         if any("lora" in name for name in names):
             raise DgqError(f"{file}: is a LoRA, not a model", "name the model, and this file by --lora")
+        if part == "VAE":
+            taken = weight_files(config / "vae")
+            if taken:
+                continue
+            raise DgqError(
+                f"{file}: holds no VAE (no tensor {prefixes[0]}*), and {config / 'vae'} has no weights",
+                "name a diffusers folder by --config whose vae folder has its weights",
+            )
         raise DgqError(
             f"{file}: holds no {part} (no tensor {prefixes[0]}*)",
             f"single files are whole checkpoints of {SD} or {XL}; other models are given as diffusers folders",
@@ -148,6 +160,7 @@ def _check_single(file: Path, config: Path) -> None:
         raise DgqError(f"{file}: is {kind}, which draws from pictures", "dgq works with what draws from a text alone")
     if pipeline not in pipelines:
         raise DgqError(f"{file}: is {kind}, but {config} is a {pipeline}", f"name a folder of {kind} by --config")
+    return taken
 
 
 def _check_lora(file: Path) -> None:
@@ -185,10 +198,12 @@ def _from_single_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
     if comfy.is_quantized(tensor_table(file)):
         return _from_comfy(file, config, dtype)
     pipeline: Any = getattr(diffusers, read_json(config / "model_index.json")["_class_name"])
-    optional = dict.fromkeys(name for name in ("safety_checker", "feature_extractor") if name in found)
+    given: dict[str, Any] = dict.fromkeys(name for name in ("safety_checker", "feature_extractor") if name in found)
+    if not any(name.startswith(PARTS["VAE"]) for name in _names(file)):
+        given["vae"] = component(config, "vae", *found["vae"], dtype)
     with one_line(file, f"cannot be read as the model of {config}", OTHER_KIND), quiet("diffusers"):
         return pipeline.from_single_file(
-            str(file), config=str(config), local_files_only=True, torch_dtype=dtype, **optional
+            str(file), config=str(config), local_files_only=True, torch_dtype=dtype, **given
         )
 
 

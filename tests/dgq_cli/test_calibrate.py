@@ -186,6 +186,11 @@ def test_lora_fused_before_calibrating(dgq_command, tiny_pipeline, tmp_path):
     assert run.returncode == 0, run.stderr
     assert json.loads((tmp_path / "out-float" / "sources.json").read_text())["weights"] == [0.7, 1.0]
     assert (tmp_path / "out" / "model_index.json").is_file()
+    shutil.rmtree(tmp_path / "out-float")
+    run = dgq_command(*given)  # refused before the float model is made
+    assert run.returncode == 1
+    assert "out: already exists" in run.stderr
+    assert not (tmp_path / "out-float").exists()
     for args, code, message in (
         ((single, "--out", tmp_path / "x"), 1, "--config"),
         ((tiny_pipeline, "--lora", f"{file}:nan"), 2, "not finite"),

@@ -53,6 +53,24 @@ def test_single_file_is_the_model_it_was_made_of(single_file, config, tiny_pipel
         float_folder(None, made, None, [(tmp_path / "lora.safetensors", 1.0)])
 
 
+def test_a_file_without_a_vae_takes_that_of_the_configuration(single_file, config, tiny_pipeline, tmp_path):
+    whole = load_file(single_file)
+    cut = {name: tensor for name, tensor in whole.items() if not name.startswith("first_stage_model.")}
+    save_file(cut, tmp_path / "no-vae.safetensors")
+    with pytest.raises(DgqError, match=r"holds no VAE .*, and .*vae has no weights"):
+        float_folder(str(tmp_path / "no-vae.safetensors"), tmp_path / "made", config)
+    made = float_folder(str(tmp_path / "no-vae.safetensors"), tmp_path / "made", tiny_pipeline)
+    for part in ("unet", "vae"):
+        before, after = (load_file(next((folder / part).glob("*.safetensors"))) for folder in (tiny_pipeline, made))
+        assert all(torch.equal(before[name].half(), after[name]) for name in before), part
+    # another VAE makes another model
+    (vae,) = (tiny_pipeline / "vae").glob("*.safetensors")
+    shutil.copytree(tiny_pipeline, tmp_path / "other")
+    save_file({name: tensor + 1 for name, tensor in load_file(vae).items()}, tmp_path / "other" / "vae" / vae.name)
+    with pytest.raises(DgqError, match="already exists"):
+        float_folder(str(tmp_path / "no-vae.safetensors"), made, tmp_path / "other")
+
+
 KINDS = {
     "sd2": [("open_clip", "cond_stage_model.model.")],
     "sdxl": [("clip", "conditioner.embedders.0.transformer."), ("open_clip", "conditioner.embedders.1.model.")],

@@ -1,6 +1,7 @@
 """diffusers' own tests of quantization backends, driven against dgq.
 
-They come with diffusers' sources and not with its package: DGQ_DIFFUSERS_TESTS names a checkout of them.
+They come with diffusers' sources and not with its package: DGQ_DIFFUSERS_TESTS names a checkout of them (the
+folder that holds its `tests`).
 """
 
 from __future__ import annotations
@@ -142,7 +143,11 @@ def test_shards(driver: Driver, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", ["w8", "w4"])
 @pytest.mark.parametrize("check", checks(COMPILE))
-def test_compiling(driver: Driver, check: str, config: str) -> None:
+def test_compiling(
+    driver: Driver, check: str, config: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    # what an interrupted process left in the user's cache may be half written
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
     driver.setup_method()
     getattr(driver, check)(CONFIGS[config])
     torch.compiler.reset()
