@@ -135,15 +135,20 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise refusal(path, error) from None
 
 
+def page(template: Path, data: Any) -> str:
+    """An HTML page: the template with `data` as JSON in the place of `__DATA__`, within a script element."""
+    text = json.dumps(data).replace("<", "\\u003c")  # no text of the data ends the script
+    return template.read_text(encoding="utf-8").replace("__DATA__", text)
+
+
 def write_page(file: Path, template: Path, data: Any) -> None:
-    """Write an HTML page: the template with `data` as JSON in the place of `__DATA__`, within a script element.
+    """Write the `page` of a template and data.
 
     Raises:
         DgqError: it cannot be written.
     """
-    text = json.dumps(data).replace("<", "\\u003c")  # no text of the data ends the script
     with atomic_file(file) as handle:
-        handle.write(template.read_text(encoding="utf-8").replace("__DATA__", text).encode())
+        handle.write(page(template, data).encode())
 
 
 def claim(path: Path) -> Path:

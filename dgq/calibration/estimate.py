@@ -129,6 +129,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     seconds += sum(layer.seconds(replayed * taken[name]) for name, layer in cost.layers.items())
     # either the whole pipeline records, or the network alone is quantized, then the VAE beside it
     memory = 4 * parameters + max(_others(folder), cost.statistics_bytes + packed)
+    after = 4 * (parameters - quantized) + packed
     decoder, decoder_cost = decoder_recipe(found, recipe, options), Cost({}, {})
     decoding = sum(tensor.numel() for tensor in vae.state_dict().values())
     if decoder is not None:
@@ -139,9 +140,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         decoded = min(count, options.calls)
         seconds += len(decoder_cost.passes) * decoded * width * height * per_pixel * rates().product
         seconds += sum(layer.seconds(decoded * taken[name]) for name, layer in decoder_cost.layers.items())
-        after = 4 * (parameters - quantized) + packed
         memory = max(memory, after + 4 * decoding + decoder_cost.statistics_bytes)
-    stored = _stored(decoder_cost)
     from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 
     encoders = {"layers": 0, "before": 0, "after": 0}
@@ -154,7 +153,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
             len(encoder_cost.passes) * read * layer.macs * rates().product + layer.seconds(read)
             for layer in encoder_cost.layers.values()
         )
-        memory = max(memory, 4 * (parameters - quantized) + packed + 4 * size + encoder_cost.statistics_bytes)
+        memory = max(memory, after + 4 * size + encoder_cost.statistics_bytes)
         encoders["layers"] += len(encoder_cost.layers)
         encoders["before"] += 2 * size
         encoders["after"] += 2 * size + _stored(encoder_cost)
@@ -173,7 +172,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         budget_bytes=added,
         decoder_layers=len(decoder_cost.layers),
         decoder_float16_bytes=2 * decoding,
-        decoder_packed_bytes=2 * decoding + stored,
+        decoder_packed_bytes=2 * decoding + _stored(decoder_cost),
         encoder_layers=encoders["layers"],
         encoder_float16_bytes=encoders["before"],
         encoder_packed_bytes=encoders["after"],

@@ -293,9 +293,7 @@ class DgqQuantizer(DiffusersQuantizer):
             model.config["quantization_config"] = self.quantization_config
             self._layers, self._arrivals = [], None
         _make_quantized(model)
-        # Packed now, torch.compile finds nothing to do before a first call.
-        if all(stays(weight.device) for weight in model.parameters()):
-            prepare_all(model, torch.device("cpu"))
+        prepare_where_it_stays(model)
         return model
 
     def _finish(self, model: nn.Module) -> Header:
@@ -367,6 +365,13 @@ class DgqQuantizer(DiffusersQuantizer):
 def stays(device: torch.device) -> bool:
     """Whether what is loaded to a device will run there; where there is CUDA, the model will move."""
     return device.type == "cpu" and not torch.cuda.is_available()
+
+
+def prepare_where_it_stays(model: nn.Module) -> None:
+    """Pack a loaded model's weights for the CPU, where all will run there: torch.compile then finds nothing to do
+    before a first call."""
+    if all(stays(weight.device) for weight in model.parameters()):
+        prepare_all(model, torch.device("cpu"))
 
 
 def _make_quantized(model: Any) -> None:

@@ -22,11 +22,10 @@ from ..integer.dequantize import dequantize
 from ..integer.layer import IntegerLayer
 from ..integer.on_the_fly import Arrivals, plan_without_data
 from ..integer.plan import Layer
-from ..integer.shared_input import prepare_all
 from ..integer.skeleton import SplitLayer, fuse
 from . import checksums
 from .apply import apply_header
-from .diffusers import DgqConfig, check_asked, made_header, save_pretrained, stays
+from .diffusers import DgqConfig, check_asked, made_header, prepare_where_it_stays, save_pretrained, stays
 from .header import QUANT_METHOD
 from .reading import verify_tensors, weights_place
 from .values import verify_values
@@ -86,8 +85,7 @@ class DgqEncoderQuantizer(HfQuantizer):
             self._layers, self._arrivals = [], None
         verify_values(weights_place(self._files), model)
         model.save_pretrained = functools.partial(_save_pretrained, model)
-        if all(stays(weight.device) for weight in model.parameters()):
-            prepare_all(model, torch.device("cpu"))
+        prepare_where_it_stays(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

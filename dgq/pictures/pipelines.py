@@ -195,7 +195,6 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     network: Any = None,
-    vae: Any = None,
     parts: Mapping[str, Any] | None = None,
     graph: bool | None = None,
     verify: bool = True,
@@ -206,7 +205,7 @@ def load(
         model: checkpoint folder, hub id, or None for the embedded model; or what `find_model` found.
         device: default CUDA where there is one, else CPU.
         dtype: dtype of everything that is not quantized; default float16 on CUDA, float32 on the CPU.
-        network, vae, parts: take the place of the folder's components; `parts` by name.
+        network, parts: take the place of the folder's components; `parts` by name.
         graph: replay the network's calls from CUDA graphs (`dgq.use_graphs`); default on CUDA.
         verify: hold a checkpoint's files against their checksums first; those of older versions have none. False takes
             files that were changed on purpose.
@@ -230,7 +229,7 @@ def load(
     if verify and checksums.wanted():
         checksums.verify(component_at(folder))
     with checksums.left_out():
-        given = {family_of(part).component: part for part in (network, vae) if part is not None}
+        given = {} if network is None else {family_of(network).component: network}
         pipe = assemble(folder, dtype, {**given, **(parts or {})})
     pipe.set_progress_bar_config(disable=True)
     pipe = pipe.to(place)

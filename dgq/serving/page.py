@@ -14,6 +14,7 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 from starlette.types import Receive, Scope, Send
 
+from .. import outputs
 from ..family import family_of, network_of
 from ..pictures.embedded import unknown_words
 from .drawing import Drawer, Drawn, Job, RefusedError
@@ -70,8 +71,7 @@ def router(drawer: Drawer) -> APIRouter:
         "steps": drawer.settings.steps,
         "guidance": drawer.settings.guidance,
     }
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    page = template.replace("__ABOUT__", json.dumps(about).replace("<", "\\u003c"))
+    page = outputs.page(Path(__file__).with_name("page.html"), about)
 
     @routes.get("/")
     async def show() -> Response:

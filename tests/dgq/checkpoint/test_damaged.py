@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import edit_tensors
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
 
 import dgq
 from dgq.bench.files import load_network
@@ -87,12 +87,6 @@ def edit_json(file, change):
     config = json.loads(file.read_text())
     change(config)
     file.write_text(json.dumps(config))
-
-
-def edit_tensors(file, change):
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def named(tensors, leaf):

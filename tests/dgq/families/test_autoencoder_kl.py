@@ -2,16 +2,16 @@
 damaged."""
 
 import copy
-import json
 import shutil
 
+import damage
 import pytest
 import tiny_pipelines
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import dgq
 from dgq.calibration.estimate import estimate
@@ -224,17 +224,11 @@ def test_on_the_fly_and_back(tmp_path):
 
 
 def edit_config(folder, change):
-    file = folder / "vae" / "config.json"
-    config = json.loads(file.read_text())
-    change(config["quantization_config"])
-    file.write_text(json.dumps(config))
+    damage.edit_config(folder / "vae", change)
 
 
 def edit_tensors(folder, change):
-    file = folder / "vae" / WEIGHTS_NAME
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
+    damage.edit_tensors(folder / "vae" / WEIGHTS_NAME, change)
 
 
 FIRST = "decoder.mid_block.resnets.0.conv1"

@@ -6,6 +6,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import damage
 import pytest
 import tiny_pipelines
 import tiny_transformers
@@ -319,17 +320,11 @@ def test_configurations_of_the_other_kind(folder):
 
 
 def edit_config(folder, change):
-    file = folder / "text_encoder" / "config.json"
-    config = json.loads(file.read_text())
-    change(config["quantization_config"])
-    file.write_text(json.dumps(config))
+    damage.edit_config(folder / "text_encoder", change)
 
 
 def edit_tensors(folder, change):
-    file = folder / "text_encoder" / ENCODER_NAME
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
+    damage.edit_tensors(folder / "text_encoder" / ENCODER_NAME, change)
 
 
 FIRST = "encoder.layers.0.self_attn.q_proj"

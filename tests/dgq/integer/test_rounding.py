@@ -111,12 +111,8 @@ def test_joined_inputs_are_where_the_up_blocks_join_them(arch, monkeypatch):
     assert len(found) == sum(len(block.resnets) for block in unet.up_blocks)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("wbits", [4, 8])
-def test_a_joined_input_has_a_scale_for_each_part(wbits):
-    """A small skip beside a large hidden state is not rounded away, and only one part carries the bias."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
+def small_unet():
+    return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64),
         cross_attention_dim=32,
@@ -126,6 +122,14 @@ def test_a_joined_input_has_a_scale_for_each_part(wbits):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wbits", [4, 8])
+def test_a_joined_input_has_a_scale_for_each_part(wbits):
+    """A small skip beside a large hidden state is not rounded away, and only one part carries the bias."""
+    torch.manual_seed(0)
+    unet = small_unet()
     name, reference = "up_blocks.0.resnets.1.conv_shortcut", copy.deepcopy(unet)
     shortcut = reference.get_submodule(name)
     hidden = family_of(unet).joined_inputs(unet)[name]
@@ -492,16 +496,7 @@ def test_calls_end_at_the_last_layer_that_a_pass_is_for(calls, monkeypatch):
 def test_passes_follow_the_network_and_end_early():
     """A UNet names its up blocks before the middle one, which computes before them."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
+    unet = small_unet()
     recipe, budget = Recipe(), 12 * 2**20
     layers, _ = plan_layers(unet, recipe)
     calls = [architectures.call(unet, 1, torch.device("cpu"), timestep=i, seed=i) for i in (3, 500)]
