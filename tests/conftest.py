@@ -88,6 +88,17 @@ def tiny_checkpoint(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def tiny_paper_checkpoint(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A W4A8 checkpoint of the tiny pipeline by the published recipe, eight groups."""
+    from dgq.calibration.run import Options, calibrate
+    from dgq.recipe import Recipe
+
+    out = tmp_path_factory.mktemp("checkpoints") / "tiny-paper"
+    calibrate(tiny_pipeline, out, Recipe(name="paper", groups=8), Options(prompts=["a cat"], steps=2, evaluate=0))
+    return out
+
+
+@pytest.fixture(scope="session")
 def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A UNet's config.json: Stable Diffusion's blocks at a width that a test can afford."""
     config = {

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from safetensors import safe_open
 
 
@@ -32,3 +33,11 @@ def test_a_folder_for_diffusers(dgq_command, tiny_checkpoint, tmp_path):
     run = dgq_command("inspect", tmp_path / "made")
     assert "is a float model: nothing in it is quantized" in run.stdout
     assert [one.name for one in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("target", ["comfy", "diffusers"])
+def test_the_simulated_recipe_is_refused(dgq_command, tiny_paper_checkpoint, tmp_path, target):
+    run = dgq_command("export", tiny_paper_checkpoint, "--to", target, "--out", tmp_path / "made.safetensors")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert f"{tiny_paper_checkpoint}: is of the paper recipe, whose layers are simulated" in " ".join(run.stderr.split())
+    assert not list(tmp_path.iterdir())

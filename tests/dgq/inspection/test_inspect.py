@@ -230,13 +230,8 @@ def test_a_float_model_is_called_one(tiny_pipeline: Path) -> None:
     assert found.float16_bytes == float16_bytes(tiny_pipeline)
 
 
-def test_paper_checkpoint(tiny_pipeline: Path, tmp_path: Path) -> None:
-    from dgq.calibration.run import Options, calibrate
-    from dgq.recipe import Recipe
-
-    out = tmp_path / "paper"
-    calibrate(tiny_pipeline, out, Recipe(name="paper", groups=8), Options(prompts=["a cat"], steps=2, evaluate=0))
-    found = inspect(out)
+def test_paper_checkpoint(tiny_pipeline: Path, tiny_paper_checkpoint: Path) -> None:
+    found = inspect(tiny_paper_checkpoint)
     assert found.label == "paper G=8 W4A8"
     assert found.float16_bytes == float16_bytes(tiny_pipeline)
     assert {layer.kind for layer in found.layers} == {"linear", "conv2d", "attention"}

@@ -257,13 +257,10 @@ def test_decibels_have_ends() -> None:
     assert decibels(0, 1) == -SQNR_MAX
 
 
-def test_a_paper_checkpoint_is_measured(tiny_pipeline: Path, tmp_path: Path) -> None:
-    from dgq.calibration.run import Options, calibrate
+def test_a_paper_checkpoint_is_measured(tiny_paper_checkpoint: Path) -> None:
     from dgq.inspection.inspect import inspect
-    from dgq.recipe import Recipe
 
-    out = tmp_path / "paper"
-    calibrate(tiny_pipeline, out, Recipe(name="paper", groups=8), Options(prompts=["a cat"], steps=2, evaluate=0))
+    out = tiny_paper_checkpoint
     found = measure_checkpoint(out, MeasureOptions(prompts=1))  # the checkpoint's own two steps
     header = read_header(out)
     assert header is not None
