@@ -1,4 +1,4 @@
-"""Calls replayed from graphs. Without a CUDA device a trace of torch's operators stands for the graph: as a graph does,
+"""Calls replayed from graphs. Without a CUDA device a tape of torch's operators stands for the graph: as a graph does,
 it repeats what ran, on the same tensors, and knows nothing of the Python that asked for it."""
 
 import copy
@@ -12,8 +12,8 @@ import tiny_pipelines
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.attention_processor import AttnProcessor2_0
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgq
 from dgq import graphs
@@ -22,6 +22,42 @@ from dgq.graphs import Graphs
 from dgq.pictures.generation import Settings, generate
 
 CUDA = torch.cuda.is_available()
+
+
+class Tape(TorchDispatchMode):
+    """Operators as they ran: those of tensors that were made meanwhile take what the repetition makes in their place."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []  # operator, arguments' leaves and form, {leaf: which result}, which results it makes
+        self.made = []  # all results; kept, so that no other tensor is taken for one of them
+        self.places = {}  # id of a result -> which
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a graph cannot wait for a number")
+        leaves, form = pytree.tree_flatten((arguments, keywords or {}))
+        taken = {place: self.places[id(leaf)] for place, leaf in enumerate(leaves) if id(leaf) in self.places}
+        result = function(*arguments, **(keywords or {}))
+        numbers = []
+        for one in pytree.tree_leaves(result):
+            if isinstance(one, torch.Tensor):
+                self.places[id(one)] = len(self.made)
+                self.made.append(one)
+            numbers.append(self.places.get(id(one)))
+        self.steps.append((function, leaves, form, taken, numbers))
+        return result
+
+    def repeat(self, wanted):
+        """Run all again; returns what stands for the tensors of `wanted`."""
+        results = list(self.made)
+        for function, leaves, form, taken, numbers in self.steps:
+            given = [results[taken[place]] if place in taken else leaf for place, leaf in enumerate(leaves)]
+            arguments, keywords = pytree.tree_unflatten(given, form)
+            for number, one in zip(numbers, pytree.tree_leaves(function(*arguments, **keywords)), strict=True):
+                if number is not None:
+                    results[number] = one
+        return [results[self.places[id(tensor)]] if id(tensor) in self.places else tensor for tensor in wanted]
 
 
 class Traced:
@@ -35,28 +71,23 @@ class Traced:
         return Traced, ()
 
     def __call__(self, run, pool):
-        forms = []
-
-        def leaves():
+        with Tape() as tape:
             found, form = pytree.tree_flatten(run())
-            forms.append(form)
-            return [leaf for leaf in found if leaf is not None]
-
-        traced = make_fx(leaves)()
-        written = [leaf.clone() for leaf in traced()]
+        wanted = [leaf for leaf in found if leaf is not None]
+        written = [leaf.clone() for leaf in tape.repeat(wanted)]
         self.captured += bool(written)
 
         def replay():
             self.replayed += bool(written)
             self.projected += not written
-            for place, value in zip(written, traced(), strict=True):
+            for place, value in zip(written, tape.repeat(wanted), strict=True):
                 place.copy_(value)
 
         earlier = self.graphs.setdefault(pool, [])
         if earlier and not any(graph() for graph in earlier):
             raise RuntimeError("torch takes no pool again whose graphs are all gone")
         earlier.append(weakref.ref(replay))
-        return replay, pytree.tree_unflatten(written, forms[0]) if written else None
+        return replay, pytree.tree_unflatten(written, form) if written else None
 
 
 @pytest.fixture(autouse=True)
