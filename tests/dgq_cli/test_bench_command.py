@@ -79,6 +79,7 @@ def test_an_unknown_architecture_is_one_line(dgq_command: Run) -> None:
     assert "architecture 'sd-v9' is not one of sd-v1.4, sdxl-turbo" in run.stderr
 
 
+@pytest.mark.slow
 def test_an_architecture_as_a_table(dgq_command: Run, small_config: Path) -> None:
     run = dgq_command("bench", "--arch", small_config, "--bits", 8, "--no-compile", "--repeats", 1, "--device", "cpu")
     assert run.returncode == 0, run.stderr
@@ -110,6 +111,13 @@ def test_kernels_tell_the_fraction_of_the_peak(dgq_command: Run, tiny_checkpoint
     )
     for row in data["rows"]:
         assert (row["peak_fraction"] is not None) == (engine and row["system"].startswith("dgq"))
+
+
+def test_kernels_as_a_table(dgq_command: Run, tiny_checkpoint: Path) -> None:
+    run = dgq_command("bench", "--model", tiny_checkpoint, "--what", "kernels", "--repeats", 1, "--device", "cpu")
+    assert run.returncode == 0, run.stderr
+    assert [line for line in run.stdout.splitlines() if " dgq " in line]
+    assert "note: " in run.stderr
 
 
 def test_packages_that_are_missing_are_a_usage_error(dgq_command: Run, tmp_path: Path) -> None:

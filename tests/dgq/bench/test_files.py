@@ -138,10 +138,8 @@ def test_a_failed_task_is_told_in_one_line_and_leaves_nothing(tmp_path: Path) ->
     with pytest.raises(DgqError, match=r"writing the random files failed: .*nosuch") as caught:
         files.write("random", config={}, target=tmp_path / "out", dtype="nosuch")
     assert "\n" not in caught.value.message
-    with pytest.raises(DgqError, match=r"nowhere: has no unet nor transformer$"):
-        files.write("dgq", source=tmp_path / "nowhere", target=tmp_path / "out", wbits=8)
     with pytest.raises(DgqError, match=r"^the UNet's configuration cannot be used"):
-        files.write("random", config={"down_block_types": ["NoBlock"]}, target=tmp_path / "out", dtype="float32")
+        files.random_model({"down_block_types": ["NoBlock"]}, str(tmp_path / "out"), "float32")
     assert list(tmp_path.iterdir()) == []
 
 
