@@ -142,7 +142,7 @@ def _of_model(
             label = f"dgq {model.header.recipe.label.removeprefix('integer ')}"
             simulated = 10.0 if model.header.method.simulated else PACKED
             _add(plan, parts, label, model.folder, dtype, own, simulated)
-        rows, more = _measured(plan, parts, str(model.folder), model.base, options, progress)
+        rows, more = _measured(plan, parts, str(model.folder), Path(model.name).name, options, progress)
     return rows, [*notes, *more]
 
 

@@ -73,7 +73,7 @@ def test_pictures_of_a_checkpoint_as_json_and_csv(dgq_command: Run, tiny_checkpo
     rows = json.loads(run.stdout)["rows"]
     whole = {row["system"]: row for row in rows if row["table"] == "picture"}
     assert list(whole) == ["float32", "bfloat16", "dgq W4A8"]
-    assert {row["case"] for row in whole.values()} == {"tiny picture, 16 x 16, 2 steps, guidance 7.5"}
+    assert {row["case"] for row in whole.values()} == {"tiny-w4a8 picture, 16 x 16, 2 steps, guidance 7.5"}
     for system, row in whole.items():
         parts = {
             one["case"].split(": ")[1]: one["p50_ms"]
