@@ -449,9 +449,8 @@ def picture() -> str:
         )
     if not lines:
         lines.append(("**not measured yet**", *[""] * 10))
-    return table(
-        ("picture", "machine", "system", "whole", "float32's / its", *PICTURE_PARTS[:-1], "loading", "peak memory"), lines
-    )
+    header = ("picture", "machine", "system", "whole", "float32's / its", *PICTURE_PARTS[:-1], "loading", "peak memory")
+    return table(header, lines)
 
 
 TUNED = {
