@@ -422,6 +422,37 @@ def models() -> str:
     return table(header, lines)
 
 
+PICTURE_PARTS = ("text", "steps", "decoder", "PNG", "load")
+
+
+def picture() -> str:
+    """Whole pictures, every run that results.csv holds."""
+    found = [row for row in results() if row["table"] == "picture"]
+    lines = []
+    for row in found:
+        own = (row["date"], row["system"])
+        parts = (
+            next(part for part in results() if (part["date"], part["system"]) == own and part["case"] == case)
+            for case in (f"{row['case']}: {part}" for part in PICTURE_PARTS)
+        )
+        bold = "**" if row["system"].startswith("dgq") else ""
+        lines.append(
+            (
+                f"{row['model']}, {row['case'].partition(' picture, ')[2]}",
+                f"{row['cpu']}, {row['backend']}, {row['threads']} threads",
+                f"{bold}{row['system']}{bold}",
+                f"{bold}{seconds(row)}{bold}",
+                f"{1 / float(row['ratio_to_float32']):.2f}",
+                *(seconds(part) for part in parts),
+                memory(row["peak_rss_mib"]),
+            )
+        )
+    if not lines:
+        lines.append(("**not measured yet**", *[""] * 10))
+    header = ("picture", "machine", "system", "whole", "float32's / its", *PICTURE_PARTS[:-1], "loading", "peak memory")
+    return table(header, lines)
+
+
 TUNED = {
     "untuned": "untuned",
     "tune": "**`dgq tune`**",
@@ -565,6 +596,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-embedded": step_embedded,
     "step-sd": step_sd,
     "step-short": step_short,
+    "picture": picture,
     "products": products,
     "compiled": compiled,
     "predicted": predicted,

@@ -23,7 +23,8 @@ DEFAULT_NETWORK = FAMILIES[0].network
 
 
 def architecture(name: str, pixels: int | None = None) -> Architecture:
-    """The architecture of this name, or of a network's config.json (called with two samples).
+    """The architecture of this name, or of a network's config.json (called with two samples), which may hold a
+    "pipeline" too.
 
     Args:
         name: of ARCHITECTURES, or a path.
@@ -39,7 +40,8 @@ def architecture(name: str, pixels: int | None = None) -> Architecture:
     if name.endswith(".json"):
         config = read_json(Path(name))
         config.pop("quantization_config", None)
-        return Architecture(config, 2, config.get("_class_name", DEFAULT_NETWORK))
+        pipeline = config.pop("pipeline", None)
+        return Architecture(config, 2, config.get("_class_name", DEFAULT_NETWORK), pipeline=pipeline)
     if name not in ARCHITECTURES:
         raise DgqError(
             f"architecture {name!r} is not one of {', '.join(ARCHITECTURES)}",
@@ -69,6 +71,20 @@ def network(which: Architecture) -> nn.Module:
         raise DgqError(f"{which.network} is no network that dgq works with", f"dgq works with {known}")
     net: nn.Module = family.skeleton(which.config)
     return net
+
+
+def pipeline(which: Architecture, name: str) -> dict[str, Any]:
+    """What stands around an architecture's network (`Architecture.pipeline`).
+
+    Raises:
+        DgqError: it is not known.
+    """
+    if not isinstance(which.pipeline, dict):
+        known = ", ".join(known for known, one in ARCHITECTURES.items() if one.pipeline is not None)
+        raise DgqError(
+            f"{name}: what stands around the network in a pipeline is not known", f"whole pictures are drawn of {known}"
+        )
+    return which.pipeline
 
 
 def random_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

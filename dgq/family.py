@@ -35,6 +35,8 @@ class Architecture:
         network: diffusers' class.
         tokens: of the text; None for the family's.
         pixels: height and width of the picture; None for the network's default size.
+        pipeline: what its model_index.json says, with a component's configuration (and `_class_name`) in the place of
+            its class, but for network and tokenizers; and its "steps" and "guidance". None where it is not known.
     """
 
     config: dict[str, Any]
@@ -42,6 +44,7 @@ class Architecture:
     network: str
     tokens: int | None = None
     pixels: int | None = None
+    pipeline: dict[str, Any] | None = None
 
 
 class Family:

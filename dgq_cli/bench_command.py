@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import DeviceOption, JsonOption, ModelOption, StageProgress, err, print_json
+from .common import DeviceOption, JsonOption, ModelOption, StageProgress, err, finite, print_json
 
 if TYPE_CHECKING:
     from dgq.bench import Report, Row
 
-STAGES = {"kernels": "kernels", "files": "files", "load": "load", "step": "step"}
+STAGES = {stage: stage for stage in ("kernels", "files", "load", "step", "picture")}
 # of dgq.architectures.ARCHITECTURES
 NAMES = (
-    "sd-v1.4, sdxl-turbo, sd3.5-medium, sd3.5-large, flux.1-dev, flux.1-schnell, flux.2-klein-4b, flux.2-klein-9b, "
-    "pixart-alpha, pixart-sigma, z-image, qwen-image, sana-1.6b"
+    "sd-v1.4, sd-turbo, sdxl-turbo, sd3.5-medium, sd3.5-large, flux.1-dev, flux.1-schnell, flux.2-klein-4b, "
+    "flux.2-klein-9b, pixart-alpha, pixart-sigma, z-image, qwen-image, sana-1.6b"
 )
 # in the order of dgq.bench.Row
 COLUMNS = ("p20 ms", "p50 ms", "p80 ms", "x float32")
@@ -33,16 +33,32 @@ def command(
         typer.Option(metavar="NAME", help="Measure nothing: bounds of a step on GPUs, of what --arch takes."),
     ] = None,
     pixels: Annotated[
-        int | None, typer.Option(metavar="N", help="Of --arch and --predict: the picture's height and width.")
+        int | None,
+        typer.Option(metavar="N", help="Of --arch, --predict and --what picture: the picture's height and width."),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Weight bits, 4 or 8, where the model is a float model.")] = None,
-    what: Annotated[str, typer.Option(help="kernels (single layers), step (whole calls) or all.")] = "all",
+    what: Annotated[
+        str,
+        typer.Option(help="kernels (single layers), step (whole calls), all of these; or picture, from prompt to PNG."),
+    ] = "all",
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Of --what picture: sampler steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(callback=finite, help="Of --what picture: guidance scale; 1 or less for none.")
+    ] = None,
+    text_encoder: Annotated[
+        str, typer.Option(help="Of --what picture, where the model is a float model: float or int8.")
+    ] = "float",
     shapes: Annotated[str, typer.Option(help="Layers of the model, or also large ones of Stable Diffusion.")] = "model",
-    repeats: Annotated[int, typer.Option(min=1, max=100_000, metavar="N", help="Timed calls of each system.")] = 20,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, max=100_000, metavar="N", help="Timed calls of each system; default 20, of pictures 3."),
+    ] = None,
     peers: Annotated[
         str | None,
         typer.Option(
-            "--with", metavar="LIST", help="Beside the step: openvino, torchao, sdnq (commas between) or all."
+            "--with",
+            metavar="LIST",
+            help="Beside the step: openvino, torchao, sdnq (commas between) or all; beside pictures openvino.",
         ),
     ] = None,
     compiled: Annotated[
@@ -56,7 +72,7 @@ def command(
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to a CSV file.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Time quantized layers and whole steps beside float ones, in turns; says so where quantized is slower."""
+    """Time quantized layers, steps or whole pictures beside float ones, in turns; says so where quantized is slower."""
     if predict is not None:
         from dgq.bench.predict import predict_step, text, to_dict
 
@@ -66,10 +82,14 @@ def command(
         else:
             typer.echo(text(predictions, products=True))
         return
-    if pixels is not None and arch is None:
-        raise typer.BadParameter("--pixels goes with --arch and --predict")
+    drawn = what == "picture"
+    if pixels is not None and arch is None and not drawn:
+        raise typer.BadParameter("--pixels goes with --arch, --predict and --what picture")
+    if not drawn and (steps is not None or guidance is not None or text_encoder != "float"):
+        raise typer.BadParameter("--steps, --guidance and --text-encoder go with --what picture")
     _check("--bits", bits, (4, 8, None))
-    _check("--what", what, ("kernels", "step", "all"))
+    _check("--text-encoder", text_encoder, ("float", "int8"))
+    _check("--what", what, ("kernels", "step", "all", "picture"))
     _check("--shapes", shapes, ("model", "large"))
     from dgq.bench import bench, chosen_peers
     from dgq.bench.rows import check_csv
@@ -88,6 +108,9 @@ def command(
             pixels=pixels,
             what=what,
             bits=bits,
+            steps=steps,
+            guidance=guidance,
+            text_encoder=text_encoder == "int8",
             repeats=repeats,
             large=shapes == "large",
             peers=peers,
@@ -120,10 +143,12 @@ def _print(report: Report) -> None:
     for table, extra in (
         ("kernels", ("GOPS", "of peak")),
         ("step", ("error", "weights MiB", "disk MiB", "peak RSS MiB")),
+        ("picture", ("error", "weights MiB", "disk MiB", "peak RSS MiB")),
     ):
         rows = [row for row in report.rows if row.table == table]
         if rows:
             _print_table(rows, extra)
+    _print_parts([row for row in report.rows if row.table == "part"])
     for note in report.notes:
         err.print(f"note: {note}", soft_wrap=True)
 
@@ -145,6 +170,20 @@ def _print_table(rows: list[Row], extra: tuple[str, ...]) -> None:
         cells = [*times, _number(row.ratio_to_float32, 2), *values]
         line = "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         typer.echo(f"{row.case:<{cases}}  {row.system:<{systems}}{line}")
+
+
+def _print_parts(rows: list[Row]) -> None:
+    """A line for each system, with the median of each part of its pictures."""
+    systems = list(dict.fromkeys(row.system for row in rows))
+    if not systems:
+        return
+    width = max(map(len, systems))
+    names = dict.fromkeys(row.case.rpartition(": ")[2] for row in rows)
+    titles = [f"{name} ms" for name in names]
+    typer.echo(f"\n{'system':<{width}}" + "".join(f" {title:>12}" for title in titles))
+    for system in systems:
+        cells = (f"{row.p50_ms:.1f}" for row in rows if row.system == system)
+        typer.echo(f"{system:<{width}}" + "".join(f" {cell:>12}" for cell in cells))
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -113,3 +113,58 @@ def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("configs") / "small.json"
     file.write_text(json.dumps(config))
     return file
+
+
+@pytest.fixture(scope="session")
+def small_picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A UNet's config.json as SDXL-Turbo's, at a width that a test can afford, with the pipeline around it."""
+    text = {
+        "_class_name": "CLIPTextModel",
+        "vocab_size": 600,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "bos_token_id": 598,
+        "eos_token_id": 599,
+        "pad_token_id": 599,
+    }
+    pipeline = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": True,
+        "text_encoder": text,
+        "text_encoder_2": {
+            **text,
+            "_class_name": "CLIPTextModelWithProjection",
+            "hidden_size": 64,
+            "projection_dim": 64,
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": [16, 32],
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "norm_num_groups": 8,
+        },
+        "scheduler": {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
+        "steps": 1,
+        "guidance": 0.0,
+    }
+    config = {
+        "sample_size": 8,
+        "block_out_channels": [32, 64],
+        "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "cross_attention_dim": 96,
+        "attention_head_dim": [2, 4],
+        "norm_num_groups": 8,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 112,
+        "pipeline": pipeline,
+    }
+    file = tmp_path_factory.mktemp("configs") / "picture.json"
+    file.write_text(json.dumps(config))
+    return file

@@ -26,7 +26,7 @@ WARM_UP = 2
 GRAPH_CALLS = 20
 FACTS = ("date", "model", "dgq", "torch", "cpu", "cores", "threads", "isa", "device", "backend")
 
-Table = Literal["kernels", "step"]
+Table = Literal["kernels", "step", "picture", "part"]
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Row:
 
     Attributes:
         system: "float32", "bfloat16" ("float16" on CUDA), "dgq W4A8" and the like.
-        case: the layer's shape, or "step".
+        case: the layer's shape, or the model and "step", "picture", or a part of a picture.
         p20_ms, p50_ms, p80_ms: percentiles of the time of one call, in ms.
         ratio_to_float32: p50_ms over float32's p50_ms in the same turns; below 1 is faster than float32.
         relative_error: norm of the output's difference to float32 over the norm of float32's output.
-        disk_mib: the network's files that were loaded.
-        peak_rss_mib: peak resident memory of a process that only loads the network and runs steps; on CUDA what it took
-            of the device's.
-        weights_mib: the network's weights in memory, with what a backend keeps beside them.
+        disk_mib: the weight files that were loaded: the network's, for a picture all of the pipeline's.
+        peak_rss_mib: peak resident memory of a process that only loads the network and runs steps, or the pipeline and
+            draws; on CUDA what it took of the device's.
+        weights_mib: the weights in memory, with what a backend keeps beside them: the network's, or all.
         gops: 10^9 operations a second (2 a multiply-accumulate) at p50_ms.
         peak_fraction: of an int8 product: gops over the machine's int8 peak (`layers.int8_peak`).
         packages: names and versions of what ran it beside torch and dgq.
-        table: "kernels" or "step".
+        table: "kernels", "step", "picture" (from prompt to PNG), or "part" (of a picture; or loading, measured once).
     """
 
     system: str
@@ -209,7 +209,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def verdicts(rows: Sequence[Row], device: torch.device) -> list[str]:
     """Plain sentences on how each dgq system compares with float32 and with the fastest other system."""
-    steps = [row for row in rows if row.table == "step"]
+    steps = [row for row in rows if row.table in ("step", "picture")]
     others = {row.system: row for row in steps if not row.system.startswith("dgq")}
     if "float32" not in others:
         return []

@@ -26,6 +26,7 @@ from ..pictures.prompts import evaluation_prompts
 from ..progress import Progress, silent
 from ..replay import record_inputs
 from ..version import __version__
+from .drawing import Subject
 from .files import Call, save_calls, write
 from .rows import Row, dtype_name, half_dtype, verdicts
 from .systems import PEERS, Size, System, measure
@@ -60,31 +61,34 @@ class Options:
 
 
 @dataclass
-class _Plan:
+class Plan:
     """The systems to measure and the files still to be written for them.
 
     Attributes:
         root: folder of what is written.
         device: where the systems run.
+        subject: the picture that they draw; None for steps.
         systems: in the order of the rows.
-        tasks: (path below root, what `files.write` takes); a path that exists is not written again.
+        tasks: (path below root, bytes per parameter, what `files.write` takes); a path that exists is not written
+            again.
     """
 
     root: Path
     device: torch.device
+    subject: Subject | None = None
     systems: list[System] = field(default_factory=list)
-    tasks: list[tuple[Path, str, dict[str, Any]]] = field(default_factory=list)
+    tasks: list[tuple[Path, float, str, dict[str, Any]]] = field(default_factory=list)
 
-    def file(self, path: str, task: str, **arguments: Any) -> Path:
-        """A folder below root that a task writes."""
+    def file(self, path: str, stored: float, task: str, **arguments: Any) -> Path:
+        """A folder below root that a task writes, of so many bytes per parameter."""
         target = self.root / path
-        self.tasks.append((target, task, arguments))
+        self.tasks.append((target, stored, task, arguments))
         return target
 
     def spec(self, kind: str, folder: Path, dtype: str) -> Spec:
-        """A spec on the measured calls."""
+        """A spec on the measured calls, or picture."""
         calls, device = str(self.root / "calls.safetensors"), str(self.device)
-        return Spec(kind, str(folder), dtype, calls, device, torch.get_num_threads())
+        return Spec(kind, str(folder), dtype, calls, device, torch.get_num_threads(), self.subject)
 
     @property
     def loaded(self) -> str:
@@ -109,16 +113,35 @@ class _Plan:
         if "sdnq" in options.peers:
             self.systems.append(System("sdnq int8", both["sdnq"], packages=PEERS["sdnq"]))
         if "openvino" in options.peers:
-            calls, calibration = self.root / "calls.safetensors", self.root / "calibration.safetensors"
-            made = self.file("openvino", "OpenVINO", source=full, calls=calls)
-            int8 = self.file("nncf", "NNCF", source=made / "float32", calls=calibration)
+            single, double, int8 = self._openvino(full)
             runtime, quantizer = PEERS["openvino"]
             for name, folder, dtype, packages in (
-                ("OpenVINO float32", made / "float32", "float32", (runtime,)),
-                ("OpenVINO bfloat16", made / "float16", "bfloat16", (runtime,)),
+                ("OpenVINO float32", single, "float32", (runtime,)),
+                ("OpenVINO bfloat16", double, "bfloat16", (runtime,)),
                 ("OpenVINO NNCF int8", int8, "", (runtime, quantizer)),
             ):
                 self.systems.append(System(name, (self.spec("openvino", folder, dtype),), packages=packages))
+
+    def _openvino(self, full: Path) -> tuple[Path, Path, Path]:
+        """OpenVINO's models of a float one: for float32, for bfloat16, in int8."""
+        if self.subject is not None:  # of each part one, from which both float types run
+            settings = self.subject.settings
+            other = {**settings, "steps": min(RECORDED_STEPS, settings["steps"]), "seed": settings["seed"] + 1}
+            kind = "-".join(str(other[name]) for name in ("width", "height", "steps", "guidance"))
+            made = self.file(
+                f"openvino-{kind}",
+                2.0,
+                "OpenVINO pipeline",
+                source=full,
+                settings=other,
+                prompt=self.subject.prompt,
+                dtype=dtype_name(half_dtype(self.device)),
+            )
+            return made, made, self.file(f"nncf-{kind}", 1.1, "NNCF pipeline", source=made)
+        calls, calibration = self.root / "calls.safetensors", self.root / "calibration.safetensors"
+        made = self.file("openvino", 6.0, "OpenVINO", source=full, calls=calls)
+        int8 = self.file("nncf", 1.1, "NNCF", source=made / "float32", calls=calibration)
+        return made / "float32", made / "float16", int8
 
     def write(self, progress: Progress) -> list[str]:
         """Write what is missing; a system whose files failed is dropped. Returns what to know about it.
@@ -127,12 +150,12 @@ class _Plan:
             DgqError: the files of float32 or of a dgq system failed.
         """
         notes: list[str] = []
-        for i, (target, task, arguments) in enumerate(self.tasks):
+        for i, (target, _, task, arguments) in enumerate(self.tasks):
             if not target.exists():
                 try:
                     write(task, target=target, **arguments)
                 except DgqError as error:
-                    if task in ("random", "dgq"):
+                    if not task.startswith(("OpenVINO", "NNCF")):
                         raise
                     notes.append(f"{task} failed: {error.message}")
                     self.systems = [
@@ -155,14 +178,7 @@ class _Plan:
                 f"{name} takes {needed / 2**30:.1f} GiB in float32, {free / 2**30:.1f} GiB are free",
                 "run it on a larger machine",
             )
-        # bytes per parameter: OpenVINO's in float32 and float16
-        each = {"OpenVINO": 6.0, "NNCF": 1.1}
-        sizes = {
-            "random": lambda arguments: getattr(torch, arguments["dtype"]).itemsize,
-            "dgq": lambda arguments: arguments["wbits"] / 8 + 0.1,
-        }
-        missing = [(task, arguments) for target, task, arguments in self.tasks if not target.exists()]
-        stored = size.parameters * sum(sizes[task](a) if task in sizes else each[task] for task, a in missing)
+        stored = size.parameters * sum(each for target, each, _, _ in self.tasks if not target.exists())
         room = shutil.disk_usage(self.root).free
         if stored > room:
             raise DgqError(
@@ -173,7 +189,7 @@ class _Plan:
 
 
 @contextlib.contextmanager
-def _folder(work: Path | None, name: str) -> Iterator[Path]:
+def work_folder(work: Path | None, name: str) -> Iterator[Path]:
     """A temporary folder, or one below `work` that stays."""
     if work is None:
         with tempfile.TemporaryDirectory(prefix="dgq-bench-") as temporary:
@@ -217,13 +233,16 @@ def bench_architecture(
 
     content = json.dumps([__version__, which.config, which.batch], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-    with _folder(options.work, f"{Path(name).stem}-{digest}") as root:
-        plan = _Plan(root, options.device)
+    with work_folder(options.work, f"{Path(name).stem}-{digest}") as root:
+        plan = Plan(root, options.device)
         config = {**which.config, "_class_name": which.network}
-        full, lower = (plan.file(dtype, "random", config=config, dtype=dtype) for dtype in ("float32", half))
+        full, lower = (
+            plan.file(dtype, getattr(torch, dtype).itemsize, "random", config=config, dtype=dtype)
+            for dtype in ("float32", half)
+        )
         plan.floats(full, lower, options)
         for wbits in bits:
-            folder = plan.file(f"dgq-w{wbits}a8", "dgq", source=full, wbits=wbits)
+            folder = plan.file(f"dgq-w{wbits}a8", wbits / 8 + 0.1, "dgq", source=full, wbits=wbits)
             spec = plan.spec(plan.loaded, folder, half)
             plan.systems.append(System(f"dgq W{wbits}A8", (spec,), bytes_per_parameter=DGQ_BYTES[wbits]))
         free = plan.check(size, name)
@@ -234,12 +253,12 @@ def bench_architecture(
             f"{Path(name).name} has random weights: speed and memory are the model's, errors are not",
             f"float32 and {half} are channels-last; the dgq systems take and return {half} activations",
             "peak memory counts the pages of weight files that were read, also those no longer needed",
-            *_peer_notes(options.peers),
+            *peer_notes(options.peers),
             *plan.write(progress),
         ]
         case = f"{Path(name).name} step"
         rows, more = measure(plan.systems, case, size, options.repeats, free, progress)
-    return rows, [*notes, *more, *_cpu_notes(options.device), *verdicts(rows, options.device)]
+    return rows, [*notes, *more, *cpu_notes(options.device), *verdicts(rows, options.device)]
 
 
 def bench_step(
@@ -276,16 +295,17 @@ def bench_step(
     size = Size.of(family_at(folder).skeleton(config))
     # what `dgq.load` takes by default
     work_dtype = dtype_name(half_dtype(options.device) if options.device.type == "cuda" else torch.float32)
-    with _folder(None, "") as root:
-        plan = _Plan(root, options.device)
+    with work_folder(None, "") as root:
+        plan = Plan(root, options.device)
         if float_folder is None:
-            source = plan.file("float32", "random", config=config, dtype="float32")
+            source = plan.file("float32", 4.0, "random", config=config, dtype="float32")
         else:
             source = float_folder
         plan.floats(source, source, options)
         if header is None:
             wbits = bits or 4
-            label, quantized = f"dgq W{wbits}A8", plan.file("dgq", "dgq", source=source, wbits=wbits)
+            label = f"dgq W{wbits}A8"
+            quantized = plan.file("dgq", wbits / 8 + 0.1, "dgq", source=source, wbits=wbits)
             notes.append(
                 f"{label} was quantized on the fly, to nearest and without calibration: speed does not depend on the "
                 "rounding, but `dgq calibrate` gives smaller errors and may treat outlier channels at a small cost"
@@ -304,11 +324,11 @@ def bench_step(
         calls = _record(float_folder or folder, options.device)
         save_calls(calls, root / "calls.safetensors")
         save_calls(calls, root / "calibration.safetensors")
-        notes += [*_peer_notes(options.peers), *plan.write(progress)]
+        notes += [*peer_notes(options.peers), *plan.write(progress)]
         rows, more = measure(plan.systems, f"{family_at(folder).title} step", size, options.repeats, free, progress)
     if header is not None and simulated:
         notes.append(f"the {header.recipe.name} recipe is simulated in float: it is never faster than the float model")
-    return rows, [*notes, *more, *_cpu_notes(options.device), *verdicts(rows, options.device)]
+    return rows, [*notes, *more, *cpu_notes(options.device), *verdicts(rows, options.device)]
 
 
 def _record(folder: Path, device: torch.device) -> list[Call]:
@@ -321,7 +341,7 @@ def _record(folder: Path, device: torch.device) -> list[Call]:
     return calls
 
 
-def _peer_notes(peers: Sequence[str]) -> list[str]:
+def peer_notes(peers: Sequence[str]) -> list[str]:
     notes = []
     if "torchao" in peers or "sdnq" in peers:
         notes.append("torchao and sdnq quantize the float files while they load: disk and peak memory are those")
@@ -330,7 +350,7 @@ def _peer_notes(peers: Sequence[str]) -> list[str]:
     return notes
 
 
-def _cpu_notes(device: torch.device) -> list[str]:
+def cpu_notes(device: torch.device) -> list[str]:
     flags = isa_flags()
     if device.type == "cpu" and "avx2" in flags and not {"avx512_bf16", "amx_bf16"} & set(flags):
         return ["this CPU has no bfloat16 instructions: bfloat16 is emulated"]

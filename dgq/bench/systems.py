@@ -1,4 +1,4 @@
-"""Whole steps of several systems: every one in a process of its own, all of them asked for a step in turns.
+"""Whole steps, or pictures, of several systems: every one in a process of its own, all of them asked in turns.
 
 One process would give the systems one allocator and several pools of threads that get in each other's way, and tell
 no system's own peak memory.
@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..checkpoint.reading import network_bytes
+from ..checkpoint.reading import components, network_bytes, weight_files
 from ..errors import DgqError
 from ..progress import Progress, silent
 from ..self_test import relative_error
+from .drawing import PARTS
 from .files import CHILD, OPENVINO, child_environment
-from .rows import Row, interleaved, make_rows
+from .rows import Row, Table, interleaved, make_rows
 from .worker import Spec, as_json
 
 # What `--with` takes, and the packages each needs.
@@ -65,22 +66,24 @@ PAUSE = 0.02
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a network: all, and those of convolutions that float systems copy to lay them out channels-last."""
+    """Parameters: all, and those of convolutions that float systems copy to lay them out channels-last; and bytes of
+    what is computed beside them."""
 
     parameters: int
     convolutions: int = 0
+    computed: float = 0.0
 
     @classmethod
-    def of(cls, network: nn.Module) -> Size:
-        """That of a model, which may be on the meta device."""
-        values = list(network.parameters())
+    def of(cls, *networks: nn.Module) -> Size:
+        """That of models, which may be on the meta device."""
+        values = [value for network in networks for value in network.parameters()]
         copied = (value for value in values if value.dim() == 4 and value.shape[2:].numel() > 1)
         return cls(sum(value.numel() for value in values), sum(value.numel() for value in copied))
 
 
 @dataclass(frozen=True)
 class System:
-    """One row of a step table.
+    """One row of a table of steps, or of pictures.
 
     Attributes:
         name: of the row; with several specs, the chosen dtype is added.
@@ -107,17 +110,20 @@ class System:
         """Bytes of memory its process may take, loading included."""
         spec = self.specs[0]
         if self.bytes_per_parameter is not None:
-            return OVERHEAD + self.bytes_per_parameter * size.parameters
+            return OVERHEAD + size.computed + self.bytes_per_parameter * size.parameters
         copied = 0 if spec.kind == "openvino" else getattr(torch, spec.dtype).itemsize * size.convolutions
-        return OVERHEAD + BYTES[spec.kind, spec.dtype] * size.parameters + copied
+        return OVERHEAD + size.computed + BYTES[spec.kind, spec.dtype] * size.parameters + copied
 
     @property
     def stored_bytes(self) -> int:
-        """The network's files that it loads."""
-        folder = Path(self.specs[0].folder)
-        if self.specs[0].kind == "openvino":
-            return (folder / OPENVINO.with_suffix(".bin")).stat().st_size
-        return network_bytes(folder)
+        """The weight files that it loads: the network's, for a picture all of the pipeline's."""
+        spec = self.specs[0]
+        folder = Path(spec.folder)
+        if spec.kind == "openvino":
+            return sum(file.stat().st_size for file in folder.rglob(str(OPENVINO.with_suffix(".bin"))))
+        if spec.picture is None:
+            return network_bytes(folder)
+        return sum(file.stat().st_size for name in components(folder) for file in weight_files(folder / name))
 
     @property
     def versions(self) -> str:
@@ -170,14 +176,16 @@ class Worker:
                 self.close()
                 raise
         self.warm_ms: float = facts["ms"]
+        self.load_ms: float = facts.get("load_ms", math.nan)  # of a picture's pipeline
+        self.parts: dict[str, list[float]] = {part: [] for part in PARTS}  # milliseconds in each picture drawn
         self.weight_bytes: int | None = facts["weight_bytes"]
         self.peak_rss_bytes: int = facts["peak_rss_bytes"]
 
     def run(self) -> float:
-        """Milliseconds of one step.
+        """Milliseconds of one step or picture.
 
         Raises:
-            DgqError: the step failed, or the process ended.
+            DgqError: it failed, or the process ended.
         """
         time.sleep(PAUSE)
         assert self._child.stdin is not None
@@ -186,6 +194,8 @@ class Worker:
             self._child.stdin.flush()
         facts = self._answer()
         self.peak_rss_bytes = facts["peak_rss_bytes"]
+        for part, ms in facts.get("parts", {}).items():
+            self.parts[part].append(ms)
         return float(facts["ms"])
 
     def _answer(self) -> dict[str, Any]:
@@ -226,16 +236,19 @@ def measure(
     repeats: int,
     free: float = math.inf,
     progress: Progress = silent,
+    table: Table = "step",
 ) -> tuple[list[Row], list[str]]:
-    """Time a step of every system, interleaved; in groups, each with float32, where not all fit into memory.
+    """Time a step or a picture of every system, interleaved; in groups, each with float32, where not all fit into
+    memory.
 
     Args:
         systems: the first is "float32", the others are set beside it.
         case: of the rows.
-        size: of the network.
-        repeats: steps of each system that count.
+        size: of the network, or of all that draws.
+        repeats: steps or pictures of each system that count.
         free: bytes of memory.
-        progress: told of "load" and "step".
+        progress: told of "load" and of the table.
+        table: "step" or "picture"; a picture's rows are followed by those of its parts.
 
     Returns:
         The rows, in the order of `systems`, and what to know about them: systems that failed or did not fit, groups.
@@ -244,7 +257,7 @@ def measure(
         DgqError: float32 failed.
     """
     base, *waiting = systems
-    rows: dict[str, Row] = {}
+    rows: dict[str, list[Row]] = {}
     notes: list[str] = []
     groups: list[list[str]] = []
     warm: dict[str, float] = {}  # dtype -> ms, uncompiled
@@ -285,20 +298,25 @@ def measure(
                         warm[system.specs[0].dtype] = worker.warm_ms
                 if len(group) == 1 and rows:
                     continue  # all failed: float32 has its row already
-                found = _turns(group, case, repeats, notes, progress)
+                found = _turns(group, case, repeats, notes, progress, table)
                 rows = {**found, **rows}  # float32's row is that of the first group
                 groups.append([name for name in found if name != base.name])
     groups = [names for names in groups if names]
     if len(groups) > 1:
         text = "; ".join(", ".join(names) for names in groups)
         notes.append(f"memory did not suffice for all systems at once: {text} ran in turns, each group with float32")
-    return sorted(rows.values(), key=lambda row: order[row.system]), notes
+    return [row for system in sorted(rows, key=lambda name: order[name]) for row in rows[system]], notes
 
 
 def _turns(
-    group: Mapping[str, tuple[System, Worker]], case: str, repeats: int, notes: list[str], progress: Progress
-) -> dict[str, Row]:
-    """The rows of systems that are loaded."""
+    group: Mapping[str, tuple[System, Worker]],
+    case: str,
+    repeats: int,
+    notes: list[str],
+    progress: Progress,
+    table: Table,
+) -> dict[str, list[Row]]:
+    """The rows of systems that are loaded, by system."""
     base, (_, reference) = next(iter(group.items()))
 
     def lost(name: str, error: DgqError) -> None:
@@ -308,15 +326,15 @@ def _turns(
 
     timers = {name: worker.run for name, (_, worker) in group.items()}
     # the workers are warm
-    times = interleaved(timers, repeats, 0, lambda done, total: progress("step", done, total, ""), lost)
-    rows = {}
-    for row in make_rows(case, times, "step"):
+    times = interleaved(timers, repeats, 0, lambda done, total: progress(table, done, total, ""), lost)
+    rows: dict[str, list[Row]] = {}
+    for row in make_rows(case, times, table):
         system, worker = group[row.system]
         error = relative_error(worker.output, reference.output) if system.comparable else None
         if error == math.inf:
             error = None
             notes.append(f"the output of {row.system} holds values that are not finite")
-        rows[row.system] = dataclasses.replace(
+        row = dataclasses.replace(
             row,
             relative_error=error,
             disk_mib=system.stored_bytes / 2**20,
@@ -324,4 +342,12 @@ def _turns(
             packages=system.versions,
             weights_mib=None if worker.weight_bytes is None else worker.weight_bytes / 2**20,
         )
+        rows[row.system] = [row]
+    if table == "picture":
+        workers = {name: group[name][1] for name in times}
+        parts = {part: {name: worker.parts[part][-repeats:] for name, worker in workers.items()} for part in PARTS}
+        parts["load"] = {name: [worker.load_ms] for name, worker in workers.items()}
+        for part, own in parts.items():
+            for row in make_rows(f"{case}: {part}", own, "part"):
+                rows[row.system].append(row)
     return rows

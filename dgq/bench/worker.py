@@ -1,7 +1,8 @@
-"""One system in a process of its own: it loads, warms up, and answers every line on its stdin with the time of a step.
+"""One system in a process of its own: it loads, warms up, and answers every line on its stdin with the time of a step,
+or of a whole picture.
 
 Answers are JSON objects, one a line: first {"load": {...}}, then {"ms": ..., "peak_rss_bytes": ...} for every line
-asked; or {"error": reason}, and the process ends. So does it at the end of stdin.
+asked, with {"parts": {...}} for a picture; or {"error": reason}, and the process ends. So does it at the end of stdin.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,8 @@ from ..integer.layer import IntegerLayer
 from ..integer.shared_input import prepare_all
 from ..integer.stored import StoredWeight
 from ..replay import predicted, take_apart
-from .files import OPENVINO, Call, load_calls, load_network
+from .drawing import Stopwatch, Subject, float_or_dgq, load_classes, openvino_pipeline
+from .files import Call, load_calls, load_network, openvino_request
 from .rows import WARM_UP, timed
 
 
@@ -43,6 +46,7 @@ class Spec:
             "" for its own choice.
         calls: file of `files.save_calls`; all give the output, the middle one is timed.
         device, threads: where it runs.
+        picture: what it draws, with the whole pipeline in `folder`; None for calls of the network.
     """
 
     kind: str
@@ -51,6 +55,7 @@ class Spec:
     calls: str
     device: str = "cpu"
     threads: int = 1
+    picture: Subject | None = None
 
 
 Step = Callable[[Call], Tensor]
@@ -146,14 +151,7 @@ def _load_sdnq(spec: Spec) -> tuple[Step, Any]:
 
 
 def _load_openvino(spec: Spec) -> tuple[Step, Any]:
-    import openvino
-
-    options: dict[str, Any] = {"INFERENCE_NUM_THREADS": spec.threads, "PERFORMANCE_HINT": "LATENCY"}
-    if spec.dtype:
-        options["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[spec.dtype]
-    core = openvino.Core()
-    model = core.compile_model(core.read_model(Path(spec.folder) / OPENVINO), "CPU", options)
-    request = model.create_infer_request()
+    request = openvino_request(Path(spec.folder), spec.dtype, spec.threads)
 
     def step(call: Call) -> Tensor:
         # the arrays are the call's own memory: nothing is copied
@@ -171,6 +169,31 @@ LOADERS: dict[str, Callable[[Spec], tuple[Step, Any]]] = {
     "sdnq": _load_sdnq,
     "openvino": _load_openvino,
 }
+
+
+def _pipeline(spec: Spec, subject: Subject) -> Any:
+    """The pipeline of a system, of a kind "torch", "graph" or "openvino"."""
+    folder, base = Path(spec.folder), Path(subject.base)
+    if spec.kind == "openvino":
+        return openvino_pipeline(folder, base, spec.dtype, spec.threads)
+    return float_or_dgq(folder, getattr(torch, spec.dtype), torch.device(spec.device), spec.kind == "graph")
+
+
+def _serve_pictures(spec: Spec, subject: Subject, output: str, answer: Callable[..., None]) -> None:
+    device = torch.device(spec.device)
+    load_classes(Path(subject.base))
+    begin = time.perf_counter()
+    pipe = _pipeline(spec, subject)
+    load_ms = 1000 * (time.perf_counter() - begin)
+    watch = Stopwatch(pipe, subject, device)
+    picture, warm, _ = watch.draw()
+    np.save(output, np.asarray(picture.image, dtype=np.float32))
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    weights = None if spec.kind == "openvino" else sum(map(weight_bytes, modules))
+    answer(load={"ms": warm, "load_ms": load_ms, "weight_bytes": weights, "peak_rss_bytes": peak_memory(device)})
+    for _ in sys.stdin:
+        _, ms, parts = watch.draw()
+        answer(ms=ms, parts=parts, peak_rss_bytes=peak_memory(device))
 
 
 def _serve(spec: Spec, output: str, answer: Callable[..., None]) -> None:
@@ -198,11 +221,16 @@ def main(text: str, output: str) -> None:
         answers.write(json.dumps(facts) + "\n")
         answers.flush()
 
-    spec = Spec(**json.loads(text))
+    facts = json.loads(text)
+    subject = facts.pop("picture")
+    spec = Spec(**facts, picture=subject and Subject(**subject))
     torch.set_num_threads(spec.threads)
     try:
         with torch.no_grad():
-            _serve(spec, output, answer)
+            if spec.picture is not None:
+                _serve_pictures(spec, spec.picture, output, answer)
+            else:
+                _serve(spec, output, answer)
     except Exception as error:  # any library's; the parent tells it in one line
         reason = (str(error).strip().splitlines() or [""])[0]
         answer(error=reason if isinstance(error, DgqError) else f"{type(error).__name__}: {reason}")

@@ -20,6 +20,47 @@ TURBO = re.compile(r"(?<![a-z])turbo(?![a-z])")
 LIGHTNING = re.compile(r"(?<![a-z])lightning(?![a-z])")
 STEPS = re.compile(r"(?<![0-9])([1248])[-_ ]?steps?(?![a-z])")  # the ones that there are
 
+# What stands around well-known UNets.
+_VAE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+_CLIP_L = {
+    "_class_name": "CLIPTextModel",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+_OPEN_CLIP_H = {
+    "_class_name": "CLIPTextModel",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+}
+_OPEN_CLIP_BIG_G = {
+    "_class_name": "CLIPTextModelWithProjection",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+_PLAIN = {  # pipelines of Stable Diffusion 1 and 2
+    "_class_name": "StableDiffusionPipeline",
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
+
 
 class UNet(Family):
     """`UNet2DConditionModel`, in pipelines whose text encoders are CLIP's."""
@@ -44,7 +85,42 @@ class UNet(Family):
         ("samplers", "sample"),
     )
     architectures = {  # noqa: RUF012 (read only); at 512 pixels
-        "sd-v1.4": Architecture({"cross_attention_dim": 768, "sample_size": 64}, 2, NETWORK),
+        "sd-v1.4": Architecture(
+            {"cross_attention_dim": 768, "sample_size": 64},
+            2,
+            NETWORK,
+            pipeline={
+                **_PLAIN,
+                "text_encoder": _CLIP_L,
+                "vae": _VAE,
+                "scheduler": {
+                    "_class_name": "DDIMScheduler",
+                    **_BETAS,
+                    "clip_sample": False,
+                    "set_alpha_to_one": False,
+                },
+                "steps": 20,
+                "guidance": 7.5,
+            },
+        ),
+        "sd-turbo": Architecture(
+            {
+                "cross_attention_dim": 1024,
+                "sample_size": 64,
+                "attention_head_dim": (5, 10, 20, 20),
+                "use_linear_projection": True,
+            },
+            1,
+            NETWORK,
+            pipeline={
+                **_PLAIN,
+                "text_encoder": _OPEN_CLIP_H,
+                "vae": _VAE,
+                "scheduler": {"_class_name": "EulerDiscreteScheduler", **_BETAS, "timestep_spacing": "trailing"},
+                "steps": 1,
+                "guidance": 0.0,
+            },
+        ),
         "sdxl-turbo": Architecture(
             {
                 "sample_size": 64,
@@ -61,6 +137,20 @@ class UNet(Family):
             },
             1,
             NETWORK,
+            pipeline={
+                "_class_name": "StableDiffusionXLPipeline",
+                "text_encoder": _CLIP_L,
+                "text_encoder_2": _OPEN_CLIP_BIG_G,
+                "vae": {**_VAE, "scaling_factor": 0.13025},
+                "scheduler": {
+                    "_class_name": "EulerAncestralDiscreteScheduler",
+                    **_BETAS,
+                    "timestep_spacing": "trailing",
+                },
+                "force_zeros_for_empty_prompt": True,
+                "steps": 1,
+                "guidance": 0.0,
+            },
         ),
     }
 

@@ -12,7 +12,7 @@ from dgq.replay import predicted
 
 META = torch.device("meta")
 # published: of the UNets of Stable Diffusion v1.4 and SDXL-Turbo
-PARAMETERS = {"sd-v1.4": 859_520_964, "sdxl-turbo": 2_567_463_684}
+PARAMETERS = {"sd-v1.4": 859_520_964, "sd-turbo": 865_910_724, "sdxl-turbo": 2_567_463_684}
 # what their authors call them, in 1000 millions
 BILLIONS = {
     "sd3.5-medium": 2.2,
@@ -29,6 +29,7 @@ BILLIONS = {
 }
 SAMPLES = {  # of the output at the default size
     "sd-v1.4": (4, 64, 64),
+    "sd-turbo": (4, 64, 64),
     "sdxl-turbo": (4, 64, 64),
     "sd3.5-medium": (16, 128, 128),
     "sd3.5-large": (16, 128, 128),
@@ -91,7 +92,7 @@ def test_a_config_file_is_an_architecture(small_config, tmp_path):
 
 
 def test_an_unknown_architecture_and_a_bad_configuration_are_refused(small_config):
-    with pytest.raises(DgqError, match=r"not one of sd-v1\.4, sdxl-turbo"):
+    with pytest.raises(DgqError, match=r"not one of sd-v1\.4, sd-turbo, sdxl-turbo"):
         architectures.architecture("sd-v9")
     with pytest.raises(DgqError, match="cannot be used"):
         architectures.skeleton({"down_block_types": ["NoBlock"]})

@@ -65,6 +65,61 @@ def test_step_of_sdxl(dgq_command: Run, tmp_path: Path) -> None:
     assert rows[0]["disk_mib"] == (folder / "unet" / WEIGHTS_NAME).stat().st_size / 2**20
 
 
+def test_pictures_of_a_checkpoint_as_json_and_csv(dgq_command: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bench.csv"
+    asked = ["--model", tiny_checkpoint, "--steps", 2, "--repeats", 1, "--threads", 1, "--json", "--csv", file]
+    run = dgq_command("bench", "--what", "picture", "--device", "cpu", *asked)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout)["rows"]
+    whole = {row["system"]: row for row in rows if row["table"] == "picture"}
+    assert list(whole) == ["float32", "bfloat16", "dgq W4A8"]
+    assert {row["case"] for row in whole.values()} == {"tiny-w4a8 picture, 16 x 16, 2 steps, guidance 7.5"}
+    for system, row in whole.items():
+        parts = {
+            one["case"].split(": ")[1]: one["p50_ms"]
+            for one in rows
+            if one["table"] == "part" and one["system"] == system
+        }
+        assert list(parts) == ["text", "steps", "decoder", "PNG", "load"]
+        assert parts.pop("load") > 0
+        assert sum(parts.values()) == pytest.approx(row["p50_ms"])  # of one picture
+        assert row["peak_rss_mib"] > 64
+    weights = sum(path.stat().st_size for path in tiny_checkpoint.rglob("*.safetensors"))
+    assert whole["dgq W4A8"]["disk_mib"] == weights / 2**20
+    assert 0 < whole["dgq W4A8"]["relative_error"] < 1
+    with open(file, newline="", encoding="utf-8") as handle:
+        assert [row["table"] for row in csv.DictReader(handle)] == ["picture", *["part"] * 5] * 3
+
+
+@pytest.mark.slow
+def test_pictures_of_an_architecture_as_tables(dgq_command: Run, small_picture: Path) -> None:
+    run = dgq_command("bench", "--what", "picture", "--arch", small_picture, "--repeats", 1, "--device", "cpu")
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if line.startswith("picture.json picture, 16 x 16, 1 step ")]
+    assert len(lines) == 3
+    head = next(line for line in run.stdout.splitlines() if line.startswith("system"))
+    assert head.split("  ")[0] == "system"
+    assert [title for title in ("text ms", "steps ms", "decoder ms", "PNG ms", "load ms") if title in head] != []
+    assert "note: picture.json has random weights" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--what", "picture", "--arch", "flux.1-dev"], 1, "flux.1-dev: what stands around the network"),
+        (["--what", "picture", "--arch", "sd-turbo", "--pixels", 60], 1, "pictures of 60 pixels cannot be drawn"),
+        (["--what", "picture", "--steps", 0], 2, "--steps"),
+        (["--what", "step", "--steps", 4], 2, "go with --what picture"),
+        (["--pixels", 64], 2, "--pixels goes with --arch, --predict and --what picture"),
+    ],
+)
+def test_pictures_that_cannot_be_timed(dgq_command: Run, arguments: list[object], code: int, message: str) -> None:
+    run = dgq_command("bench", *arguments)
+    assert run.returncode == code
+    assert run.stdout == ""
+    assert message in run.stderr
+
+
 def test_bad_bits_are_a_usage_error(dgq_command: Run) -> None:
     run = dgq_command("bench", "--bits", 5)
     assert run.returncode == 2
@@ -76,7 +131,7 @@ def test_an_unknown_architecture_is_one_line(dgq_command: Run) -> None:
     run = dgq_command("bench", "--arch", "sd-v9")
     assert run.returncode == 1
     assert run.stdout == ""
-    assert "architecture 'sd-v9' is not one of sd-v1.4, sdxl-turbo" in run.stderr
+    assert "architecture 'sd-v9' is not one of sd-v1.4, sd-turbo, sdxl-turbo" in run.stderr
 
 
 @pytest.mark.slow

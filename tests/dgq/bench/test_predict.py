@@ -248,7 +248,7 @@ def test_larger_pictures():
 def test_refusals_and_labels():
     with pytest.raises(DgqError, match="device"):
         predict.predict_step("sd-v1.4", ["abacus"])
-    with pytest.raises(DgqError, match=r"not one of sd-v1\.4, sdxl-turbo, .*pixart-alpha"):
+    with pytest.raises(DgqError, match=r"not one of sd-v1\.4, sd-turbo, sdxl-turbo, .*pixart-alpha"):
         predict.works("sd-9")
     with pytest.raises(DgqError, match="1000 pixels"):
         predict.works("sd-v1.4", 1000)

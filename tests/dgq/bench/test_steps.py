@@ -134,9 +134,9 @@ def test_files_that_float32_needs_are_no_note(small_config: Path, monkeypatch: p
 
 
 def test_what_an_architecture_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(DgqError, match=r"not one of sd-v1\.4, sdxl-turbo"):
+    with pytest.raises(DgqError, match=r"not one of sd-v1\.4, sd-turbo, sdxl-turbo"):
         bench(arch="sd-v9", device="cpu")
-    with pytest.raises(DgqError, match="only a step"):
+    with pytest.raises(DgqError, match="only steps and pictures"):
         bench(arch="sd-v1.4", what="kernels", device="cpu")
     with pytest.raises(DgqError, match="only an architecture's files are kept"):
         bench(work=tmp_path, device="cpu")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dgq.bench import systems
+from dgq.bench.drawing import PARTS
 from dgq.bench.systems import OVERHEAD, Size, System, Worker, chosen_peers, measure
 from dgq.bench.worker import Spec
 from dgq.checkpoint.writing import WEIGHTS_NAME
@@ -31,6 +32,7 @@ class Fake:
             raise DgqError("cannot be loaded")
         self.log.append(f"+{self.name}")
         self.warm_ms, self.weight_bytes, self.peak_rss_bytes = float(self.ms), None, int(float(peak) * GIB)
+        self.load_ms, self.parts = 10 * self.warm_ms, {part: [] for part in PARTS}
         self.output = torch.full((2,), math.nan if self.fault == "nan" else 1 + self.warm_ms / 1000)
         self.runs = 0
 
@@ -39,6 +41,8 @@ class Fake:
         self.runs += 1
         if self.fault == "run" and self.runs == 2:
             raise DgqError("its process was ended by SIGKILL")
+        for number, part in enumerate(PARTS):
+            self.parts[part].append(self.warm_ms * (number + self.runs))
         return self.warm_ms
 
     def __enter__(self) -> "Fake":
@@ -92,6 +96,24 @@ def test_a_later_system_may_fill_the_room_that_an_earlier_one_did_not_fit_into(l
     rows, _ = measure(found, "case", SIZE, 1, 6 * GIB)
     assert [entry for entry in log if entry.startswith("+")] == ["+float32", "+b", "+c", "+large"]
     assert [row.system for row in rows] == ["float32", "b", "large", "c"]
+
+
+def test_a_pictures_rows_are_followed_by_those_of_its_parts(log: list[str]) -> None:
+    # float32 runs in both groups: its row is that of the first
+    found = [system("float32", 8), system("b", 4), system("c", 2)]
+    rows, _ = measure(found, "case", SIZE, 3, 4.5 * GIB, table="picture")
+    assert log.count("float32") == 6
+    cases = ["case", *(f"case: {part}" for part in (*PARTS, "load"))]
+    assert [(row.system, row.case) for row in rows] == [
+        (name, case) for name in ("float32", "b", "c") for case in cases
+    ]
+    assert [row.table for row in rows[:6]] == ["picture", *["part"] * 5]
+    assert [row.p50_ms for row in rows[:6]] == [8, 16, 24, 32, 40, 80]
+    # of the turns that they took together: in the second group float32's are its fourth to sixth
+    assert [row.p50_ms for row in rows[12:]] == [2, 4, 6, 8, 10, 20]
+    assert rows[13].ratio_to_float32 == pytest.approx(4 / 40)
+    assert rows[7].ratio_to_float32 == 0.5
+    assert {row.peak_rss_mib for row in rows if row.table == "part"} == {None}
 
 
 def test_a_system_that_never_fits_is_left_out() -> None:
