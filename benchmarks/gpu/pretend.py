@@ -29,7 +29,7 @@ CURRENT = [0]  # the device that is current
 class Driver:
     """What Triton asks of a device, but for running: loading a kernel tells what it needs, launching it is noted."""
 
-    def __init__(self, loaded: Callable[..., None], launched: Callable[[str, int], None]) -> None:
+    def __init__(self, loaded: Callable[..., None], launched: Callable[..., None]) -> None:
         self.loaded, self.launched = loaded, launched
         self.utils = self
         self.get_current_device = lambda: CURRENT[0]
@@ -37,7 +37,7 @@ class Driver:
         self.get_current_target = lambda: GPUTarget("cuda", 90, 32)
         self.get_device_properties = lambda device: {"max_shared_mem": MOST_SHARED}
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, str, int, int, int]:
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, object, int, int, int]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary)
             file.flush()
@@ -47,21 +47,21 @@ class Driver:
         assert used is not None, said
         registers, stack = map(int, used.groups())
         self.loaded(kernel=name, registers=registers, stack=stack, shared=shared)
-        return object(), name, registers, 0, 1024
+        return object(), object(), registers, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        return lambda x, y, z, stream, name, *rest: self.launched(name, CURRENT[0])
+        return lambda x, y, z, stream, function, *rest: self.launched(metadata.name, CURRENT[0], function, rest[4:])
 
     def unload_module(self, module: object) -> None:
         pass
 
 
-def pretend(loaded: Callable[..., None], launched: Callable[[str, int], None] = lambda name, device: None) -> None:
+def pretend(loaded: Callable[..., None], launched: Callable[..., None] = lambda *_: None) -> None:
     """From here on operators launch there whatever device their tensors are on.
 
     Args:
         loaded: told kernel, registers, stack and shared (bytes) of each kernel that was compiled.
-        launched: told the name and the device of each launch.
+        launched: told of each launch: the kernel's name, the device, which compiled kernel, its arguments.
     """
     triton.runtime.driver.set_active(Driver(loaded, launched))
     os.environ["DGQ_BACKEND"] = "triton"

@@ -25,7 +25,7 @@ LIMITS = {
     "compile": 100,
     "check": 60,
     "steps": 100,
-    "ops": 70,
+    "ops": 100,
     "profile": 30,
     "model": 110,
     "tests": 200,

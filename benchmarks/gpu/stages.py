@@ -353,14 +353,16 @@ def rivals(
 
 
 def ops(session: Session) -> None:
-    """What each operator of a step costs, times how often it runs, beside what float16 and cuBLAS take for it."""
+    """What each operator of a step costs, times how often it runs, beside what float16 and cuBLAS take for it; and with
+    operands that no cache holds."""
     for model, step in quantized_steps(session):
         attention = [op for op in own_ops(with_log_attention(step)) if op.name == "log_attention"]
         for op in own_ops(step) + attention:
             told = {"model": model, "op": op.name, "call": op.text, "count": op.times}
             try:
                 rival, int8, work = rivals(session, op.name, op.arguments[0], op.arguments[1:])
-                us = session.microseconds(functools.partial(op.function, *op.arguments))
+                own = functools.partial(op.function, *op.arguments)
+                us = session.microseconds(own)
                 base = session.microseconds(rival) if rival else None
                 session.say(
                     "ops",
@@ -368,6 +370,8 @@ def ops(session: Session) -> None:
                     total_ms=op.times * us / 1000,
                     float16_us=base,
                     ratio=base and us / base,
+                    cold_us=session.microseconds(own, cold=True),
+                    float16_cold_us=rival and session.microseconds(rival, cold=True),
                     cublas_int8_us=int8 and session.microseconds(int8),
                     of_peak=work / us / 1e6 / PEAK_TOPS,
                     **told,
@@ -464,16 +468,32 @@ def ncu(session: Session) -> None:
 
 
 def compiled(session: Session) -> None:
-    """torch.compile of float16 and of dgq, as it is and replayed from a graph: takes minutes."""
-    for (name, which), system in itertools.product(networks(session).items(), ("float16", "dgq W8A8")):
-        unet, step = systems(session, which)[system]
-        begin = time.monotonic()
-        try:
-            unet.forward = torch.compile(unet.forward)  # type: ignore[method-assign]
-            step()
-            took = time.monotonic() - begin
-            for kind, run in ((f"{system} compiled", step), (f"{system} compiled graph", session.graphed(step))):
-                middle = statistics.median([session.timed(run) for _ in range(15 if session.cuda else 1)])
-                session.say("compiled", model=name, system=kind, p50_ms=middle, compile_s=took)
-        except Exception as failure:
-            session.say("compiled", model=name, system=system, error=reason(failure))
+    """torch.compile of float16, as it is best (`max-autotune`) and by default, and of dgq, in turns with the graphs of
+    both: takes minutes. What fails says so in its line and stops none of the others."""
+    for name, which in networks(session).items():
+        unets = {
+            "float16": float_unet(session, which, session.half),
+            "dgq W8A8": quantized(session, which, *RECIPES[0]),
+        }
+        runs = {f"{system} graph": session.graphed(step_of(session, unet, which)) for system, unet in unets.items()}
+        for system, mode in (("float16", "max-autotune"), ("float16", "default"), ("dgq W8A8", "default")):
+            begin, unet = time.monotonic(), unets[system]
+            told: dict[str, Any] = {"model": name, "system": f"{system} compiled", "mode": mode}
+            try:
+                torch.compiler.reset()
+                unet.forward = torch.compile(unet.forward, mode=mode, fullgraph=True)  # type: ignore[method-assign]
+                step = step_of(session, unet, which)
+                step()
+                told["compile_s"] = time.monotonic() - begin
+                # with a graph of its own where the mode brings none
+                run = step if mode == "max-autotune" else session.graphed(step)
+                timers = {key: functools.partial(session.timed, one) for key, one in {**runs, "compiled": run}.items()}
+                times = rows.interleaved(timers, 15 if session.cuda else 1, 2 * session.cuda)
+                middle = {key: statistics.median(values) for key, values in times.items()}
+                graphs = {f"{key.replace(' ', '_')}_ms": middle[key] for key in runs}
+                session.say("compiled", p50_ms=middle["compiled"], clocks=clocks(), **graphs, **told)
+            except Exception as failure:
+                session.say("compiled", error=reason(failure), **told)
+            del unet.forward
+        del unets, runs, unet
+        session.forget()

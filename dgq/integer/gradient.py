@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dgq_kernels.scaled_product import Weight, conv2d_input_gradient, linear_input_gradient
+from dgq_kernels.scaled_product.reference import along
 
 from .channels import rotate_channels
 
@@ -49,13 +50,20 @@ def straight_through(layer: IntegerLayer, x: Tensor, run: Callable[[Tensor], Ten
 
 
 def _input_gradient(layer: IntegerLayer, gradient: Tensor, shape: torch.Size) -> Tensor:
-    plan, factor = layer.plan, input_factor(layer)
-    weight = Weight(layer.out_features, plan.reduction, lambda start, stop: float_rows(layer, start, stop, factor))
+    plan, weight, factor = layer.plan, integers_of(layer), input_factor(layer)
+    axis = -1 if plan.kind == "linear" else 1
+    gradient = (gradient * along(layer._scale().detach(), gradient, axis)).to(gradient.dtype)
     if plan.kind == "conv2d":
-        size = (plan.kernel_size, plan.stride, plan.padding)
-        return conv2d_input_gradient(gradient, weight, shape, *size)
-    axis = 1 if plan.kind == "pointwise" else -1
-    return linear_input_gradient(gradient.movedim(axis, -1), weight).movedim(-1, axis)
+        of_x = conv2d_input_gradient(gradient, weight, shape, plan.kernel_size, plan.stride, plan.padding)
+    else:
+        of_x = linear_input_gradient(gradient.movedim(axis, -1), weight).movedim(-1, axis)
+    of_x = rotate_channels(of_x, plan.rotation, axis)
+    return (of_x if factor is None else of_x * along(factor, of_x, axis)).to(gradient.dtype)
+
+
+def integers_of(layer: IntegerLayer) -> Weight:
+    """The layer's integers without their scales, channels in natural order, as products of floats take them."""
+    return Weight(layer.out_features, layer.plan.reduction, layer.natural_rows, layer.integers)
 
 
 def float_rows(layer: IntegerLayer, start: int, stop: int, factor: Tensor | None) -> Tensor:

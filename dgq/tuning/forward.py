@@ -12,12 +12,11 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from dgq_kernels import scaled_conv2d, scaled_linear
-from dgq_kernels.scaled_product import Weight
 from dgq_kernels.scaled_product.reference import along
 
 from ..integer.channels import rotate_channels
 from ..integer.fused_unet import FusedGEGLU
-from ..integer.gradient import input_factor
+from ..integer.gradient import input_factor, integers_of
 from ..integer.layer import IntegerLayer
 from ..recipe import LayerPlan
 from .layout import Layout, integer_layers
@@ -69,7 +68,7 @@ class _Layer:
         owner = f"{experts.layout.owners[name]}.in"
         self.input = owner if owner in experts.layout.parts else None
         self.divisor = input_factor(layer)
-        self.weight = Weight(layer.out_features, layer.plan.reduction, layer.natural_rows, layer.integers)
+        self.weight = integers_of(layer)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, gated: bool = False) -> Tensor:
         layer, plan = self.layer, self.layer.plan

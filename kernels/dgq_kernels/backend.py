@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from . import native
 
@@ -52,7 +53,7 @@ class Backend:
 
 
 # Every operator by its name, as `operator` enters them, and the module of its folder.
-OPERATORS: dict[str, torch.library.CustomOpDef] = {}
+OPERATORS: dict[str, OpOverload] = {}
 FOLDERS: dict[str, str] = {}
 _BACKENDS: dict[str, Backend] = {}
 _OWN: dict[str, str] = {}  # a device's type -> the backend whose own it is
@@ -138,23 +139,31 @@ def launches(device: torch.device) -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+def operator(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
     """Register a function of tensors as the operator `name`, to run with the CUDA device of its first argument as the
-    current one: Triton launches there, wherever the tensors are."""
+    current one: Triton launches there, wherever the tensors are.
 
-    def register(function: Callable[..., Any]) -> torch.library.CustomOpDef:
+    None takes gradients: torch warns where one is asked for. `torch.library.custom_op` would refuse, in a kernel of
+    Python that every call goes through, which takes three times what calling an operator does.
+    """
+
+    def register(function: Callable[..., Any]) -> OpOverload:
         @functools.wraps(function)
         def on_its_device(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not first.is_cuda:
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    return on_its_device(first, *args, **kwargs)
+            if not first.is_cuda or first.get_device() == torch.cuda.current_device():
                 return function(first, *args, **kwargs)
             with torch.cuda.device(first.device):
                 return function(first, *args, **kwargs)
 
         schema = torch.library.infer_schema(function, mutates_args=())
-        made = OPERATORS[function.__name__] = torch.library.custom_op(
-            name, on_its_device, mutates_args=(), schema=schema
-        )
-        FOLDERS[function.__name__] = function.__module__
+        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "default", on_its_device)
+        namespace, short = name.split("::")
+        made: OpOverload = getattr(getattr(torch.ops, namespace), short).default
+        OPERATORS[function.__name__], FOLDERS[function.__name__] = made, function.__module__
         return made
 
     return register

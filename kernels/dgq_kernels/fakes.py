@@ -6,14 +6,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 Fake = Callable[..., Any]
 
 
-def register_fake(operator: CustomOpDef) -> Callable[[Fake], Fake]:
+def register_fake(operator: OpOverload) -> Callable[[Fake], Fake]:
     """Register a function as an operator's fake form, which then refuses tensors of several devices (ValueError)."""
 
     def register(fake: Fake) -> Fake:
@@ -24,7 +25,7 @@ def register_fake(operator: CustomOpDef) -> Callable[[Fake], Fake]:
                 raise ValueError(f"{operator}: tensors on {' and '.join(sorted(devices))}")
             return fake(*args, **kwargs)
 
-        operator.register_fake(checked)
+        torch.library.register_fake(operator, checked)
         return fake
 
     return register

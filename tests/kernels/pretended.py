@@ -1,7 +1,7 @@
 """Every operator on a pretended CUDA device of compute capability 9.0: Triton specialises and compiles each launch as a
 GPU's first call would have it (arguments that are 1, aligned or absent, the pointers' types), and nothing runs.
 
-    python tests/kernels/pretended.py operators embedded [sd-v1.4 sdxl-turbo]
+    python tests/kernels/pretended.py operators embedded [again sd-v1.4 sdxl-turbo]
 
 A process of its own, as Triton must not have been imported for its interpreter. Prints a JSON object a line: a kernel
 with its registers, spilled bytes and shared memory, or an error; the last line counts the launches. "sd-v1.4" takes
@@ -23,6 +23,7 @@ import torch
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 from pretend import CURRENT, MOST_STACK, pretend
+from triton.runtime import JITFunction
 
 import dgq_kernels
 from dgq import architectures, recipe
@@ -35,10 +36,10 @@ from dgq.integer.shared_input import prepare_all
 from dgq.pictures import embedded
 from dgq.tuning.forward import Experts, differentiable
 from dgq.tuning.layout import Layout
-from dgq_kernels import packing
+from dgq_kernels import launch, packing
 
 log_attention = importlib.import_module("dgq_kernels.log_attention")  # the package has the operator by that name
-LAUNCHES: list[tuple[str, int]] = []
+LAUNCHES: list[tuple] = []
 
 
 def say(**facts):
@@ -90,6 +91,7 @@ def calls():
         yield "geglu_quantize_rows", (floats(rows, 2 * channels, dtype=dtype), 8, *every)
         yield "layer_norm_quantize_rows", (x, None, None, 1e-5, 8, None, None)
         yield "layer_norm_quantize_rows", (x, gain, gain, 1e-5, 8, *every)
+    yield "quantize_rows", (floats(5, 64), 8, None)
     yield "quantize_rows", (unaligned(floats(5, 64)), 8, None)
     yield "quantize_rows", (floats(1, 9000), 8, None)
     for rows, channels, block, dtype in ((1, 16, 16, half), (5, 192, 64, torch.bfloat16), (8192, 1280, 256, single)):
@@ -221,6 +223,24 @@ def attempt(name, run, *arguments):
         say(error=f"{type(error).__name__}: {str(error).strip()[-300:]}", call=f"{name} {sizes}")
 
 
+def again():
+    """After `operators`: launches that are found by their arguments are those that Triton itself makes of them."""
+
+    def form(x):
+        return (x.dtype, x.shape, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x
+
+    def launches(name, arguments):
+        begin = len(LAUNCHES)
+        getattr(dgq_kernels, name)(*arguments)
+        return [(function, list(map(form, given))) for _, _, function, given in LAUNCHES[begin:]]
+
+    for name, arguments in calls():
+        with unittest.mock.patch.object(JITFunction, "run", side_effect=AssertionError(f"{name} is not known")):
+            found = launches(name, arguments)
+        with unittest.mock.patch.dict(launch._known, clear=True):
+            say(again=name, launches=len(found), same=found == launches(name, arguments))
+
+
 def second_device():
     """Every operator launches where its tensors are, and leaves the device that was current."""
     with contextlib.ExitStack() as stack:
@@ -232,7 +252,7 @@ def second_device():
             begin = len(LAUNCHES)
             placed = [x.as_subclass(OnDevice1) if isinstance(x, torch.Tensor) else x for x in arguments]
             attempt(name, getattr(dgq_kernels, name), *placed)
-            say(operator=name, devices=sorted({device for _, device in LAUNCHES[begin:]}), left=CURRENT[0])
+            say(operator=name, devices=sorted({device for _, device, *_ in LAUNCHES[begin:]}), left=CURRENT[0])
 
 
 def embedded_architecture():
@@ -273,11 +293,11 @@ def tuning():
 
 
 def main(parts):
-    pretend(compiled, lambda name, device: LAUNCHES.append((name, device)))
-    torch.cuda.device = current
+    pretend(compiled, lambda *facts: LAUNCHES.append(facts))
+    torch.cuda.device, torch.cuda.current_device = current, lambda: CURRENT[0]
     with torch.no_grad():
         for part in parts:
-            if part in ("operators", "second_device", "tuning"):
+            if part in ("operators", "again", "second_device", "tuning"):
                 globals()[part]()
             else:
                 step(part, (torch.float16, torch.float32) if part == "embedded" else (torch.float16,))

@@ -1,6 +1,7 @@
 """`make gpu` where there is no GPU: it installs what lacks, then says that there is no device."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -63,3 +64,20 @@ def test_the_report_runs_on_a_pretended_device(tmp_path):
     code = "import report, stages; assert all(callable(getattr(stages, name)) for name in report.LIMITS)"
     environment["PYTHONPATH"] = os.pathsep.join([str(script.parent), environment["PYTHONPATH"]])
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_compiled_steps_stand_beside_graphs(tmp_path):
+    """On a tiny UNet; what cannot be compiled is told, and stops nothing. (Inductor itself would take a minute.)"""
+    paths = [str(SCRIPT.parent), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "DGQ_BACKEND": "reference"}
+    where = ["--run", "compiled", "--device", "cpu", "--out", str(tmp_path)]
+    for compile in ("torch.compile", "lambda function, **_: function"):
+        code = f"import torch; torch.compile = {compile}; import report; report.main()"
+        command = [sys.executable, "-c", code, *where]
+        run = subprocess.run(command, env={**environment, "TORCH_COMPILE_DISABLE": "1"}, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    systems = [("float16 compiled", "max-autotune"), ("float16 compiled", "default"), ("dgq W8A8 compiled", "default")]
+    assert [(row["system"], row["mode"]) for row in rows] == 2 * systems
+    assert all(row["error"] for row in rows[:3])
+    assert all(row["p50_ms"] > 0 and row["float16_graph_ms"] > 0 and row["dgq_W8A8_graph_ms"] > 0 for row in rows[3:])

@@ -35,9 +35,13 @@ def check(rows, spills=False):
 
 def test_edges_compile_and_launch_where_their_tensors_are():
     """Arguments of 1, unaligned and absent ones, and the types of every operator; float32 may spill. Each operator then
-    launches on its tensors' device while another one is current."""
-    rows = pretend("operators", "second_device")
+    launches on its tensors' device while another one is current. What is launched a second time is what Triton would
+    launch."""
+    rows = pretend("operators", "again", "second_device")
     check(rows, spills=True)
+    repeated = [row for row in rows if "again" in row]
+    assert {row["again"] for row in repeated} == {sample.operator for sample in samples()}
+    assert all(row["same"] and row["launches"] for row in repeated), [row for row in repeated if not row["same"]]
     placed = {row["operator"]: row for row in rows if "operator" in row}
     assert set(placed) == {sample.operator for sample in samples()}
     assert all(row["devices"] == [1] and row["left"] == 0 for row in placed.values()), placed

@@ -266,13 +266,16 @@ def conv2d(
     Raises:
         ValueError: the reduction is so long that int32 may overflow, or `out` does not fit.
     """
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    weight = weight.contiguous(memory_format=torch.channels_last)
     n, channels, *kernel = weight.shape
-    codes = codes.permute(0, 2, 3, 1).contiguous()
-    weight = weight.permute(0, 2, 3, 1).contiguous()
-    check(weight[0].numel(), codes, weight)
-    out = _output(codes.permute(0, 3, 1, 2), n, (kernel[0], kernel[1]), stride, out_dtype, out)
-    rows = out.shape[0] * out.shape[2] * out.shape[3]
-    if not out.numel():
+    reduction = channels * kernel[0] * kernel[1]
+    check(reduction)
+    out = _output(codes, n, (kernel[0], kernel[1]), stride, out_dtype, out)
+    batch, _, out_height, out_width = out.shape
+    pixels = out_height * out_width
+    rows = batch * pixels
+    if not rows * n:
         return out
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
@@ -281,12 +284,11 @@ def conv2d(
     return run_product(
         conv2d_int8_kernel,
         (codes, scale, zero_point, weight, weight_scale, column_sum, bias, residual, out, ends,
-         rows, n, out.shape[2], out.shape[3], codes.shape[1], codes.shape[2]),
+         rows, n, out_height, out_width, *codes.shape[2:]),
         {"CHANNELS": channels, "KERNEL_HEIGHT": kernel[0], "KERNEL_WIDTH": kernel[1], "STRIDE": stride,
          "CLASSES": len(class_ends)},
         out, (scale, zero_point, weight_scale, column_sum, bias, residual), "shifted" if shifted else "int8",
-        (rows, n, weight[0].numel()), channels if shifted else weight[0].numel(), tiling,
-        pixels=out.shape[2] * out.shape[3],
+        (rows, n, reduction), channels if shifted else reduction, tiling, pixels=pixels,
     )  # fmt: skip
 
 
@@ -301,21 +303,23 @@ def conv2d_int4(
         ValueError: the reduction is so long that int32 may overflow, operands are not contiguous, or `out` does not
             fit.
     """
-    n = packed.shape[0]
-    codes = codes.permute(0, 2, 3, 1).contiguous()
-    channels = codes.shape[3]
-    check(kernel_size**2 * channels, codes, packed, subscales)
-    out = _output(codes.permute(0, 3, 1, 2), n, (kernel_size, kernel_size), stride, out_dtype, out)
-    rows = out.shape[0] * out.shape[2] * out.shape[3]
-    if not out.numel():
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    n, channels = packed.shape[0], codes.shape[1]
+    reduction = kernel_size**2 * channels
+    check(reduction, packed, subscales)
+    out = _output(codes, n, (kernel_size, kernel_size), stride, out_dtype, out)
+    batch, _, out_height, out_width = out.shape
+    pixels = out_height * out_width
+    rows = batch * pixels
+    if not rows * n:
         return out
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     return run_product(
         conv2d_int4_kernel,
         (codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, residual, out,
-         rows, n, packed.shape[1], subscales.shape[1], out.shape[2], out.shape[3], codes.shape[1], codes.shape[2]),
+         rows, n, packed.shape[1], subscales.shape[1], out_height, out_width, *codes.shape[2:]),
         {"CHANNELS": channels, "KERNEL_SIZE": kernel_size, "STRIDE": stride, "GROUP": group},
         out, (scale, zero_point, weight_scale, column_sum, bias, residual), "int4",
-        (rows, n, kernel_size**2 * channels), kernel_size**2 * channels, tiling, pixels=out.shape[2] * out.shape[3],
+        (rows, n, reduction), reduction, tiling, pixels=pixels,
     )  # fmt: skip

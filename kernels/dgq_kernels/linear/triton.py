@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import cdiv, launch
 from .tiles import FLOAT_GROUPS, INTERPRETER, Config, Tiling, pick
 
 SUM_ROWS, SUM_CHANNELS = 16, 128  # tile of `sum_splits_kernel`
@@ -512,14 +513,16 @@ def run_product(
         partial = None
         if splits > 1:
             partial = torch.empty((splits, rows, channels), dtype=torch.int32, device=out.device)
-        kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(channels, config.channels), splits)](
-            *arguments, partial_ptr=partial, SPLIT=splits > 1, ASSEMBLY=not triton.knobs.runtime.interpret,
+        launch(
+            kernel, (cdiv(rows, config.rows) * cdiv(channels, config.channels), splits, 1),
+            *arguments, partial, SPLIT=splits > 1, ASSEMBLY=not triton.knobs.runtime.interpret,
             BLOCK_ROWS=config.rows, BLOCK_CHANNELS=config.channels, HALF=config.half, WHOLE=config.whole,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **flags, **constants, **options,
         )  # fmt: skip
         if partial is not None:
             gated = constants.get("GATED", False)
-            sum_splits_kernel[(triton.cdiv(rows, SUM_ROWS), triton.cdiv(channels // (1 + gated), SUM_CHANNELS))](
+            launch(
+                sum_splits_kernel, (cdiv(rows, SUM_ROWS), cdiv(channels // (1 + gated), SUM_CHANNELS), 1),
                 partial, *head, bias, residual, out, splits, rows, channels, pixels, GATED=gated,
                 BLOCK_ROWS=SUM_ROWS, BLOCK_CHANNELS=SUM_CHANNELS, num_warps=4, enable_fp_fusion=False, **flags,
             )  # fmt: skip
@@ -608,7 +611,9 @@ def linear_float_groups(
     if not out.numel():
         return out
     config = config or (INTERPRETER if triton.knobs.runtime.interpret else FLOAT_GROUPS)
-    linear_float_groups_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(channels, config.channels),)](
+    launch(
+        linear_float_groups_kernel,
+        (cdiv(rows, config.rows) * cdiv(channels, config.channels), 1, 1),
         codes, scale, zero_point, weight, weight_scale, column_sum, bias, out,
         class_ends_on(tuple(group_ends), codes.device), rows, channels, reduction, len(group_ends),
         HAS_BIAS=bias is not None, ASSEMBLY=not triton.knobs.runtime.interpret,

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..launch import cdiv, launch
 from . import cpu
 
 
@@ -453,9 +454,9 @@ def quantize_keys(
     batch, heads, keys, head_dim = k.shape
     keys -= int(start_token)
     width = padded_width(head_dim)
-    blocks = triton.cdiv(keys, block)
-    chunk = triton.cdiv(blocks, _CHUNKS.value) * block
-    chunks = triton.cdiv(keys, chunk)
+    blocks = cdiv(keys, block)
+    chunk = cdiv(blocks, _CHUNKS.value) * block
+    chunks = cdiv(keys, chunk)
     every = batch * heads
 
     def buffer(dtype: torch.dtype, *size: int) -> Tensor:
@@ -474,8 +475,9 @@ def quantize_keys(
         "HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_KEYS": block, "START": int(start_token),
         "num_warps": key_warps(block, width), "enable_fp_fusion": False,
     }  # fmt: skip
-    key_statistics_kernel[(chunks, every)](k, v, statistics, keys, chunk, heads, *strides, **tile)
-    key_codes_kernel[(chunks, every)](
+    launch(key_statistics_kernel, (chunks, every, 1), k, v, statistics, keys, chunk, heads, *strides, **tile)
+    launch(
+        key_codes_kernel, (chunks, every, 1),
         k, v, statistics, out.k, out.v, out.v_scale, out.v_sum, out.key_step, out.start_k, out.start_v,
         keys, chunk, padded, heads, *strides, scale * math.log2(math.e) * 2**fraction_bits,
         QK_TOP=2 ** (qk_bits - 1) - 1, V_TOP=2 ** (v_bits - 1) - 1, **tile,
@@ -509,7 +511,8 @@ def log_attention(
     width = padded_width(head_dim)
     config = config_for(width, _major(q.device), start_token)
     own = quantize_keys(k, v, scale, fraction_bits, start_token, qk_bits, v_bits, config.keys)
-    log_attention_kernel[(triton.cdiv(rows, config.rows), batch * heads)](
+    launch(
+        log_attention_kernel, (cdiv(rows, config.rows), batch * heads, 1),
         q, own.k, own.v, own.v_scale, own.v_sum, own.key_step, own.start_k, own.start_v, out,
         rows, k.shape[2] - int(start_token), own.k.shape[1], own.v_sum.shape[1], heads,
         *q.stride()[:3], *out.stride()[:3], scale * math.log2(math.e),
@@ -536,7 +539,8 @@ def log_attention_running(
     sums = own.v.unflatten(2, (-1, block)).sum(3, dtype=torch.int32)
     prefix = pad(sums.cumsum(2, dtype=torch.int32), (1, 0)).mT.contiguous()
     config = running_config_for(width, _major(q.device))
-    running_kernel[(triton.cdiv(rows, config.rows), batch * heads)](
+    launch(
+        running_kernel, (cdiv(rows, config.rows), batch * heads, 1),
         q, own.k, own.v, own.v_scale, prefix, own.key_step, out,
         rows, k.shape[2], own.k.shape[1], heads, *q.stride()[:3], *out.stride()[:3],
         HEAD_DIM=head_dim, WIDTH=width, BLOCK_ROWS=config.rows, BLOCK_KEYS=block,
@@ -579,13 +583,16 @@ def log_attention_base2(
     width = padded_width(head_dim)
     config = base2_config_for(width, _major(q.device))
     normaliser, peak = q.new_empty((2, batch * heads, rows), dtype=torch.float32)
-    grid = (triton.cdiv(rows, config.rows), batch * heads)
+    grid = (cdiv(rows, config.rows), batch * heads, 1)
     tile = {
         "HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_ROWS": config.rows, "BLOCK_KEYS": config.keys,
         "START": start_token, "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
     factor = scale * math.log2(math.e)
-    base2_rows_kernel[grid](q, k, normaliser, peak, rows, keys, factor, **tile)
+    launch(base2_rows_kernel, grid, q, k, normaliser, peak, rows, keys, factor, **tile)
     reference = (peak - normaliser).view(batch, -1).amax(1)
-    base2_kernel[grid](q, k, v, normaliser, peak, reference, out, rows, keys, heads, factor, TOP=2**bits - 1, **tile)
+    launch(
+        base2_kernel, grid, q, k, v, normaliser, peak, reference, out, rows, keys, heads, factor,
+        TOP=2**bits - 1, **tile,
+    )  # fmt: skip
     return out

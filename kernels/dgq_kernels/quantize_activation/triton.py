@@ -8,6 +8,7 @@ through atomics, so results do not vary from run to run.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import cdiv, launch
 from .reference import SMALLEST_SCALE
 
 _ROUND_TRICK = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a small float to an integer, half to even
@@ -409,6 +411,7 @@ def quantize_samples_kernel(
     tl.store(out, code(x, inverse, zero_point, TOP), mask=stored)
 
 
+@functools.cache
 def config_for(channels: int, rotation: int = 0) -> Config:
     """Whole rows, about 1024 values per program or one row: with 2048 a LayerNorm spills on 8.0, 9.0 and 10.0, and one
     that is rotated with more than 256 values a warp."""
@@ -419,6 +422,7 @@ def config_for(channels: int, rotation: int = 0) -> Config:
     return Config(max(1, 1024 // block), block, warps)
 
 
+@functools.cache
 def sample_config_for(batch: int, pixels: int, channels: int, rotation: int = 0) -> Config:
     """About 256 blocks of pixels in all, so that small images still fill a device; tiles of about 4096 values, of
     2048 where they are rotated, which spills with more."""
@@ -439,15 +443,16 @@ class Groups(NamedTuple):
     share: int
 
 
+@functools.cache
 def groups_for(pixels: int, group: int, most_parts: int) -> Groups:
     """One program for each group of a part, of up to 16384 values at once; parts of one tile or more. Two tiles are
     not shared: one program can go on with their range, which is a launch less."""
     channels = triton.next_power_of_2(group)
     rows = min(max(1, 16384 // channels), triton.next_power_of_2(pixels))
-    tiles = triton.cdiv(pixels, rows)
+    tiles = cdiv(pixels, rows)
     parts = min(most_parts, triton.next_power_of_2(tiles)) if tiles > 2 else 1
     warps = min(16, max(4, rows * channels // 1024))
-    return Groups(rows, channels, warps, parts, triton.cdiv(tiles, parts) * rows)
+    return Groups(rows, channels, warps, parts, cdiv(tiles, parts) * rows)
 
 
 class Norm(NamedTuple):
@@ -459,7 +464,12 @@ class Norm(NamedTuple):
     gain: Tensor | None = None
     parts: tuple[Tensor | None, ...] = (None,) * 4
     sizes: tuple[float, ...] = (0, 0, 0.0, 1, 1, False, False)
-    ranges: Tensor | None = None
+    ranges: tuple[Tensor, Tensor] | None = None
+
+
+def _pair(like: Tensor, dtype: torch.dtype, *size: int) -> tuple[Tensor, Tensor]:
+    """Two empty tensors of a size, where another one is."""
+    return like.new_empty(size, dtype=dtype), like.new_empty(size, dtype=dtype)
 
 
 class After(NamedTuple):
@@ -499,13 +509,15 @@ def _rows(
         "enable_fp_fusion": False,  # x * inverse must be rounded before the integer rounding, as in the reference
     }  # fmt: skip
     if channels > LONGEST_ROW:
-        quantize_long_rows_kernel[(rows,)](
+        launch(
+            quantize_long_rows_kernel, (rows, 1, 1),
             x, inv_divisor, position, codes, scale, zero_point, rows, channels, x.stride(0),
             BLOCK_CHANNELS=4096, num_warps=8, **common,
         )  # fmt: skip
     else:
         config = config_for(channels, rotation)
-        quantize_rows_kernel[(triton.cdiv(rows, config.rows),)](
+        launch(
+            quantize_rows_kernel, (cdiv(rows, config.rows), 1, 1),
             x, centre, weight, bias, inv_divisor, position, codes, scale, zero_point,
             rows, channels, pixels, x.stride(0), eps,
             INPUT=mode, GAIN=weight is not None, OFFSET=bias is not None,
@@ -618,18 +630,20 @@ def _group_statistics(
     batch, channels, height, width = x.shape
     group, pixels = channels // groups, height * width
     tile = groups_for(max(1, pixels), group, max(1, programs // max(1, batch * groups)))
-    centre, gain = x.new_empty((2, batch, channels), dtype=torch.float32)
+    centre, gain = mean, square = _pair(x, torch.float32, batch, channels)
     many = tile.parts > 1
-    mean, square = x.new_empty((2, batch, tile.parts, groups), dtype=torch.float32) if many else (centre, gain)
+    if many:
+        mean, square = _pair(x, torch.float32, batch, tile.parts, groups)
     shift_row = 0 if shift is None else shift.stride(0)
     sizes = (shift_row, tile.share, eps, group, tile.parts, shift is not None, weight is not None)
     ranges = None
     if after is not None and 0 < pixels <= 2 * tile.rows:
-        ranges = x.new_empty((2, batch, groups), dtype=torch.int32)
+        ranges = _pair(x, torch.int32, batch, groups)
     bias, silu, inv_divisor = (None, False, None) if ranges is None or after is None else after
     if x.numel():
-        group_statistics_kernel[(groups, tile.parts, batch)](
-            x, shift, weight, mean, square, bias, inv_divisor, *((None, None) if ranges is None else ranges),
+        launch(
+            group_statistics_kernel, (groups, tile.parts, batch),
+            x, shift, weight, mean, square, bias, inv_divisor, *(ranges or (None, None)),
             pixels, channels, *sizes,
             RANGE=ranges is not None, OFFSET=bias is not None, SILU=silu, DIVIDE=inv_divisor is not None,
             BLOCK_ROWS=tile.rows, BLOCK_CHANNELS=tile.channels, num_warps=tile.warps, enable_fp_fusion=False,
@@ -656,21 +670,22 @@ def _samples(
     if not codes.numel():
         return codes, scale, zero_point
     config = sample_config_for(batch, height * width, channels, rotation)
-    blocks = triton.cdiv(height * width, config.rows)
-    ranges = norm.ranges if norm.ranges is not None else x.new_empty((2, batch, blocks), dtype=torch.int32)
-    below, above = ranges
+    blocks = cdiv(height * width, config.rows)
+    below, above = norm.ranges or _pair(x, torch.int32, batch, blocks)
     flags: dict[str, Any] = {
         "NORM": norm.gain is not None, "OFFSET": bias is not None, "SILU": silu, "DIVIDE": inv_divisor is not None,
         "ROTATION": rotation, "BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels, "num_warps": config.warps,
         "enable_fp_fusion": False,
     }  # fmt: skip
     if norm.ranges is None:
-        sample_range_kernel[(blocks, batch)](
+        launch(
+            sample_range_kernel, (blocks, batch, 1),
             x, *norm.parts, norm.centre, norm.gain, bias, inv_divisor, below, above, height * width, channels,
             *norm.sizes, **flags,
         )  # fmt: skip
-    grid = (triton.cdiv(size[2] * size[3], config.rows), triton.cdiv(channels, config.channels), batch)
-    quantize_samples_kernel[grid](
+    grid = (cdiv(size[2] * size[3], config.rows), cdiv(channels, config.channels), batch)
+    launch(
+        quantize_samples_kernel, grid,
         x, norm.centre, norm.gain, bias, inv_divisor, position, below, above, codes, scale, zero_point,
         height, width, channels, padding, below.shape[1],
         PLACE=position is not None, SMALLEST=SMALLEST_SCALE, TOP=2**bits - 1, BLOCK_RANGES=256, **flags,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import cdiv, launch
 from ..linear.tiles import multiprocessors
 from ..linear.triton import in_order, store, subscales, tile_of, unpack_two_level
 from ..packing import expand_two_level
@@ -145,7 +146,9 @@ def _run(
         return out
     rows, channels = out[..., 0].numel(), out.shape[-1]
     config = config or _tile(rows, channels, x)
-    unscaled_product_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(channels, config.channels),)](
+    launch(
+        unscaled_product_kernel,
+        (cdiv(rows, config.rows) * cdiv(channels, config.channels), 1, 1),
         x, weight, subscales, out, rows, channels, x.shape[3], in_channels, weight.shape[1],
         0 if subscales is None else subscales.shape[1], out.shape[1], out.shape[2], x.shape[1], x.shape[2],
         KERNEL=kernel, STRIDE=stride, PADDING=padding, BACK=back, GROUP=0 if subscales is None else group,
@@ -160,7 +163,7 @@ def _tile(rows: int, channels: int, x: Tensor) -> Config:
     if triton.knobs.runtime.interpret:
         return INTERPRETER
     large, small = TILES[x.element_size()]
-    programs = triton.cdiv(rows, large.rows) * triton.cdiv(channels, large.channels)
+    programs = cdiv(rows, large.rows) * cdiv(channels, large.channels)
     return large if programs >= multiprocessors(x.device) else small
 
 

@@ -13,7 +13,7 @@ from dgq.integer.rounding import Roundings, choose_rounded, round_layer
 from dgq.integer.shared_input import project
 from dgq.integer.statistics import Statistics
 from dgq.recipe import Recipe
-from dgq_kernels import backend, native
+from dgq_kernels import backend, native, scaled_product
 
 BUILDS = {
     "linear": (lambda: nn.Linear(48, 64), (3, 5, 48)),
@@ -100,7 +100,7 @@ def gradients(run, sources):
         leaf.grad = None
     y = run()
     generator = torch.Generator().manual_seed(1)
-    y.backward(torch.randn(y.shape, generator=generator))
+    y.backward(torch.randn(y.shape, generator=generator).to(y.dtype))
     return y.detach(), [leaf.grad for leaf in sources]
 
 
@@ -118,6 +118,20 @@ def test_the_input_has_the_float_layers_gradient(kind, wbits, channels, form):
     with torch.no_grad():
         assert torch.equal(y, layer(x))  # the integers' result, whoever asks for gradients
     close(got, gradients(lambda: module(x), [x])[1], 1e-5)
+
+
+@pytest.mark.parametrize("wbits", [4, 8])
+@pytest.mark.parametrize("kind", BUILDS)
+def test_kernels_multiply_by_the_packed_weight(kind, wbits, monkeypatch):
+    """Where they unpack weights themselves, no tile of a gradient's product is made; half precision is near too."""
+    monkeypatch.setenv("DGQ_BACKEND", "triton")
+    monkeypatch.setattr(scaled_product.Weight, "tiles", None)
+    layer, module, x = built(kind, wbits, "rotate")
+    expected = gradients(lambda: module(x), [x])[1]
+    half = x.detach().half()
+    (got,) = gradients(lambda: layer(half), [half])[1]
+    assert got.dtype == torch.float16
+    close([got.float()], expected, 2e-3)
 
 
 @pytest.mark.parametrize("kind", BUILDS)
