@@ -141,9 +141,9 @@ static void nothing() {}
 #define DGQ_KERNELS(ELEMENTWISE, PROBABILITIES, TILES, BEGIN, END)                                             \
     {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::layer_norm, ELEMENTWISE::moments,                 \
      ELEMENTWISE::quantize_affine, ELEMENTWISE::rotate, ELEMENTWISE::affine, ELEMENTWISE::epilogue,             \
-     ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of,                                                     \
+     ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of, ELEMENTWISE::find_live,                                               \
      ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head, ELEMENTWISE::prepare_query,                  \
-     ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::panel, ELEMENTWISE::round_columns,           \
+     ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::values, TILES::panel, ELEMENTWISE::round_columns,           \
      ELEMENTWISE::search_subscales, BEGIN, END}
 
 static const Kernels all_kernels[ISA_COUNT] = {
@@ -579,29 +579,35 @@ static void attend(const Attention& a, int threads) {
         all[i].v_scale = reinterpret_cast<float*>(all[i].start + starts);
         all[i].start_k = all[i].v_scale + width;
         all[i].start_v = all[i].start_k + width;
+        all[i].base = logit_base(width);
     }
     parallel(threads, heads, [&](int64_t i) { kernels->prepare_head(a, i / a.heads, i % a.heads, all[i]); });
 
-    Probabilities table{a.bits, a.fraction_bits, {}, {}};
+    Probabilities table{a.bits, a.fraction_bits, 0, true, logit_base(width) != 0, {}, {}};
     const int steps = 1 << a.fraction_bits;
     const auto probability = [&](int code) { return 255.0 * std::exp2(-static_cast<double>(code) / steps); };
     for (int i = 0; i < 32; ++i) table.steps[i] = static_cast<float>(probability(i % steps));
     for (int code = 0; code < (1 << a.bits) - 1; ++code)
         table.bytes[code] = static_cast<uint8_t>(std::nearbyint(probability(code)));
-    const int64_t blocks = ceil_div(a.rows, TILE_ROWS);
+    while (table.bytes[table.zero]) ++table.zero;
+    for (int code = 128; code < table.zero; ++code) table.flat &= table.bytes[code] == table.bytes[127];
+    const int64_t blocks = ceil_div(a.rows, TILE_ROWS), key_blocks = ceil_div(count, KEY_BLOCK);
     const int64_t q_stride = row_stride(width), p_stride = row_stride(count);
     const int64_t logit_stride = round_up(count, TILE_COLS) + 16, out_stride = round_up(width, TILE_COLS);
     parallel(threads, heads * blocks, [&](int64_t task) {
         const Head& head = all[task / blocks];
         const int64_t b = task / blocks / a.heads, h = task / blocks % a.heads, start = task % blocks * TILE_ROWS;
         const int rows = static_cast<int>(a.rows - start < TILE_ROWS ? a.rows - start : TILE_ROWS);
-        const int64_t bytes = TILE_ROWS * (q_stride + p_stride + 4 * (logit_stride + out_stride) + 4 * width);
+        const int64_t bytes = TILE_ROWS * (q_stride + p_stride + 4 * (logit_stride + out_stride + width)) +
+                              4 * key_blocks * (TILE_ROWS + 1);
         char* memory = panel_scratch().get<char>(bytes);
         auto* codes = reinterpret_cast<uint8_t*>(memory);
         auto* p = codes + TILE_ROWS * q_stride;
         auto* logits = reinterpret_cast<int32_t*>(p + TILE_ROWS * p_stride);
         auto* sums = logits + TILE_ROWS * logit_stride;
         auto* queries = reinterpret_cast<float*>(sums + TILE_ROWS * out_stride);
+        auto* highest = reinterpret_cast<int32_t*>(queries + TILE_ROWS * width);
+        auto* live = reinterpret_cast<uint32_t*>(highest + TILE_ROWS * key_blocks);
         float q_scale[TILE_ROWS];
         for (int row = 0; row < rows; ++row)
             q_scale[row] = kernels->prepare_query(
@@ -616,15 +622,22 @@ static void attend(const Attention& a, int threads) {
             step[row] = q_scale[row] * key_step;
             std::memset(p + row * p_stride + count, 0, round_up(count, K_BLOCK) - count);
         }
-        kernels->tiles(codes, q_stride, head.packed_k, k_block, width, rows, count, head.start, logits, logit_stride);
-        kernels->largest(logits, logit_stride, rows, count, largest);
-        kernels->probabilities(logits, logit_stride, rows, count, largest, step, table, p, p_stride, total);
-        kernels->tiles(p, p_stride, head.packed_v, v_block, count, rows, width, nullptr, sums, out_stride);
+        // a block's logits are compared while they are in the first-level cache
+        for (int64_t first = 0; first < count; first += KEY_BLOCK) {
+            const int64_t some = count - first < KEY_BLOCK ? count - first : KEY_BLOCK;
+            kernels->tiles(
+                codes, q_stride, head.packed_k + first / BLOCK_COLS * k_block, k_block, width, rows, some,
+                head.start + first, logits + first, logit_stride);
+            kernels->largest(logits + first, logit_stride, rows, some, highest + first / KEY_BLOCK * TILE_ROWS);
+        }
+        kernels->find_live(highest, key_blocks, rows, step, table.zero, largest, live);
+        kernels->probabilities(logits, logit_stride, rows, count, largest, step, table, live, p, p_stride, total);
+        kernels->values(p, p_stride, head.packed_v, v_block, count, rows, width, live, sums, out_stride);
         const float octave_step = key_step / static_cast<float>(1 << a.fraction_bits);
         for (int row = 0; row < rows; ++row)
             kernels->finish_query(
                 a, head, sums + row * out_stride, static_cast<float>(total[row]) + 0.0f * step[row],
-                static_cast<float>(largest[row]) * (q_scale[row] * octave_step), queries + row * width,
+                static_cast<float>(largest[row] - head.base) * (q_scale[row] * octave_step), queries + row * width,
                 ((b * a.rows + start + row) * a.heads + h) * width);
     });
 }
