@@ -16,7 +16,7 @@ constexpr int BLOCK_COLS = 16;
 constexpr int TILE_COLS = 2 * BLOCK_COLS;
 constexpr int MOST_COLUMNS = 64, SUBSCALES = 15;
 constexpr int K_BLOCK = 64;  // bytes of K in a cache line, and in an AMX tile row
-constexpr int KEY_BLOCK = 128;  // keys that attention passes over together
+constexpr int KEY_BLOCK = 64;  // keys that attention passes over together
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 enum Isa : int32_t { PORTABLE, AVX2, AVX_VNNI, AVX512_VNNI, AVX512_VBMI, AMX, NEON_DOT, NEON_I8MM, ISA_COUNT };
@@ -144,10 +144,11 @@ struct Kernels {
     void (*gated_epilogue)(
         const int32_t* sums, const Output* rows, int64_t count, int64_t col, int64_t gates, const float* weight_scale,
         const int32_t* column_sum, int dtype);
-    // The largest of n logits of every row.
+    // The largest of n logits of every row; there is room for whole groups of 16 rows, and in what comes out.
     void (*largest)(const int32_t* logits, ptrdiff_t stride, int rows, int64_t n, int32_t* largest);
     // The largest logit of every row from those of its blocks of keys (blocks x TILE_ROWS), and which rows have more than
-    // zeros in a block: bits of live[block], which for others may be set too. `zero` as in Probabilities.
+    // zeros in a block: bits of live[block], which for others may be set too. `zero` as in Probabilities; steps and the
+    // largest are there for whole groups of 16 rows.
     void (*find_live)(
         const int32_t* highest, int64_t blocks, int rows, const float* step, int32_t zero, int32_t* largest,
         uint32_t* live);
@@ -156,14 +157,14 @@ struct Kernels {
         const int32_t* logits, ptrdiff_t stride, int rows, int64_t n, const int32_t* largest, const float* step,
         const Probabilities& table, const uint32_t* live, uint8_t* out, ptrdiff_t out_stride, int64_t* total);
     void (*prepare_head)(const Attention& attention, int64_t batch, int64_t number, Head& head);
-    // The query at an offset: its values, and its codes + 128 with zeros up to row_stride(width); returns the scale, NaN
-    // where a value is not finite.
+    // The query at an offset: its values with zeros up to whole 16, and its codes + 128 with zeros up to
+    // row_stride(width); returns the scale, NaN where a value is not finite.
     float (*prepare_query)(const Attention& attention, int64_t offset, float* values, uint8_t* codes);
-    // An output row at an offset from its products with the values; the start key joins in float. largest is in
-    // octaves. `values` is scratch afterwards.
+    // An output row at an offset from the query's products with the values; the start key joins in float. largest is in
+    // octaves. The sums, and what Head points to, are there up to whole 16.
     void (*finish_query)(
         const Attention& attention, const Head& head, const int32_t* sum, float normaliser, float largest,
-        float* values, int64_t offset);
+        const float* values, int64_t offset);
     // int32 sums (rows x cols) of u8 A (row stride lda) and s8 blocks of 16 columns packed as [k / 4][16][4], the
     // second block b_stride bytes after the first, plus start; cols is 16 or 32, rows 1 to 32. Rows up to the next 16
     // are readable, and the result has room for them.
