@@ -16,7 +16,7 @@ constexpr int BLOCK_COLS = 16;
 constexpr int TILE_COLS = 2 * BLOCK_COLS;
 constexpr int MOST_COLUMNS = 64, SUBSCALES = 15;
 constexpr int K_BLOCK = 64;  // bytes of K in a cache line, and in an AMX tile row
-constexpr int KEY_BLOCK = 64;  // keys that attention passes over together
+constexpr int KEY_BLOCK = 128;  // keys that attention passes over together
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 enum Isa : int32_t { PORTABLE, AVX2, AVX_VNNI, AVX512_VNNI, AVX512_VBMI, AMX, NEON_DOT, NEON_I8MM, ISA_COUNT };
