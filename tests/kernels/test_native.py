@@ -425,9 +425,9 @@ def test_attention_is_exact_where_the_operands_are(isa):
 
 
 def check_codes(q, half, octaves, odd=False, start=None, bits=8, fraction_bits=4):
-    """The engine against the reference for operands that are their own codes, where a logit's unit is 2^-octaves octaves.
+    """The engine against the reference for operands that are their own codes; a logit's unit is 2^-octaves octaves.
 
-    The keys are those of half, a zero where there are to be an odd number, and those of half negated: their mean is zero.
+    The keys are those of half, a zero where their number is to be odd, and those of half negated: their mean is zero.
     """
     g = torch.Generator().manual_seed(0)
     k = torch.cat((half, torch.zeros(int(odd), half.shape[1]), -half.flip(0)))
@@ -455,7 +455,13 @@ def test_blocks_of_keys_that_are_passed_over(isa, keys, weight):
     half = torch.randint(-3, 4, (count, width), generator=g).float()
     if weight == "nowhere":
         half = torch.zeros(count, width)
-    at = {"first": [0], "last": [0], "middle": [count - 1], "scattered": range(0, count, 29), "everywhere": range(count)}
+    at = {
+        "first": [0],
+        "last": [0],
+        "middle": [count - 1],
+        "scattered": range(0, count, 29),
+        "everywhere": range(count),
+    }
     for row, key in enumerate(at.get(weight, [])):
         half[key] = 90 * q[row % rows].sign()
     q[::13] = 0
@@ -468,7 +474,7 @@ def test_blocks_of_keys_that_are_passed_over(isa, keys, weight):
 
 @pytest.mark.parametrize(("bits", "fraction_bits"), [(3, 0), (3, 3), (5, 2), (8, 0), (8, 3), (8, 4), (8, 5)])
 def test_the_last_code_that_counts(isa, bits, fraction_bits):
-    """Whole blocks of keys that lie as far below another as the last code that counts, and around the border to the next."""
+    """Whole blocks of keys that lie below another by the last code that counts, and around the border to the next."""
     zero = attention_reference.probability_bytes(bits, fraction_bits).index(0)
     q = torch.full((40, 17), 8.0)
     for eighths in (8 * zero - 9, *range(8 * zero - 5, 8 * zero - 2), 8 * zero):
