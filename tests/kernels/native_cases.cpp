@@ -150,11 +150,57 @@ void conv(int isa, int64_t batch, int64_t channels, int64_t height, int64_t widt
                     std::to_string(kernel) + "-" + std::to_string(stride) + "-" + std::to_string(form), hash);
 }
 
-void attention(int isa, int64_t rows, int64_t keys, int64_t width, int bits, int fraction_bits, int start, bool broken) {
+// Pairs of a query and a block of keys that attention multiplied, and that there were.
+int64_t lived = 0, pairs = 0;
+const dgq::Kernels* counted = nullptr;
+void counting_values(const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t b_stride, int64_t k, int rows, int64_t cols,
+                     const uint32_t* live, int32_t* c, ptrdiff_t ldc) {
+    for (int64_t block = 0; block < dgq::ceil_div(k, dgq::KEY_BLOCK); ++block, pairs += rows)
+        lived += __builtin_popcount(live[block]);
+    counted->values(a, lda, b, b_stride, k, rows, cols, live, c, ldc);
+}
+
+// What no query of a block of keys lives in is not multiplied: probabilities that are not zero there show it.
+void values_passed_over(int isa, int64_t rows, int64_t keys, int64_t width) {
+    const int64_t lda = dgq::row_stride(keys), ldc = dgq::round_up(width, dgq::TILE_COLS), count = dgq::ceil_div(keys, dgq::KEY_BLOCK);
+    std::vector<uint8_t> p(dgq::TILE_ROWS * lda, 0);
+    std::vector<int8_t> v(dgq::round_up(width, dgq::TILE_COLS) / dgq::BLOCK_COLS * dgq::block_bytes(keys));
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t key = 0; key < keys; ++key) p[row * lda + key] = static_cast<uint8_t>(draw());
+    for (int8_t& value : v) value = static_cast<int8_t>(draw());
+    std::vector<uint32_t> live(count);
+    for (int64_t block = 0; block < count; ++block) live[block] = block % 3 == 1 ? 0 : static_cast<uint32_t>((1ull << rows) - 1);
+    Hash hash;
+    std::vector<int32_t> sums(dgq::TILE_ROWS * ldc, -1);
+    dgq::kernels->thread_begin();
+    dgq::kernels->values(p.data(), lda, v.data(), dgq::block_bytes(keys), keys, static_cast<int>(rows), width, live.data(),
+                         sums.data(), ldc);
+    dgq::kernels->thread_end();
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t col = 0; col < width; ++col) {
+            int32_t sum = 0;
+            for (int64_t key = 0; key < keys; ++key)
+                if (live[key / dgq::KEY_BLOCK])
+                    sum += p[row * lda + key] * v[col / 16 * dgq::block_bytes(keys) + key / 4 * 64 + col % 16 * 4 + key % 4];
+            if (sum != sums[row * ldc + col]) {
+                std::fprintf(stderr, "%s: values %lld %lld\n", isas[isa], static_cast<long long>(row), static_cast<long long>(col));
+                ++failures;
+            }
+            hash.add(static_cast<uint32_t>(sum));
+        }
+    report(isa, "values-" + std::to_string(rows) + "x" + std::to_string(keys) + "x" + std::to_string(width), hash);
+}
+
+void attention(int isa, int64_t rows, int64_t keys, int64_t width, int bits, int fraction_bits, int start, bool broken,
+               float peak = 1.0f) {
     const int64_t batch = 2, heads = 2;
-    const Values q = values(batch * rows * heads * width, 4.0f), k = values(batch * keys * heads * width, 4.0f, broken);
+    const Values q = values(batch * rows * heads * width, 4.0f * peak), k = values(batch * keys * heads * width, 4.0f, broken);
     const Values v = values(batch * keys * heads * width, 2.0f);
     Hash hash;
+    counted = dgq::kernels, lived = pairs = 0;
+    dgq::Kernels counting = *counted;
+    counting.values = counting_values;
+    dgq::kernels = &counting;
     for (const int dtype : {dgq::FLOAT32, dgq::BFLOAT16}) {
         std::vector<char> out(batch * rows * heads * width * (dtype == dgq::FLOAT32 ? 4 : 2));
         const dgq::Attention job{
@@ -164,9 +210,10 @@ void attention(int isa, int64_t rows, int64_t keys, int64_t width, int bits, int
         must(dgq_attention(&job, 1), "attention");
         hash.add(out, dtype);
     }
+    dgq::kernels = counted;
     report(isa, "attention-" + std::to_string(rows) + "x" + std::to_string(keys) + "x" + std::to_string(width) + "-" +
                     std::to_string(bits) + "-" + std::to_string(fraction_bits) + "-" + std::to_string(start) +
-                    (broken ? "-broken" : ""), hash);
+                    (broken ? "-broken" : "") + "-lived-" + std::to_string(lived) + "-of-" + std::to_string(pairs), hash);
 }
 
 void all(int isa) {
@@ -192,6 +239,14 @@ void all(int isa) {
         attention(isa, 50, 131, 160, 8, 5, 1, broken);
         attention(isa, 5, 2, 16, 4, 0, 1, broken);
     }
+    for (const float peak : {30.0f, 300.0f, 1e6f}) {
+        attention(isa, 45, 1000, 40, 8, 4, 0, false, peak);
+        attention(isa, 31, 640, 80, 6, 3, 1, false, peak);
+        attention(isa, 33, 300, 300, 8, 5, 0, false, peak);  // logits too large for logit_base
+    }
+    values_passed_over(isa, 32, 1000, 40);
+    values_passed_over(isa, 19, 1111, 16);
+    values_passed_over(isa, 5, 260, 160);
 }
 }  // namespace
 

@@ -424,6 +424,68 @@ def test_attention_is_exact_where_the_operands_are(isa):
     torch.testing.assert_close(got, expected, rtol=3e-7, atol=0)
 
 
+def check_codes(q, half, octaves, odd=False, start=None, bits=8, fraction_bits=4):
+    """The engine against the reference for operands that are their own codes; a logit's unit is 2^-octaves octaves.
+
+    The keys are those of half, a zero where their number is to be odd, and those of half negated: their mean is zero.
+    """
+    g = torch.Generator().manual_seed(0)
+    k = torch.cat((half, torch.zeros(int(odd), half.shape[1]), -half.flip(0)))
+    v = torch.randint(-127, 128, k.shape, generator=g).float()
+    q, k, v = (torch.nn.functional.pad(x, (0, 2)) for x in (q, k, v))
+    q[:, -1] = k[0, -2] = 127  # so that all scales are 1; in no product
+    k[-1, -2] = -127
+    v[len(v) // 3] = 127
+    q, k, v = q[None, None], k[None, None], v[None, None]
+    if start is not None:
+        k, v = (torch.cat((torch.full_like(x[:, :, :1], start), x), dim=2) for x in (k, v))
+    args = (bits, fraction_bits, start is not None, 8, 8)
+    got = native.attention(q, k, v, 2.0**-octaves, *args)
+    expected = attention_reference.log_attention(q, k, v, 2.0**-octaves / attention_cpu.LOG2_E, *args)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0 if start is None else 1e-4)
+
+
+@pytest.mark.parametrize("keys", [127, 128, 129, 300, 1024])
+@pytest.mark.parametrize("weight", ["first", "last", "middle", "scattered", "everywhere", "nowhere"])
+def test_blocks_of_keys_that_are_passed_over(isa, keys, weight):
+    """Some keys have all the weight of rows beside others that need every key: no block too many is passed over."""
+    width, rows, count = 24, 45, keys // 2
+    g = torch.Generator().manual_seed(keys)
+    q = torch.randint(-127, 128, (rows, width), generator=g).float()
+    half = torch.randint(-3, 4, (count, width), generator=g).float()
+    if weight == "nowhere":
+        half = torch.zeros(count, width)
+    at = {
+        "first": [0],
+        "last": [0],
+        "middle": [count - 1],
+        "scattered": range(0, count, 29),
+        "everywhere": range(count),
+    }
+    for row, key in enumerate(at.get(weight, [])):
+        half[key] = 90 * q[row % rows].sign()
+    q[::13] = 0
+    if weight == "last":
+        half = -half
+    for octaves in (6, 10, 14):
+        check_codes(q, half, octaves, odd=keys % 2 == 1)
+    check_codes(q, half, 10, odd=keys % 2 == 1, start=5.0)
+
+
+@pytest.mark.parametrize(("bits", "fraction_bits"), [(3, 0), (3, 3), (5, 2), (8, 0), (8, 3), (8, 4), (8, 5)])
+def test_the_last_code_that_counts(isa, bits, fraction_bits):
+    """Whole blocks of keys that lie below another by the last code that counts, and around the border to the next."""
+    zero = attention_reference.probability_bytes(bits, fraction_bits).index(0)
+    q = torch.full((40, 17), 8.0)
+    for eighths in (8 * zero - 9, *range(8 * zero - 5, 8 * zero - 2), 8 * zero):
+        half = torch.zeros(256, 17)
+        each = half[:128]
+        each[:, : eighths // 127] = 127
+        if eighths % 127:
+            each[:, eighths // 127] = eighths % 127
+        check_codes(q, half, 6 + fraction_bits, bits=bits, fraction_bits=fraction_bits)
+
+
 def test_the_engine_equals_attention_carried_by_floats():
     g = torch.Generator().manual_seed(1)
     q, k, v = (heads(g, 2, 2, tokens, 40, torch.bfloat16) for tokens in (30, 50, 50))

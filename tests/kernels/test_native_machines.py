@@ -49,6 +49,9 @@ def program(tmp_path_factory):
 def expected(program):
     results = printed(program)["portable"]
     assert len(set(results.values())) == len(results) > 50
+    lived = [case.split("-lived-")[1].split("-of-") for case in results if "-lived-" in case]
+    assert any(2 * int(some) < int(every) for some, every in lived)  # blocks of keys were passed over
+    assert any(some == every for some, every in lived)
     return results
 
 

@@ -47,15 +47,29 @@ static void pack_rows(const int8_t* matrix, int64_t n, int64_t k, int64_t block,
     }
 }
 
-// The same for columns [16 block, 16 block + 16) of a row-major matrix (k, n).
+// The same for columns [16 block, 16 block + 16) of a row-major matrix (k, n) of whole blocks of columns; zeros beyond.
 static void pack_columns(const int8_t* matrix, int64_t n, int64_t k, int64_t block, int8_t* out) {
-    std::memset(out, 0, block_bytes(k));
-    const int64_t first = block * BLOCK_COLS, cols = n - first < BLOCK_COLS ? n - first : BLOCK_COLS;
-    for (int64_t i = 0; i < k; ++i) {
-        int8_t* quad = out + i / 4 * 4 * BLOCK_COLS + i % 4;
-        const int8_t* row = matrix + i * n + first;
-        for (int64_t col = 0; col < cols; ++col) quad[4 * col] = row[col];
+    typedef int8_t Bytes __attribute__((vector_size(BLOCK_COLS)));
+    const int64_t first = block * BLOCK_COLS, there = first < n ? k : 0;
+    int64_t i = 0;
+    for (; i < there; i += 4) {
+        Bytes row[4] = {};
+        for (int64_t j = 0; j < 4 && i + j < k; ++j) std::memcpy(row + j, matrix + (i + j) * n + first, BLOCK_COLS);
+        for (int half = 0; half < 2; ++half) {
+            const auto zip = [&](Bytes a, Bytes b) {
+                return half ? __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+                            : __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            };
+            const Bytes even = zip(row[0], row[2]), odd = zip(row[1], row[3]);
+            const Bytes low = __builtin_shufflevector(
+                even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            const Bytes high = __builtin_shufflevector(
+                even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            std::memcpy(out + i * BLOCK_COLS + 32 * half, &low, 16);
+            std::memcpy(out + i * BLOCK_COLS + 32 * half + 16, &high, 16);
+        }
     }
+    std::memset(out + i * BLOCK_COLS, 0, block_bytes(k) - i * BLOCK_COLS);
 }
 
 // A weight as a checkpoint stores it: int8 (n, k), or two-level int4 (dgq_kernels/packing.py). order[i] is the natural
@@ -138,13 +152,13 @@ DGQ_TARGET_END
 
 static void nothing() {}
 
-#define DGQ_KERNELS(ELEMENTWISE, PROBABILITIES, TILES, BEGIN, END)                                             \
-    {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::layer_norm, ELEMENTWISE::moments,                 \
-     ELEMENTWISE::quantize_affine, ELEMENTWISE::rotate, ELEMENTWISE::affine, ELEMENTWISE::epilogue,             \
-     ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of,                                                     \
-     ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head, ELEMENTWISE::prepare_query,                  \
-     ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::panel, ELEMENTWISE::round_columns,           \
-     ELEMENTWISE::search_subscales, BEGIN, END}
+#define DGQ_KERNELS(ELEMENTWISE, PROBABILITIES, TILES, BEGIN, END)                                         \
+    {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::layer_norm, ELEMENTWISE::moments,             \
+     ELEMENTWISE::quantize_affine, ELEMENTWISE::rotate, ELEMENTWISE::affine, ELEMENTWISE::epilogue,        \
+     ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of, ELEMENTWISE::find_live,                         \
+     ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head, ELEMENTWISE::prepare_query,                    \
+     ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::values, TILES::panel,                    \
+     ELEMENTWISE::round_columns, ELEMENTWISE::search_subscales, BEGIN, END}
 
 static const Kernels all_kernels[ISA_COUNT] = {
     DGQ_KERNELS(plain, probabilities, portable, nothing, nothing),
@@ -566,7 +580,7 @@ static void attend(const Attention& a, int threads) {
     const int64_t width = a.width, count = a.keys - a.start_token, heads = a.batch * a.heads;
     const int64_t k_bytes = round_up(count, TILE_COLS) / BLOCK_COLS * block_bytes(width);
     const int64_t v_bytes = round_up(width, TILE_COLS) / BLOCK_COLS * block_bytes(count);
-    const int64_t starts = round_up(count, TILE_COLS), floats = round_up(3 * width + 1, 16);
+    const int64_t starts = round_up(count, TILE_COLS), floats = 3 * round_up(width, 16);
     const int64_t head_bytes = k_bytes + v_bytes + 4 * (starts + floats);
     static thread_local Scratch head_scratch;
     auto* memory = head_scratch.get<char>(heads * head_bytes);
@@ -577,54 +591,67 @@ static void attend(const Attention& a, int threads) {
         all[i].packed_v = reinterpret_cast<int8_t*>(at + k_bytes);
         all[i].start = reinterpret_cast<int32_t*>(at + k_bytes + v_bytes);
         all[i].v_scale = reinterpret_cast<float*>(all[i].start + starts);
-        all[i].start_k = all[i].v_scale + width;
-        all[i].start_v = all[i].start_k + width;
+        all[i].start_k = all[i].v_scale + floats / 3;
+        all[i].start_v = all[i].start_k + floats / 3;
+        all[i].base = logit_base(width);
     }
     parallel(threads, heads, [&](int64_t i) { kernels->prepare_head(a, i / a.heads, i % a.heads, all[i]); });
 
-    Probabilities table{a.bits, a.fraction_bits, {}, {}};
+    Probabilities table{a.bits, a.fraction_bits, 0, true, logit_base(width) != 0, {}, {}};
     const int steps = 1 << a.fraction_bits;
     const auto probability = [&](int code) { return 255.0 * std::exp2(-static_cast<double>(code) / steps); };
     for (int i = 0; i < 32; ++i) table.steps[i] = static_cast<float>(probability(i % steps));
     for (int code = 0; code < (1 << a.bits) - 1; ++code)
         table.bytes[code] = static_cast<uint8_t>(std::nearbyint(probability(code)));
-    const int64_t blocks = ceil_div(a.rows, TILE_ROWS);
-    const int64_t q_stride = row_stride(width), p_stride = row_stride(count);
+    while (table.bytes[table.zero]) ++table.zero;
+    for (int code = 128; code < table.zero; ++code) table.flat &= table.bytes[code] == table.bytes[127];
+    const int64_t blocks = ceil_div(a.rows, TILE_ROWS), key_blocks = ceil_div(count, KEY_BLOCK);
+    const int64_t q_stride = row_stride(width), q_floats = round_up(width, 16), p_stride = row_stride(count);
     const int64_t logit_stride = round_up(count, TILE_COLS) + 16, out_stride = round_up(width, TILE_COLS);
     parallel(threads, heads * blocks, [&](int64_t task) {
         const Head& head = all[task / blocks];
         const int64_t b = task / blocks / a.heads, h = task / blocks % a.heads, start = task % blocks * TILE_ROWS;
         const int rows = static_cast<int>(a.rows - start < TILE_ROWS ? a.rows - start : TILE_ROWS);
-        const int64_t bytes = TILE_ROWS * (q_stride + p_stride + 4 * (logit_stride + out_stride) + 4 * width);
+        const int64_t bytes = TILE_ROWS * (q_stride + p_stride + 4 * (logit_stride + out_stride + q_floats)) +
+                              4 * key_blocks * (TILE_ROWS + 1);
         char* memory = panel_scratch().get<char>(bytes);
         auto* codes = reinterpret_cast<uint8_t*>(memory);
         auto* p = codes + TILE_ROWS * q_stride;
         auto* logits = reinterpret_cast<int32_t*>(p + TILE_ROWS * p_stride);
         auto* sums = logits + TILE_ROWS * logit_stride;
         auto* queries = reinterpret_cast<float*>(sums + TILE_ROWS * out_stride);
+        auto* highest = reinterpret_cast<int32_t*>(queries + TILE_ROWS * q_floats);
+        auto* live = reinterpret_cast<uint32_t*>(highest + TILE_ROWS * key_blocks);
         float q_scale[TILE_ROWS];
         for (int row = 0; row < rows; ++row)
             q_scale[row] = kernels->prepare_query(
-                a, b * a.q_batch + h * a.q_head + (start + row) * a.q_token, queries + row * width,
+                a, b * a.q_batch + h * a.q_head + (start + row) * a.q_token, queries + row * q_floats,
                 codes + row * q_stride);
         const ptrdiff_t k_block = block_bytes(width), v_block = block_bytes(count);
         const float key_step = head.k_scale * (a.logit_scale * static_cast<float>(1 << a.fraction_bits));
         int32_t largest[TILE_ROWS];
         int64_t total[TILE_ROWS];
-        float step[TILE_ROWS];
+        float step[TILE_ROWS] = {};
         for (int row = 0; row < rows; ++row) {
             step[row] = q_scale[row] * key_step;
             std::memset(p + row * p_stride + count, 0, round_up(count, K_BLOCK) - count);
         }
-        kernels->tiles(codes, q_stride, head.packed_k, k_block, width, rows, count, head.start, logits, logit_stride);
-        kernels->largest(logits, logit_stride, rows, count, largest);
-        kernels->probabilities(logits, logit_stride, rows, count, largest, step, table, p, p_stride, total);
-        kernels->tiles(p, p_stride, head.packed_v, v_block, count, rows, width, nullptr, sums, out_stride);
+        // a block's logits are compared while they are in the first-level cache
+        for (int64_t first = 0; first < count; first += KEY_BLOCK) {
+            const int64_t some = count - first < KEY_BLOCK ? count - first : KEY_BLOCK;
+            kernels->tiles(
+                codes, q_stride, head.packed_k + first / BLOCK_COLS * k_block, k_block, width, rows, some,
+                head.start + first, logits + first, logit_stride);
+            kernels->largest(logits + first, logit_stride, rows, some, highest + first / KEY_BLOCK * TILE_ROWS);
+        }
+        kernels->find_live(highest, key_blocks, rows, step, table.zero, largest, live);
+        kernels->probabilities(logits, logit_stride, rows, count, largest, step, table, live, p, p_stride, total);
+        kernels->values(p, p_stride, head.packed_v, v_block, count, rows, width, live, sums, out_stride);
         const float octave_step = key_step / static_cast<float>(1 << a.fraction_bits);
         for (int row = 0; row < rows; ++row)
             kernels->finish_query(
                 a, head, sums + row * out_stride, static_cast<float>(total[row]) + 0.0f * step[row],
-                static_cast<float>(largest[row]) * (q_scale[row] * octave_step), queries + row * width,
+                static_cast<float>(largest[row] - head.base) * (q_scale[row] * octave_step), queries + row * q_floats,
                 ((b * a.rows + start + row) * a.heads + h) * width);
     });
 }

@@ -16,6 +16,7 @@ constexpr int BLOCK_COLS = 16;
 constexpr int TILE_COLS = 2 * BLOCK_COLS;
 constexpr int MOST_COLUMNS = 64, SUBSCALES = 15;
 constexpr int K_BLOCK = 64;  // bytes of K in a cache line, and in an AMX tile row
+constexpr int KEY_BLOCK = 128;  // keys that attention passes over together
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 enum Isa : int32_t { PORTABLE, AVX2, AVX_VNNI, AVX512_VNNI, AVX512_VBMI, AMX, NEON_DOT, NEON_I8MM, ISA_COUNT };
@@ -83,12 +84,15 @@ struct Head {
     float* v_scale;    // (width,)
     int8_t* packed_k;  // keys as columns
     int8_t* packed_v;  // channels as columns
-    int32_t* start;    // -128 * sum of a key's codes: queries are stored as code + 128
+    int32_t* start;    // base - 128 * sum of a key's codes: queries are stored as code + 128
+    int32_t base;      // what a logit of zero is (logit_base)
 };
 
 // What a code of log attention stands for (log_attention/reference.py).
 struct Probabilities {
-    int32_t bits, fraction_bits;
+    int32_t bits, fraction_bits, zero;  // the first code that stands for zero
+    bool flat;                          // all codes from 127 to there stand for the same
+    bool floats;                        // logits have a base (logit_base)
     alignas(64) float steps[32];     // 255 * 2^(-i / 2^fraction_bits), repeated
     alignas(64) uint8_t bytes[256];  // of every code; those from the top code on are zero
 };
@@ -140,21 +144,27 @@ struct Kernels {
     void (*gated_epilogue)(
         const int32_t* sums, const Output* rows, int64_t count, int64_t col, int64_t gates, const float* weight_scale,
         const int32_t* column_sum, int dtype);
-    // The largest of n logits of every row.
+    // The largest of n logits of every row; there is room for whole groups of 16 rows, and in what comes out.
     void (*largest)(const int32_t* logits, ptrdiff_t stride, int rows, int64_t n, int32_t* largest);
-    // Byte probabilities of n logits of every row, and their sums.
+    // The largest logit of every row from those of its blocks of keys (blocks x TILE_ROWS), and which rows have more than
+    // zeros in a block: bits of live[block], which for others may be set too. `zero` as in Probabilities; steps and the
+    // largest are there for whole groups of 16 rows.
+    void (*find_live)(
+        const int32_t* highest, int64_t blocks, int rows, const float* step, int32_t zero, int32_t* largest,
+        uint32_t* live);
+    // Byte probabilities of n logits of every row, and their sums; zeros where a row does not live.
     void (*probabilities)(
         const int32_t* logits, ptrdiff_t stride, int rows, int64_t n, const int32_t* largest, const float* step,
-        const Probabilities& table, uint8_t* out, ptrdiff_t out_stride, int64_t* total);
+        const Probabilities& table, const uint32_t* live, uint8_t* out, ptrdiff_t out_stride, int64_t* total);
     void (*prepare_head)(const Attention& attention, int64_t batch, int64_t number, Head& head);
-    // The query at an offset: its values, and its codes + 128 with zeros up to row_stride(width); returns the scale, NaN
-    // where a value is not finite.
+    // The query at an offset: its values with zeros up to whole 16, and its codes + 128 with zeros up to
+    // row_stride(width); returns the scale, NaN where a value is not finite.
     float (*prepare_query)(const Attention& attention, int64_t offset, float* values, uint8_t* codes);
-    // An output row at an offset from its products with the values; the start key joins in float. largest is in
-    // octaves. `values` is scratch afterwards.
+    // An output row at an offset from the query's products with the values; the start key joins in float. largest is in
+    // octaves. The sums, and what Head points to, are there up to whole 16.
     void (*finish_query)(
         const Attention& attention, const Head& head, const int32_t* sum, float normaliser, float largest,
-        float* values, int64_t offset);
+        const float* values, int64_t offset);
     // int32 sums (rows x cols) of u8 A (row stride lda) and s8 blocks of 16 columns packed as [k / 4][16][4], the
     // second block b_stride bytes after the first, plus start; cols is 16 or 32, rows 1 to 32. Rows up to the next 16
     // are readable, and the result has room for them.
@@ -165,6 +175,11 @@ struct Kernels {
     void (*tiles)(
         const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t b_stride, int64_t k, int rows, int64_t cols,
         const int32_t* start, int32_t* c, ptrdiff_t ldc);
+    // The same from zero, of probabilities and values: only what lives is multiplied. Room for TILE_ROWS rows of A and of
+    // the result.
+    void (*values)(
+        const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t b_stride, int64_t k, int rows, int64_t cols,
+        const uint32_t* live, int32_t* c, ptrdiff_t ldc);
     // The sums of a panel of rows and 16 or 32 columns, in rows of 32; room for whole groups of rows.
     void (*panel)(const Rows& a, const int8_t* b, ptrdiff_t b_stride, int64_t rows, int cols, int32_t* c);
     // Rows [first, first + 16), as far as there are some, of at most MOST_COLUMNS columns.
@@ -176,6 +191,18 @@ struct Kernels {
 
 extern const Kernels* kernels;
 alignas(64) inline constexpr int32_t ZEROS[TILE_COLS] = {};
+
+// Calls body(first, end) for every run of keys in which one of `rows` (bits) lives.
+template <class Body> void live_keys(const uint32_t* live, uint32_t rows, int64_t keys, const Body& body) {
+    const int64_t blocks = ceil_div(keys, KEY_BLOCK);
+    for (int64_t block = 0, end; block < blocks; block = end + 1) {
+        for (end = block; end < blocks && live[end] & rows;) ++end;
+        if (end > block) body(block * KEY_BLOCK, end < blocks ? end * KEY_BLOCK : keys);
+    }
+}
+
+// Added to logits of at most 2^22 in size, makes integers of them that are, read as floats, 1.5 * 2^23 + logit.
+inline int32_t logit_base(int64_t width) { return width * 127 * 127 < 1 << 22 ? 0x4b400000 : 0; }
 
 // Memory that grows and is kept, aligned to cache lines.
 class Scratch {
