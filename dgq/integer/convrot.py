@@ -20,7 +20,7 @@ from ..recipe import Recipe
 from .channels import rotate_channels, to_matrix
 from .method import INTEGER
 from .on_the_fly import packed, plan_without_data
-from .plan import packed_bytes, plan_layers
+from .plan import Layer, packed_bytes, plan_layers
 from .rates import rates
 from .skeleton import place
 from .weights import IntegerWeight
@@ -55,16 +55,16 @@ def _calibrate(work: Work) -> Made:
 
 
 def _cost(network: nn.Module, recipe: Recipe, budget: int, call: dict[str, Any] | None) -> Cost:
-    layers, kept = plan_without_data(network, recipe, ()), plan_layers(network, recipe)[1]
-    costs = {}
-    for layer in layers:
-        plan = layer.plan
-        n, k = plan.out_features, plan.reduction
-        seconds = n * k * (rates().rotated + COPIES * rates().copied)
-        costs[layer.name] = LayerCost(
-            layer.module, n * k, n, n * k + plan.bias * n, packed_bytes(plan), lambda rows, seconds=seconds: seconds
-        )
-    return Cost(costs, kept, max(4 * COPIES * cost.parameters for cost in costs.values()))
+    layers = {layer.name: _layer_cost(layer) for layer in plan_without_data(network, recipe, ())}
+    most = max(cost.parameters for cost in layers.values())
+    return Cost(layers, plan_layers(network, recipe)[1], 4 * COPIES * most)
+
+
+def _layer_cost(layer: Layer) -> LayerCost:
+    n, k = layer.plan.out_features, layer.plan.reduction
+    seconds = n * k * (rates().rotated + COPIES * rates().copied)
+    parameters = n * k + layer.plan.bias * n
+    return LayerCost(layer.module, n * k, n, parameters, packed_bytes(layer.plan), lambda rows: seconds)
 
 
 CONVROT = dataclasses.replace(
