@@ -27,7 +27,7 @@ from tables import fidelity_table
 
 import dgq
 from dgq.calibration.run import Options, calibrate
-from dgq.checkpoint.reading import float16_bytes, network_bytes, read_header, read_json
+from dgq.checkpoint.reading import float16_bytes, network_bytes, network_config, read_header, read_json
 from dgq.errors import DgqError
 from dgq.pictures import embedded
 from dgq.pictures.fidelity import compare
@@ -108,6 +108,19 @@ def checkpoint(model: Path, recipe: Recipe, work: Path, options: Options, name: 
 def count_of(options: Options) -> int:
     assert isinstance(options.prompts, int)
     return options.prompts
+
+
+def own_settings(model: Path, steps: int | None, guidance: float | None, batch: int) -> Settings:
+    """How a float model draws. The embedded model's stress variant draws as that does: it is the same function, and noise
+    under a guidance of 7.5, which a folder without settings has, says more of the guidance than of the quantization."""
+    stressed = network_config(model).get("_stress_variant", {}).get("model") == embedded.NAME
+    own: dict[str, Any] = embedded.GENERATION if stressed else {}
+    return Settings(
+        own.get("steps") if steps is None else steps,
+        own.get("guidance") if guidance is None else guidance,
+        seed=FIRST_SEED,
+        batch=batch,
+    ).resolved(model)
 
 
 def pictures(pipe: Any, prompts: Sequence[str], settings: Settings, label: str) -> list[Picture]:
@@ -197,7 +210,7 @@ def main() -> None:
     name = embedded.NAME if model == embedded.FOLDER else str(model)
     if read_header(model) is not None:
         raise DgqError(f"{model}: is quantized already", "name the float model")
-    settings = Settings(args.steps, args.guidance, seed=FIRST_SEED, batch=args.batch).resolved(model)
+    settings = own_settings(model, args.steps, args.guidance, args.batch)
     prompts = evaluation_prompts(model, args.prompts)
     grid_prompts = list(args.grid_prompts or prompts[:GRID_PROMPTS]) if args.grid else []
     calibration = Options(
