@@ -111,8 +111,8 @@ def count_of(options: Options) -> int:
 
 
 def own_settings(model: Path, steps: int | None, guidance: float | None, batch: int) -> Settings:
-    """How a float model draws. The embedded model's stress variant draws as that does: it is the same function, and noise
-    under a guidance of 7.5, which a folder without settings has, says more of the guidance than of the quantization."""
+    """How a float model draws. The embedded model's stress variant draws as that does: it is the same function, and a
+    guidance of 7.5, which a folder without settings has, enlarges the noise that is to be compared."""
     stressed = network_config(model).get("_stress_variant", {}).get("model") == embedded.NAME
     own: dict[str, Any] = embedded.GENERATION if stressed else {}
     return Settings(
