@@ -2,6 +2,7 @@
 
     python benchmarks/fidelity.py --work DIR [--model MODEL] [--prompts 32] [--grid FILE] [--out PREFIX]
     python benchmarks/fidelity.py --work DIR --only "G=1 " --floor-prompts 0 --out PREFIX    # some rows again
+    python benchmarks/fidelity.py --work DIR --prompts 64 --calibration-prompts 64 --budget 4.6 --out PREFIX --resume
 
 Calibrates each configuration once into DIR (kept, and used again while the float model and the settings stay the
 same), makes the same pictures with every system from the same seeds, and compares them with float32's. The prompts are
@@ -26,7 +27,7 @@ from tables import fidelity_table
 
 import dgq
 from dgq.calibration.run import Options, calibrate
-from dgq.checkpoint.reading import float16_bytes, network_bytes, read_header, read_json
+from dgq.checkpoint.reading import float16_bytes, network_bytes, network_config, read_header, read_json
 from dgq.errors import DgqError
 from dgq.pictures import embedded
 from dgq.pictures.fidelity import compare
@@ -35,7 +36,7 @@ from dgq.pictures.pipelines import load, resolve
 from dgq.pictures.prompts import calibration_prompts, evaluation_prompts
 from dgq.recipe import Recipe
 
-BITS = ((8, 8), (4, 8), (4, 6))
+BITS = ((8, 8), (4, 8), (4, 6), (4, 4))
 FIRST_SEED = 20_000
 GRID_ROWS = ("float32", "integer W8A8", "integer W4A8", "integer W4A6")
 GRID_PROMPTS = 6
@@ -43,14 +44,15 @@ LABEL_WIDTH, LABEL_SIZE = 190, 24
 
 
 def configurations() -> list[Recipe]:
-    """At each bit width: the published method per tensor and with 16 groups, every layer rotated and rounded to nearest
-    (ConvRot's kind), and the integer recipe."""
+    """At each bit width: the published method per tensor and with 16 groups, ConvRot, every layer rotated and rounded
+    to nearest (ConvRot with a search of ranges), and the integer recipe."""
     return [
         recipe
         for wbits, abits in BITS
         for recipe in (
             Recipe(name="paper", wbits=wbits, abits=abits, groups=1),
             Recipe(name="paper", wbits=wbits, abits=abits, groups=16),
+            Recipe(name="convrot", wbits=wbits, abits=abits),
             Recipe(wbits=wbits, abits=abits, channels="rotate", rounding="nearest"),
             Recipe(wbits=wbits, abits=abits),
         )
@@ -77,7 +79,9 @@ class Progress:
 
 def checkpoint(model: Path, recipe: Recipe, work: Path, options: Options, name: str) -> Path:
     """The checkpoint of a recipe, made where `work` does not hold one of the same model, recipe and settings."""
-    folder = work / recipe.label.lower().replace(" ", "-").replace("=", "")
+    label = recipe.label if options.bits is None else f"{recipe.label} {options.bits:g} bits"
+    folder = work / label.lower().replace(" ", "-").replace("=", "")
+    prompts = len(calibration_prompts(model, count_of(options), options.seed))
     if folder.is_dir():
         try:
             header = read_header(folder)
@@ -86,21 +90,37 @@ def checkpoint(model: Path, recipe: Recipe, work: Path, options: Options, name: 
         weights = [max(file.stat().st_mtime for file in (place / "unet").iterdir()) for place in (model, folder)]
         if (
             header is not None
-            and (header.recipe, header.base_model, header.dgq_version) == (recipe, name, dgq.__version__)
-            and header.calibration.get("prompts") == len(calibration_prompts(model, count_of(options), options.seed))
+            and (header.recipe if options.bits is None else dataclasses.replace(header.recipe, overrides=())) == recipe
+            and (header.base_model, header.dgq_version) == (name, dgq.__version__)
+            and header.calibration.get("prompts", prompts) == prompts
             and header.generation == {"steps": options.steps, "guidance": options.guidance}
             and weights[0] < weights[1]
         ):
             say(f"{recipe.label}: {folder} is used again")
             return folder
-    say(f"{recipe.label}: calibrating")
-    calibrate(name if name == embedded.NAME else model, folder, recipe, options, Progress(recipe.label))
+    say(f"{label}: calibrating")
+    started = time.process_time()
+    calibrate(name if name == embedded.NAME else model, folder, recipe, options, Progress(label))
+    say(f"{label}: calibrated in {time.process_time() - started:.0f} CPU s")
     return folder
 
 
 def count_of(options: Options) -> int:
     assert isinstance(options.prompts, int)
     return options.prompts
+
+
+def own_settings(model: Path, steps: int | None, guidance: float | None, batch: int) -> Settings:
+    """How a float model draws. The embedded model's stress variant draws as that does: it is the same function, and a
+    guidance of 7.5, which a folder without settings has, enlarges the noise that is to be compared."""
+    stressed = network_config(model).get("_stress_variant", {}).get("model") == embedded.NAME
+    own: dict[str, Any] = embedded.GENERATION if stressed else {}
+    return Settings(
+        own.get("steps") if steps is None else steps,
+        own.get("guidance") if guidance is None else guidance,
+        seed=FIRST_SEED,
+        batch=batch,
+    ).resolved(model)
 
 
 def pictures(pipe: Any, prompts: Sequence[str], settings: Settings, label: str) -> list[Picture]:
@@ -166,7 +186,15 @@ def options() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, help="guidance scale; the model's own default if left out")
     parser.add_argument("--batch", type=int, default=8, help="pictures a UNet call (default 8)")
     parser.add_argument(
-        "--only", help="only the systems whose label holds this text, such as 'W4A8'; --out keeps its other rows"
+        "--only",
+        nargs="+",
+        help="only the systems whose label holds one of these texts, such as 'W4A8', in this order; --out keeps others",
+    )
+    parser.add_argument(
+        "--budget", type=float, metavar="BITS", help="dgq calibrate --budget of the integer recipe at W4"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="measure what --out has no row of; rows are written as they come"
     )
     parser.add_argument("--out", type=Path, help="write PREFIX.md and PREFIX.json instead of printing them")
     parser.add_argument("--grid", type=Path, help="write a PNG: one system a row, the same seeds")
@@ -182,7 +210,7 @@ def main() -> None:
     name = embedded.NAME if model == embedded.FOLDER else str(model)
     if read_header(model) is not None:
         raise DgqError(f"{model}: is quantized already", "name the float model")
-    settings = Settings(args.steps, args.guidance, seed=FIRST_SEED, batch=args.batch).resolved(model)
+    settings = own_settings(model, args.steps, args.guidance, args.batch)
     prompts = evaluation_prompts(model, args.prompts)
     grid_prompts = list(args.grid_prompts or prompts[:GRID_PROMPTS]) if args.grid else []
     calibration = Options(
@@ -201,9 +229,11 @@ def main() -> None:
         "prompts": prompts,
         "calibration_prompts": args.calibration_prompts,
     }
-    kept = args.out.with_suffix(".json") if args.only and args.out else None
+    kept = args.out.with_suffix(".json") if (args.only or args.resume) and args.out else None
     earlier = earlier_rows(kept, report) if kept and kept.exists() else []
-    recipes = [recipe for recipe in configurations() if not args.only or args.only in recipe.label]
+    measured = {row["system"] for row in earlier} if args.resume else set()
+    chosen = [recipe for text in args.only or [""] for recipe in configurations() if text in recipe.label]
+    recipes = [recipe for recipe in dict.fromkeys(chosen) if system(recipe) not in measured]
     sheets: dict[str, list[Image.Image]] = {}
 
     def run(pipe: Any, label: str) -> list[Picture]:
@@ -214,34 +244,41 @@ def main() -> None:
     reference = run(load(model, dtype=torch.float32), "float32")
     unquantized = {"unet_mib": float16_bytes(model) / 2**20, "of_float16": 1.0}
     rows: list[dict[str, Any]] = []
+
+    def write() -> None:
+        report["rows"] = merged(earlier, rows)
+        if not args.out:
+            return
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".md").write_text(fidelity_table(report["rows"]), encoding="utf-8")
+        args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
     if few := min(args.floor_prompts, len(prompts)):
         lower = pictures(load(model, dtype=torch.bfloat16), prompts[:few], settings, "bfloat16")
         floor = compare(reference[:few], lower)
         rows.append({"system": f"bfloat16, unquantized ({few} prompts)", **floor, **unquantized})
     for recipe in recipes:
-        folder = checkpoint(model, recipe, args.work, calibration, name)
-        measured = compare(reference, run(load(folder, dtype=torch.float32), recipe.label))
+        mixed = args.budget if recipe == Recipe(wbits=4, abits=recipe.abits) else None
+        folder = checkpoint(model, recipe, args.work, dataclasses.replace(calibration, bits=mixed), name)
+        found = compare(reference, run(load(folder, dtype=torch.float32), recipe.label))
         size = network_bytes(folder)
         rows.append(
             {
                 "system": system(recipe),
-                **measured,
+                **found,
+                **({} if mixed is None else {"bits": mixed}),
                 "unet_mib": size / 2**20,
                 "of_float16": size / float16_bytes(model),
                 "recipe": recipe.to_dict(),
             }
         )
-    report["rows"] = merged(earlier, rows)
+        write()
+    write()
     if args.grid:
         write_png(labelled(sheets, args.grid_scale), args.grid)
         say(f"wrote {args.grid}")
-    table, text = fidelity_table(report["rows"]), json.dumps(report, indent=2)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".md").write_text(table, encoding="utf-8")
-        args.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    else:
-        print(f"{table}\n{text}")
+    if not args.out:
+        print(f"{fidelity_table(report['rows'])}\n{json.dumps(report, indent=2)}")
 
 
 if __name__ == "__main__":

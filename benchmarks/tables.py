@@ -133,6 +133,22 @@ def fidelity_short() -> str:
     return table(("", "PSNR (dB)", "UNet, of float16"), rows)
 
 
+def best() -> str:
+    """The integer recipe from 64 prompts, with a budget where it is W4, and ConvRot; "-" is not measured."""
+
+    def cell(name: str, system: str, bits: str) -> str:
+        rows = [row for row in report(f"{name}-64")["rows"] if row["system"] == f"{system} {bits}"]
+        return f"{rows[0]['psnr_median_db']:.1f} / {rows[0]['psnr_worst_tenth_db']:.1f}" if rows else "-"
+
+    widths = ("W8A8", "W4A8", "W4A6", "W4A4")
+    rows = [
+        (f"{variant}{label}", *(cell(name, system, bits) for bits in widths))
+        for name, variant in (("fidelity-embedded", ""), ("fidelity-stress", "*stress variant*: "))
+        for system, label in (("convrot", "ConvRot"), ("integer", "**integer**"))
+    ]
+    return table(("PSNR, median / worst tenth (dB)", *widths), rows)
+
+
 def recipes() -> str:
     """Both recipes on the embedded model and on its variant with outliers."""
 
@@ -590,6 +606,7 @@ def tuning_short() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "fidelity-short": fidelity_short,
+    "best": best,
     "recipes": recipes,
     "spread": spread,
     "peers": peers,

@@ -136,6 +136,10 @@ class Method:
             JSON.
         words: words(recipe, attention): its "rounding" and "attention" as `dgq inspect` says it.
         simulated: it runs in float, and is never faster than the float model.
+        fixed: options of a recipe that the method settles: their values take the place of the defaults, and no others
+            can be asked for.
+        reads_calls: whether it needs recorded calls of the network; without them a calibration draws no pictures but
+            those that it compares.
     """
 
     name: str
@@ -154,6 +158,8 @@ class Method:
         "attention": "float",
     }
     simulated: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    reads_calls: bool = True
 
 
 METHODS: dict[str, Method] = {}

@@ -24,7 +24,8 @@ class Recipe:
     """A quantization recipe (docs/method.md).
 
     Attributes:
-        name: of the method: "integer" (int8 products, the default) or "paper" (the published one, simulated in float).
+        name: of the method: "integer" (int8 products, the default), "paper" (the published one, simulated in float) or
+            "convrot" (every layer rotated and rounded to nearest, without calibration; attention is float).
         wbits, abits: bits of weights (4 or 8) and activations (4 to 8).
         rounding: how weights are rounded: "gptq" (second moments) or "nearest".
         channels: outlier handling of input channels, integer recipe: "auto" chooses per layer by measured error, the
@@ -62,6 +63,10 @@ class Recipe:
         for pattern, bits in self.overrides:
             if bits not in (0, *WEIGHT_BITS):
                 raise DgqError(f"override '{pattern}={bits}': bits must be 0 (float), 4 or 8")
+        for option, fixed in METHODS[self.name].fixed.items():
+            if (asked := getattr(self, option)) not in (fixed, getattr(Recipe, option)):
+                raise DgqError(f"the {self.name} recipe has {option} {fixed!r}, not {asked!r}")
+            object.__setattr__(self, option, fixed)
         METHODS[self.name].check(self)
 
     @property

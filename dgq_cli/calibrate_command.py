@@ -55,13 +55,23 @@ def command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoint.")] = Path("dgq-checkpoint"),
     wbits: Annotated[int, typer.Option(help="Bits of weights: 4 or 8.")] = 4,
     abits: Annotated[int, typer.Option(help="Bits of activations: 4 to 8.")] = 8,
-    recipe: Annotated[str, typer.Option(help="integer (int8 products) or paper (published, simulated).")] = "integer",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="integer (int8 products), convrot (rotated, without calibration) or paper (published, simulated)."
+        ),
+    ] = "integer",
     groups: Annotated[int, typer.Option(help="Activation groups of the paper recipe: 1, 8 or 16.")] = 16,
-    rounding: Annotated[str, typer.Option(help="Weight rounding: gptq or nearest (integer recipe).")] = "gptq",
+    rounding: Annotated[
+        str | None, typer.Option(help="Weight rounding: gptq (the default) or nearest (integer recipe).")
+    ] = None,
     channels: Annotated[
-        str, typer.Option(help="Channel outliers: auto, none, smooth, shift, rotate (integer).")
-    ] = "auto",
-    attention: Annotated[str, typer.Option(help="Attention: log or float (integer recipe).")] = "log",
+        str | None,
+        typer.Option(help="Channel outliers: auto (the default), none, smooth, shift, rotate (integer recipe)."),
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Attention: log (the default) or float (integer recipe).")
+    ] = None,
     vae: Annotated[
         str | None, typer.Option(help="The VAE's decoder: int8 or float; default int8 but with the paper recipe.")
     ] = None,
@@ -121,19 +131,22 @@ def command(
     if budget is not None and (recipe != "integer" or wbits != 4):
         raise typer.BadParameter("--budget chooses among layers of 4 bits: it is of --recipe integer --wbits 4")
     overrides = tuple(_override(text) for text in override or [])
+    options_given = {"rounding": rounding, "channels": channels, "attention": attention}
+    given = {option: value for option, value in options_given.items() if value is not None}
     try:
         wanted = Recipe(
             name=recipe,
             wbits=wbits,
             abits=abits,
-            rounding=rounding,  # type: ignore[arg-type]
-            channels=channels,  # type: ignore[arg-type]
-            attention=attention,  # type: ignore[arg-type]
             groups=groups,
             overrides=overrides,
+            **given,  # type: ignore[arg-type]
         )
     except DgqError as error:
         raise typer.BadParameter(str(error)) from None
+    for option, value in given.items():
+        if (fixed := getattr(wanted, option)) != value:  # a default of the integer recipe, written out
+            raise typer.BadParameter(f"the {recipe} recipe has {option} {fixed!r}, not {value!r}")
     from dgq.pictures.prompts import read_prompts
 
     chosen = prompt_count(prompts) or read_prompts(Path(prompts))

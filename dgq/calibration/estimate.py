@@ -102,11 +102,12 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     count = options.prompts if isinstance(options.prompts, int) else len(options.prompts)
     doubled = family.doubled(network.config, settings.guidance)
     apart = doubled and family.separate_guidance
-    recorded = count * settings.steps * (2 if apart else 1)
+    method = METHODS[recipe.name]
+    recorded = count * settings.steps * (2 if apart else 1) if method.reads_calls else 0
     meta = torch.device("meta")
     with meta:
         call = architectures.call(network, 2 if doubled and not apart else 1, meta, pixels=pixels)
-    cost = METHODS[recipe.name].cost(network, recipe, options.budget, call)
+    cost = method.cost(network, recipe, options.budget, call)
     replayed = recorded if cost.whole else min(recorded, options.calls)
     parameters = sum(tensor.numel() for tensor in network.state_dict().values())
     quantized = sum(layer.parameters for layer in cost.layers.values())

@@ -122,7 +122,8 @@ def encoder_recipes(model: Model, recipe: Recipe, options: Options) -> dict[str,
 
 def _beside(recipe: Recipe) -> Recipe:
     """Of what is quantized beside a network."""
-    return Recipe(wbits=8, abits=8, rounding=recipe.rounding, channels=recipe.channels, attention="float")
+    name = "integer" if METHODS[recipe.name].reads_calls else recipe.name
+    return Recipe(name, wbits=8, abits=8, rounding=recipe.rounding, channels=recipe.channels, attention="float")
 
 
 def wanted_settings(options: Options, model: Model) -> Settings:
@@ -211,7 +212,7 @@ def _calibrated(
         plans |= _prefixed(name, METHODS[wanted.name].plans(getattr(pipe, name), wanted))
     done = partial.layers(plans)
     reference = _evaluate(pipe, folder, settings, options, prompts, "float", progress, 0)
-    files = {"": "calls"} | {name: f"calls-{name}" for name in beside}
+    files = {"": "calls"} | {name: f"calls-{name}" for name in beside} if METHODS[recipe.name].reads_calls else {}
     stored = {name: partial.calls(file) for name, file in files.items()}
     recorded = {name: calls for name, calls in stored.items() if calls is not None}
     if len(recorded) < len(files):
@@ -225,7 +226,7 @@ def _calibrated(
         partial.store(name, layer)
 
     def quantized(name: str, part: Any, wanted: Recipe, store: Callable[[str, Any], None] = keep) -> Header:
-        method, calls = METHODS[wanted.name], recorded[name]
+        method, calls = METHODS[wanted.name], recorded.get(name, [])
         prefix = f"{name}." if name else ""
         own = {
             of: done[prefix + of]
@@ -238,9 +239,11 @@ def _calibrated(
 
         replayed = spread(calls, options.calls)
         made = method.calibrate(Work(part, calls, replayed, wanted, options.budget, progress, kept, own))
-        facts = {"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed}
-        if options.size:
-            facts["size"] = options.size
+        facts: dict[str, Any] = {}
+        if calls:
+            facts = {"prompts": len(prompts), "steps": settings.steps, "seed": settings.seed}
+            if options.size:
+                facts["size"] = options.size
         return Header(
             wanted,
             made.layers,
@@ -263,7 +266,7 @@ def _calibrated(
     for name, wanted in beside.items():
         part = component(folder, name, *components(folder)[name], torch.float32)
         part = part.to(next(network.parameters()).device)
-        read = [calls[0] for calls in recorded[name][:JUDGED_PROMPTS]] if family_of(part) in ENCODERS else []
+        read = [calls[0] for calls in recorded.get(name, [])[:JUDGED_PROMPTS]] if family_of(part) in ENCODERS else []
         before = _embeddings(part, read)
         parts[name] = part, quantized(name, part, wanted)
         if read:

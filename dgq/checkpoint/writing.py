@@ -204,6 +204,8 @@ def model_card(
     """The README of a checkpoint folder `name` with a network of `size` bytes, and other quantized components of so
     many: what it is, measured, and its use."""
     recipe, calibration = header.recipe, header.calibration
+    drawn = {"prompts": "{} prompts", "steps": "{} steps", "seed": "seed {}"}
+    told = [form.format(calibration[key]) for key, form in drawn.items() if key in calibration]
     lines = [
         "---",
         "library_name: diffusers",
@@ -221,13 +223,12 @@ def model_card(
         f"| weight rounding | {recipe.rounding} |",
         f"| quantized layers | {len(header.method.layers(header))} |",
         f"| {family.title} file | {size / 2**20:.1f} MiB |",
-        f"| calibration | {calibration.get('prompts', '?')} prompts, {calibration.get('steps', '?')} steps, "
-        f"seed {calibration.get('seed', '?')} |",
+        f"| calibration | {', '.join(told) or 'none'} |",
     ]
     for component, (about, size) in (beside or {}).items():
         what = "VAE's decoder" if component == "vae" else component
-        told = f"{about.recipe.label}, {len(about.method.layers(about))} layers; file {size / 2**20:.1f} MiB"
-        lines.append(f"| {what} | {told} |")
+        made = f"{about.recipe.label}, {len(about.method.layers(about))} layers; file {size / 2**20:.1f} MiB"
+        lines.append(f"| {what} | {made} |")
     names = {"steps": "num_inference_steps", "guidance": family.guidance_argument}
     call = "".join(f", {names[key]}={value}" for key, value in header.generation.items() if key in names)
     fidelity = calibration.get("fidelity")

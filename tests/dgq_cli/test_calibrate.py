@@ -55,6 +55,21 @@ def test_calibrate_then_generate(dgq_command, tiny_pipeline, tmp_path):
     assert "embeddings" in run.stdout
 
 
+def test_convrot_needs_no_calibration(dgq_command, tiny_pipeline, tmp_path):
+    out = tmp_path / "out"
+    options = ("--recipe", "convrot", "--wbits", 8, "--evaluate", 0, "--text-encoder", "int8")
+    run = dgq_command("calibrate", tiny_pipeline, "--out", out, *options, "--dry-run")
+    assert "calls               0\n" in run.stdout
+    run = dgq_command("calibrate", tiny_pipeline, "--out", out, *options)
+    assert run.returncode == 0, run.stderr
+    run = dgq_command("inspect", out, "--verify")
+    assert "convrot W8A8" in run.stdout
+    assert "text_encoder      convrot W8A8, 6 layers, " in run.stdout
+    run = dgq_command("generate", "a cat", "--model", out, "--out", tmp_path / "cat.png", "--steps", 1)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "cat.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_dry_run_writes_nothing(dgq_command, tiny_pipeline, tmp_path):
     run = dgq_command("calibrate", tiny_pipeline, "--out", tmp_path / "out", "--dry-run", "--json")
     assert run.returncode == 0, run.stderr
@@ -99,6 +114,9 @@ def test_a_budget_of_bits(dgq_command, tiny_pipeline, tmp_path):
         (("--wbits", "5"), 2, "wbits"),
         (("--abits", "2"), 2, "abits"),
         (("--recipe", "magic"), 2, "recipe"),
+        (("--recipe", "convrot", "--rounding", "gptq"), 2, "the convrot recipe has rounding 'nearest', not 'gptq'"),
+        (("--recipe", "convrot", "--channels", "smooth"), 2, "the convrot recipe has channels 'rotate', not 'smooth'"),
+        (("--recipe", "convrot", "--budget", "5"), 2, "--recipe integer --wbits 4"),
         (("--vae", "int4"), 2, "neither int8 nor float"),
         (("--text-encoder", "int4"), 2, "neither int8 nor float"),
         (("--override", "mid_block"), 2, "PATTERN=BITS"),
