@@ -25,7 +25,7 @@ CUDA = torch.cuda.is_available()
 
 
 class Tape(TorchDispatchMode):
-    """Operators as they ran: those of tensors that were made meanwhile take what the repetition makes in their place."""
+    """Operators as they ran: what takes a tensor that was made meanwhile takes what the repetition makes in its place."""
 
     def __init__(self):
         super().__init__()

@@ -39,5 +39,6 @@ def test_a_folder_for_diffusers(dgq_command, tiny_checkpoint, tmp_path):
 def test_the_simulated_recipe_is_refused(dgq_command, tiny_paper_checkpoint, tmp_path, target):
     run = dgq_command("export", tiny_paper_checkpoint, "--to", target, "--out", tmp_path / "made.safetensors")
     assert (run.returncode, run.stdout) == (1, "")
-    assert f"{tiny_paper_checkpoint}: is of the paper recipe, whose layers are simulated" in " ".join(run.stderr.split())
+    told = " ".join(run.stderr.split())
+    assert f"{tiny_paper_checkpoint}: is of the paper recipe, whose layers are simulated" in told
     assert not list(tmp_path.iterdir())
