@@ -25,7 +25,7 @@ CUDA = torch.cuda.is_available()
 
 
 class Tape(TorchDispatchMode):
-    """Operators as they ran: what takes a tensor that was made meanwhile takes what the repetition makes in its place."""
+    """Operators as they ran: each takes the repeated results in place of those that it took."""
 
     def __init__(self):
         super().__init__()
