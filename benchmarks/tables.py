@@ -472,23 +472,25 @@ def picture() -> str:
 TUNED = {
     "untuned": "untuned",
     "tune": "**`dgq tune`**",
+    "prior": "with `--class-prompt`",
     "even": "with `--high-noise-strength 1`",
+    "together": "three subjects in one file",
     "peqa": "PEQA",
     "lora": "float model, LoRA r = 4",
     "dreambooth": "float model, DreamBooth",
 }
-BESIDE = ("untuned", "tune", "even", "peqa", "lora", "dreambooth")
+BESIDE = ("untuned", "tune", "prior", "even", "peqa", "lora", "dreambooth")
 
 
-def weights_of(name: str) -> str:
-    return "float" if name in ("lora", "dreambooth") else "W4A8"
+def weights_of(name: str, weights: str = "W4A8") -> str:
+    return "float" if name in ("lora", "dreambooth") else weights
 
 
-def tuned(*names: str) -> Iterable[tuple[str, dict[str, Any]]]:
+def tuned(*names: str, weights: str = "W4A8", strength: float = 1) -> Iterable[tuple[str, dict[str, Any]]]:
     """(label, row of the report) of systems that were run."""
     for name in names:
         for row in report("tuning")["systems"]:
-            if [row["system"], row["weights"], row["strength"]] == [name, weights_of(name), 1]:
+            if [row["system"], row["weights"], row["strength"]] == [name, weights_of(name, weights), strength]:
                 yield TUNED[name], row
 
 
@@ -505,7 +507,7 @@ ASKED = (("background", "background as asked"), ("style", "style as asked"))
 def tuning() -> str:
     """Systems at W4A8 and in float over all subjects."""
     rows = []
-    for label, row in tuned(*BESIDE):
+    for label, row in tuned(*BESIDE[:-3], "together", *BESIDE[-3:]):
         costs = ["-"] * 3
         if row["bytes"]:
             costs = [f"{row['bytes'] / 2**20:.2f} MiB", f"{row['cpu_seconds']}", f"{row['peak_bytes'] / 2**20:.0f} MiB"]
@@ -529,7 +531,7 @@ def tuning_against() -> str:
     """`dgq tune` less each other system, of the same subjects, prompts and seeds."""
     rows = [
         (label, str(len(row["subjects"])), *(with_interval(row[key], True) for key, _ in LIKE + ASKED))
-        for label, row in differences("untuned", *BESIDE[2:])
+        for label, row in differences("untuned", *BESIDE[2:-3], "together", *BESIDE[-3:])
     ]
     return table(("`dgq tune` less", "subjects", *(label for _, label in LIKE + ASKED)), rows)
 
@@ -577,7 +579,7 @@ def tuning_subjects() -> str:
         likeness = (f"{of[system]['scorer']:.2f}" if system in of else "-" for system in BESIDE)
         backgrounds = (f"{of[system]['background']:.2f}" if system in of else "-" for system in BESIDE)
         rows.append((name, " / ".join(likeness), f"{of['untuned']['real_scorer']:.2f}", " / ".join(backgrounds)))
-    header = "likeness, scorer: untuned / `dgq tune` / at full strength / PEQA / LoRA / DreamBooth"
+    header = "likeness, scorer: untuned / `dgq tune` / class prompt / full strength / PEQA / LoRA / DreamBooth"
     return table(("", header, "real", "background as asked, the same"), rows)
 
 
@@ -589,6 +591,25 @@ def tuning_others() -> str:
     return table(header, rows)
 
 
+def tuning_bits() -> str:
+    """Tuning a checkpoint of eight bits beside one of four."""
+    rows = [
+        (weights, label, *(with_interval(row[key]) for key, _ in LIKE + ASKED))
+        for weights in ("W4A8", "W8A8")
+        for label, row in tuned("untuned", "tune", "peqa", weights=weights)
+    ]
+    return table(("checkpoint", "", *(label for _, label in LIKE + ASKED)), rows)
+
+
+def tuning_strength() -> str:
+    """Tuned scales at other strengths than the one they were trained at."""
+    rows = [("0 (untuned)", *(with_interval(row[key]) for key, _ in LIKE + ASKED)) for _, row in tuned("untuned")]
+    for strength in (0.5, 0.75, 1, 1.25):
+        for _, row in tuned("tune", strength=strength):
+            rows.append((f"{strength:g}", *(with_interval(row[key]) for key, _ in LIKE + ASKED)))
+    return table(("strength", *(label for _, label in LIKE + ASKED)), rows)
+
+
 def tuning_short() -> str:
     """The README's rows: means of systems that were run on all subjects, differences from the others."""
     keys = ("scorer", "background")
@@ -597,7 +618,7 @@ def tuning_short() -> str:
         for label, row in tuned("untuned", "tune")
     ]
     rows.append(("real pictures", rows[0][1], with_interval(report("tuning")["real"]["scorer"]), "-"))
-    for label, row in differences("peqa", "lora", "dreambooth"):
+    for label, row in differences("peqa", "dreambooth"):
         cells = (with_interval(row[key], True) for key in keys)
         rows.append((f"`dgq tune` less {label}", str(len(row["subjects"])), *cells))
     return table(("", "subjects", "likeness", "background"), rows)
@@ -624,6 +645,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuning-overfitting": tuning_overfitting,
     "tuning-subjects": tuning_subjects,
     "tuning-others": tuning_others,
+    "tuning-bits": tuning_bits,
+    "tuning-strength": tuning_strength,
     "tuning-short": tuning_short,
 }
 
