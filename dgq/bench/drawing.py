@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.reading import components, family_at, network_config, read_header, read_json, text_encoders
 from ..family import family_of
-from ..pictures.components import empty_encoder
+from ..pictures.components import empty_encoder, empty_vae
 from ..pictures.generation import Picture, Settings, generate
 from ..pictures.pipelines import load
 from ..replay import put_together, take_apart
@@ -74,14 +74,10 @@ class _Output(OrderedDict[str, Any]):
 
 def skeletons(folder: Path) -> dict[str, Any]:
     """What has weights in a folder's pipeline, on the meta device, by component: network, text encoders and VAE."""
-    import diffusers
     import transformers
 
     family = family_at(folder)
-    vae = read_json(folder / "vae" / "config.json")
-    vae.pop("quantization_config", None)
-    with torch.device("meta"):
-        parts = {"vae": getattr(diffusers, vae["_class_name"]).from_config(vae)}
+    parts = {"vae": empty_vae(folder / "vae")}
     parts[family.component] = family.skeleton(network_config(folder))
     for name, kind in text_encoders(folder).items():
         parts[name] = empty_encoder(folder / name, getattr(transformers, kind))

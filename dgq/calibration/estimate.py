@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import architectures
-from ..checkpoint.reading import components, family_at, held, network_config, read_json, tensor_table, weight_files
+from ..checkpoint.reading import components, family_at, held, network_config, tensor_table, weight_files
 from ..family import TOKENS
 from ..integer.rates import rates
 from ..integer.statistics import WINDOW
 from ..method import METHODS, Cost, LayerCost
-from ..pictures.components import empty_encoder
+from ..pictures.components import empty_encoder, empty_vae
 from ..recipe import Recipe
 from ..replay import hooked, replay
 from .budget import MEASURED_PICTURES, check_budget
@@ -91,7 +91,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     found = float_model(model)
     folder = found.folder
     family = family_at(folder)
-    vae, config, pixels = _vae(folder), dict(network_config(folder)), options.size
+    vae, config, pixels = empty_vae(folder / "vae"), dict(network_config(folder)), options.size
     if pixels and "sample_size" in config:
         config["sample_size"], pixels = pixels // _decoder(family, vae)[1], None
     network = family.skeleton(config)
@@ -212,16 +212,6 @@ def _others(folder: Path) -> int:
     names = [name for name in components(folder) if name != family_at(folder).component]
     tables = [tensor_table(file) for name in names for file in weight_files(folder / name)]
     return sum(4 * math.prod(shape) for table in tables for shape, _ in table.values())
-
-
-def _vae(folder: Path) -> Any:
-    """A pipeline's VAE on the meta device."""
-    import diffusers
-
-    config = read_json(folder / "vae" / "config.json")
-    kind: Any = getattr(diffusers, config["_class_name"])
-    with torch.device("meta"):
-        return kind.from_config(config)
 
 
 def _decoder(family: Family, vae: Any) -> tuple[float, int]:

@@ -141,6 +141,21 @@ def empty_encoder(place: Path, kind: Any) -> Any:
         return kind(kind.config_class.from_pretrained(str(place), local_files_only=True))
 
 
+def empty_vae(place: Path) -> Any:
+    """The float VAE that a folder configures, on the meta device.
+
+    Raises:
+        DgqError: config.json cannot be read.
+    """
+    import diffusers
+
+    config = read_json(place / "config.json")
+    config.pop("quantization_config", None)
+    kind: Any = getattr(diffusers, config["_class_name"])
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
 def _check_shapes(place: Path, kind: Any, files: list[Path]) -> None:
     """Hold a network's configuration against its weights, before anything is as large as it says.
 
