@@ -3,7 +3,7 @@
 The references are the definitions (docs/method.md); integer results of every backend equal them bit for bit.
 """
 
-from .conv2d import conv2d, conv2d_int4, conv2d_prepacked
+from .conv2d import conv2d, conv2d_int4, conv2d_prepacked, upsample_conv2d
 from .linear import linear_float_groups, linear_int4, linear_int8, linear_prepacked
 from .log_attention import (
     log_attention,
@@ -19,6 +19,7 @@ from .quantize_activation import (
     layer_norm_quantize_rows,
     quantize_rows,
     quantize_samples,
+    quantize_wide_samples,
     silu_quantize_rows,
 )
 from .scaled_product import scaled_conv2d, scaled_linear, unscaled_product, unscaled_product_input
@@ -42,9 +43,11 @@ __all__ = [
     "log_attention_running",
     "quantize_rows",
     "quantize_samples",
+    "quantize_wide_samples",
     "scaled_conv2d",
     "scaled_linear",
     "silu_quantize_rows",
     "unscaled_product",
     "unscaled_product_input",
+    "upsample_conv2d",
 ]

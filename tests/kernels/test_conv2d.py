@@ -4,7 +4,14 @@ import pytest
 import torch
 from comparing import assert_close
 
-from dgq_kernels import backend, conv2d, conv2d_prepacked, quantize_samples
+from dgq_kernels import (
+    backend,
+    conv2d,
+    conv2d_prepacked,
+    quantize_samples,
+    quantize_wide_samples,
+    upsample_conv2d,
+)
 from dgq_kernels.conv2d import cpu, reference
 
 
@@ -49,6 +56,19 @@ def test_equals_the_float_convolution_of_the_codes(batch, channels, size, n, ker
     assert got.shape == expected.shape
     for b in range(batch):
         assert_close("output", got[b], expected[b], 1e-5)
+
+
+def test_an_upsampling_equals_the_float_one():
+    x, weight, weight_scale, bias = case(2, 24, 6, 4 * 5, 2)
+    column_sum = weight.sum((1, 2, 3), dtype=torch.int32)
+    got = upsample_conv2d(*quantize_wide_samples(x, 1), weight, weight_scale, column_sum, bias, torch.float32)
+    scaled = weight.double() * weight_scale.double().view(-1, 1, 1, 1)
+    whole = torch.nn.functional.conv2d(x.double(), scaled, bias.double(), padding=1)
+    for place, part in enumerate(whole.chunk(4, 1)):  # each outputs a pixel more than it has
+        row, column = place // 2, place % 2
+        expected = part[:, :, row : row + 6, column : column + 7]
+        for b in range(2):
+            assert_close("output", got[b, :, row::2, column::2], expected[b], 1e-4)
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates():

@@ -1,9 +1,11 @@
 """The CPU engine: every instruction set gives the bits of the references."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +158,51 @@ def test_conv2d_equals_the_reference(isa, sizes, kernel, stride, padding, dtype)
     residual = torch.randn(got.shape, generator=g).to(dtype)
     exact = conv2d_reference.conv2d(*args, torch.float32, [channels])
     assert torch.equal(layer.conv2d(x, residual), (exact + residual.float()).to(dtype))
+
+
+@pytest.mark.parametrize("sizes", [(2, 64, 6, 32, 48), (1, 20, 7, 5, 16), (3, 32, 3, 16, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_upsampling_equals_the_reference(isa, sizes, dtype):
+    batch, channels, height, width, n = sizes
+    g = torch.Generator().manual_seed(0)
+    weight, scale, sums, bias = weights(4 * n, 4 * channels, g, extreme=channels == 32)
+    x = (torch.randn(batch, channels, height, width, generator=g) * 3).to(dtype)
+    codes = quantize_reference.quantize_wide_samples(x, 1)
+    four_d = weight.view(4 * n, 2, 2, channels).permute(0, 3, 1, 2)
+    layer = native.Layer(weight, scale, bias, None, 16, 2, 1, 1)
+    got = layer.upsample(x)
+    assert torch.equal(got, conv2d_reference.upsample_conv2d(*codes, four_d, scale, sums, bias, dtype))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, 0] = torch.nan
+    assert torch.equal(layer.upsample(x)[1:], got[1:])
+    assert layer.upsample(x)[0].isnan().all()
+    assert layer.upsample(x[:0]).shape == (0, n, 2 * height, 2 * width)
+    with pytest.raises(ValueError, match="16 in an upsampling alone"):
+        layer.conv2d(x)
+
+
+def test_a_large_rotated_picture_is_not_kept():
+    g = torch.Generator().manual_seed(0)
+    weight, scale, _sums, bias = weights(8, 144, g)
+    layer = native.Layer(weight, scale, bias, None, 8, 3, 1, 1, None, 16)
+    norm = native.Norm(torch.rand(16, generator=g), torch.randn(16, generator=g), 1e-5, 4, True)
+    x = torch.randn(2, 16, 700, 800, generator=g).contiguous(memory_format=torch.channels_last)
+    one_by_one = torch.cat([layer.conv2d(x[i : i + 1], norm=norm) for i in range(2)])
+    before, peak = peak_of(lambda: layer.conv2d(x, norm=norm))
+    assert torch.equal(layer.conv2d(x, norm=norm), one_by_one)
+    assert peak - before < x.nbytes  # codes and result are three quarters of it
+
+
+def peak_of(call):
+    """Bytes of memory that this process holds before a call, and at most during it."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+    def held(name):
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    before = held("VmRSS")
+    call()
+    return before, held("VmHWM")
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 32), (33, 130, 64), (70, 320, 2560)])

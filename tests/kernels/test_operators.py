@@ -44,9 +44,12 @@ def engine_cases():
     residual, bias = torch.randn(2, 6, 4, 4), torch.randn(2, 6)
     own = (one[0] for one in parts(conv))
     yield "engine_conv2d", (image, *own, None, 8, 3, 1, 1, 16, residual, bias, gain, shift, 1e-5, 4, True)
+    weight = torch.randint(-127, 128, (64, 128), dtype=torch.int8, generator=g)
+    upsampler = native.Layer(weight, torch.rand(64, generator=g) / 100, None, None, 16, 2, 1, 1)
+    yield "engine_upsample", (image, *(one[0] for one in parts(upsampler)))
 
 
-ENGINE = {"engine_linear", "engine_conv2d"}
+ENGINE = {"engine_linear", "engine_conv2d", "engine_upsample"}
 
 
 @pytest.mark.skipif(not native.available(), reason=f"no CPU engine: {native.describe()}")

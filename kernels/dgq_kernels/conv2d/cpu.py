@@ -119,6 +119,21 @@ def conv2d(
     return y if residual is None else y.add_(residual).to(out_dtype)
 
 
+def upsample_conv2d(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """See `dgq_kernels.upsample_conv2d`."""
+    parts = (codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype)
+    return reference.upsample_conv2d(*parts, conv2d)
+
+
 def conv2d_int4(
     codes: Tensor,
     scale: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,36 @@ def conv2d(
     if residual is not None:
         y = y + residual
     return y.to(out_dtype).contiguous(memory_format=torch.channels_last)
+
+
+def upsample_conv2d(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    convolution: Callable[..., Tensor] = conv2d,
+) -> Tensor:
+    """See `dgq_kernels.upsample_conv2d`; by this implementation of `conv2d`."""
+    batch, (height, width), n = codes.shape[0] // 2, (side - 2 for side in codes.shape[2:]), len(weight) // 4
+    out = torch.empty(
+        (batch, n, 2 * height, 2 * width), dtype=out_dtype, device=codes.device, memory_format=torch.channels_last
+    )
+    upper, lower = slice(batch), slice(batch, None)
+    for place in range(4):
+        own, row, column = slice(place * n, (place + 1) * n), place // 2, place % 2
+        near = codes[:, :, row : row + height + 1, column : column + width + 1]
+        near = near.contiguous(memory_format=torch.channels_last)
+        channels = (weight[own], weight_scale[own], column_sum[own])
+        ends = [codes.shape[1]]
+        y = convolution(near[upper], scale[upper], zero_point[upper], *channels, None, 1, torch.float32, ends)
+        own_bias = None if bias is None else bias[own]
+        y = convolution(near[lower], scale[lower], zero_point[lower], *channels, own_bias, 1, out_dtype, ends, y)
+        out[:, :, row::2, column::2] = y
+    return out
 
 
 def dense_weight(packed: Tensor, subscales: Tensor, channels: int, kernel_size: int, group: int) -> Tensor:

@@ -17,6 +17,9 @@ def samples() -> Iterator[Sample]:
     sums = sums + weight[..., 10:].sum((1, 2, 3), dtype=torch.int32)  # the second class counts twice
     kernel = weight.permute(0, 3, 1, 2)
     yield Sample("conv2d", (x, *rows, kernel, scale, sums, bias, 1, torch.float32, [10, 24], residual))
+    halves, four = codes(4, 6, 6, 24).permute(0, 3, 1, 2), weights(32, 2, 2, 24)
+    rows, channels = epilogue(4, four.flatten(1))
+    yield Sample("upsample_conv2d", (halves, *rows, four.permute(0, 3, 1, 2), *channels, torch.float32))
     packed, subscales, matrix = two_level(8, 9 * 24, 32)
     rows, channels = epilogue(2, matrix)
     yield Sample("conv2d_int4", (x, *rows, packed, subscales, *channels, 3, 1, torch.float32, 32, residual))

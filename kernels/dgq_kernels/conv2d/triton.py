@@ -29,6 +29,7 @@ from ..linear.triton import (
     tile_of,
     unpack_two_level,
 )
+from . import reference
 
 
 @triton.jit
@@ -323,3 +324,12 @@ def conv2d_int4(
         out, (scale, zero_point, weight_scale, column_sum, bias, residual), "int4",
         (rows, n, reduction), reduction, tiling, pixels=pixels,
     )  # fmt: skip
+
+
+def upsample_conv2d(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
+    bias: Tensor | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """See `dgq_kernels.upsample_conv2d`: eight products of `conv2d`'s kernel."""
+    parts = (codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype)
+    return reference.upsample_conv2d(*parts, conv2d)

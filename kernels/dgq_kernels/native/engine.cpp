@@ -153,8 +153,8 @@ DGQ_TARGET_END
 static void nothing() {}
 
 #define DGQ_KERNELS(ELEMENTWISE, PROBABILITIES, TILES, BEGIN, END)                                         \
-    {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::layer_norm, ELEMENTWISE::moments,             \
-     ELEMENTWISE::quantize_affine, ELEMENTWISE::rotate, ELEMENTWISE::affine, ELEMENTWISE::epilogue,        \
+    {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::quantize_wide, ELEMENTWISE::layer_norm,       \
+     ELEMENTWISE::moments, ELEMENTWISE::quantize_affine, ELEMENTWISE::rotate, ELEMENTWISE::affine, ELEMENTWISE::epilogue,        \
      ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of, ELEMENTWISE::find_live,                         \
      ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head, ELEMENTWISE::prepare_query,                    \
      ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::values, TILES::panel,                    \
@@ -212,6 +212,9 @@ static bool supported(int isa) {
 #else
 static bool supported(int isa) { return isa == PORTABLE; }
 #endif
+
+// Rotated pictures up to this size are kept while they are quantized.
+constexpr int64_t MOST_ROTATED_BYTES = int64_t{64} << 20;
 
 static int64_t element_bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
@@ -447,6 +450,52 @@ static Affine group_norm(
     return affine;
 }
 
+static Range joined(const Range* ranges, int64_t count) {
+    Range all;
+    for (int64_t i = 0; i < count; ++i) {
+        all.low = ranges[i].low < all.low ? ranges[i].low : all.low;
+        all.high = ranges[i].high > all.high ? ranges[i].high : all.high;
+    }
+    return all;
+}
+
+// Where the windows of a convolution's output pixels begin in padded pictures of codes. The rows of the product are
+// these pixels. Where 16 of them lie in one line of the picture and a line of the kernel is whole blocks of K, they are
+// multiplied where they are; else a panel is gathered as it is needed.
+struct Windows {
+    const uint8_t* codes;
+    int64_t image_bytes, line_bytes, out_height, out_width, kernel, stride, channels;
+
+    bool in_place() const { return out_width % GROUP_ROWS == 0 && kernel * channels % K_BLOCK == 0; }
+    const uint8_t* corner(int64_t pixel) const {
+        const int64_t line = pixel / out_width % out_height, column = pixel % out_width;
+        return codes + pixel / (out_height * out_width) * image_bytes + line * stride * line_bytes +
+               column * stride * channels;
+    }
+};
+
+static void multiply_windows(
+    const Layer& layer, const Windows& windows, const Part& part, const Output* outputs, int dtype) {
+    const int64_t run = windows.kernel * windows.channels, lda = row_stride(layer.k);
+    if (windows.in_place()) {
+        std::vector<const uint8_t*> groups(ceil_div(part.rows, GROUP_ROWS));
+        for (size_t i = 0; i < groups.size(); ++i) groups[i] = windows.corner(part.start + i * GROUP_ROWS);
+        const Rows a{groups.data(), windows.stride * windows.channels, windows.kernel, run, windows.line_bytes};
+        multiply_panel(layer, a, part, outputs, false, dtype);
+        return;
+    }
+    auto* panel = panel_scratch().get<uint8_t>(round_up(part.rows, TILE_ROWS) * lda);
+    for (int64_t row = 0; row < part.rows; ++row) {
+        const uint8_t* from = windows.corner(part.start + row);
+        uint8_t* out = panel + row * lda;
+        for (int64_t tap = 0; tap < windows.kernel; ++tap)
+            std::memcpy(out + tap * run, from + tap * windows.line_bytes, run);
+        std::memset(out + layer.k, 0, round_up(layer.k, K_BLOCK) - layer.k);
+    }
+    const std::vector<const uint8_t*> groups = evenly_spaced(panel, lda, part.rows);
+    multiply_panel(layer, {groups.data(), lda, 1, layer.k, 0}, part, outputs, false, dtype);
+}
+
 static void convolve(
     const Layer& layer, const void* x, int64_t batch, int64_t height, int64_t width, int dtype, const Norm* norm,
     const Finish& finish, int threads) {
@@ -467,49 +516,55 @@ static void convolve(
     if (norm)
         affine = group_norm(
             *norm, layer.rotation ? nullptr : inv_divisor, source, batch, height, width, channels, dtype, threads);
+    const Norm* const before = norm;
+    const auto rotate_line = [&](int64_t line, float* out) {
+        const void* in = static_cast<const char*>(x) + line * width * channels * size;
+        if (before) {
+            const float* factor = affine.values.data() + line / height * 2 * channels;
+            kernels->affine(in, dtype, width, channels, factor, factor + channels, before->silu, out);
+            in = out;
+        }
+        const int64_t step = channels * (before ? 4 : size);
+        for (int64_t column = 0; column < width; ++column)
+            kernels->rotate(
+                static_cast<const char*>(in) + column * step, before ? FLOAT32 : dtype, channels, layer.inv_divisor,
+                layer.rotation, out + column * channels);
+    };
+    // A picture's range is that of what the rotation makes of it, so that is kept; of a large picture it is made twice,
+    // as its copy would be as large as all else that a decoder holds.
+    const int64_t line_values = width * channels;
+    const bool kept = batch * height * line_values * 4 <= MOST_ROTATED_BYTES;
     if (layer.rotation) {
-        // a picture's range is that of what the rotation makes of it, so that has to be kept
         static thread_local Scratch rotated_scratch;
-        const int64_t line_values = width * channels;
-        auto* rotated = rotated_scratch.get<float>(batch * height * line_values);
-        parallel(threads, batch * height, [&](int64_t line) {
-            const void* in = source + line * line_values * size;
-            float* out = rotated + line * line_values;
-            if (norm) {
-                const float* factor = affine.values.data() + line / height * 2 * channels;
-                kernels->affine(in, dtype, width, channels, factor, factor + channels, norm->silu, out);
-                in = out;
-            }
-            const int64_t step = channels * (norm ? 4 : size);
-            for (int64_t column = 0; column < width; ++column)
-                kernels->rotate(
-                    static_cast<const char*>(in) + column * step, norm ? FLOAT32 : dtype, channels, inv_divisor,
-                    layer.rotation, out + column * channels);
-        });
-        source = reinterpret_cast<const char*>(rotated);
+        if (kept) {
+            auto* rotated = rotated_scratch.get<float>(batch * height * line_values);
+            parallel(threads, batch * height, [&](int64_t line) { rotate_line(line, rotated + line * line_values); });
+            source = reinterpret_cast<const char*>(rotated);
+        }
         in_dtype = FLOAT32;
         inv_divisor = nullptr;
         norm = nullptr;
     }
+    // a line of what is quantized, as far as that is in memory
+    const auto line_of = [&](int64_t line) -> const char* {
+        if (kept || !layer.rotation) return source + line * line_values * element_bytes(in_dtype);
+        auto* out = panel_scratch().get<float>(line_values);
+        rotate_line(line, out);
+        return reinterpret_cast<const char*>(out);
+    };
     const int64_t in_size = element_bytes(in_dtype);
     if (norm) {
         for (int64_t b = 0; b < batch; ++b) sample[b] = codes_of(affine.ranges[b], layer.bits);
     } else {
         std::vector<Range> ranges(batch * height);
         parallel(threads, batch * height, [&](int64_t line) {
+            const char* in = line_of(line);
             for (int64_t column = 0; column < (inv_divisor ? width : 1); ++column)
                 kernels->range(
-                    source + (line * width + column) * channels * in_size, in_dtype,
-                    inv_divisor ? channels : width * channels, inv_divisor, ranges[line]);
+                    in + column * channels * in_size, in_dtype, inv_divisor ? channels : width * channels, inv_divisor,
+                    ranges[line]);
         });
-        for (int64_t b = 0; b < batch; ++b) {
-            Range range;
-            for (int64_t line = b * height; line < (b + 1) * height; ++line) {
-                range.low = ranges[line].low < range.low ? ranges[line].low : range.low;
-                range.high = ranges[line].high > range.high ? ranges[line].high : range.high;
-            }
-            sample[b] = codes_of(range, layer.bits);
-        }
+        for (int64_t b = 0; b < batch; ++b) sample[b] = codes_of(joined(&ranges[b * height], height), layer.bits);
     }
     parallel(threads, batch * padded_height, [&](int64_t line) {
         const int64_t b = line / padded_height, row = line % padded_height - pad;
@@ -520,7 +575,7 @@ static void convolve(
         }
         std::memset(out, sample[b].zero, pad * channels);
         std::memset(out + (pad + width) * channels, sample[b].zero, pad * channels);
-        const char* in = source + (b * height + row) * width * channels * in_size;
+        const char* in = line_of(b * height + row);
         out += pad * channels;
         if (norm) {
             const float* factor = affine.values.data() + b * 2 * channels;
@@ -537,42 +592,85 @@ static void convolve(
                 in + column * channels * size, dtype, channels, inv_divisor, sample[b], out + column * channels);
     });
 
-    // The rows of the product are output pixels. Where 16 of them lie in one line of the picture and a line of the kernel
-    // is whole blocks of K, they are multiplied where they are; else a panel is gathered as it is needed.
-    const int64_t m = batch * out_height * out_width, run = kernel * channels;
-    const bool in_place = out_width % GROUP_ROWS == 0 && run % K_BLOCK == 0;
-    const int64_t lda = row_stride(layer.k), line_bytes = padded_width * channels;
-    const Split split = split_work(m, layer.n, in_place ? channels : layer.k, threads);
-    const auto corner = [&](int64_t pixel) {
-        const int64_t line = pixel / out_width % out_height, column = pixel % out_width;
-        return codes + pixel / (out_height * out_width) * image_bytes +
-               (line * padded_width + column) * layer.stride * channels;
-    };
+    const int64_t m = batch * out_height * out_width;
+    const Windows windows{codes, image_bytes, padded_width * channels, out_height, out_width,
+                          kernel, layer.stride, channels};
+    const Split split = split_work(m, layer.n, windows.in_place() ? channels : layer.k, threads);
     parallel(threads, split.parts(), [&](int64_t task) {
         const Part part = split.part(task, m, layer.n);
-        const int64_t start = part.start, rows = part.rows;
-        std::vector<Output> outputs(rows);
-        for (int64_t row = 0; row < rows; ++row) {
-            const int64_t b = (start + row) / (out_height * out_width);
+        std::vector<Output> outputs(part.rows);
+        for (int64_t row = 0; row < part.rows; ++row) {
+            const int64_t b = (part.start + row) / (out_height * out_width);
             const float* bias = finish.sample_bias ? finish.sample_bias + b * layer.n : layer.bias;
-            outputs[row] = finish.output(start + row, layer.n, size, bias, sample[b]);
+            outputs[row] = finish.output(part.start + row, layer.n, size, bias, sample[b]);
         }
-        if (in_place) {
-            std::vector<const uint8_t*> groups(ceil_div(rows, GROUP_ROWS));
-            for (size_t i = 0; i < groups.size(); ++i) groups[i] = corner(start + i * GROUP_ROWS);
-            const Rows a{groups.data(), layer.stride * channels, kernel, run, line_bytes};
-            multiply_panel(layer, a, part, outputs.data(), false, dtype);
-            return;
+        multiply_windows(layer, windows, part, outputs.data(), dtype);
+    });
+}
+
+// A nearest upsampling by two and a 3x3 convolution: a convolution of 2x2 taps for each place in a square of four equal
+// pixels. Each has a quarter of the layer's columns, and its results lie between the others'. Codes have 16 bits: two
+// products of their halves, the first of which the second adds to its own.
+static void upsample(
+    const Layer& layer, const float* x, int64_t batch, int64_t height, int64_t width, float* y, int threads) {
+    const int64_t channels = layer.channels, padded_width = width + 2, line_bytes = padded_width * channels;
+    const int64_t line_values = width * channels, image_bytes = (height + 2) * line_bytes, n = layer.n / 4;
+    static thread_local Scratch code_scratch;
+    auto* high_codes = code_scratch.get<uint8_t>(2 * batch * image_bytes);
+    auto* low_codes = high_codes + batch * image_bytes;
+
+    std::vector<Range> ranges(batch * height);
+    parallel(threads, batch * height, [&](int64_t line) {
+        kernels->range(x + line * line_values, FLOAT32, line_values, nullptr, ranges[line]);
+    });
+    std::vector<Codes> sample(batch), high(batch), low(batch);
+    for (int64_t b = 0; b < batch; ++b) {
+        sample[b] = high[b] = low[b] = codes_of(joined(&ranges[b * height], height), WIDE_BITS);
+        high[b].scale *= 256.0f;
+        high[b].zero >>= 8;
+        low[b].zero &= 255;
+    }
+    parallel(threads, batch * (height + 2), [&](int64_t line) {
+        const int64_t b = line / (height + 2), row = line % (height + 2) - 1;
+        uint8_t *first = high_codes + line * line_bytes, *second = low_codes + line * line_bytes;
+        const bool inside = row >= 0 && row < height;
+        const int64_t end = line_bytes - channels, border = inside ? channels : end;
+        std::memset(first, high[b].zero, border);
+        std::memset(second, low[b].zero, border);
+        std::memset(first + end, high[b].zero, channels);
+        std::memset(second + end, low[b].zero, channels);
+        if (!inside) return;
+        const float* in = x + (b * height + row) * line_values;
+        kernels->quantize_wide(in, line_values, sample[b], first + channels, second + channels);
+    });
+
+    const int64_t m = batch * height * width;
+    const Windows whole{high_codes, image_bytes, line_bytes, height, width, 2, 1, channels};
+    const Split split = split_work(m, n, whole.in_place() ? channels : layer.k, threads);
+    parallel(threads, split.parts(), [&](int64_t task) {
+        const Part part = split.part(task, m, n);
+        std::vector<Output> outputs(part.rows);
+        for (int64_t place = 0; place < 4; ++place) {
+            const int64_t down = place / 2, across = place % 2, first = place * n;
+            Layer own = layer;
+            own.n = n;
+            own.packed += first / BLOCK_COLS * block_bytes(layer.k);
+            own.weight_scale += first;
+            own.column_sum += first;
+            for (const bool is_low : {false, true}) {
+                for (int64_t row = 0; row < part.rows; ++row) {
+                    const int64_t pixel = part.start + row, line = pixel / width;  // of all pictures
+                    const Codes& codes = (is_low ? low : high)[line / height];
+                    auto* out = reinterpret_cast<char*>(
+                        y + ((2 * line + down) * 2 * width + 2 * (pixel % width) + across) * n);
+                    const float* bias = is_low && layer.bias ? layer.bias + first : nullptr;
+                    outputs[row] = {codes.scale, codes.zero, bias, is_low ? out : nullptr, out};
+                }
+                Windows windows = whole;
+                windows.codes = (is_low ? low_codes : high_codes) + down * line_bytes + across * channels;
+                multiply_windows(own, windows, part, outputs.data(), FLOAT32);
+            }
         }
-        auto* panel = panel_scratch().get<uint8_t>(split.panel_rows * lda);
-        for (int64_t row = 0; row < rows; ++row) {
-            const uint8_t* from = corner(start + row);
-            uint8_t* out = panel + row * lda;
-            for (int64_t tap = 0; tap < kernel; ++tap) std::memcpy(out + tap * run, from + tap * line_bytes, run);
-            std::memset(out + layer.k, 0, round_up(layer.k, K_BLOCK) - layer.k);
-        }
-        const std::vector<const uint8_t*> groups = evenly_spaced(panel, lda, rows);
-        multiply_panel(layer, {groups.data(), lda, 1, layer.k, 0}, part, outputs.data(), false, dtype);
     });
 }
 
@@ -659,7 +757,7 @@ static void attend(const Attention& a, int threads) {
 // What a call may end in; dgq_error has the words.
 enum Error : int32_t {
     NONE, NO_MEMORY, NO_ISA, THREADS, NO_POINTER, DTYPE, LAYER_SIZES, BITS, GROUP, ORDER, UNEQUAL, NOT_LINEAR, GATE,
-    NORM, WINDOW, ROTATION, INPUT_SIZES, ATTENTION_SIZES, ATTENTION_BITS, LOGIT_SCALE, BLOCK_SIZES,
+    NORM, WINDOW, ROTATION, UPSAMPLED, INPUT_SIZES, ATTENTION_SIZES, ATTENTION_BITS, LOGIT_SCALE, BLOCK_SIZES,
     ERROR_COUNT
 };
 static const char* const error_texts[ERROR_COUNT] = {
@@ -670,7 +768,7 @@ static const char* const error_texts[ERROR_COUNT] = {
     "a tensor is missing",
     "float32 or bfloat16 expected",
     "sizes of a weight expected: n outputs, k = kernel^2 * channels inputs, below 2^24",
-    "codes of 2 to 8 bits expected",
+    "codes of 2 to 8 bits expected, of 16 in an upsampling alone",
     "groups of an even number of values expected",
     "the order of the channels is not a permutation",
     "layers that share an input need equal sizes, bits and rotations, the same divisors and no residual",
@@ -680,6 +778,7 @@ static const char* const error_texts[ERROR_COUNT] = {
     "channels",
     "a stride of at least 1, a padding of at least 0 and a picture of at least the kernel's size expected",
     "a rotation of 16, 64 or 256 channels that divides them expected, or 0",
+    "an upsampling has four times a multiple of 16 outputs, and neither divisors nor a rotation",
     "an input is empty, or too large for memory",
     "attention needs 1 to 66311 keys (the start key apart), 1 to 32768 channels, and tensors that memory can hold",
     "codes of 2 to 8 bits expected, and 0 to 5 fractional bits of a probability's, no more than it has",
@@ -721,7 +820,7 @@ static void check_layer(const Layer& layer) {
     expect(fits({layer.n, k}) && k <= MOST_K, LAYER_SIZES);
     const bool whole = kernel >= 1 && kernel <= k && channels >= 1 && k % channels == 0;
     expect(whole && kernel * kernel == k / channels, LAYER_SIZES);
-    expect(are_bits(layer.bits), BITS);
+    expect(are_bits(layer.bits) || layer.bits == WIDE_BITS, BITS);
     expect(layer.stride >= 1 && layer.padding >= 0, WINDOW);
     const int32_t block = layer.rotation;
     expect(block == 0 || ((block == 16 || block == 64 || block == 256) && channels % block == 0), ROTATION);
@@ -784,7 +883,7 @@ template <class Body> static int32_t guarded(const Body& body) {
 extern "C" {
 
 // Changes with every change of the structures or functions below.
-int32_t dgq_abi() { return 8; }
+int32_t dgq_abi() { return 9; }
 
 // The sizes of Layer, Stored, Norm and Attention, for callers that describe them once more.
 int64_t dgq_struct_bytes(int32_t which) {
@@ -862,6 +961,7 @@ int32_t dgq_linear(
                               other.rotation == one.rotation && other.inv_divisor == one.inv_divisor;
             expect(count == 1 || (same && !residual), UNEQUAL);
             expect(other.channels == other.k, NOT_LINEAR);
+            expect(other.bits != WIDE_BITS, BITS);
         }
         const int64_t n = layers[0]->n, k = layers[0]->k;
         expect(!gated || (n % TILE_COLS == 0 && !residual), GATE);
@@ -881,6 +981,7 @@ int32_t dgq_conv2d(
         check_call(dtype, threads);
         expect(layer && x && y, NO_POINTER);
         check_layer(*layer);
+        expect(layer->bits != WIDE_BITS, BITS);
         const int64_t pad = layer->padding, channels = layer->channels;
         expect(fits({batch, height, width}), INPUT_SIZES);
         const int64_t tall = height + 2 * pad, wide = width + 2 * pad;
@@ -888,6 +989,24 @@ int32_t dgq_conv2d(
         expect(fits({batch, tall, wide, channels, 4}) && fits({batch, tall, wide, layer->n, 4}), INPUT_SIZES);
         if (norm) check_norm(*norm, norm->groups >= 1 && channels % norm->groups == 0);
         convolve(*layer, x, batch, height, width, dtype, norm, {sample_bias, residual, 0, y}, threads);
+    });
+}
+
+// float32 (batch, height, width, channels) to (batch, 2 height, 2 width, n / 4), by a layer of codes of 16 bits.
+int32_t dgq_upsample(
+    const dgq::Layer* layer, const float* x, int64_t batch, int64_t height, int64_t width, float* y, int32_t threads) {
+    using namespace dgq;
+    return guarded([&] {
+        check_call(FLOAT32, threads);
+        expect(layer && x && y, NO_POINTER);
+        check_layer(*layer);
+        expect(layer->bits == WIDE_BITS, BITS);
+        expect(layer->kernel == 2 && layer->stride == 1 && layer->padding == 1, WINDOW);
+        expect(layer->n % (4 * BLOCK_COLS) == 0 && !layer->inv_divisor && !layer->rotation, UPSAMPLED);
+        expect(fits({batch, height, width}), INPUT_SIZES);
+        expect(fits({batch, height + 2, width + 2, layer->channels, 8}), INPUT_SIZES);
+        expect(fits({batch, height, width, layer->n, 4}), INPUT_SIZES);
+        upsample(*layer, x, batch, height, width, y, threads);
     });
 }
 

@@ -15,6 +15,7 @@ constexpr int GROUP_ROWS = 16;
 constexpr int BLOCK_COLS = 16;
 constexpr int TILE_COLS = 2 * BLOCK_COLS;
 constexpr int MOST_COLUMNS = 64, SUBSCALES = 15;
+constexpr int WIDE_BITS = 16;  // of codes that are multiplied in two halves
 constexpr int K_BLOCK = 64;  // bytes of K in a cache line, and in an AMX tile row
 constexpr int KEY_BLOCK = 128;  // keys that attention passes over together
 
@@ -119,6 +120,8 @@ struct Kernels {
     void (*range)(const void* x, int dtype, int64_t n, const float* inv_divisor, Range& range);
     // n codes of values times inv_divisor.
     void (*quantize)(const void* x, int dtype, int64_t n, const float* inv_divisor, const Codes& codes, uint8_t* out);
+    // n codes of 16 bits of float32 values, their upper and lower halves.
+    void (*quantize_wide)(const float* x, int64_t n, const Codes& codes, uint8_t* high, uint8_t* low);
     // A row of n values to mean 0 and variance 1, times gain plus shift.
     void (*layer_norm)(const void* x, int dtype, int64_t n, const Norm& norm, float* out);
     // Of every channel over at least one pixel.

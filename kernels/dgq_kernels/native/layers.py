@@ -69,7 +69,7 @@ class Layer:
         weight_scale: float32 (N,).
         bias: float32 (N,) or None.
         inv_divisor: float32 (C,) or None.
-        bits: of the activation codes, 2 to 8.
+        bits: of the activation codes, 2 to 8; 16 of an upsampling alone.
         kernel, stride, padding: of a convolution; 1, 1, 0 for a linear layer.
         order: int32 (C,), the natural channel that the weight stores at each place; None where they are the same.
         rotation: channels of a block that is rotated after the division (`dgq_kernels.rotation`), or 0.
@@ -108,7 +108,7 @@ class Layer:
         column_sum, sizes = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int64)
         results = packed.data_ptr(), column_sum.data_ptr(), sizes.data_ptr()
         engine.check(engine.library.dgq_pack(ctypes.addressof(stored), *results, torch.get_num_threads()))
-        if int(sizes.max()) * (2**bits - 1) >= 2**31:
+        if int(sizes.max()) * (2 ** min(bits, 8) - 1) >= 2**31:
             raise OverflowError(f"a sum over {k} products could overflow int32")
         self._bind(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation)
 
@@ -235,6 +235,32 @@ class Layer:
             self._engine.check(code)
         return y
 
+    def upsample(self, x: Tensor) -> Tensor:
+        """`dgq_kernels.upsample_conv2d` of the 16-bit codes of x (B, C, H, W): (B, N / 4, 2 H, 2 W), channels-last, in
+        x's dtype.
+
+        Raises:
+            ValueError: x is not 4-D, has other channels, or is not on the CPU; a layer of anything else than four times
+                a multiple of 16 outputs, 16 bits, a kernel of 2 and a padding of 1, with divisors or a rotation.
+        """
+        if torch.compiler.is_compiling():
+            y: Tensor = torch.ops.dgq.engine_upsample(x, self.packed, self.weight_scale, self.column_sum, self.bias)
+            return y
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise other_channels(self.channels, x)
+        on_cpu(x, "an input")
+        if x.dtype != torch.float32:
+            return self.upsample(x.float()).to(x.dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = empty_upsampled(x, self.n)
+        batch, _, height, width = x.shape
+        if batch:
+            code = self._engine.library.dgq_upsample(
+                self._address, x.data_ptr(), batch, height, width, y.data_ptr(), torch.get_num_threads()
+            )
+            self._engine.check(code)
+        return y
+
 
 def linear(
     layers: Sequence[Layer], x: Tensor, residual: Tensor | None = None, gated: bool = False, norm: Norm | None = None
@@ -305,6 +331,12 @@ def can_share(layers: Sequence[Layer]) -> bool:
 
 def norm_arguments(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float, int, bool]:
     return (None, None, 0.0, 0, False) if norm is None else (norm.gain, norm.shift, norm.eps, norm.groups, norm.silu)
+
+
+def empty_upsampled(x: Tensor, n: int) -> Tensor:
+    """Where the result of an upsampling of x (B, C, H, W) goes: (B, n / 4, 2 H, 2 W), channels-last."""
+    size = (x.shape[0], n // 4, *(2 * side for side in x.shape[2:]))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def empty_picture(x: Tensor, n: int, kernel: int, stride: int, padding: int) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layers import Layer, Norm, empty_picture, linear
+from .layers import Layer, Norm, empty_picture, empty_upsampled, linear
 
 # The compiler need not copy an input into the layout that it had in eager mode: pictures may stay channels-last.
 _ANY_LAYOUT = (torch.Tag.flexible_layout,)
@@ -21,6 +21,11 @@ torch.library.define(
     "dgq::engine_conv2d",
     "(Tensor x, Tensor packed, Tensor weight_scale, Tensor column_sum, Tensor? bias, Tensor? inv_divisor, int bits, "
     f"int kernel, int stride, int padding, int rotation, Tensor? residual, Tensor? sample_bias, {_NORM}) -> Tensor",
+    tags=_ANY_LAYOUT,
+)
+torch.library.define(
+    "dgq::engine_upsample",
+    "(Tensor x, Tensor packed, Tensor weight_scale, Tensor column_sum, Tensor? bias) -> Tensor",
     tags=_ANY_LAYOUT,
 )
 
@@ -60,3 +65,14 @@ def _(
     sample_bias, *norm,
 ):  # fmt: skip
     return empty_picture(x, weight_scale.shape[0], kernel, stride, padding)
+
+
+@torch.library.impl("dgq::engine_upsample", "CPU")
+def _(x, packed, weight_scale, column_sum, bias):
+    layer = Layer.of_blocks(packed, weight_scale, column_sum, bias, None, 4 * x.shape[1], 16, 2, 1, 1)
+    return layer.upsample(x)
+
+
+@torch.library.register_fake("dgq::engine_upsample")
+def _(x, packed, weight_scale, column_sum, bias):
+    return empty_upsampled(x, weight_scale.shape[0])

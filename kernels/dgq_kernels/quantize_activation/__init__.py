@@ -203,6 +203,24 @@ def quantize_samples(
     return implementation(reference.quantize_samples, x)(x, bits, inv_divisor, padding, position, rotation)
 
 
+@operator("dgq::quantize_wide_samples")
+def quantize_wide_samples(x: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric 16-bit codes of an upsampling's input, one scale per sample, as two samples of 8-bit codes.
+
+    A code q is 256 times its upper half plus its lower one, and so is the zero point: x ~ s (q - z) is the sum of two
+    samples, x ~ 256 s (q_high - z_high) + s (q_low - z_low), each of which a product of 8-bit codes takes.
+
+    Args:
+        x: float (B, C, H, W).
+        padding: zero padding on each side, in pixels.
+
+    Returns:
+        codes uint8 (2 B, C, H + 2 padding, W + 2 padding), channels-last; scale float32 (2 B,); zero_point int32
+        (2 B,): the upper halves of all samples, then the lower ones.
+    """
+    return implementation(reference.quantize_wide_samples, x)(x, padding)
+
+
 @operator("dgq::group_norm_quantize_samples")
 def group_norm_quantize_samples(
     x: Tensor,
@@ -255,6 +273,11 @@ def _empty_samples(x: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
 @register_fake(quantize_samples)
 def _(x, bits, inv_divisor, padding, position=None, rotation=0):
     return _empty_samples(x, padding)
+
+
+@register_fake(quantize_wide_samples)
+def _(x, padding):
+    return _empty_samples(torch.cat((x, x)), padding)
 
 
 @register_fake(group_norm_quantize_samples)

@@ -22,7 +22,8 @@ def _codes(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Ten
     scale = torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale))
     inverse = 1 / scale
     zero_point = (-low * inverse).round_().masked_fill_(~finite, 0)
-    codes = (x * inverse).round_().add_(zero_point).clamp_(0, top).nan_to_num_(0).to(torch.uint8)
+    codes = (x * inverse).round_().add_(zero_point).clamp_(0, top).nan_to_num_(0)
+    codes = codes.to(torch.uint8 if bits <= 8 else torch.int32)
     return codes, scale.masked_fill_(~finite, torch.nan), zero_point
 
 
@@ -109,19 +110,38 @@ def quantize_samples(
         x = x * inv_divisor[:, None, None]
     if rotation:
         x = rotate(x.permute(0, 2, 3, 1), rotation).permute(0, 3, 1, 2)
+    codes, scale, zero_point = sample_codes(x, bits)
+    return _padded(_placed(codes, position, 1), zero_point, padding), scale.flatten(), zero_point.flatten()
+
+
+def sample_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of float32 (B, C, H, W), uint8 or of more than 8 bits int32, scale float32 and zero point int32
+    (B, 1, 1, 1)."""
     low, high = (bound.view(-1, 1, 1, 1) for bound in torch.aminmax(x.flatten(1), dim=1))
     codes, scale, zero_point = _codes(x, low, high, bits)
-    batch, channels, height, width = x.shape
+    return codes, scale, zero_point.to(torch.int32)
+
+
+def _padded(codes: Tensor, zero_point: Tensor, padding: int) -> Tensor:
+    """Codes (B, C, H, W) of 8 bits in a border of their zero points, channels-last."""
+    batch, channels, height, width = codes.shape
     padded = torch.empty(
         (batch, channels, height + 2 * padding, width + 2 * padding),
         dtype=torch.uint8,
-        device=x.device,
+        device=codes.device,
         memory_format=torch.channels_last,
     )
     if padding:
         padded.copy_(zero_point.to(torch.uint8).expand_as(padded))
-    padded[:, :, padding : padding + height, padding : padding + width] = _placed(codes, position, 1)
-    return padded, scale.flatten(), zero_point.flatten().to(torch.int32)
+    padded[:, :, padding : padding + height, padding : padding + width] = codes
+    return padded
+
+
+def quantize_wide_samples(x: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `dgq_kernels.quantize_wide_samples`."""
+    codes, scale, zero_point = sample_codes(x.float(), 16)
+    halves, zeros = (torch.cat((each >> 8, each & 255)) for each in (codes, zero_point))
+    return _padded(halves, zeros, padding), torch.cat((scale * 256, scale)).flatten(), zeros.flatten()
 
 
 def group_norm_quantize_samples(

@@ -23,5 +23,6 @@ def samples() -> Iterator[Sample]:
     yield Sample("group_norm_quantize_rows", (image, 4, gain, shift, 1e-5, 8, divisor, place), exact=False)
     yield Sample("quantize_samples", (image, 8, divisor, 1, None, 16))
     yield Sample("quantize_samples", (image, 8, divisor, 1, place))
+    yield Sample("quantize_wide_samples", (image, 1))
     norm = (gain, shift, 1e-5, True, 8, divisor, 1, place, floats(2, 32))
     yield Sample("group_norm_quantize_samples", (image, 4, *norm), exact=False)
