@@ -145,6 +145,11 @@ class Family:
             for layer in self.fused[type(module)][1].after_norm
         }
 
+    def upsampled(self, network: nn.Module) -> set[str]:
+        """3x3 convolutions of a float network whose input is a picture upsampled by two, each pixel four times, and
+        which `fused` hands the small picture once they are quantized."""
+        return set()
+
     def check_configs(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
         """Refuse, by the configurations of network and VAE, what does not draw from a text alone.
 

@@ -16,6 +16,7 @@ from .method import METHODS
 
 WEIGHT_BITS = (4, 8)
 ACTIVATION_BITS = (4, 5, 6, 7, 8)
+UPSAMPLED_BITS = 16
 PAPER_GROUPS = (1, 8, 16)
 
 
@@ -125,6 +126,8 @@ class LayerPlan:
         rotation: channels of a block that is rotated after the division (16, 64 or 256), 0 for none.
         weight_group: values per int4 sub-scale.
         columns: [start, end] of the float layer's input channels where this is one of its parts, else [].
+        upsampled: whether it is a nearest upsampling by two and a 3x3 convolution, as four convolutions of 2x2 taps of
+            the small picture (`integer.folding`), each with a quarter of out_features; inputs have 16 bits.
     """
 
     kind: Literal["linear", "pointwise", "conv2d"]
@@ -142,6 +145,7 @@ class LayerPlan:
     rotation: int = 0
     weight_group: int = 32
     columns: list[int] = field(default_factory=list)
+    upsampled: bool = False
 
     def owner(self, name: str) -> str:
         """The float layer that the layer of this plan and name stands for, or is a part of."""
@@ -151,6 +155,15 @@ class LayerPlan:
     def reduction(self) -> int:
         """Length of one output's sum: input channels times taps."""
         return self.in_features * self.kernel_size**2
+
+    @property
+    def float_shape(self) -> tuple[int, ...]:
+        """Of the weight that this is the float layer's, or its part's: (N, C), or (N, C, kh, kw) of a convolution with
+        taps."""
+        if self.upsampled:
+            return self.out_features // 4, self.in_features, 3, 3
+        taps = () if self.kernel_size == 1 else (self.kernel_size, self.kernel_size)
+        return self.out_features, self.in_features, *taps
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
@@ -175,7 +188,8 @@ class LayerPlan:
         sizes = (plan.in_features, plan.out_features, plan.kernel_size, plan.stride)
         if any(not 0 < size < 2**20 for size in sizes) or plan.padding not in range(8):
             raise DgqError(f"layer sizes {sizes}, padding {plan.padding} are out of range")
-        if plan.wbits not in WEIGHT_BITS or plan.abits not in ACTIVATION_BITS or plan.weight_group not in (32, 64):
+        bits = (UPSAMPLED_BITS,) if plan.upsampled else ACTIVATION_BITS
+        if plan.wbits not in WEIGHT_BITS or plan.abits not in bits or plan.weight_group not in (32, 64):
             values = f"wbits {plan.wbits}, abits {plan.abits} or weight_group {plan.weight_group}"
             raise DgqError(f"{values} is out of range")
         ends = plan.class_ends
@@ -189,6 +203,10 @@ class LayerPlan:
         ):
             what = f"{plan.in_features} channels, {plan.channels!r}"
             raise DgqError(f"rotation {plan.rotation} of {what}: no such layer")
+        if plan.upsampled:
+            form = (plan.kind, plan.kernel_size, plan.stride, plan.padding, plan.wbits, plan.channels, plan.rotation)
+            if form != ("conv2d", 2, 1, 1, 8, "none", 0) or plan.out_features % 4 or plan.columns:
+                raise DgqError(f"upsampled, and {plan.out_features} outputs of {form}: no such layer")
         start, *end = plan.columns or (0, plan.in_features)
         if start < 0 or end != [start + plan.in_features]:
             raise DgqError(f"columns {plan.columns} are not {plan.in_features} channels")

@@ -14,8 +14,8 @@ from ..integer.attention import AttentionPlan
 from ..method import METHODS, Method
 from ..recipe import LayerPlan, Recipe, shortened, strict
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 
 
 QUANT_METHOD = "dgq"
@@ -57,7 +57,7 @@ class Header:
         """The JSON object as stored."""
         data: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": _version(self.layers),
             "dgq_version": self.dgq_version,
             "recipe": self.recipe.to_dict(),
             "layers": {name: plan.to_dict() for name, plan in self.layers.items()},
@@ -98,6 +98,8 @@ class Header:
                 layers[name] = LayerPlan.from_dict(plan)
             except DgqError as error:
                 raise DgqError(f"quantization_config: layer {shortened(name)}: {error.message}", error.hint) from None
+        if version < _version(layers):
+            raise DgqError(f"quantization_config: format version {version} has no layers that upsample")
         recipe, attention = _of_type(data, "recipe", dict), _of_type(data, "attention", dict | None)
         try:
             asked, attention_plan = Recipe.from_dict(recipe), _attention_plan(attention)
@@ -114,6 +116,11 @@ class Header:
             dgq_version=_of_type(data, "dgq_version", str, ""),
             modules_to_not_convert=_names(_of_type(data, "modules_to_not_convert", list, [])),
         )
+
+
+def _version(layers: dict[str, LayerPlan]) -> int:
+    """The first format that has all that these layers are."""
+    return FORMAT_VERSION if any(plan.upsampled for plan in layers.values()) else 2
 
 
 def _table(data: dict[str, Any], method: Method) -> Any:

@@ -10,24 +10,28 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from ..family import FIRST_AND_LAST, Family, noise
+from ..integer.folding import fold
 from ..integer.fused_unet import FUSED
+from ..integer.layer import IntegerLayer
 
 
 class FoldedUpsample(Upsample2D):
-    """A float 3x3 convolution of a picture twice as large as its input: four 2x2 ones of the input itself, one for
-    each place in a square of equal pixels, in which taps that meet the same pixel are one. 16 products where there were
-    36."""
+    """A 3x3 convolution of a picture twice as large as its input: four 2x2 ones of the input itself, one for each place
+    in a square of equal pixels, in which taps that meet the same pixel are one. 16 products where there were 36."""
 
     after_norm = ()
 
     def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
         conv: Any = self.conv
+        if isinstance(conv, IntegerLayer):
+            upsampled: Tensor = conv(hidden_states)
+            return upsampled
         if output_size is not None or type(conv) is not nn.Conv2d or "forward" in conv.__dict__ or _hooked(conv):
             plain: Any = super()
             result: Tensor = plain.forward(hidden_states, output_size, *args, **kwargs)
             return result
         batch, _, height, width = hidden_states.shape
-        weight = conv.weight
+        taps = fold(conv.weight).chunk(4)
         out = torch.empty(
             (batch, conv.out_channels, 2 * height, 2 * width),
             dtype=hidden_states.dtype,
@@ -36,16 +40,9 @@ class FoldedUpsample(Upsample2D):
         )
         for row in range(2):
             for column in range(2):
-                taps = _folded(_folded(weight, row, 2), column, 3)
                 near = nn.functional.pad(hidden_states, (1 - column, column, 1 - row, row))
-                out[:, :, row::2, column::2] = nn.functional.conv2d(near, taps, conv.bias)
+                out[:, :, row::2, column::2] = nn.functional.conv2d(near, taps[2 * row + column], conv.bias)
         return out
-
-
-def _folded(weight: Tensor, place: int, axis: int) -> Tensor:
-    """The two taps along an axis of three that an output at the first or second of two equal pixels has."""
-    first, middle, last = weight.unbind(axis)
-    return torch.stack([first + middle, last] if place else [first, middle + last], axis)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -54,6 +51,8 @@ def _hooked(module: nn.Module) -> bool:
 
 def _folds(module: Any) -> bool:
     conv = module.conv if module.name == "conv" else None
+    if isinstance(conv, IntegerLayer):
+        return conv.plan.upsampled
     plain = type(conv) is nn.Conv2d and (conv.kernel_size, conv.padding) == ((3, 3), (1, 1))
     return plain and module.interpolate and module.norm is None
 
@@ -68,7 +67,6 @@ class AutoencoderKL(Family):
     float_layers = {  # noqa: RUF012 (read only)
         "encoder.*": "pictures are drawn by the decoder alone",
         "*quant_conv": "a few channels, from which pipelines tell the dtype",
-        "decoder.*.upsamplers.*": "the whole picture goes through it: half of the decoder's error",
         "decoder.*.conv_shortcut": "a fifth of the error for a hundredth of the time",
         **{f"decoder.{name}": why for name, why in FIRST_AND_LAST.items()},
     }
@@ -77,6 +75,10 @@ class AutoencoderKL(Family):
         Upsample2D: (_folds, FoldedUpsample),
     }
     cast = True
+
+    def upsampled(self, network: nn.Module) -> set[str]:
+        modules = network.named_modules()
+        return {f"{name}.conv" for name, module in modules if type(module) is Upsample2D and _folds(module)}
 
     def run(self, network: Any, call: dict[str, Any]) -> Any:
         return network.decode(**call)

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dgq_kernels.quantize_activation.reference import quantize_rows, quantize_samples
+from dgq_kernels.quantize_activation.reference import quantize_rows, sample_codes
 from dgq_kernels.rotation import BLOCKS, rotate
 
 from ..recipe import LayerPlan
@@ -143,7 +143,7 @@ def apply_layer(x: Tensor, weight: Tensor, plan: LayerPlan) -> Tensor:
 def fake_quantize_input(x: Tensor, bits: int, divisor: Tensor, rotation: int = 0) -> Tensor:
     """x after the run-time quantizer and back: rows of (M, C), samples of (B, C, H, W)."""
     x = rotate_channels(x * _along_channels(1 / divisor, x), rotation)
-    quantized = quantize_rows(x, bits, None) if x.dim() == 2 else quantize_samples(x, bits, None, 0)
+    quantized = quantize_rows(x, bits, None) if x.dim() == 2 else sample_codes(x.float(), bits)
     codes, scale, zero = quantized[0].float(), *(one.view(-1, *[1] * (x.dim() - 1)) for one in quantized[1:])
     return rotate_channels((codes - zero) * scale, rotation) * _along_channels(divisor, x)
 

@@ -24,11 +24,11 @@ def float_layer(module: IntegerLayer | SplitLayer, dtype: torch.dtype) -> nn.Lin
         if plan.kind == "linear":
             plain = nn.Linear(inputs, outputs, plan.bias)
         else:
-            plain = nn.Conv2d(inputs, outputs, plan.kernel_size, plan.stride, plan.padding, bias=plan.bias)
+            plain = nn.Conv2d(inputs, outputs, weight.shape[-1], plan.stride, plan.padding, bias=plan.bias)
     # strides too as a float model has them: a convolution's kernel is chosen by them
     plain.weight = nn.Parameter(weight.to(dtype).clone(memory_format=torch.contiguous_format))
     if first.bias is not None:
-        plain.bias = nn.Parameter(first.bias.detach().to(dtype))
+        plain.bias = nn.Parameter(first.bias.detach()[:outputs].to(dtype))
     return plain.train(module.training)
 
 

@@ -52,6 +52,8 @@ def straight_through(layer: IntegerLayer, x: Tensor, run: Callable[[Tensor], Ten
 def _input_gradient(layer: IntegerLayer, gradient: Tensor, shape: torch.Size) -> Tensor:
     plan, weight, factor = layer.plan, integers_of(layer), input_factor(layer)
     axis = -1 if plan.kind == "linear" else 1
+    if plan.upsampled:
+        gradient = _between(gradient)
     gradient = (gradient * along(layer._scale().detach(), gradient, axis)).to(gradient.dtype)
     if plan.kind == "conv2d":
         of_x = conv2d_input_gradient(gradient, weight, shape, plan.kernel_size, plan.stride, plan.padding)
@@ -64,6 +66,16 @@ def _input_gradient(layer: IntegerLayer, gradient: Tensor, shape: torch.Size) ->
 def integers_of(layer: IntegerLayer) -> Weight:
     """The layer's integers without their scales, channels in natural order, as products of floats take them."""
     return Weight(layer.out_features, layer.plan.reduction, layer.natural_rows, layer.integers)
+
+
+def _between(gradient: Tensor) -> Tensor:
+    """Of an upsampling's result (B, N, 2 H, 2 W), the gradient of four convolutions' (B, 4 N, H + 1, W + 1)."""
+    batch, n, height, width = gradient.shape[0], gradient.shape[1], gradient.shape[2] // 2, gradient.shape[3] // 2
+    result = gradient.new_zeros(batch, 4 * n, height + 1, width + 1)
+    for place, part in enumerate(result.chunk(4, 1)):
+        row, column = place // 2, place % 2
+        part[:, :, row : row + height, column : column + width] = gradient[:, :, row::2, column::2]
+    return result
 
 
 def float_rows(layer: IntegerLayer, start: int, stop: int, factor: Tensor | None) -> Tensor:

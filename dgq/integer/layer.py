@@ -16,6 +16,7 @@ from dgq_kernels.scaled_product import Integers
 from ..errors import DgqError
 from ..recipe import LayerPlan
 from .channels import ChannelGroups, to_matrix
+from .folding import unfold
 from .gradient import float_rows, input_factor, needed, straight_through
 from .prepared import Activation, Prepared, apply, form_of, gate, shaped
 from .stored import StoredWeight, stored_shapes
@@ -127,7 +128,8 @@ class IntegerLayer(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight that the integers stand for, float32, shaped as the float layer's; made anew."""
-        return shaped(float_rows(self, 0, self.out_features, input_factor(self)), self.plan)
+        weight = shaped(float_rows(self, 0, self.out_features, input_factor(self)), self.plan)
+        return unfold(weight) if self.plan.upsampled else weight
 
     @property
     def W_q(self) -> Tensor:  # noqa: N802
@@ -242,7 +244,8 @@ class IntegerLayer(nn.Module):
         activation: Activation = "none",
         offset: Tensor | None = None,
     ) -> Tensor:
-        """x (..., C) for a linear layer, (B, C, H, W) for a convolution; returns x's dtype.
+        """x (..., C) for a linear layer, (B, C, H, W) for a convolution, the small picture where the layer upsamples
+        (and nothing else but x then); returns x's dtype.
 
         What happens to x before the product is done while it is quantized, where engine or ops can: in this order.
         Where gradients are wanted, that of x is the float layer's, of the weight that the integers stand for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,8 @@ def _calibrate(work: Work) -> Made:
         done=dict(work.done),
         budget=work.budget,
     )
+    if any(plan.upsampled for plan in layers.values()):
+        fuse(work.network)  # by which such a layer gets the small picture
     attention = None
     if work.recipe.attention == "log" and family_of(work.network).start_token:
         attention = AttentionPlan.for_activations(work.recipe.abits)
@@ -56,13 +59,14 @@ def check_plans(network: nn.Module, plans: dict[str, LayerPlan]) -> None:
         DgqError: the first plan that is not of this model.
     """
     modules, skipped = quantizable(network)
+    upsampled = family_of(network).upsampled(network)
     parts: dict[str, list[int]] = {}  # of split layers: where the parts so far end
     for name, plan in plans.items():
         owner = plan.owner(name)
         if owner not in modules:
             why = f"cannot be quantized ({skipped[owner]})" if owner in skipped else "is none of the model's"
             raise DgqError(f"layer {name!r} {why}")
-        expected = geometry(modules[owner])
+        expected = geometry(modules[owner], owner in upsampled)
         if plan.columns:
             ends = parts.setdefault(owner, [])
             start = ends[-1] if ends else 0
@@ -84,12 +88,10 @@ def check_plans(network: nn.Module, plans: dict[str, LayerPlan]) -> None:
 def _layers(header: Any) -> dict[str, LayerFacts]:
     found = {}
     for name, plan in header.layers.items():
-        taps = () if plan.kernel_size == 1 else (plan.kernel_size, plan.kernel_size)
-        shape = (plan.out_features, plan.in_features, *taps)
         channels = plan.channels
         if plan.rotation:
             channels = "rotate" if channels == "none" else f"{channels}, rotate"
-        found[name] = LayerFacts(plan.kind, shape, plan.wbits, plan.abits, channels, plan.owner(name), name)
+        found[name] = LayerFacts(plan.kind, plan.float_shape, plan.wbits, plan.abits, channels, plan.owner(name), name)
     return found
 
 
@@ -118,12 +120,12 @@ def _cost(network: nn.Module, recipe: Recipe, budget: int, call: dict[str, Any] 
 
 def _layer_cost(layer: Layer, recipe: Recipe) -> LayerCost:
     plan = layer.plan
-    n, k = plan.out_features, plan.reduction
+    n, k = plan.float_shape[0], plan.reduction
     return LayerCost(
         layer.module,
         n * k,
         n,
-        layer.weight.numel() + plan.bias * n,
+        math.prod(plan.float_shape) + plan.bias * n,
         packed_bytes(plan),
         lambda rows: rounding_seconds(plan, recipe, layer.input == layer.name, rows),
     )

@@ -62,7 +62,8 @@ def plan_without_data(network: nn.Module, recipe: Recipe, excluded: Sequence[str
         raise DgqError("modules_to_not_convert leaves no layer to quantize")
     if recipe.channels == "rotate":
         for layer in left:
-            layer.plan = dataclasses.replace(layer.plan, rotation=rotation_block(layer.plan.in_features))
+            if not layer.plan.upsampled:
+                layer.plan = dataclasses.replace(layer.plan, rotation=rotation_block(layer.plan.in_features))
     return left
 
 
@@ -186,7 +187,7 @@ class Arrivals:
 
 def rounded(layer: Layer, weight: Tensor) -> IntegerWeight:
     """A layer's part of its module's float32 weight, rotated as the plan says and rounded to nearest."""
-    own, plan = layer.own(weight), layer.plan
+    own, plan = layer.own_weight(weight), layer.plan
     matrix = to_matrix(rotate_channels(own if plan.kind == "conv2d" else own.flatten(1), plan.rotation))
     return round_to_nearest(matrix.contiguous(), plan.wbits, plan.weight_group)
 
@@ -194,4 +195,4 @@ def rounded(layer: Layer, weight: Tensor) -> IntegerWeight:
 def packed(layer: Layer, weight: IntegerWeight, bias: Tensor | None) -> IntegerLayer:
     """The quantized layer of what `rounded` made, with the module's bias where it is this layer's."""
     groups = dataclasses.replace(no_groups(layer.plan.in_features), rotation=layer.plan.rotation)
-    return IntegerLayer.from_quantized(layer.plan, weight, groups, bias if layer.plan.bias else None)
+    return IntegerLayer.from_quantized(layer.plan, weight, groups, layer.own_bias(bias) if layer.plan.bias else None)

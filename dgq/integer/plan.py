@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import DgqError
 from ..family import UNKNOWN, family_of
-from ..recipe import LayerPlan, Recipe
+from ..recipe import UPSAMPLED_BITS, LayerPlan, Recipe
+from .folding import fold
 from .stored import stored_shapes
 
 # A layer's samples for choosing its channel handling: rows of a linear layer, pictures of a convolution.
@@ -44,17 +45,25 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """float32 (N, C), or (N, C, kh, kw) for a convolution with taps."""
-        weight = self.own(self.module.weight.detach().float())
+        weight = self.own_weight(self.module.weight.detach().float())
         return weight if self.plan.kind == "conv2d" else weight.flatten(1)
 
     @property
     def bias(self) -> Tensor | None:
         """The module's; of several parts only the first has it."""
-        return self.module.bias if self.plan.bias else None
+        return self.own_bias(self.module.bias) if self.plan.bias else None
 
     def own(self, x: Tensor) -> Tensor:
-        """The part of an input, or of the weight, that is this layer's."""
-        return own_columns(x, self.plan)
+        """The part of the module's input that this layer reads: of an upsampled picture the small one."""
+        return x[:, :, ::2, ::2] if self.plan.upsampled else own_columns(x, self.plan)
+
+    def own_weight(self, weight: Tensor) -> Tensor:
+        """What this layer has of the module's weight."""
+        return fold(weight) if self.plan.upsampled else own_columns(weight, self.plan)
+
+    def own_bias(self, bias: Tensor | None) -> Tensor | None:
+        """What it has of the module's bias, where it has one."""
+        return bias if bias is None or not self.plan.upsampled else bias.repeat(4)
 
     @property
     def input(self) -> str:
@@ -159,12 +168,13 @@ def plan_layers(network: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[s
     layers = []
     family = family_of(network)
     joined, owners = family.joined_inputs(network), input_owners(network, modules)
+    upsampled = family.upsampled(network)
     for name, module in modules.items():
         bits = recipe.weight_bits(name, family.weight_bits(name, recipe.wbits))
         if bits == 0:
             skipped[name] = "kept float by an override"
             continue
-        plan = plan_layer(module, bits, recipe)
+        plan = plan_layer(module, bits, recipe, name in upsampled)
         first = joined.get(name)
         if first is None:
             layers.append(Layer(name, module, plan, owners[name]))
@@ -179,15 +189,17 @@ def plan_layers(network: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[s
     return layers, skipped
 
 
-def plan_layer(module: nn.Linear | nn.Conv2d, wbits: int, recipe: Recipe) -> LayerPlan:
-    sizes = geometry(module)
+def plan_layer(module: nn.Linear | nn.Conv2d, wbits: int, recipe: Recipe, upsampled: bool = False) -> LayerPlan:
+    sizes = geometry(module, upsampled)
+    wbits, abits = (8, UPSAMPLED_BITS) if upsampled else (wbits, recipe.abits)
     return LayerPlan(
-        **sizes, wbits=wbits, abits=recipe.abits, weight_group=recipe.weight_group, class_ends=[sizes["in_features"]]
+        **sizes, wbits=wbits, abits=abits, weight_group=recipe.weight_group, class_ends=[sizes["in_features"]]
     )
 
 
-def geometry(module: nn.Linear | nn.Conv2d) -> dict[str, Any]:
-    """The fields of a layer's plan that the float layer fixes: kind, sizes, and whether it has a bias."""
+def geometry(module: nn.Linear | nn.Conv2d, upsampled: bool = False) -> dict[str, Any]:
+    """The fields of a layer's plan that the float layer fixes: kind, sizes, whether it has a bias, and whether it is
+    one of `Family.upsampled`."""
     fields = {
         "kind": "linear",
         "in_features": module.weight.shape[1],
@@ -196,9 +208,12 @@ def geometry(module: nn.Linear | nn.Conv2d) -> dict[str, Any]:
         "stride": 1,
         "padding": 0,
         "bias": module.bias is not None,
+        "upsampled": upsampled,
     }
     if isinstance(module, nn.Linear):
         return fields
+    if upsampled:
+        return {**fields, "kind": "conv2d", "out_features": 4 * len(module.weight), "kernel_size": 2, "padding": 1}
     taps = {"kernel_size": module.kernel_size[0], "stride": module.stride[0], "padding": int(module.padding[0])}
     return {**fields, **taps, "kind": "pointwise" if taps.items() <= fields.items() else "conv2d"}
 

@@ -16,6 +16,7 @@ import dgq_kernels
 from dgq_kernels import backend, native, packing
 from dgq_kernels.conv2d import cpu as conv2d_cpu
 from dgq_kernels.linear import cpu as linear_cpu
+from dgq_kernels.native.library import BLOCK
 
 from ..errors import DgqError
 from ..recipe import LayerPlan
@@ -151,8 +152,9 @@ class Engine(Prepared):
 
     @staticmethod
     def serves(plan: LayerPlan, which: backend.Backend) -> bool:
-        """On the CPU, but for shift classes."""
-        return which.name == "cpu" and native.available() and len(plan.class_ends) == 1
+        """On the CPU, but for shift classes, and for upsampled pictures whose channels are no whole blocks."""
+        whole = not plan.upsampled or plan.out_features % (4 * BLOCK) == 0
+        return which.name == "cpu" and native.available() and len(plan.class_ends) == 1 and whole
 
     def run(
         self,
@@ -165,6 +167,8 @@ class Engine(Prepared):
         offset: Tensor | None,
     ) -> Tensor:
         kind = layer.plan.kind
+        if layer.plan.upsampled:
+            return self.engine.upsample(x)
         before = None if norm is None or offset is not None else self._norm_of(kind, norm, activation)
         if before is None:
             x = apply(x, norm, activation, offset)
@@ -394,8 +398,8 @@ class OneDnn(ByOps):
 
     @staticmethod
     def serves(plan: LayerPlan, which: backend.Backend) -> bool:
-        """On the CPU, where its products are exact."""
-        return which.name == "cpu" and backend.cpu_path() != "reference"
+        """On the CPU, where its products are exact; of codes of 8 bits."""
+        return which.name == "cpu" and backend.cpu_path() != "reference" and not plan.upsampled
 
     def _pack(self, plan: LayerPlan, matrix: Tensor) -> None:
         weight = from_matrix(matrix, plan).contiguous()
@@ -451,6 +455,23 @@ class Dense(ByOps):
     def _pack(self, plan: LayerPlan, matrix: Tensor) -> None:
         if plan.wbits == 4 or (plan.reordered and self.position is None):
             self.tensors = [from_matrix(matrix, plan)]
+
+    def run(
+        self,
+        layer: IntegerLayer,
+        x: Tensor,
+        residual: Tensor | None,
+        sample_bias: Tensor | None,
+        norm: nn.Module | None,
+        activation: Activation,
+        offset: Tensor | None,
+    ) -> Tensor:
+        plan = layer.plan
+        if not plan.upsampled:
+            return super().run(layer, x, residual, sample_bias, norm, activation, offset)
+        codes = dgq_kernels.quantize_wide_samples(x, plan.padding)
+        parts = (self.operand(layer), layer._scale(), self.column_sum, layer.bias)
+        return dgq_kernels.upsample_conv2d(*codes, *parts, x.dtype)
 
     def operand(self, layer: IntegerLayer) -> Tensor:
         """The weight as the product ops take it."""

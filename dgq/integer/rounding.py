@@ -16,7 +16,7 @@ from dgq_kernels.rotation import rotate
 from ..errors import DgqError
 from ..progress import silent
 from ..recipe import LayerPlan, Recipe
-from .channels import ChannelGroups, apply_layer, candidates, fake_quantize_input, worth
+from .channels import ChannelGroups, apply_layer, candidates, fake_quantize_input, no_groups, worth
 from .layer import IntegerLayer
 from .plan import GPTQ_MAX_REDUCTION, SAMPLE_ROWS, plan_layers
 from .skeleton import place
@@ -149,7 +149,7 @@ def choose_rounded(layers: Sequence[Layer], statistics: Statistics, recipe: Reci
     roundings = Roundings(statistics, recipe)
     rms = statistics.mean_square.cpu().sqrt()
     # the last, a rotation, is chosen most often: its part of `roundings` is at hand then
-    options = list(zip(*(candidates(recipe.channels, rms, layer.plan.wbits) for layer in layers), strict=True))
+    options = list(zip(*(_candidates(layer, recipe, rms) for layer in layers), strict=True))
     judged = [_judged_rows(layer) for layer in layers] if len(options) > 1 else [slice(None) for _ in layers]
 
     def rounded(groups: Sequence[ChannelGroups], rows: Sequence[Tensor | slice]) -> list[RoundedLayer]:
@@ -164,6 +164,12 @@ def choose_rounded(layers: Sequence[Layer], statistics: Statistics, recipe: Reci
     if all(isinstance(rows, slice) for rows in judged):
         return tried[best]
     return rounded(options[best], [slice(None) for _ in layers])
+
+
+def _candidates(layer: Layer, recipe: Recipe, rms: Tensor) -> list[ChannelGroups]:
+    """How the channels of a layer may be handled: 16 bits need nothing."""
+    plan = layer.plan
+    return [no_groups(plan.in_features)] if plan.upsampled else candidates(recipe.channels, rms, plan.wbits)
 
 
 def _judged_rows(layer: Layer) -> Tensor | slice:
@@ -230,7 +236,7 @@ def rounding_bytes(layer: Layer, recipe: Recipe) -> int:
     """Memory that rounding a layer takes beside the statistics of its input: second moments as a square, rotated ones
     where they are tried, GPTQ's factor, and a few copies of the weight."""
     plan = layer.plan
-    rotated = any(groups.rotation for groups in candidates(recipe.channels, torch.ones(plan.in_features), plan.wbits))
+    rotated = any(groups.rotation for groups in _candidates(layer, recipe, torch.ones(plan.in_features)))
     squares = 2 + rotated if _has_moments(plan, recipe) else 0
     return 4 * (squares * plan.reduction**2 + 8 * plan.reduction * plan.out_features)
 
