@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+import math
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -164,6 +165,11 @@ class LayerPlan:
             return self.out_features // 4, self.in_features, 3, 3
         taps = () if self.kernel_size == 1 else (self.kernel_size, self.kernel_size)
         return self.out_features, self.in_features, *taps
+
+    @property
+    def float_parameters(self) -> int:
+        """Of such a layer: weight and bias."""
+        return math.prod(self.float_shape) + self.bias * self.float_shape[0]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import os
 import weakref
 from collections import OrderedDict
@@ -402,8 +401,7 @@ def _num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings
     for module in model.modules():
         if isinstance(module, IntegerLayer):
             stored = sum(weight.numel() for weight in module.parameters(recurse=False))
-            shape = module.plan.float_shape
-            own += math.prod(shape) + module.plan.bias * shape[0] - stored
+            own += module.plan.float_parameters - stored
     return own
 
 

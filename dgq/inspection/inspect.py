@@ -227,7 +227,7 @@ def _part(place: Path, header: Header) -> PartReport:
     tensors = _tensors(place)
     owners = _owners(header, tensors)
     plain = sum(count_of(tensors[name][0]) for name, owner in owners.items() if owner is None)
-    quantized = sum(plan.out_features * (plan.reduction + plan.bias) for plan in header.layers.values())
+    quantized = sum(plan.float_parameters for plan in header.layers.values())
     return PartReport(
         header.recipe.label,
         sum(file.stat().st_size for file in weight_files(place)),

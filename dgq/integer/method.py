@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,7 +124,7 @@ def _layer_cost(layer: Layer, recipe: Recipe) -> LayerCost:
         layer.module,
         n * k,
         n,
-        math.prod(plan.float_shape) + plan.bias * n,
+        plan.float_parameters,
         packed_bytes(plan),
         lambda rows: rounding_seconds(plan, recipe, layer.input == layer.name, rows),
     )

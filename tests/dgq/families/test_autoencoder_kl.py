@@ -2,6 +2,7 @@
 damaged."""
 
 import copy
+import json
 import shutil
 
 import damage
@@ -27,6 +28,7 @@ from dgq.integer.layer import IntegerLayer
 from dgq.pictures.pipelines import find_model
 from dgq.recipe import Recipe
 
+UPSAMPLER = "decoder.up_blocks.0.upsamplers.0.conv"
 QUICK = Recipe(rounding="nearest", channels="none")
 FAST = {"prompts": ["a cat", "a dog"], "steps": 2, "evaluate": 0}
 ROUTES = {
@@ -66,7 +68,8 @@ def test_every_route_loads_the_decoder_that_was_calibrated(tiny_checkpoint, tiny
         assert layers(vae)
         assert not any(name.startswith("encoder") or "quant_conv" in name for name in layers(vae))
         assert {"decoder.mid_block.attentions.0.to_q", "decoder.up_blocks.1.resnets.0.conv1"} <= {*layers(vae)}
-        assert not any("upsamplers" in name or "shortcut" in name for name in layers(vae))
+        assert not any("shortcut" in name for name in layers(vae))
+        assert vae.get_submodule(UPSAMPLER).plan.upsampled
         assert type(vae.decoder.conv_in) is type(vae.decoder.conv_out) is torch.nn.Conv2d
         results.append(decoded(vae, latents()))
     assert all(torch.equal(results[0], other) for other in results)
@@ -84,6 +87,10 @@ def test_its_header_and_report(tiny_checkpoint, tiny_pipeline):
     assert header.calibration["calls"] == 2
     assert header.calibration["sqnr_db"].keys() == header.layers.keys()
     assert header.calibration["fidelity"]["psnr_db"] > 25
+    stored = json.loads((tiny_checkpoint / "vae" / "config.json").read_text())["quantization_config"]
+    assert stored["format_version"] == 3
+    network = json.loads((tiny_checkpoint / "unet" / "config.json").read_text())["quantization_config"]
+    assert network["format_version"] == 2  # nothing in it that older versions do not know
     report = inspect(tiny_checkpoint).decoder
     assert [layer.name for layer in report.layers] == list(header.layers)
     assert report.bytes == (tiny_checkpoint / "vae" / WEIGHTS_NAME).stat().st_size
@@ -107,8 +114,36 @@ def test_blocks_leave_norm_and_residual_to_their_layers(tiny_checkpoint):
     assert sqnr_db(decoded(plain, latents()), decoded(vae, latents())) > 45
 
 
-def test_a_float_upsampler_folds_its_taps(tiny_checkpoint):
-    vae = ROUTES["dgq.load"](tiny_checkpoint)
+def test_an_upsampler_has_inputs_of_16_bits(tiny_checkpoint, tiny_pipeline, monkeypatch):
+    vae, plain = ROUTES["dgq.load"](tiny_checkpoint), AutoencoderKL.from_pretrained(tiny_pipeline / "vae")
+    layer, module = vae.get_submodule(UPSAMPLER), plain.get_submodule(UPSAMPLER.removesuffix(".conv"))
+    upsampler = vae.get_submodule(UPSAMPLER.removesuffix(".conv"))
+    assert type(upsampler) is FoldedUpsample
+    x = torch.randn(2, layer.in_features, 5, 7)
+    with torch.no_grad():
+        expected, result = module(x), upsampler(x)
+        assert sqnr_db(expected, result) > 40  # weights have 8 bits
+        # those that the integers stand for: what is left is the rounding of the input
+        weight, scale = layer.integer_weight().double(), layer.weight_scale.double()
+        taps = (weight * scale[:, None]).view(-1, 2, 2, layer.in_features).permute(0, 3, 1, 2)
+        wide = torch.nn.functional.conv2d(x.double(), taps, layer.bias.double(), padding=1).chunk(4, 1)
+        assert sqnr_db(wide[3][:, :, 1:, 1:], result[:, :, 1::2, 1::2]) > 85
+        monkeypatch.setenv("DGQ_BACKEND", "reference")
+        layer.restore()
+        assert torch.equal(upsampler(x), result)
+    x.requires_grad_()
+    upsampler(x).backward(result)
+    theirs = x.detach().clone().requires_grad_()
+    module(theirs).backward(result)
+    assert sqnr_db(theirs.grad, x.grad) > 40
+
+
+def test_a_float_upsampler_folds_its_taps(tmp_path):
+    torch.manual_seed(0)
+    tiny_pipelines.vae().save_pretrained(tmp_path)
+    asked = DgqConfig(wbits=8, modules_to_not_convert=["upsamplers"])
+    vae = AutoencoderKL.from_pretrained(tmp_path, quantization_config=asked)
+    assert not any("upsamplers" in name for name in layers(vae))
     (found,) = [module for module in vae.modules() if isinstance(module, Upsample2D)]
     assert type(found) is FoldedUpsample
     x = torch.randn(2, found.channels, 5, 7)
@@ -244,6 +279,14 @@ FIRST = "decoder.mid_block.resnets.0.conv1"
             "'encoder.conv_in' cannot be quantized",
         ),
         (lambda f: edit_config(f, lambda q: q["layers"][FIRST].update(stride=2)), f"{FIRST}.*stride is 2"),
+        (
+            lambda f: edit_config(f, lambda q: q["layers"][UPSAMPLER].update(upsampled=False, abits=8)),
+            f"{UPSAMPLER}.*upsampled is False|{UPSAMPLER}.*out_features is",
+        ),
+        (lambda f: edit_config(f, lambda q: q["layers"][UPSAMPLER].update(abits=8)), f"{UPSAMPLER}.*abits 8"),
+        (lambda f: edit_config(f, lambda q: q["layers"][FIRST].update(abits=16)), f"{FIRST}.*abits 16"),
+        (lambda f: edit_config(f, lambda q: q["layers"][UPSAMPLER].update(rotation=16)), f"{UPSAMPLER}.*no such layer"),
+        (lambda f: edit_config(f, lambda q: q.update(format_version=2)), "version 2 has no layers that upsample"),
         (lambda f: edit_tensors(f, lambda t: t.pop(f"{FIRST}.weight_scale")), f"{FIRST}.weight_scale' is missing"),
         (lambda f: edit_tensors(f, lambda t: t[f"{FIRST}.weight_scale"].zero_()), "a scale that is not positive"),
         (lambda f: (f / "vae" / WEIGHTS_NAME).write_bytes(b"1234567890"), "safetensors|deserializ|header"),
