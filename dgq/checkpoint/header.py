@@ -98,7 +98,7 @@ class Header:
                 layers[name] = LayerPlan.from_dict(plan)
             except DgqError as error:
                 raise DgqError(f"quantization_config: layer {shortened(name)}: {error.message}", error.hint) from None
-        if version < _version(layers):
+        if version < FORMAT_VERSION == _version(layers):
             raise DgqError(f"quantization_config: format version {version} has no layers that upsample")
         recipe, attention = _of_type(data, "recipe", dict), _of_type(data, "attention", dict | None)
         try:
