@@ -22,7 +22,7 @@ from .method import INTEGER
 from .on_the_fly import packed, plan_without_data
 from .plan import Layer, packed_bytes, plan_layers
 from .rates import rates
-from .skeleton import place
+from .skeleton import place_calibrated
 from .weights import IntegerWeight
 
 # Copies of a layer's float weight that are held while it is rotated and rounded.
@@ -50,7 +50,7 @@ def _calibrate(work: Work) -> Made:
         matrix = to_matrix(rotate_channels(weight, plan.rotation))
         made[layer.name] = packed(layer, absmax(matrix, plan.wbits, plan.weight_group), layer.module.bias)
         work.progress("quantize", len(made), len(layers), layer.name)
-    place(work.network, made)
+    place_calibrated(work.network, made)
     return Made({layer.name: layer.plan for layer in layers})
 
 

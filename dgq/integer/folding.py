@@ -16,7 +16,7 @@ def fold(weight: Tensor) -> Tensor:
     """The weight (N, C, 3, 3) of the convolution as (4 N, C, 2, 2): at 2 r + c of the first axis' quarters that for
     pixels of even (r = 0) or odd rows and even (c = 0) or odd columns."""
     n, channels = weight.shape[:2]
-    folded = weight.flatten(2) @ _FOLD.to(weight)
+    folded = weight.flatten(2) @ _FOLD.to(weight.device, weight.dtype)
     return folded.view(n, channels, 4, 2, 2).permute(2, 0, 1, 3, 4).reshape(4 * n, channels, 2, 2)
 
 
@@ -24,4 +24,4 @@ def unfold(folded: Tensor) -> Tensor:
     """The weight (N, C, 3, 3) whose folded form is nearest to (4 N, C, 2, 2)."""
     n, channels = len(folded) // 4, folded.shape[1]
     places = folded.reshape(4, n, channels, 4).permute(1, 2, 0, 3).flatten(2)
-    return (places @ _UNFOLD.t().to(folded)).view(n, channels, 3, 3)
+    return (places @ _UNFOLD.t().to(folded.device, folded.dtype)).view(n, channels, 3, 3)

@@ -33,8 +33,6 @@ def _calibrate(work: Work) -> Made:
         done=dict(work.done),
         budget=work.budget,
     )
-    if any(plan.upsampled for plan in layers.values()):
-        fuse(work.network)  # by which such a layer gets the small picture
     attention = None
     if work.recipe.attention == "log" and family_of(work.network).start_token:
         attention = AttentionPlan.for_activations(work.recipe.abits)

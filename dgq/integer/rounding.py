@@ -19,7 +19,7 @@ from ..recipe import LayerPlan, Recipe
 from .channels import ChannelGroups, apply_layer, candidates, fake_quantize_input, no_groups, worth
 from .layer import IntegerLayer
 from .plan import GPTQ_MAX_REDUCTION, SAMPLE_ROWS, plan_layers
-from .skeleton import place
+from .skeleton import place_calibrated
 from .statistics import MOMENT_ROWS, gather, reading_order
 from .weights import IntegerWeight, column_sum, gptq, nearest, quantize_weight
 
@@ -308,7 +308,7 @@ def quantize_network(
                 if store is not None:
                     store(layer.name, result)
                 progress("quantize", len(finished), len(layers), f"{layer.name}  {result.sqnr_db:.1f} dB")
-    place(network, {layer.name: finished[layer.name].layer for layer in layers})
+    place_calibrated(network, {layer.name: finished[layer.name].layer for layer in layers})
     return (
         {layer.name: finished[layer.name].layer.plan for layer in layers},
         {layer.name: finished[layer.name].sqnr_db for layer in layers},

@@ -126,6 +126,17 @@ def place(network: nn.Module, layers: dict[str, IntegerLayer]) -> None:
         _replace(network, owner, SplitLayer.of(parts))
 
 
+def place_calibrated(network: nn.Module, layers: dict[str, IntegerLayer]) -> None:
+    """`place`, and `fuse` where a layer gets its small picture by that alone (`Family.upsampled`).
+
+    Raises:
+        DgqError: as `place`.
+    """
+    place(network, layers)
+    if any(layer.plan.upsampled for layer in layers.values()):
+        fuse(network)
+
+
 def build_skeleton(network: nn.Module, plans: dict[str, LayerPlan]) -> None:
     """Swap the planned layers of a float model for empty integer layers, in place.
 

@@ -184,6 +184,14 @@ def calls():
                 ),
             )
 
+    # an upsampler of one channel and pixel, an odd one, a decoder's
+    for b, c, n, height, width, dtype in ((1, 1, 1, 1, 1, half), (2, 40, 6, 3, 5, single), (1, 512, 512, 64, 64, half)):
+        codes = torch.zeros(2 * b, height + 2, width + 2, c, dtype=torch.uint8).permute(0, 3, 1, 2)
+        weight = torch.zeros(4 * n, 4 * c, dtype=torch.int8)
+        rows, channels = epilogue(2 * b, weight)
+        image = weight.view(4 * n, 2, 2, c).permute(0, 3, 1, 2)
+        yield "upsample_conv2d", (codes, *rows, image, *channels, floats(4 * n), dtype)
+
     # one row, channel and pixel; groups that cross from tap to tap; tiles of a middle block and of a feed-forward layer
     for size, n, window, dtype in (
         ((1, 1, 1, 1), 1, (1, 1, 0), half),

@@ -95,7 +95,8 @@ def test_fake_operands_are_on_one_device(name):
         result = operator(*(form(x, second) for x in arguments))
         for one in result if isinstance(result, tuple) else (result,):
             assert one.device == second
-        for left in (i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)):
+        places = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
+        for left in places if len(places) > 1 else ():
             for other in ("cpu", "cuda:0"):
                 mixed = [form(x, torch.device(other) if i == left else second) for i, x in enumerate(arguments)]
                 with pytest.raises(ValueError, match=f"{name}.*: tensors on {other} and cuda:1"):

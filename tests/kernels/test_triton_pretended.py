@@ -12,6 +12,8 @@ from dgq_kernels.samples import samples
 
 pytest.importorskip("triton")
 
+OPERATORS = {sample.operator for sample in samples()} - {"quantize_wide_samples"}  # which torch's operators serve
+
 
 def pretend(*parts):
     """What the pretended device says, and its last line."""
@@ -40,10 +42,10 @@ def test_edges_compile_and_launch_where_their_tensors_are():
     rows = pretend("operators", "again", "second_device")
     check(rows, spills=True)
     repeated = [row for row in rows if "again" in row]
-    assert {row["again"] for row in repeated} == {sample.operator for sample in samples()}
+    assert {row["again"] for row in repeated} == OPERATORS
     assert all(row["same"] and row["launches"] for row in repeated), [row for row in repeated if not row["same"]]
     placed = {row["operator"]: row for row in rows if "operator" in row}
-    assert set(placed) == {sample.operator for sample in samples()}
+    assert set(placed) == OPERATORS
     assert all(row["devices"] == [1] and row["left"] == 0 for row in placed.values()), placed
 
 
