@@ -138,6 +138,7 @@ class Method:
         simulated: it runs in float, and is never faster than the float model.
         fixed: options of a recipe that the method settles: their values take the place of the defaults, and no others
             can be asked for.
+        unread: options of a recipe that mean nothing to the method: none but the default can be asked for.
         reads_calls: whether it needs recorded calls of the network; without them a calibration draws no pictures but
             those that it compares.
     """
@@ -159,6 +160,7 @@ class Method:
     }
     simulated: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     reads_calls: bool = True
 
 

@@ -65,6 +65,9 @@ class Recipe:
         for pattern, bits in self.overrides:
             if bits not in (0, *WEIGHT_BITS):
                 raise DgqError(f"override '{pattern}={bits}': bits must be 0 (float), 4 or 8")
+        for option in METHODS[self.name].unread:
+            if getattr(self, option) != getattr(Recipe, option):
+                raise DgqError(f"the {self.name} recipe has no {option}")
         for option, fixed in METHODS[self.name].fixed.items():
             if (asked := getattr(self, option)) not in (fixed, getattr(Recipe, option)):
                 raise DgqError(f"the {self.name} recipe has {option} {fixed!r}, not {asked!r}")

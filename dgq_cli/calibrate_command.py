@@ -61,7 +61,9 @@ def command(
             help="integer (int8 products), convrot (rotated, without calibration) or paper (published, simulated)."
         ),
     ] = "integer",
-    groups: Annotated[int, typer.Option(help="Activation groups of the paper recipe: 1, 8 or 16.")] = 16,
+    groups: Annotated[
+        int | None, typer.Option(help="Activation groups of the paper recipe: 1, 8 or 16 (the default).")
+    ] = None,
     rounding: Annotated[
         str | None, typer.Option(help="Weight rounding: gptq (the default) or nearest (integer recipe).")
     ] = None,
@@ -122,6 +124,7 @@ def command(
 ) -> None:
     """Quantize a text-to-image model and write a diffusers checkpoint with packed weights."""
     from dgq.errors import DgqError
+    from dgq.method import METHODS
     from dgq.recipe import Recipe
 
     if vae not in (None, "int8", "float"):
@@ -131,20 +134,21 @@ def command(
     if budget is not None and (recipe != "integer" or wbits != 4):
         raise typer.BadParameter("--budget chooses among layers of 4 bits: it is of --recipe integer --wbits 4")
     overrides = tuple(_override(text) for text in override or [])
-    options_given = {"rounding": rounding, "channels": channels, "attention": attention}
+    options_given = {"rounding": rounding, "channels": channels, "attention": attention, "groups": groups}
     given = {option: value for option, value in options_given.items() if value is not None}
     try:
         wanted = Recipe(
             name=recipe,
             wbits=wbits,
             abits=abits,
-            groups=groups,
             overrides=overrides,
             **given,  # type: ignore[arg-type]
         )
     except DgqError as error:
         raise typer.BadParameter(str(error)) from None
     for option, value in given.items():
+        if option in METHODS[recipe].unread:
+            raise typer.BadParameter(f"the {recipe} recipe has no {option}")
         if (fixed := getattr(wanted, option)) != value:  # a default of the integer recipe, written out
             raise typer.BadParameter(f"the {recipe} recipe has {option} {fixed!r}, not {value!r}")
     from dgq.pictures.prompts import read_prompts

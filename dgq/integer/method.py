@@ -150,4 +150,5 @@ INTEGER = Method(
     _label,
     plans=lambda network, recipe: {layer.name: layer.plan for layer in plan_layers(network, recipe)[0]},
     words=_words,
+    unread=("groups",),
 )

@@ -100,4 +100,5 @@ PAPER = Method(
     read_table=PaperTable.from_dict,
     words=_words,
     simulated=True,
+    unread=("rounding", "channels", "attention", "weight_group"),
 )

@@ -115,6 +115,9 @@ def test_a_budget_of_bits(dgq_command, tiny_pipeline, tmp_path):
         (("--abits", "2"), 2, "abits"),
         (("--recipe", "magic"), 2, "recipe"),
         (("--recipe", "convrot", "--rounding", "gptq"), 2, "the convrot recipe has rounding 'nearest', not 'gptq'"),
+        (("--recipe", "paper", "--rounding", "gptq"), 2, "the paper recipe has no rounding"),
+        (("--recipe", "paper", "--attention", "float"), 2, "the paper recipe has no attention"),
+        (("--groups", "16"), 2, "the integer recipe has no groups"),
         (("--recipe", "convrot", "--channels", "smooth"), 2, "the convrot recipe has channels 'rotate', not 'smooth'"),
         (("--recipe", "convrot", "--budget", "5"), 2, "--recipe integer --wbits 4"),
         (("--vae", "int4"), 2, "neither int8 nor float"),
@@ -289,7 +292,7 @@ def test_killed_fifteen_times_and_resumed(tiny_pipeline, tmp_path, rounding, thr
             process.wait(timeout=random_.uniform(0, during if working else before))
         except subprocess.TimeoutExpired:
             process.send_signal(number := signals.pop())
-            assert process.wait() in (-number, 128 + number, 0)
+            assert process.wait() in (-number, 128 + number, 0), (number, process.returncode, process.stderr.read())
         process.stderr.close()
         if out.exists():
             assert contents(out) == expected
