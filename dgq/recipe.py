@@ -103,13 +103,16 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`. Options that the method does not read, which earlier versions stored, are left out.
 
         Raises:
             DgqError: an unknown field or a value out of range.
         """
         overrides = data.get("overrides", ())
         pairs = isinstance(overrides, (list, tuple)) and all(isinstance(item, (list, tuple)) for item in overrides)
+        name = data.get("name", cls.name)
+        unread = METHODS[name].unread if isinstance(name, str) and name in METHODS else ()
+        data = {option: value for option, value in data.items() if option not in unread}
         return strict(cls, {**data, "overrides": tuple(map(tuple, overrides)) if pairs else overrides})
 
 

@@ -11,6 +11,13 @@ def test_recipe_round_trip():
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
+def test_stored_options_that_mean_nothing_are_left_out():
+    stored = {**Recipe().to_dict(), "groups": 8}
+    assert Recipe.from_dict(stored) == Recipe()
+    stored = {**Recipe("paper", groups=8).to_dict(), "attention": "float"}
+    assert Recipe.from_dict(stored) == Recipe("paper", groups=8)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -18,7 +25,9 @@ def test_recipe_round_trip():
         {"abits": 9},
         {"abits": 3},
         {"name": "magic"},
-        {"groups": 2},
+        {"name": "paper", "groups": 2},
+        {"groups": 8},
+        {"name": "paper", "rounding": "nearest"},
         {"overrides": (("x", 3),)},
         {"name": "paper", "overrides": (("x", 8),)},
     ],
