@@ -14,7 +14,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -215,8 +215,9 @@ def _of_transformers(name: str) -> Any:
     models = [folder.name for folder in Path(path[0], "models").iterdir()]
     models = sorted((model for model in models if start.startswith(model.replace("_", ""))), key=len, reverse=True)
     for place in [BASES[name]] if name in BASES else [f"models.{model}" for model in models]:
-        if (found := getattr(import_module(f"transformers.{place}"), name, None)) is not None:
-            return found
+        with suppress(ModuleNotFoundError):  # another version may have it elsewhere
+            if (found := getattr(import_module(f"transformers.{place}"), name, None)) is not None:
+                return found
     return None
 
 

@@ -144,6 +144,20 @@ def test_transformers_classes_are_found_without_its_list():
     assert fresh(code) == [True, False, "transformers.trainer_utils", True, True, False, []]
 
 
+def test_base_class_that_is_elsewhere_comes_with_the_list():
+    code = """
+    import json, sys
+    from dgq_cli import light_imports
+    light_imports.BASES["ImageProcessingMixin"] = "no_such_module"
+    with light_imports.light_imports():
+        import dgq
+    waited = not sys.modules["transformers"].ran
+    from transformers import ImageProcessingMixin
+    print(json.dumps([waited, ImageProcessingMixin.__module__]))
+    """
+    assert fresh(code) == [True, "transformers.image_processing_base"]
+
+
 def test_submodules_that_only_a_packages_code_knows():
     """Names that transformers had for its modules before."""
     code = """
