@@ -9,17 +9,31 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.metadata
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, spec_from_loader
+from pathlib import Path
 from typing import Any
 
 COMPILER = "torch._dynamo"
+# Where transformers has the classes that all its models' are made of.
+BASES = {
+    "FeatureExtractionMixin": "feature_extraction_utils",
+    "ImageProcessingMixin": "image_processing_base",
+    "PreTrainedModel": "modeling_utils",
+    "PreTrainedTokenizer": "tokenization_python",
+    "PreTrainedTokenizerFast": "tokenization_utils_tokenizers",
+    "ProcessorMixin": "processing_utils",
+}
+# Of diffusers and onnxruntime, which diffusers asks of every library, without an answer.
+OTHERS = ("ModelMixin", "SchedulerMixin", "DiffusionPipeline", "OnnxRuntimeModel", "BaseGuidance", "ORTModule")
 
 
 class Deferred(types.ModuleType):
@@ -29,18 +43,22 @@ class Deferred(types.ModuleType):
         apart: the submodules that can be imported before; None for all.
         stand_ins: {name: value} that are there before; its code puts its own in their place.
         marks: (name of a decorator, what it was called with), which are made good once the code ran.
+        narrow: what finds a name without the package's code, or None.
         ran: whether it did.
     """
 
     apart: tuple[str, ...] | None
     stand_ins: dict[str, Any]
     marks: list[tuple[str, Any]]
+    narrow: Callable[[str], Any]
     ran: bool
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if not self.ran:
+            if (found := self.narrow(name)) is not None:
+                return found
             self.ready()
             return getattr(sys.modules[self.__name__], name)
         module = sys.modules[self.__name__]  # some put another one in their own place
@@ -83,6 +101,19 @@ class _Finder(MetaPathFinder):
         return spec_from_loader(name, _Found(sys.modules[name])) if name in sys.modules else None
 
 
+class _Last(MetaPathFinder):
+    """Lets a package's code run for a submodule that is nowhere: its own finders may know it."""
+
+    def __init__(self, package: Deferred) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if self.package.ran or not name.startswith(f"{self.package.__name__}."):
+            return None
+        self.package.ready()
+        return find_spec(name)
+
+
 class _Found(Loader):
     """Of a module that the package's code imported."""
 
@@ -96,15 +127,19 @@ class _Found(Loader):
         module.__spec__ = self.spec
 
 
-def defer(name: str, apart: tuple[str, ...] | None = None) -> Deferred | None:
+def defer(
+    name: str, apart: tuple[str, ...] | None = None, narrow: Callable[[str], Any] = lambda name: None
+) -> Deferred | None:
     """Let a package wait; None where it is imported already, or there is none."""
     if name in sys.modules or (spec := find_spec(name)) is None:
         return None
     module = Deferred(name)
-    module.__dict__.update(apart=apart, stand_ins={}, marks=[], ran=False, __spec__=spec, __file__=spec.origin)
-    module.__dict__.update(__path__=spec.submodule_search_locations, __loader__=spec.loader, __package__=name)
+    module.__dict__.update(apart=apart, narrow=narrow, stand_ins={}, marks=[], ran=False)
+    module.__dict__.update(__spec__=spec, __loader__=spec.loader, __file__=spec.origin, __package__=name)
+    module.__dict__.update(__path__=spec.submodule_search_locations)
     sys.modules[name] = module
     sys.meta_path.insert(0, _Finder(module))
+    sys.meta_path.append(_Last(module))
     return module
 
 
@@ -152,6 +187,68 @@ def defer_compiler() -> None:
     torch._dynamo = package
 
 
+def defer_models() -> None:
+    """Let transformers' list of all its models' classes wait, for which it reads their sources: what diffusers asks it
+    for is found by name. And diffusers' packages of networks, which import all of theirs, where one is used."""
+    waiting = defer("transformers", narrow=_of_transformers)
+    if waiting is not None:
+        waiting.stand_in(__version__=importlib.metadata.version("transformers"))
+        import_module("transformers.dependency_versions_check")
+        # by which transformers' own modules would run the package's code, once more where it ran
+        utils: Any = import_module("transformers.utils")
+        utils.direct_transformers_import = lambda *path: sys.modules["transformers"]
+    defer("transformers.models")
+    with absent("peft"):
+        import diffusers.models  # noqa: F401
+    for package in ("autoencoders", "controlnets", "transformers", "unets"):
+        defer(f"diffusers.models.{package}")
+
+
+def _of_transformers(name: str) -> Any:
+    """A module of transformers, a base class, or a class of the model that it is named after; None for others."""
+    if name in OTHERS:
+        raise AttributeError(f"module 'transformers' has no attribute {name!r}")
+    path = sys.modules["transformers"].__path__
+    if PathFinder.find_spec(f"transformers.{name}", path) is not None:
+        return import_module(f"transformers.{name}")
+    start = name.lower().replace("_", "")
+    models = [folder.name for folder in Path(path[0], "models").iterdir()]
+    models = sorted((model for model in models if start.startswith(model.replace("_", ""))), key=len, reverse=True)
+    for place in [BASES[name]] if name in BASES else [f"models.{model}" for model in models]:
+        with suppress(ModuleNotFoundError):  # another version may have it elsewhere
+            if (found := getattr(import_module(f"transformers.{place}"), name, None)) is not None:
+                return found
+    return None
+
+
+class _Distributions(Mapping[str, list[str]]):
+    """Which distributions packages come from; the files of all that are installed are read when one is looked up."""
+
+    def __init__(self, find: Callable[[], Mapping[str, list[str]]]) -> None:
+        self.find = functools.cache(find)
+
+    def __getitem__(self, package: str) -> list[str]:
+        return self.find()[package]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.find())
+
+    def __len__(self) -> int:
+        return len(self.find())
+
+
+@contextmanager
+def unread_distributions() -> Iterator[None]:
+    """Within it `importlib.metadata.packages_distributions` answers at once, with one mapping for all who ask."""
+    find = importlib.metadata.packages_distributions
+    made = _Distributions(find)
+    importlib.metadata.packages_distributions = lambda: made
+    try:
+        yield
+    finally:
+        importlib.metadata.packages_distributions = find
+
+
 @contextmanager
 def absent(name: str) -> Iterator[None]:
     """Within it there is no package of that name, for those who look; what is imported already stays."""
@@ -181,10 +278,9 @@ def light_imports() -> Iterator[None]:
 
         defer_compiler()
         torch.distributed.is_available = lambda: False
-        with absent("peft"):
-            import diffusers  # noqa: F401
-        defer("transformers.models")
-        yield
+        with unread_distributions():
+            defer_models()
+            yield
     finally:
         gc.freeze()
         gc.enable()

@@ -22,14 +22,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import CustomDtype
-from diffusers.models.controlnets import (
-    ControlNetModel,
-    ControlNetUnionModel,
-    SparseControlNetModel,
-    UNetControlNetXSModel,
-)
+from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.models.controlnets.controlnet_sparsectrl import SparseControlNetModel
+from diffusers.models.controlnets.controlnet_union import ControlNetUnionModel
+from diffusers.models.controlnets.controlnet_xs import UNetControlNetXSModel
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.unets import UNetMotionModel, unet_2d_condition
+from diffusers.models.unets import unet_2d_condition
+from diffusers.models.unets.unet_motion_model import UNetMotionModel
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..checkpoint.apply import apply_header
 from ..checkpoint.reading import (
@@ -35,6 +36,29 @@ from ..recipe import shortened
 
 # What old text encoders' files hold and their classes no longer do, or that of another head: none is of any use here.
 _HARMLESS = re.compile(r"(^|\.)position_ids$|^text_projection\.weight$|^logit_scale$")
+
+
+# What fills tensors before they are loaded.
+_FILLS = frozenset((Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_))
+
+
+class _PlainMeta(TorchFunctionMode):
+    """Within it networks are made on the meta device without sympy, which torch imports to compute nothing there."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = keywords or {}
+        if function in _FILLS:
+            tensor = arguments[0] if arguments else keywords["tensor"]
+            if tensor.is_meta:
+                return tensor
+        if function is torch.arange and torch.device(keywords.get("device") or "cpu").type == "meta":
+            return function(*arguments, **{**keywords, "device": "cpu"}).to("meta")
+        if function is torch.empty_like and arguments[0].is_meta and "memory_format" not in keywords:
+            like = arguments[0]
+            return torch.empty(like.shape, **{"dtype": like.dtype, "device": like.device, **keywords})
+        return function(*arguments, **keywords)
 
 
 @contextlib.contextmanager
@@ -104,7 +128,8 @@ def component(folder: Path, name: str, library: str, kind: str, dtype: torch.dty
     if not files:
         raise DgqError(f"{place}: holds no safetensors weights")
     _check_shapes(place, found, files)
-    with one_line(settings), quiet("transformers"):
+    plain = _PlainMeta() if library == "transformers" else contextlib.nullcontext()
+    with one_line(settings), quiet("transformers"), plain:
         part, info = load_from(
             str(place),
             dtype=dtype,
@@ -168,7 +193,7 @@ def _check_shapes(place: Path, kind: Any, files: list[Path]) -> None:
     file, weights = place / "config.json", weights_place(files)
     config = {name: value for name, value in read_json(file).items() if name != "quantization_config"}
     header = encoder_header(place) if named(kind.__name__) is UNKNOWN else header_at(place)
-    with one_line(file), quiet("diffusers"), torch.device("meta"):
+    with one_line(file), quiet("diffusers"), _PlainMeta(), torch.device("meta"):
         network = empty_encoder(place, kind) if hasattr(kind, "config_class") else kind.from_config(config)
         if header is not None:
             apply_header(network, header, file)

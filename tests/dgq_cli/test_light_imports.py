@@ -1,6 +1,7 @@
 """What a process that only draws leaves for later, and that it comes when something asks for it."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -10,10 +11,34 @@ import textwrap
 import pytest
 import torch
 
-from dgq_cli.light_imports import absent, defer, light_imports
+from dgq_cli.light_imports import absent, defer, light_imports, unread_distributions
 
-# The compiler, LoRA's library and distributed tensors: each takes a quarter of a second to one second.
-LEFT = ("torch._dynamo.convert_frame", "torch._inductor", "peft", "torch.distributed.tensor", "torch.distributed.fsdp")
+# The compiler, LoRA's library, distributed tensors and sympy: each takes a quarter of a second to one second. And
+# networks and pipelines that are not this model's.
+LEFT = (
+    "torch._dynamo.convert_frame",
+    "torch._inductor",
+    "peft",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "sympy",
+    "diffusers.models.autoencoders.autoencoder_kl_wan",
+    "diffusers.models.controlnets.controlnet_flux",
+    "diffusers.models.transformers.transformer_flux",
+    "diffusers.models.unets.unet_kandinsky3",
+    "diffusers.pipelines.flux",
+    "transformers.models.t5",
+)
+# Packages whose own code waits.
+WAITING = (
+    "diffusers.models.autoencoders",
+    "diffusers.models.controlnets",
+    "diffusers.models.transformers",
+    "diffusers.models.unets",
+    "torch._dynamo",
+    "transformers",
+    "transformers.models",
+)
 
 
 def fresh(code, *arguments):
@@ -34,12 +59,13 @@ def test_generate_imports_little_and_draws_the_same(dgq_command, tiny_checkpoint
         main()
     except SystemExit as end:
         assert end.code == 0
-    print(json.dumps([sorted(sys.modules), sys.modules["transformers.models"].ran]))
+    waiting = [name for name, module in sys.modules.items() if getattr(module, "ran", None) is False]
+    print(json.dumps([sorted(sys.modules), waiting]))
     """
-    modules, listed = fresh(code, *arguments, "--out", tmp_path / "light.png")
+    modules, waiting = fresh(code, *arguments, "--out", tmp_path / "light.png")
     assert "diffusers.models.unets.unet_2d_condition" in modules
     assert not set(LEFT) & set(modules)
-    assert not listed
+    assert set(waiting) == set(WAITING)
     run = dgq_command(*arguments, "--out", tmp_path / "full.png")  # in a process that imported everything before
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "light.png").read_bytes() == (tmp_path / "full.png").read_bytes()
@@ -93,6 +119,73 @@ def test_compiler_comes_when_something_compiles():
     assert (compiled, same) == (True, True)
     assert len(graphs) == 2  # the disabled functions lie between
     assert "whole" in graphs[-1][-1]  # allowed in the graph: not traced
+
+
+def test_transformers_classes_are_found_without_its_list():
+    """And are the same that the list knows; what is not found by its name comes with the list."""
+    code = """
+    import json, sys
+    from dgq_cli.light_imports import light_imports
+    with light_imports():
+        import dgq
+    import transformers
+    names = ("CLIPTextModelWithProjection", "CLIPTokenizer", "T5EncoderModel", "T5TokenizerFast", "AutoTokenizer",
+             "Qwen2_5_VLForConditionalGeneration", "Gemma2PreTrainedModel", "PreTrainedTokenizerFast",
+             "PreTrainedModel", "masking_utils", "__version__")
+    early = {name: getattr(transformers, name) for name in names}
+    none = hasattr(transformers, "ModelMixin")
+    waited = not sys.modules["transformers"].ran
+    late = transformers.set_seed
+    listed = sys.modules["transformers"]
+    same = [name for name in names if early[name] is getattr(listed, name) or early[name] == listed.__version__]
+    print(json.dumps([waited, none, late.__module__, listed is not transformers, transformers.set_seed is late,
+                      hasattr(listed, "ModelMixin"), sorted(set(names) - set(same))]))
+    """
+    assert fresh(code) == [True, False, "transformers.trainer_utils", True, True, False, []]
+
+
+def test_base_class_that_is_elsewhere_comes_with_the_list():
+    code = """
+    import json, sys
+    from dgq_cli import light_imports
+    light_imports.BASES["ImageProcessingMixin"] = "no_such_module"
+    with light_imports.light_imports():
+        import dgq
+    waited = not sys.modules["transformers"].ran
+    from transformers import ImageProcessingMixin
+    print(json.dumps([waited, ImageProcessingMixin.__module__]))
+    """
+    assert fresh(code) == [True, "transformers.image_processing_base"]
+
+
+def test_submodules_that_only_a_packages_code_knows():
+    """Names that transformers had for its modules before."""
+    code = """
+    import json, sys
+    from dgq_cli.light_imports import light_imports
+    with light_imports():
+        import dgq
+    waited = not sys.modules["transformers"].ran
+    from transformers.tokenization_utils_fast import PreTrainedTokenizerFast as old
+    from transformers import PreTrainedTokenizerFast as new
+    try:
+        import transformers.no_such_module
+    except ModuleNotFoundError as error:
+        print(json.dumps([waited, old is new, error.name]))
+    """
+    assert fresh(code) == [True, True, "transformers.no_such_module"]
+
+
+def test_distributions_are_read_when_one_is_looked_up():
+    asked = importlib.metadata.packages_distributions
+    known = asked()
+    with unread_distributions():
+        first = importlib.metadata.packages_distributions()
+        assert "torch" in first
+        assert "no_such_package" not in first
+        assert dict(first) == dict(known)
+        assert importlib.metadata.packages_distributions() is first
+    assert importlib.metadata.packages_distributions is asked
 
 
 @pytest.fixture
