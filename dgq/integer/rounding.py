@@ -215,9 +215,12 @@ def rotated_moment(moment: Tensor, scale: Tensor, block: int) -> Tensor:
 
 def pass_bytes(layers: Sequence[Layer], recipe: Recipe) -> int:
     """Memory of layers whose statistics are gathered together, while the one that takes most is rounded."""
-    return sum(input_bytes(together[0], recipe) for together in by_input(layers)) + max(
-        rounding_bytes(layer, recipe) for layer in layers
-    )
+    return gathered_bytes(layers, recipe) + max(rounding_bytes(layer, recipe) for layer in layers)
+
+
+def gathered_bytes(layers: Sequence[Layer], recipe: Recipe) -> int:
+    """Memory of the statistics of what layers read."""
+    return sum(input_bytes(together[0], recipe) for together in by_input(layers))
 
 
 def input_bytes(layer: Layer, recipe: Recipe) -> int:
