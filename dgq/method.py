@@ -63,6 +63,8 @@ class Cost:
     Attributes:
         layers: by name; kept: {name: reason} of layers that stay float.
         statistics_bytes: peak of what is kept of the replayed calls.
+        gathered_bytes: peak of it while calls are replayed, where the network is not needed for the rest, and a mapped
+            file is let go of; None where it is.
         passes: names of the layers that each replay of the calls is for; it ends where the last of them is reached.
         whole: whether every recorded call is replayed, or at most as many as the user says.
     """
@@ -70,6 +72,7 @@ class Cost:
     layers: Mapping[str, LayerCost]
     kept: Mapping[str, str]
     statistics_bytes: int = 0
+    gathered_bytes: int | None = None
     passes: Sequence[Sequence[str]] = ()
     whole: bool = False
 

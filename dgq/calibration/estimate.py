@@ -51,7 +51,8 @@ class Estimate:
         float16_bytes, packed_bytes: the network's file before and after, with a budget spent in full.
         budget_bytes: what a budget of bits lets layers of eight bits add, part of it; None without a budget.
         statistics_bytes: peak of second moments, samples and rounding; passes: runs over the recorded calls.
-        memory_bytes: peak of the process (float32 model, text encoders or statistics and packed layers).
+        memory_bytes: peak of the process (float32 model, text encoders or statistics and packed layers; pages of mapped
+            files count while they are resident).
         calls: of the network: recorded and replayed.
         macs_per_call: multiply-accumulates of the quantized layers in one call, of both halves where the guidance
             doubles it.
@@ -129,7 +130,10 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     seconds += drawn * width * height * per_pixel * rates().product
     seconds += sum(layer.seconds(replayed * taken[name]) for name, layer in cost.layers.items())
     # either the whole pipeline records, or the network alone is quantized, then the VAE beside it
-    memory = 4 * parameters + max(_others(folder), cost.statistics_bytes + packed)
+    gathered = cost.gathered_bytes
+    if gathered is None or not _is_mapped(folder / family.component):
+        gathered = cost.statistics_bytes
+    memory = max(4 * parameters + max(_others(folder), gathered + packed), cost.statistics_bytes + packed)
     after = 4 * (parameters - quantized) + packed
     decoder, decoder_cost = decoder_recipe(found, recipe, options), Cost({}, {})
     decoding = sum(tensor.numel() for tensor in vae.state_dict().values())
@@ -212,6 +216,11 @@ def _others(folder: Path) -> int:
     names = [name for name in components(folder) if name != family_at(folder).component]
     tables = [tensor_table(file) for name in names for file in weight_files(folder / name)]
     return sum(4 * math.prod(shape) for table in tables for shape, _ in table.values())
+
+
+def _is_mapped(place: Path) -> bool:
+    """Whether a component's weights are mapped from its files: those of float32, others are widened to it."""
+    return {dtype for file in weight_files(place) for _, dtype in tensor_table(file).values()} == {"F32"}
 
 
 def _decoder(family: Family, vae: Any) -> tuple[float, int]:

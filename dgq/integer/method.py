@@ -15,7 +15,7 @@ from .attention import AttentionPlan, use_log_attention
 from .channels import fake_quantize_input
 from .plan import Layer, geometry, packed_bytes, plan_layers, quantizable
 from .rates import rounding_seconds
-from .rounding import pass_bytes, passes, quantize_network
+from .rounding import gathered_bytes, pass_bytes, passes, quantize_network
 from .skeleton import build_skeleton, fuse
 from .statistics import reading_order
 
@@ -110,9 +110,9 @@ def _cost(network: nn.Module, recipe: Recipe, budget: int, call: dict[str, Any] 
         with next(network.parameters()).device:  # on the meta device nothing may come from another one
             order = reading_order(network, layers, call)
     groups = passes(layers, recipe, budget, order)
-    peak = max(pass_bytes(group, recipe) for group in groups)
+    peak, gathered = (max(count(group, recipe) for group in groups) for count in (pass_bytes, gathered_bytes))
     replayed = [[layer.name for layer in group] for group in groups]
-    return Cost({layer.name: _layer_cost(layer, recipe) for layer in layers}, kept, peak, replayed)
+    return Cost({layer.name: _layer_cost(layer, recipe) for layer in layers}, kept, peak, gathered, replayed)
 
 
 def _layer_cost(layer: Layer, recipe: Recipe) -> LayerCost:

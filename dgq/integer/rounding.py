@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dgq_kernels import native
 from dgq_kernels.rotation import rotate
 
 from ..errors import DgqError
@@ -198,7 +199,7 @@ def quantize_layers(layers: Sequence[Layer], statistics: Statistics, recipe: Rec
     try:
         rounded = choose_rounded(layers, statistics, recipe)
         for layer, one in zip(layers, rounded, strict=True):
-            at, bias = layer.name, None if layer.bias is None else layer.bias.cpu()
+            at, bias = layer.name, None if layer.bias is None else layer.bias.detach().cpu().clone()
             module = IntegerLayer.from_quantized(one.plan, one.weight, one.groups, bias)
             classes = one.groups.class_of().repeat(one.plan.kernel_size**2) if one.groups.shifts_accumulator else None
             column_sum(one.weight.integer(), classes)
@@ -220,9 +221,12 @@ def rotated_moment(moment: Tensor, scale: Tensor, block: int) -> Tensor:
 
 def pass_bytes(layers: Sequence[Layer], recipe: Recipe) -> int:
     """Memory of layers whose statistics are gathered together, while the one that takes most is rounded."""
-    return sum(input_bytes(together[0], recipe) for together in by_input(layers)) + max(
-        rounding_bytes(layer, recipe) for layer in layers
-    )
+    return gathered_bytes(layers, recipe) + max(rounding_bytes(layer, recipe) for layer in layers)
+
+
+def gathered_bytes(layers: Sequence[Layer], recipe: Recipe) -> int:
+    """Memory of the statistics of what layers read."""
+    return sum(input_bytes(together[0], recipe) for together in by_input(layers))
 
 
 def input_bytes(layer: Layer, recipe: Recipe) -> int:
@@ -300,7 +304,10 @@ def quantize_network(
     ]
     order = reading_order(network, todo, calls[0]) if todo else []
     for group in passes(todo, recipe, budget, order):
+        native.give_back()  # what the rounding before left in pieces
         gathered = gather(network, group, calls, order, progress, recipe.rounding == "gptq")
+        native.give_back()
+        native.let_go(network.parameters())  # of a pass's weights only its own layers' are read until the next pass
         for together in by_input(group):
             results = quantize_layers(together, gathered.pop(together[0].input), recipe)
             for layer, result in zip(together, results, strict=True):
@@ -309,7 +316,16 @@ def quantize_network(
                     store(layer.name, result)
                 progress("quantize", len(finished), len(layers), f"{layer.name}  {result.sqnr_db:.1f} dB")
     place_calibrated(network, {layer.name: finished[layer.name].layer for layer in layers})
+    _leave_files(network)
     return (
         {layer.name: finished[layer.name].layer.plan for layer in layers},
         {layer.name: finished[layer.name].sqnr_db for layer in layers},
     )
+
+
+def _leave_files(network: nn.Module) -> None:
+    """Copy what stays float out of the model's files, which else stay mapped, whole, as long as anything reads them."""
+    for module in network.modules():
+        if not isinstance(module, IntegerLayer):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.clone()

@@ -296,6 +296,26 @@ def test_paging_out_loses_nothing(tmp_path):
         assert torch.equal(tensor, expected)
 
 
+def test_a_mapped_file_is_let_go_of_unless_it_was_changed(tmp_path):
+    def kib(of):
+        """Of the file, mapped and resident."""
+        entries = Path("/proc/self/smaps").read_text().split("VmFlags:")
+        return sum(int(re.search(r"^Rss: +(\d+) kB", entry, re.MULTILINE)[1]) for entry in entries if str(of) in entry)
+
+    values, files = torch.arange(100_000, dtype=torch.int32), [tmp_path / name for name in ("kept", "changed")]
+    for file in files:
+        values.numpy().tofile(file)
+    kept, changed = (torch.from_file(str(file), size=100_000, dtype=torch.int32) for file in files)
+    changed[5] = -1
+    expected = [kept.clone(), changed.clone(), values.clone()]
+    assert all(kib(file) >= 388 for file in files)
+    native.let_go([kept[7:], changed, values])
+    assert kib(files[0]) == 0
+    assert kib(files[1]) >= 388
+    for tensor, same in zip((kept, changed, values), expected, strict=True):
+        assert torch.equal(tensor, same)
+
+
 def test_a_convolution_takes_a_bias_for_every_sample():
     g = torch.Generator().manual_seed(0)
     weight, scale, _sums, bias = weights(33, 9 * 20, g)

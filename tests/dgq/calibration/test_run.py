@@ -278,6 +278,17 @@ def test_estimate_counts_the_passes_that_are_run(tiny_pipeline, tmp_path):
     assert predicted.calls == 4 + sum(started)
 
 
+def test_the_estimate_counts_a_widened_model_beside_what_a_rounding_takes(tiny_pipeline, tmp_path):
+    """A mapped one is let go of: it counts beside the statistics of the replayed calls alone."""
+    half = Path(shutil.copytree(tiny_pipeline, tmp_path / "half"))
+    (file,) = (half / "unet").glob("*.safetensors")
+    save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
+    options = Options(**FAST, budget=2**40)
+    mapped, widened = (estimate(folder, Recipe(), options) for folder in (tiny_pipeline, half))
+    assert widened.statistics_bytes == mapped.statistics_bytes
+    assert 0 < widened.memory_bytes - mapped.memory_bytes < widened.statistics_bytes
+
+
 def test_overrides_and_float_attention_reach_the_file(tiny_pipeline, tmp_path):
     recipe = Recipe(attention="float", overrides=(("mid_block.*", 8), ("*.to_q", 0)))
     header = calibrate(tiny_pipeline, tmp_path / "out", recipe, Options(**FAST))

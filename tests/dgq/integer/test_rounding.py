@@ -2,10 +2,13 @@
 
 import copy
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dgq import architectures
@@ -435,6 +438,28 @@ def test_finished_layers_are_not_done_again(net, calls):
     assert again == ["point", "head.1"]
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, net.state_dict()[name])
+
+
+def test_the_files_of_a_model_are_let_go_of_while_layers_are_rounded_and_afterwards(net, calls, tmp_path):
+    """Else the whole float model is resident beside what rounding takes, and beside the VAE and text encoders later."""
+    net.head[0] = nn.Sequential(nn.Linear(16, 40_000), nn.Linear(40_000, 32))  # two of 2.5 and 5 MB that stay float
+    file = tmp_path / "net.safetensors"
+    save_file(net.state_dict(), file)
+    net.load_state_dict(load_file(file), assign=True)
+    expected, resident = {name: tensor.clone() for name, tensor in net.state_dict().items()}, []
+
+    def told(stage, *_):
+        entries = [entry for entry in Path("/proc/self/smaps").read_text().split("VmFlags:") if str(file) in entry]
+        sizes = [int(re.search(r"^Rss: +(\d+) kB", entry, re.MULTILINE)[1]) for entry in entries]
+        resident.append((stage, sum(sizes)))
+
+    plans, _ = quantize_network(net, calls, Recipe(overrides=(("head.0.*", 0),)), progress=told)
+    assert max(kib for stage, kib in resident if stage == "statistics") > 5000
+    assert max(kib for stage, kib in resident if stage == "quantize") < 500
+    assert str(file) not in Path("/proc/self/maps").read_text()
+    for name, tensor in net.state_dict().items():
+        if name.rpartition(".")[0] not in plans:
+            assert torch.equal(tensor, expected[name])
 
 
 def test_layer_with_bad_weights_is_named(net, calls):
