@@ -7,6 +7,9 @@ CONSTRAINTS ?= constraints.txt
 WORK ?= $(HOME)/.cache/dgq/embedded
 MINUTES ?= 180
 DEMO := build/demo
+# pytest's: half of the tests each, and who is done takes half of what the other has left. So few files are divided,
+# whose fixtures are made twice.
+WORKERS := --numprocesses 2 --dist worksteal
 DOCS_VENV := build/docs
 DOCS_BIN := $(DOCS_VENV)/bin
 
@@ -26,10 +29,10 @@ demo: $(VENV)/ready
 	@echo "The picture is $(DEMO)/a-cat.png"
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" $(WORKERS)
 
 test-all: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(WORKERS)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
@@ -61,7 +64,7 @@ sdist: $(TOOLS_VENV)/ready
 
 # The tests against the installed wheel, and against the source archive installed without a compiler, in a temporary
 # folder and a new environment. TESTS are pytest's options.
-TESTS ?= -m "not slow" --numprocesses 2
+TESTS ?= -m "not slow" $(WORKERS)
 test-wheel: wheel
 	OMP_NUM_THREADS=1 $(PYTHON) tests/installed.py dist/*_x86_64.whl --constraint $(CONSTRAINTS) $(TESTS)
 

@@ -40,8 +40,7 @@ def test_a_stage_ends_at_its_limit():
 
 def test_the_report_runs_on_a_pretended_device(tmp_path):
     """All but the compilation, of which this shard has no share."""
-    script = SCRIPT.with_name("report.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
     environment.pop("TRITON_INTERPRET", None)
     where = [
         "--out",
@@ -53,29 +52,28 @@ def test_the_report_runs_on_a_pretended_device(tmp_path):
         "--cache",
         str(tmp_path / "kernels"),
     ]
+    code = (
+        "import report; report.main()\n"
+        "import stages; assert all(callable(getattr(stages, name)) for name in report.LIMITS)"
+    )
     run = subprocess.run(
-        [sys.executable, str(script), "--run", "shard", "--shard", "99999/100000", *where],
+        [sys.executable, "-c", code, "--run", "shard", "--shard", "99999/100000", *where],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
     assert not (tmp_path / "report.jsonl").exists()  # no error either
-    code = "import report, stages; assert all(callable(getattr(stages, name)) for name in report.LIMITS)"
-    environment["PYTHONPATH"] = os.pathsep.join([str(script.parent), environment["PYTHONPATH"]])
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_compiled_steps_stand_beside_graphs(tmp_path):
     """On a tiny UNet; what cannot be compiled is told, and stops nothing. (Inductor itself would take a minute.)"""
     paths = [str(SCRIPT.parent), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "DGQ_BACKEND": "reference"}
-    where = ["--run", "compiled", "--device", "cpu", "--out", str(tmp_path)]
-    for compile in ("torch.compile", "lambda function, **_: function"):
-        code = f"import torch; torch.compile = {compile}; import report; report.main()"
-        command = [sys.executable, "-c", code, *where]
-        run = subprocess.run(command, env={**environment, "TORCH_COMPILE_DISABLE": "1"}, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
+    code = "import report, torch\nfor torch.compile in (torch.compile, lambda function, **_: function): report.main()"
+    command = [sys.executable, "-c", code, "--run", "compiled", "--device", "cpu", "--out", str(tmp_path)]
+    run = subprocess.run(command, env={**environment, "TORCH_COMPILE_DISABLE": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
     systems = [("float16 compiled", "max-autotune"), ("float16 compiled", "default"), ("dgq W8A8 compiled", "default")]
     assert [(row["system"], row["mode"]) for row in rows] == 2 * systems

@@ -58,7 +58,8 @@ def check(k, v, start, qk_bits=8, v_bits=8, block=64):
     [(2, 16, 32), (77, 40, 64), (129, 160, 32), (1025, 42, 32), (2100, 64, 64)],
 )
 def test_equals_the_reference(keys, width, block, start):
-    check(*keys_and_values((2, 3), keys, width), start, block=block)
+    # the interpreter takes a second for each head of the long ones
+    check(*keys_and_values((2, 3) if keys < 1000 else (1, 2), keys, width), start, block=block)
 
 
 @settings(max_examples=8, deadline=None)
