@@ -150,7 +150,7 @@ class Graphs:
         return type(self.network).forward(self.network, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        first = args[0] if args else next(iter(kwargs.values()), None)
+        first: Any = args[0] if args else next(iter(kwargs.values()), None)
         while type(first) is list and first:  # of samples
             first = first[0]
         if (
