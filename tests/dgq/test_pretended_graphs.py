@@ -17,6 +17,7 @@ from dgq import graphs
 from dgq.calibration.run import Options, calibrate
 from dgq.family import FAMILIES, family_of, network_of
 from dgq.graphs import Graphs
+from dgq.integer.layer import IntegerLayer
 from dgq.pictures.generation import Settings, generate
 from dgq.recipe import Recipe
 from dgq.tuning import train as tuning
@@ -124,6 +125,8 @@ def test_transformers_are_captured(name, tmp_path, current, monkeypatch, caplog)
     settings = Settings(steps=4, seed=3).resolved(folder)
     with Pretended() as mode, caplog.at_level(logging.WARNING):
         pipe, did = loaded(folder, current)
+        layers = [module for module in network_of(pipe).modules() if isinstance(module, IntegerLayer)]
+        assert any(layer._prepared.joined for layer in layers)
         got = draw(pipe, settings)
         calls = settings.steps * (2 if family_of(network_of(pipe)).separate_guidance else 1)
         assert did.captured in (1, calls // settings.steps)  # a negative prompt of another length has its own
