@@ -58,13 +58,24 @@ class Pool:
     def handle(self) -> Any:
         return torch.cuda.graph_pool_handle()
 
+    @functools.cached_property
+    def stream(self) -> Any:
+        """What they are captured on. torch's own is of the device that captured first: on another one a capture would
+        hold nothing. Memory of the pool belongs to the stream that it was taken on."""
+        return torch.cuda.Stream()
+
 
 def capture(run: Run, pool: Pool) -> tuple[Callable[[], None], Any]:
     """A CUDA graph of a call on the current device."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool.handle):
+    with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream):
         returned = run()
     return graph.replay, returned
+
+
+def traced(tensor: Any) -> bool:
+    """Whether calls with it are looked at by others, who want to see each operator; or it is no tensor."""
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor or bool(torch._C._len_torch_dispatch_stack())
 
 
 @dataclass
@@ -139,13 +150,13 @@ class Graphs:
         return type(self.network).forward(self.network, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        first = args[0] if args else next(iter(kwargs.values()), None)
+        first: Any = args[0] if args else next(iter(kwargs.values()), None)
+        while type(first) is list and first:  # of samples
+            first = first[0]
         if (
-            torch.compiler.is_compiling()
-            or type(first) is not Tensor
+            traced(first)
             or first.device.type not in self.devices
             or torch.is_grad_enabled()
-            or torch._C._len_torch_dispatch_stack()
             or (first.is_cuda and torch.cuda.is_current_stream_capturing())
             or not self.lock.acquire(blocking=False)
         ):
@@ -180,17 +191,17 @@ class Graphs:
         form = flatten((args, kwargs), device, inputs)
         if torch.is_autocast_enabled(device.type):
             raise UnsuitableError("autocast is on")
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        if self.stream is not None and stream != self.stream:
-            raise UnsuitableError("it is called on several streams")
-        self.stream = stream
         if self.read is None or self.read.changed():
             self.read = Read(self.network)
         hard, soft = self.read.state()
         if hard != self.state:
             self.known.clear()
             self.refused.clear()
-            self.state = hard
+            self.state, self.stream = hard, None
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if self.stream is not None and stream != self.stream:
+            raise UnsuitableError("it is called on several streams")
+        self.stream = stream
         key = (soft, form)
         if key in self.refused:
             return None, inputs, (args, kwargs)
@@ -310,8 +321,9 @@ class Read:
             UnsuitableError: a graph cannot stand for it.
         """
         network = self.network
-        if "_hf_hook" in network.__dict__ or "_diffusers_hook" in network.__dict__:
-            raise UnsuitableError("its weights are offloaded")
+        # pipelines that name their calls leave a registry of diffusers without hooks
+        if "_hf_hook" in network.__dict__ or getattr(network.__dict__.get("_diffusers_hook"), "hooks", None):
+            raise UnsuitableError("its weights are offloaded, or hooks of diffusers are on it")
         if network.training:
             raise UnsuitableError("it is in training mode")
         if self.hooked is not None:

@@ -62,7 +62,11 @@ def command(
         ),
     ] = None,
     compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile beside the step; default with --arch.")
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="torch.compile beside the step, on CUDA with max-autotune too; default with --arch.",
+        ),
     ] = None,
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the files of --arch here for a later run.")

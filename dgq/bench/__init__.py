@@ -83,7 +83,8 @@ def bench(
         repeats: timed calls of each system, default 20, or pictures, default 3.
         large: kernels at Stable Diffusion's shapes too.
         peers: other libraries beside the step, comma-separated names of `PEERS`, or "all"; beside pictures "openvino".
-        compiled: torch.compile beside the step; by default for architectures only, as it takes minutes.
+        compiled: torch.compile beside the step, on CUDA also with max-autotune; by default for architectures only, as
+            it takes minutes.
         work: folder in which an architecture's files are kept for a later run.
         threads: CPU threads, default torch's.
         device: default CUDA where there is one, else the CPU.

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 import dgq_kernels
 from dgq_kernels.linear.tiles import Config, Machine, Tiling, choose, clocks
+from dgq_kernels.quantize_activation.groups import PROGRAMS, groups_for
 
 from ..architectures import architecture, call, network
 from ..errors import DgqError
@@ -107,8 +108,11 @@ class Work:
         inputs, weights, outputs: numbers of values moved.
         count: heads times samples for attention, else 1.
         parts: products of this size on the same input, which the quantized system joins into one.
-        quantize: launches of a quantization of the input alone, where nothing that precedes it can do it on the way.
+        layers: float layers that the quantized system joins into this product, whose channels it has in all.
+        goes_on: in float a part of the product before, whose input is two tensors side by side.
+        quantize: launches of a quantization of the input alone, or of what only a SiLU makes of it.
         rereads: of a norm, how often the quantizing op reads its input once more.
+        silu: of a norm: a SiLU follows, a pass of its own in float.
         gated: a product whose epilogue, in the quantized system, makes one value of two; or the pass after it.
         quantized: False for what stays float in every system.
     """
@@ -122,8 +126,11 @@ class Work:
     outputs: int
     count: int = 1
     parts: int = 1
+    layers: int = 1
+    goes_on: bool = False
     quantize: int = 0
     rereads: int = 0
+    silu: bool = False
     gated: bool = False
     quantized: bool = True
 
@@ -210,8 +217,13 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
     known = architecture(name, pixels)
     net: Any = network(known)
     family = family_of(net)
-    after_norm = family.after_norm(net)
+    split = family.joined_inputs(net)
+    after_silu = {
+        path for path, _ in net.named_modules() if path.rpartition(".")[2] in (*family.time_layers, "linear_2")
+    }
+    after_norm = family.after_norm(net) - after_silu
     found: list[Work] = []
+    of_time: list[Work] = []
     gated = {f"{path}.proj" for path, module in net.named_modules() if type(module).__name__ == "GEGLU"}
 
     def weighted(path: str) -> Any:
@@ -225,22 +237,25 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
             x, n, k = arguments[0], module.weight.shape[0], module.weight[0].numel()
             kind = "linear" if isinstance(module, torch.nn.Linear) else "conv2d"
             per_sample = kind == "conv2d" and module.kernel_size != (1, 1)
-            quantize = 0 if path in after_norm else 2 if per_sample else 1
-            found.append(
-                Work(
-                    kind,
-                    y.numel() // n,
-                    k,
-                    n,
-                    x.numel(),
-                    n * k,
-                    y.numel(),
-                    parts=parts,
-                    quantize=quantize,
-                    gated=path in gated and bool(family.fused),
-                    quantized=not family.kept(path),
-                )
+            work = Work(
+                kind,
+                y.numel() // n,
+                k,
+                n,
+                x.numel(),
+                n * k,
+                y.numel(),
+                parts=parts,
+                quantize=0 if path in after_norm else 2 if per_sample else 1,
+                gated=path in gated and bool(family.fused),
+                quantized=not family.kept(path),
             )
+            if path.rpartition(".")[2] in family.time_layers and work.quantized:
+                of_time.append(work)
+            elif path in split and work.quantized:
+                found.extend(_halves(work, split[path]))
+            else:
+                found.append(work)
 
         return hook
 
@@ -283,11 +298,14 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
                 )
             return y
 
-    def passes(kind: str, read: int, rereads: int = 0, quantized: bool = True) -> Any:
+    def passes(kind: str, read: int, quantized: bool = True, resnet: bool = False) -> Any:
         """A hook for a pass that reads `read` values and writes one for each of its outputs."""
 
-        def hook(_module: Any, _arguments: Any, y: Any) -> None:
+        def hook(module: Any, _arguments: Any, y: Any) -> None:
             size = (y if isinstance(y, torch.Tensor) else y[0]).numel()
+            rereads = 0
+            if kind == "group norm":  # statistics and codes read it, and the range of a sample, where it is apart
+                rereads = 1 + (resnet and not _ranges(y, module.num_groups))
             found.append(
                 Work(
                     kind,
@@ -298,6 +316,7 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
                     0,
                     size,
                     rereads=rereads,
+                    silu=resnet,
                     gated=kind == "geglu",
                     quantized=quantized and bool(family.fused),
                 )
@@ -310,9 +329,7 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             module.register_forward_hook(weighted(path))
         elif isinstance(module, torch.nn.GroupNorm):
-            # statistics, range and codes of a sample read it three times, statistics and codes of rows twice
-            rereads = 2 if ".resnets." in path else 1
-            module.register_forward_hook(passes("group norm", 1, rereads, path != "conv_norm_out"))
+            module.register_forward_hook(passes("group norm", 1, path != "conv_norm_out", ".resnets." in path))
         elif isinstance(module, torch.nn.LayerNorm):
             module.register_forward_hook(passes("layer norm", 1, quantized=path != "norm_out"))
         elif kind == "GEGLU":
@@ -326,7 +343,34 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
                 module.register_forward_hook(passes("add", 2))
     with torch.no_grad(), Attention():
         net(**call(net, known.batch, torch.device("meta"), tokens=known.tokens, pixels=known.pixels))
+    for reduction in dict.fromkeys(work.reduction for work in of_time):
+        found.append(_one([work for work in of_time if work.reduction == reduction]))
     return found
+
+
+def _halves(work: Work, first: int) -> list[Work]:
+    """A product over two tensors side by side, of so many channels the first: the second adds to the first's result."""
+
+    def half(reduction: int, goes_on: bool) -> Work:
+        inputs, weights = work.rows * reduction, work.channels * reduction
+        return replace(work, reduction=reduction, inputs=inputs, weights=weights, goes_on=goes_on)
+
+    return [half(first, False), half(work.reduction - first, True)]
+
+
+def _one(works: list[Work]) -> Work:
+    """Products of one input as one."""
+    channels, weights, outputs = (
+        sum(getattr(work, name) for work in works) for name in ("channels", "weights", "outputs")
+    )
+    return replace(works[0], channels=channels, weights=weights, outputs=outputs, layers=len(works))
+
+
+def _ranges(x: torch.Tensor, groups: int) -> bool:
+    """Whether the statistics of a norm have its range too."""
+    pixels = x[0, 0].numel()
+    most = max(1, PROGRAMS // (len(x) * groups))
+    return groups_for(pixels, x.shape[1] // groups, most).ranges(pixels)
 
 
 @dataclass(frozen=True)
@@ -390,8 +434,8 @@ def _pass(work: Work, system: str, device: Device) -> Cost:
     if quantized:
         return Cost(read + work.outputs, work.rereads * again, launches=1 + work.rereads)
     # torch: a norm's statistics apart, SiLU after those of residual blocks and GEGLU's product as passes of their own
-    launches = {"group norm": 1 + work.rereads, "geglu": 2}.get(work.kind, 1)
-    more = (again if work.rereads else 0) + (4 * work.outputs if launches == 3 else 0)
+    launches = {"group norm": 2 + work.silu, "geglu": 2}.get(work.kind, 1)
+    more = (again if work.rereads else 0) + (4 * work.outputs if work.silu else 0)
     more += 4 * work.outputs if work.kind == "geglu" else 0
     return Cost(read + 2 * work.outputs, more, launches=launches)
 
@@ -403,14 +447,16 @@ def cost(work: Work, system: str, device: Device, table: Tiles) -> tuple[Cost, b
     attention = work.kind.endswith("attention")
     integer = system != "fp16" and work.quantized and not (attention and system == "W8A8 fp16-attention")
     weight_bytes = {"fp16": 2.0, "W4A8": 0.5 + 4 / 8 / 32}.get(system if integer else "fp16", 1.0)  # 4 bits per 32
-    inputs = work.inputs * (1 if integer else 2 * work.parts)
+    inputs = work.inputs * (1 if integer else 2 * work.parts * work.layers)
     operations = 2.0 * work.macs
     outputs = work.outputs // 2 if integer and work.gated else work.outputs
-    moved = inputs + work.parts * (work.weights * weight_bytes + 2 * outputs)
+    written = 0 if work.goes_on and not integer else 2 * outputs
+    moved = inputs + work.parts * (work.weights * weight_bytes + written)
     joined = work.parts if integer else 1  # products in one launch
     channels = work.channels * joined
     processors = device.multiprocessors
-    more, launches, slots, modelled = 0.0, work.parts // joined, 0.0, 0.0
+    launches = work.parts // joined * (1 if integer else 0 if work.goes_on else work.layers)
+    more, slots, modelled = 0.0, 0.0, 0.0
     if attention:
         tiles_in_all = math.ceil(work.rows / 128) * work.count
         if integer:
@@ -421,6 +467,8 @@ def cost(work: Work, system: str, device: Device, table: Tiles) -> tuple[Cost, b
         known = table.get((device.target, f"{work.kind}_int{4 if system == 'W4A8' else 8}_kernel"), ())
         mine = (tile.slots for tile in known if (tile.rows, tile.channels) == tiling.config[:2])
         slots = work.macs * next(mine, 0.0)
+        if work.goes_on:  # the sum so far, read again
+            more += 2 * work.outputs
         if work.quantize:
             more += 3 * work.inputs
             launches += work.quantize

@@ -49,7 +49,7 @@ class Options:
         repeats: timed steps of each system.
         device: where.
         peers: of `systems.PEERS`.
-        compiled: also torch.compile of the faster float system.
+        compiled: also torch.compile of the faster float system; on CUDA that of float16 with max-autotune, too.
         work: folder that written models are kept in and found again, or None for a temporary one.
     """
 
@@ -108,6 +108,9 @@ class Plan:
             self.systems.append(System(f"{lower} in a CUDA graph", (self.spec("graph", half, lower),)))
         if options.compiled:
             self.systems.append(System("torch.compile", both["compile"]))
+            if self.device.type == "cuda":
+                tuned = self.spec("autotune", half, lower)
+                self.systems.append(System(f"torch.compile max-autotune ({lower})", (tuned,)))
         if "torchao" in options.peers:
             self.systems.append(System("torchao int8", both["torchao"], packages=PEERS["torchao"]))
         if "sdnq" in options.peers:

@@ -50,6 +50,7 @@ BYTES = {
     ("compile", "float32"): 10.0,
     ("compile", "float16"): 5.0,
     ("compile", "bfloat16"): 5.0,
+    ("autotune", "float16"): 5.0,
     ("torchao", "float32"): 10.0,
     ("torchao", "float16"): 5.5,
     ("torchao", "bfloat16"): 5.5,

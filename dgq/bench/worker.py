@@ -133,6 +133,11 @@ def _compiled(network: Any) -> Any:
     return torch.compile(network)
 
 
+def _load_autotune(spec: Spec) -> tuple[Step, Any]:
+    """As fast as torch makes a float network on CUDA: tiles by measurement, and graphs of its own. Takes minutes."""
+    return _steps(torch.compile(_eager(spec), mode="max-autotune")), None
+
+
 def _load_torchao(spec: Spec) -> tuple[Step, Any]:
     """Linear layers in int8 with activations quantized as they come; uncompiled it is slower than float."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -165,6 +170,7 @@ LOADERS: dict[str, Callable[[Spec], tuple[Step, Any]]] = {
     "torch": _load_torch,
     "graph": _load_graph,
     "compile": _load_compile,
+    "autotune": _load_autotune,
     "torchao": _load_torchao,
     "sdnq": _load_sdnq,
     "openvino": _load_openvino,

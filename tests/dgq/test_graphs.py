@@ -1,10 +1,12 @@
 """Calls replayed from graphs. Without a CUDA device a tape of torch's operators stands for the graph: as a graph does,
 it repeats what ran, on the same tensors, and knows nothing of the Python that asked for it."""
 
+import contextlib
 import copy
 import logging
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -63,6 +65,8 @@ class Tape(TorchDispatchMode):
 class Traced:
     """Stands for `graphs.capture`; counts calls, and how often the text was projected, apart."""
 
+    tape = Tape
+
     def __init__(self):
         self.captured = self.replayed = self.projected = 0
         self.graphs = {}  # pool -> what was captured in it
@@ -71,7 +75,7 @@ class Traced:
         return Traced, ()
 
     def __call__(self, run, pool):
-        with Tape() as tape:
+        with self.tape() as tape:
             found, form = pytree.tree_flatten(run())
         wanted = [leaf for leaf in found if leaf is not None]
         written = [leaf.clone() for leaf in tape.repeat(wanted)]
@@ -347,6 +351,26 @@ class Failing(Traced):
     def __call__(self, run, pool):
         self.captured += 1
         raise RuntimeError("no such operation\nwith more lines")
+
+
+def test_captures_of_a_pool_share_a_stream_of_its_device(monkeypatch):
+    """torch's own stream for captures stays on the first device that captured anything."""
+    current, taken = [0], []
+
+    @contextlib.contextmanager
+    def graph(captured, pool, stream=None):
+        taken.append((pool, stream))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: (object(), current[0]))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    pools = [graphs.Pool(), graphs.Pool()]
+    for current[0] in (0, 0, 1):
+        graphs.capture(lambda: None, pools[current[0]])
+    assert taken[0] == taken[1] != taken[2]
+    assert [stream[1] for _, stream in taken] == [0, 0, 1]
 
 
 def test_copies_and_pickles_have_their_own_graphs(unet):

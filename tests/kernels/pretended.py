@@ -5,7 +5,7 @@ GPU's first call would have it (arguments that are 1, aligned or absent, the poi
 
 A process of its own, as Triton must not have been imported for its interpreter. Prints a JSON object a line: a kernel
 with its registers, spilled bytes and shared memory, or an error; the last line counts the launches. "sd-v1.4" takes
-minutes.
+minutes. Of a network's config.json launches are counted, and nothing is compiled.
 """
 
 import contextlib
@@ -288,6 +288,19 @@ def step(name, dtypes=(torch.float16,)):
             attempt(f"{name} W{wbits}A8", functools.partial(unet, **call))
 
 
+def count(name):
+    """How often a step of a quantized UNet launches a kernel; none is compiled."""
+    which = architectures.architecture(name)
+    forgetful = unittest.mock.MagicMock(get=lambda key: None)
+    with unittest.mock.patch.object(JITFunction, "run") as run, unittest.mock.patch.object(launch, "_known", forgetful):
+        for wbits in (8, 4):
+            unet, call = quantized(which, wbits, torch.float16)
+            for log_attention.FORCED in (False, True):
+                run.reset_mock()
+                unet(**call)
+                say(name=name, wbits=wbits, log_attention=log_attention.FORCED, counted=run.call_count)
+
+
 @torch.enable_grad()
 def tuning():
     """A step of tuning the embedded model, forwards and backwards, on rubbish."""
@@ -307,6 +320,8 @@ def main(parts):
         for part in parts:
             if part in ("operators", "again", "second_device", "tuning"):
                 globals()[part]()
+            elif part.endswith(".json"):
+                count(part)
             else:
                 step(part, (torch.float16, torch.float32) if part == "embedded" else (torch.float16,))
     say(launches=len(LAUNCHES))

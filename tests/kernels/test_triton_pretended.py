@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dgq.bench import predict
 from dgq_kernels.samples import samples
 
 pytest.importorskip("triton")
@@ -22,7 +23,7 @@ def pretend(*parts):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
     assert result.returncode == 0, result.stderr[-3000:]
     *rows, end = map(json.loads, result.stdout.splitlines())
-    assert end["launches"] >= len(rows) // 2
+    assert end["launches"] >= len([row for row in rows if "counted" not in row]) // 2
     return rows
 
 
@@ -47,6 +48,23 @@ def test_edges_compile_and_launch_where_their_tensors_are():
     placed = {row["operator"]: row for row in rows if "operator" in row}
     assert set(placed) == OPERATORS
     assert all(row["devices"] == [1] and row["left"] == 0 for row in placed.values()), placed
+
+
+def test_the_prediction_counts_what_a_step_launches(small_config, small_picture, tmp_path):
+    """Of Stable Diffusion's blocks and SDXL's, and where a norm's range is a launch of its own."""
+    wide = tmp_path / "wide.json"
+    wide.write_text(json.dumps({**json.loads(small_config.read_text()), "sample_size": 40, "norm_num_groups": 1}))
+    names = [str(small_config), str(small_picture), str(wide)]
+    counted = {(row["name"], row["wbits"], row["log_attention"]): row["counted"] for row in pretend(*names)}
+    assert counted[names[0], 8, False] < counted[names[2], 8, False]
+    systems = {"W8A8 fp16-attention": (8, False), "W8A8": (8, True), "W4A8": (4, True)}
+    for name in names:
+        for system, which in systems.items():
+            own = [work for work in predict.works(name) if work.quantized]
+            if not which[1]:
+                own = [work for work in own if not work.kind.endswith("attention")]
+            costs = [predict.cost(work, system, predict.DEVICES["h100"], {})[0] for work in own]
+            assert sum(one.launches for one in costs) == counted[name, *which], (name, system)
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def cases(major: int) -> Iterator[aot_case.Case]:
                 note, parts = f"group={group} parts={groups.parts}", {"GROUP": group, "PARTS": groups.parts}
                 whole = quantize.Config(groups.rows, groups.channels, groups.warps)
                 yield case(quantize.group_statistics_kernel, whole, note, SHIFT=True, **parts)
-                if pixels <= 2 * groups.rows:
+                if groups.ranges(pixels):
                     yield case(
                         quantize.group_statistics_kernel, whole, f"{note} range", SHIFT=True, RANGE=True, **parts
                     )

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv, launch
+from .groups import PROGRAMS, groups_for
 from .reference import SMALLEST_SCALE
 
 _ROUND_TRICK = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a small float to an integer, half to even
@@ -24,7 +25,6 @@ _SIGN = tl.constexpr(-(1 << 31))
 # What a row is before its quantization: itself, normalized, gated, activated, or normalized over a group of pixels.
 _PLAIN, _LAYER_NORM, _GEGLU, _SILU, _GROUP_NORM = (tl.constexpr(i) for i in range(5))
 LONGEST_ROW = 8192  # channels that a program's registers hold
-PROGRAMS = 128  # of a norm's statistics, at most, where more than one share a group: about one for a multiprocessor
 
 
 class Config(NamedTuple):
@@ -433,28 +433,6 @@ def sample_config_for(batch: int, pixels: int, channels: int, rotation: int = 0)
     return Config(rows, min(values // rows, triton.next_power_of_2(channels)), 4)
 
 
-class Groups(NamedTuple):
-    """How a norm's statistics are taken: pixels and channels per tile, warps, parts of a sample and their pixels."""
-
-    rows: int
-    channels: int
-    warps: int
-    parts: int
-    share: int
-
-
-@functools.cache
-def groups_for(pixels: int, group: int, most_parts: int) -> Groups:
-    """One program for each group of a part, of up to 16384 values at once; parts of one tile or more. Two tiles are
-    not shared: one program can go on with their range, which is a launch less."""
-    channels = triton.next_power_of_2(group)
-    rows = min(max(1, 16384 // channels), triton.next_power_of_2(pixels))
-    tiles = cdiv(pixels, rows)
-    parts = min(most_parts, triton.next_power_of_2(tiles)) if tiles > 2 else 1
-    warps = min(16, max(4, rows * channels // 1024))
-    return Groups(rows, channels, warps, parts, cdiv(tiles, parts) * rows)
-
-
 class Norm(NamedTuple):
     """What `sample_range_kernel` takes of a norm: centre and gain, which it makes itself of more than one part, of
     these parts (mean, square, shift, weight) and sizes (shift_row, share, eps, GROUP, PARTS, SHIFT, GAIN). Or the
@@ -637,7 +615,7 @@ def _group_statistics(
     shift_row = 0 if shift is None else shift.stride(0)
     sizes = (shift_row, tile.share, eps, group, tile.parts, shift is not None, weight is not None)
     ranges = None
-    if after is not None and 0 < pixels <= 2 * tile.rows:
+    if after is not None and pixels and tile.ranges(pixels):
         ranges = _pair(x, torch.int32, batch, groups)
     bias, silu, inv_divisor = (None, False, None) if ranges is None or after is None else after
     if x.numel():

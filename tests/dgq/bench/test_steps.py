@@ -90,6 +90,20 @@ def test_every_system_in_its_place(small_config: Path, planned: dict[str, list[A
         assert system.needed(Size(10**9)) > 2**30  # the memory of every kind is known
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_on_cuda_float16_is_graphed_and_compiled_at_its_best(
+    compiled: bool, small_config: Path, planned: dict[str, list[Any]]
+) -> None:
+    bench_architecture(str(small_config), (8,), Options(1, torch.device("cuda"), compiled=compiled))
+    wanted = ["torch.compile", "torch.compile max-autotune (float16)"] if compiled else []
+    names = [system.name for system in planned["systems"]]
+    assert names == ["float32", "float16", "float16 in a CUDA graph", *wanted, "dgq W8A8"]
+    assert all(system.needed(Size(10**9)) > 2**30 for system in planned["systems"])
+    if compiled:
+        (spec,) = planned["systems"][-2].specs
+        assert (spec.kind, spec.dtype, Path(spec.folder).name) == ("autotune", "float16", "float16")
+
+
 @pytest.mark.parametrize("network", ["UNet2DConditionModel", "ZImageTransformer2DModel"])
 def test_an_architecture_is_called_for_pictures_of_the_size_asked_for(
     network: str, small_config: Path, planned: dict[str, list[Any]], tmp_path: Path

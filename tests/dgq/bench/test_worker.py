@@ -58,6 +58,17 @@ def test_a_worker_that_cannot_load_says_why_in_one_line(spec: Spec) -> None:
     assert "\n" not in caught.value.message
 
 
+@torch.no_grad()
+def test_max_autotune_is_asked_of_torch(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda network, **options: asked.append(options) or network)
+    step, _ = worker.LOADERS["autotune"](spec)
+    assert asked == [{"mode": "max-autotune"}]
+    call = files.load_calls(Path(spec.calls))[0]
+    unet = files.load_network(Path(spec.folder), torch.float32)
+    torch.testing.assert_close(step(call), unet(**call).sample, rtol=1e-4, atol=1e-4)
+
+
 SCRIPT = """
 import os, sys
 import torch
