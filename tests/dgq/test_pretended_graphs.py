@@ -112,7 +112,8 @@ def distance(got, expected):
 
 
 @pytest.mark.parametrize(
-    "name", [one if one in ("flux", "z-image") else pytest.param(one, marks=pytest.mark.slow) for one in BUILDERS]
+    "name",
+    [one if one in ("flux2-klein", "z-image") else pytest.param(one, marks=pytest.mark.slow) for one in BUILDERS],
 )
 def test_transformers_are_captured(name, tmp_path, current, monkeypatch, caplog):
     """Their attention is torch's; in W4A8 one's layers of one input are one product. Z-Image takes lists of samples."""
@@ -175,6 +176,7 @@ def test_loras_of_files(tiny_checkpoint, tiny_pipeline, tmp_path, current, monke
     assert distance(draw(pipe, settings), mixed) < 0.06
 
 
+@pytest.mark.slow
 def test_tuned_scales_of_a_run_on_the_device(tiny_checkpoint, subject, tmp_path, current, monkeypatch, caplog):  # noqa: F811
     """Interrupted and resumed; then drawn with, an expert for each half of the timesteps."""
     out, losses = tmp_path / "one.safetensors", []
