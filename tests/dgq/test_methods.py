@@ -147,7 +147,7 @@ def test_a_table_belongs_to_its_method(toy: Method) -> None:
 
 @pytest.mark.parametrize("name", ["integer", "paper", "convrot"])
 def test_every_method_counts_the_layers_that_it_makes(name: str, tiny_pipeline: Path, tmp_path: Path) -> None:
-    recipe = Recipe(name) if name == "convrot" else Recipe(name, rounding="nearest", channels="none")
+    recipe = Recipe(name, rounding="nearest", channels="none") if name == "integer" else Recipe(name)
     header = calibrate(tiny_pipeline, tmp_path / "out", recipe, Options(prompts=["a cat"], steps=2, evaluate=0))
     layers = {key: one for key, one in header.method.layers(header).items() if one.kind != "attention"}
     predicted = estimate(tiny_pipeline, recipe, OPTIONS)
