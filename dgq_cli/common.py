@@ -33,6 +33,23 @@ DeviceOption = Annotated[
 ]
 
 
+def _dtype(name: str | None) -> str | None:
+    if name not in (None, "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"{name!r} is not float32, bfloat16 or float16")
+    return name
+
+
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="Of all that is not quantized: float32, bfloat16 or float16; default float16 on CUDA, else float32.",
+        callback=_dtype,
+    ),
+]
+
+
 def print_json(data: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")

@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from .common import DeviceOption, JsonOption, ModelOption, SeedOption, StageProgress, err, finite, print_json
+from .common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+    StageProgress,
+    err,
+    finite,
+    print_json,
+)
 from .light_imports import light_imports
 
 
@@ -43,6 +53,7 @@ def command(
         typer.Option(metavar="FILE[:STRENGTH]", help="Draw with scales of dgq tune; repeatable, they add up."),
     ] = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     graph: Annotated[
         bool, typer.Option("--graph/--no-graph", help="On CUDA, replay the network's steps from a CUDA graph.")
     ] = True,
@@ -84,7 +95,7 @@ def command(
     settings = Settings(steps, guidance, negative, width, height, chosen, batch).resolved(found)
     if (found.folder / "concepts.json").is_file():
         _hint(prompts, found.folder)
-    pipe = load(found, device=device, graph=None if graph else False, verify=verify)
+    pipe = load(found, device=device, dtype=dtype, graph=None if graph else False, verify=verify)
     label = found.label
     for number, (file, strength) in enumerate(map(_tuned, tuned or [])):
         load_tuned(pipe, file, strength, f"{file.stem}-{number}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .common import DeviceOption, ModelOption, StageProgress, err
+from .common import DeviceOption, DtypeOption, ModelOption, StageProgress, err
 
 
 def command(
@@ -31,6 +31,7 @@ def command(
         typer.Option(min=8, max=4096, help="Largest width and height; 1024, or the model's own where it is larger."),
     ] = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     graph: Annotated[
         bool, typer.Option("--graph/--no-graph", help="On CUDA, replay the network's steps from a CUDA graph.")
     ] = True,
@@ -60,12 +61,12 @@ def command(
         raise typer.BadParameter(f"--host {host} is reached from other machines: give --api-key")
     found = find_model(model)
     base = None if against is None else float_base(found.folder, against)
-    graphs = None if graph else False
-    pipe = load(found, device=device, graph=graphs, verify=verify)
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "graph": None if graph else False, "verify": verify}
+    pipe = load(found, **how)
     beside = None
     if base is not None:
         other = find_model(base)
-        beside = load(other, device=device, graph=graphs, verify=verify), other.label
+        beside = load(other, **how), other.label
     with StageProgress({"generate": "generate"}) as progress:
         drawer = Drawer(pipe, found, beside=beside, waiting=waiting, max_side=max_side, progress=progress)
 

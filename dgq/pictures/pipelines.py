@@ -24,6 +24,8 @@ from ..integer.shared_input import prepare_all
 from . import embedded
 from .components import assemble
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Model:
@@ -193,7 +195,7 @@ def load(
     model: str | os.PathLike[str] | Model | None = None,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     network: Any = None,
     parts: Mapping[str, Any] | None = None,
     graph: bool | None = None,
@@ -204,7 +206,7 @@ def load(
     Args:
         model: checkpoint folder, hub id, or None for the embedded model; or what `find_model` found.
         device: default CUDA where there is one, else CPU.
-        dtype: dtype of everything that is not quantized; default float16 on CUDA, float32 on the CPU.
+        dtype: of everything that is not quantized, or its name; default float16 on CUDA, float32 on the CPU.
         network, parts: take the place of the folder's components; `parts` by name.
         graph: replay the network's calls from CUDA graphs (`dgq.use_graphs`); default on CUDA.
         verify: hold a checkpoint's files against their checksums first; those of older versions have none. False takes
@@ -214,13 +216,17 @@ def load(
         A diffusers pipeline in eval mode. Integer weights and their scales keep their types whatever `dtype` is.
 
     Raises:
-        DgqError: there is no such device; or the model does not exist or is damaged: the message names the file or
-            tensor.
+        DgqError: there is no such device or dtype; or the model does not exist or is damaged: the message names the
+            file or tensor.
     """
     place = check_device(device)
-    folder = model.folder if isinstance(model, Model) else resolve(model)
     if dtype is None:
         dtype = torch.float16 if place.type == "cuda" else torch.float32
+    elif isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise DgqError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    folder = model.folder if isinstance(model, Model) else resolve(model)
     try:
         backend.select(place)
         native.available()

@@ -45,6 +45,7 @@ def test_pictures_grid_and_json(dgq_command, tiny_checkpoint, tmp_path):
         (("a cat", "--steps", "0"), 2, "--steps"),
         (("cat " * 40,), 1, "tokens"),
         (("a cat", "--device", "nosuch"), 1, "nosuch"),
+        (("a cat", "--dtype", "int8"), 2, "float32, bfloat16 or float16"),
         (("a cat", "a dog", "--out", "x.png"), 2, "folder"),
     ],
 )
@@ -54,6 +55,16 @@ def test_wrong_input_ends_in_one_line(dgq_command, tiny_checkpoint, tmp_path, ar
     assert message in run.stderr
     assert "Traceback" not in run.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dtype_is_that_of_the_drawing(dgq_command, tiny_checkpoint, tmp_path):
+    pictures = []
+    for dtype in ("float32", "bfloat16"):
+        few = ("--steps", 1, "--seed", 5, "--no-metadata", "--model", tiny_checkpoint)
+        run = dgq_command("generate", "a cat", *few, "--dtype", dtype, "--out", tmp_path / f"{dtype}.png")
+        assert run.returncode == 0, run.stderr
+        pictures.append((tmp_path / f"{dtype}.png").read_bytes())
+    assert pictures[0] != pictures[1]
 
 
 def test_place_that_cannot_be_written(dgq_command, tiny_checkpoint):

@@ -88,6 +88,13 @@ def test_half_precision_files_alone(tiny_pipeline, tmp_path, shards):
         dgq.load(tmp_path / "half", device="cpu")
 
 
+def test_a_dtype_by_its_name(tiny_checkpoint):
+    pipe = dgq.load(tiny_checkpoint, device="cpu", dtype="bfloat16")
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16
+    with pytest.raises(DgqError, match="dtype 'int8' is not one of float32, bfloat16, float16"):
+        dgq.load(tiny_checkpoint, device="cpu", dtype="int8")
+
+
 def test_a_model_is_described_once(tiny_checkpoint, monkeypatch):
     """The headers of network and VAE are parsed where it is found, and again where diffusers and the strict loading
     build them."""
