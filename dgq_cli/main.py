@@ -83,6 +83,8 @@ def main() -> None:
         sys.stdout.flush()
     except OSError:  # told already; Python would try and fail again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # An interruption within exec of a text, as dataclasses are made, stays noted: Python's -m would end by SIGINT.
+    exec("")
     sys.exit(code if isinstance(code, int) else 0)
 
 

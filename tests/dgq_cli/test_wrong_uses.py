@@ -336,6 +336,19 @@ def test_a_reader_that_has_gone_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_sigterm_while_a_text_is_executed(tmp_path):
+    """Python notes an interruption that leaves exec of a text, and run by -m ends by it, whatever became of it."""
+    (tmp_path / "stopped.py").write_text(
+        "import os, signal, time\n"
+        "from dgq_cli import main\n"
+        "main.app = lambda **_: exec('os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)')\n"
+        "main.main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-m", "stopped"], env=environment, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (143, b"interrupted\n")
+
+
 def test_no_home_and_another_locale(tiny_checkpoint, place):
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "LC_ALL": "C"}
     name = "caf\u00e9-\udcff"  # the last one is a byte that is no UTF-8
