@@ -42,6 +42,9 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="Inception weights (torch-fidelity's) for FID and IS.")
     ] = None,
     clip: Annotated[Path | None, typer.Option(metavar="DIR", help="A CLIP model for the CLIP score.")] = None,
+    lpips: Annotated[
+        Path | None, typer.Option(metavar="WEIGHTS", help="AlexNet's weights for LPIPS: a file, or a folder of them.")
+    ] = None,
     grid: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Write the first pictures, float above; replaces the file.")
     ] = None,
@@ -62,10 +65,15 @@ def command(
 
     Several checkpoints are judged one after the other; JSON is a list of reports then. Under
     `accelerate launch -m dgq_cli eval ...` each process makes a share of the pictures."""
-    paths = (("--reference", reference, True), ("--clip", clip, True), ("--inception", inception, False))
-    for name, path, folder in paths:
-        if path is not None and not (path.is_dir() if folder else path.is_file()):
-            raise typer.BadParameter(f"{name} {path}: no such {'folder' if folder else 'file'}")
+    paths = (
+        ("--reference", reference, "folder"),
+        ("--clip", clip, "folder"),
+        ("--inception", inception, "file"),
+        ("--lpips", lpips, "file or folder"),
+    )
+    for name, path, kind in paths:
+        if path is not None and not (("folder" in kind and path.is_dir()) or ("file" in kind and path.is_file())):
+            raise typer.BadParameter(f"{name} {path}: no such {kind}")
     if grid is not None and grid.suffix.lower() != ".png":
         raise typer.BadParameter(f"--grid {grid} is not a .png file")
     if grid is not None and checkpoints and len(checkpoints) > 1:
@@ -92,6 +100,7 @@ def command(
         reference,
         inception,
         clip,
+        lpips,
         grid,
     )
     kept, reports = Kept(), []
@@ -144,16 +153,18 @@ def _print(report: dict[str, Any]) -> None:
         titles = {
             "psnr_db": ("PSNR (dB)", ".2f"),
             "ssim": ("SSIM", ".4f"),
+            "lpips": ("LPIPS", ".4f"),
             "latent_mse": ("latent MSE", ".2e"),
             "feature_distance": (f"feature distance ({report['fidelity'].get('feature_network', '')})", ".2e"),
         }
-        head = ["fidelity", "checkpoint"]
+        head = ["fidelity", "checkpoint", "median", "worst tenth"]
         if floor:
             head.append(f"float32 against {floor['dtype']} ({floor['pictures']} pictures)")
         table = [head]
         for key, (title, form) in titles.items():
             if key in report["fidelity"]:
-                row = [title, _interval(report["fidelity"][key], form)]
+                value = report["fidelity"][key]
+                row = [title, _interval(value, form), *(f"{value[name]:{form}}" for name in ("median", "worst_tenth"))]
                 table.append([*row, _interval(floor[key], form)] if floor else row)
         typer.echo("")
         _rows(table)

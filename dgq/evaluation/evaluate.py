@@ -30,12 +30,13 @@ from ..progress import Progress, silent
 from ..version import __version__
 from . import features
 from .items import Item, items
-from .measures import bootstrap, frechet_distance, ssim
+from .lpips import Lpips
+from .measures import bootstrap, frechet_distance, spread, ssim
 from .scorer import Scorer
 
 PSNR_MAX = 99.0  # of equal pictures
 GRID_COLUMNS = 8
-FIDELITY = ("psnr_db", "ssim", "latent_mse", "feature_distance")
+HIGHER_IS_BETTER = ("psnr_db", "ssim")  # of the measures of fidelity
 ALIGNMENT = ("top1", "top5", "style", "background")
 
 
@@ -51,6 +52,7 @@ class Options:
         device: where; None for CUDA where there is one.
         reference: folder of real pictures for the Frechet distances, or None.
         inception, clip: local weights for FID and the inception score, and for the CLIP score, or None.
+        lpips: local weights for LPIPS, or None.
         grid: PNG to write, or None.
     """
 
@@ -62,6 +64,7 @@ class Options:
     reference: Path | None = None
     inception: Path | None = None
     clip: Path | None = None
+    lpips: Path | None = None
     grid: Path | None = None
 
 
@@ -129,9 +132,9 @@ def evaluate(
 
     Returns:
         A report as JSON takes it: model, sha256 and bytes of the network's files, against, prompts, pictures, settings;
-        fidelity and floor (metric -> mean, low, high, the 95 % interval); alignment (for labelled prompts: by system
-        and group, with ceiling, shuffled and difference); distribution (name -> system -> value); items (of each
-        picture, in order: prompt, seed, and its own values); notes. None in every process but the first.
+        fidelity and floor (metric -> mean, low, high, the 95 % interval, median, worst_tenth); alignment (for labelled
+        prompts: by system and group, with ceiling, shuffled and difference); distribution (name -> system -> value);
+        items (of each picture, in order: prompt, seed, and its own values); notes. None in every process but the first.
 
     Raises:
         DgqError: a model, file or prompt that cannot be used.
@@ -140,6 +143,9 @@ def evaluate(
     folder = resolve(checkpoint)
     header = read_header(folder)
     base = float_base(folder, against)
+    if options.lpips is not None and base is None:
+        raise DgqError("--lpips needs pictures to compare with", "name another model by --against")
+    lpips = Lpips(options.lpips) if options.lpips else None
     settings = options.settings.resolved(folder)
     wanted = items(folder, options.prompts)
     jobs = [item for item in wanted for _ in range(options.seeds)]
@@ -184,10 +190,10 @@ def evaluate(
     }
     columns: dict[str, list[float]] = {}
     if floats:
-        columns, network = _columns(floats, mine)
+        columns, network = _columns(floats, mine, lpips)
         report["fidelity"] = _fidelity(columns, groups) | {"feature_network": network}
     if lower:
-        half_columns, network = _columns(floats[: len(lower)], lower)
+        half_columns, network = _columns(floats[: len(lower)], lower, lpips)
         report["floor"] = {
             "dtype": str(half).removeprefix("torch."),
             "pictures": len(lower),
@@ -263,13 +269,18 @@ def _scores(
     return found
 
 
-def _columns(reference: Sequence[_Made], made: Sequence[_Made]) -> tuple[dict[str, list[float]], str]:
+def _columns(
+    reference: Sequence[_Made], made: Sequence[_Made], lpips: Lpips | None
+) -> tuple[dict[str, list[float]], str]:
     """Metric -> the value of each picture, and the network whose features are compared."""
-    columns: dict[str, list[float]] = {name: [] for name in FIDELITY[:3]}
+    columns: dict[str, list[float]] = {name: [] for name in ("psnr_db", "ssim", "latent_mse")}
     for x, y in zip(reference, made, strict=True):
         columns["psnr_db"].append(min(PSNR_MAX, psnr(x.picture.image, y.picture.image)))
         columns["ssim"].append(ssim(x.picture.image, y.picture.image))
         columns["latent_mse"].append(float((x.picture.latents - y.picture.latents).double().square().mean()))
+    if lpips is not None:
+        pictures = zip(reference, made, strict=True)
+        columns["lpips"] = [lpips(x.picture.image, y.picture.image) for x, y in pictures]
     if features.efficientnet_available():
         network = "EfficientNet-lite0"
         pairs = [features.efficientnet_features([one.picture.image for one in system]) for system in (reference, made)]
@@ -282,8 +293,11 @@ def _columns(reference: Sequence[_Made], made: Sequence[_Made]) -> tuple[dict[st
 
 
 def _fidelity(columns: dict[str, list[float]], groups: Sequence[int]) -> dict[str, Any]:
-    """Metric -> mean and interval."""
-    return {name: bootstrap(values, groups[: len(values)]) for name, values in columns.items()}
+    """Metric -> mean and interval, median and worst tenth."""
+    return {
+        name: bootstrap(values, groups[: len(values)]) | spread(values, name in HIGHER_IS_BETTER)
+        for name, values in columns.items()
+    }
 
 
 def _stacked(system: Sequence[_Made]) -> torch.Tensor:

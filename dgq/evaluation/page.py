@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from .. import outputs
 from ..checkpoint.reading import read_json
 from ..errors import DgqError
 from ..pictures.generation import Picture
-from .evaluate import Kept
+from .evaluate import HIGHER_IS_BETTER, Kept
+from .measures import spread
 
 LOSSLESS = 256  # pixels of a side up to which pictures are stored as they are
 QUALITY = 90  # of WebP above that
@@ -90,10 +90,13 @@ def _address(image: Image.Image) -> str:
 def _summary(report: Mapping[str, Any]) -> dict[str, str]:
     """Title -> value over all pictures."""
     found: dict[str, str] = {}
-    values = [item["psnr_db"] for item in report["items"] if "psnr_db" in item]
-    if values:
-        found["PSNR, median (dB)"] = f"{np.median(values):.1f}"
-        found["worst tenth"] = f"{np.mean(sorted(values)[: max(1, len(values) // 10)]):.1f}"
+    for metric, title, form in (("psnr_db", "PSNR, median (dB)", ".1f"), ("lpips", "LPIPS, median", ".4f")):
+        values = [item[metric] for item in report["items"] if metric in item]
+        if values:
+            told = spread(values, metric in HIGHER_IS_BETTER)
+            found[title] = f"{told['median']:{form}}"
+            found["worst tenth" if metric == "psnr_db" else "LPIPS, worst tenth"] = f"{told['worst_tenth']:{form}}"
+    if "fidelity" in report:
         found["SSIM"] = f"{report['fidelity']['ssim']['mean']:.4f}"
     for metric, title in (("top1", "concept (%)"), ("background", "background (%)")):
         accuracy = report.get("alignment", {}).get("checkpoint", {}).get("all", {}).get(metric)

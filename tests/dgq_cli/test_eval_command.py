@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from random_lpips import backbone, heads
+from safetensors.torch import save_file
 
 from dgq.calibration.run import Options as Calibration
 from dgq.calibration.run import calibrate
@@ -36,6 +39,7 @@ def options(**changes: object) -> Options:
 
 def test_report_of_a_checkpoint(dgq_command: Run, checkpoint: Path, tmp_path: Path) -> None:
     sheet, file, page = tmp_path / "grid.png", tmp_path / "report.json", tmp_path / "page.html"
+    save_file(backbone() | heads(), tmp_path / "lpips.safetensors")
     run = dgq_command(
         "eval",
         checkpoint,
@@ -49,6 +53,8 @@ def test_report_of_a_checkpoint(dgq_command: Run, checkpoint: Path, tmp_path: Pa
         2,
         "--seed",
         1,
+        "--lpips",
+        tmp_path / "lpips.safetensors",
         "--grid",
         sheet,
         "--out",
@@ -73,6 +79,13 @@ def test_report_of_a_checkpoint(dgq_command: Run, checkpoint: Path, tmp_path: Pa
     assert floor["psnr_db"]["mean"] > fidelity["psnr_db"]["mean"] > 15
     assert floor["latent_mse"]["mean"] < fidelity["latent_mse"]["mean"]
     assert 0 < fidelity["ssim"]["mean"] < 1
+    values = sorted(item["lpips"] for item in items)
+    assert fidelity["lpips"]["mean"] == pytest.approx(sum(values) / 8)
+    assert fidelity["lpips"]["median"] == pytest.approx((values[3] + values[4]) / 2)
+    assert fidelity["lpips"]["worst_tenth"] == values[-1]
+    assert fidelity["psnr_db"]["worst_tenth"] == min(item["psnr_db"] for item in items)
+    assert 0 < floor["lpips"]["mean"] < fidelity["lpips"]["mean"]
+    assert f'"{values[-1]:.4f}"' in page.read_text()
     aligned = report["alignment"]
     assert aligned["domain"] == "emoji"
     parts = aligned["against"]
@@ -84,11 +97,14 @@ def test_report_of_a_checkpoint(dgq_command: Run, checkpoint: Path, tmp_path: Pa
         assert image.height > 2 * 64
 
 
-def test_text_says_what_the_numbers_are(dgq_command: Run, checkpoint: Path) -> None:
-    run = dgq_command("eval", checkpoint, "--prompts", 4, "--steps", 2, "--batch", 4, "--floor", 0)
+def test_text_says_what_the_numbers_are(dgq_command: Run, checkpoint: Path, tmp_path: Path) -> None:
+    save_file(backbone() | heads(), tmp_path / "lpips.safetensors")
+    weights = ("--lpips", tmp_path)
+    run = dgq_command("eval", checkpoint, "--prompts", 4, "--steps", 2, "--batch", 4, "--floor", 0, *weights)
     assert run.returncode == 0, run.stderr
     for text in ("PSNR (dB)", "emoji-domain alignment", "ceiling: real renders", "shuffled prompts", "95 % intervals"):
         assert text in run.stdout
+    assert re.search(r"LPIPS +0\.\d{4} \[0\.\d{4}, 0\.\d{4}\] +0\.\d{4} +0\.\d{4}\n", run.stdout)
 
 
 def test_the_float_model_alone() -> None:
@@ -98,19 +114,20 @@ def test_the_float_model_alone() -> None:
     assert report["alignment"]["checkpoint"]["all"]["pictures"] == 4
 
 
-def test_a_model_against_itself_is_equal() -> None:
+def test_a_model_against_itself_is_equal(tmp_path: Path) -> None:
     kept = Kept()
-    report = evaluate(None, embedded.NAME, options(prompts="4", floor=0), kept=kept)
+    save_file(backbone() | heads(), tmp_path / "lpips.safetensors")
+    wanted = options(prompts="4", floor=0, lpips=tmp_path / "lpips.safetensors")
+    report = evaluate(None, embedded.NAME, wanted, kept=kept)
     stages = []
-    again = evaluate(
-        None, embedded.NAME, options(prompts="4", floor=0), lambda stage, *_: stages.append(stage), kept=kept
-    )
+    again = evaluate(None, embedded.NAME, wanted, lambda stage, *_: stages.append(stage), kept=kept)
     assert again == report
     assert set(stages) == {"checkpoint"}  # the float model's pictures are there already
     assert [len(one) for one in kept.systems[0][1:]] == [4, 4]
     assert report is not None
     assert report["fidelity"]["psnr_db"]["mean"] == 99
     assert report["fidelity"]["latent_mse"]["mean"] == 0
+    assert report["fidelity"]["lpips"]["worst_tenth"] == 0
     assert all(value["mean"] == 0 for value in report["alignment"]["difference"].values())
 
 
@@ -163,6 +180,9 @@ def test_two_processes_give_the_same_report(checkpoint: Path, tmp_path: Path) ->
         (("--prompts", "0"), 2, "0 is not a number from 1"),
         (("--prompts", "none.txt"), 1, "none.txt: cannot be read"),
         (("--reference", "nowhere"), 2, "no such folder"),
+        (("--lpips", "nowhere"), 2, "no such file or folder"),
+        (("--lpips", __file__), 1, "needs pictures to compare with"),
+        (("--lpips", __file__, "--against", embedded.NAME), 1, "test_eval_command.py: cannot be read as weights"),
         (("--grid", "sheet.jpg"), 2, "not a .png"),
         (("--against", "float"), 1, "is a float model already"),
     ],

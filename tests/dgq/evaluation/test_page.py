@@ -74,6 +74,17 @@ def test_holds_what_was_measured(file):
     assert all(address.startswith("data:image/png;base64,") for address in data["floats"])
 
 
+def test_tells_of_lpips_where_it_was_measured(tmp_path):
+    found = kept()
+    for report, _, _ in found.systems:
+        for item, value in zip(report["items"], (0.1, 0.3, 0.2), strict=True):
+            item["lpips"] = value
+    page.write_page(tmp_path / "page.html", found)
+    data = data_of(tmp_path / "page.html")
+    assert dict(zip(data["head"], data["rows"][0], strict=True))["LPIPS, median"] == "0.2000"
+    assert dict(zip(data["head"], data["rows"][0], strict=True))["LPIPS, worst tenth"] == "0.3000"
+
+
 def test_large_pictures_are_compressed_and_said_to_be(tmp_path):
     page.write_page(tmp_path / "page.html", kept((300, 200)))
     data = data_of(tmp_path / "page.html")
