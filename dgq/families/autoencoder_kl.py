@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+
+from dgq_kernels import native
 
 from ..family import FIRST_AND_LAST, Family, noise
 from ..integer.folding import fold
@@ -45,6 +48,20 @@ class FoldedUpsample(Upsample2D):
         return out
 
 
+class LeanDecoder(Decoder):
+    """Begins by returning to the system what was freed before: the heap that a network's steps leave, in pieces too small
+    for what follows, would stay beside a decoder's far larger pictures."""
+
+    after_norm = ()
+
+    def forward(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if sample.device.type == "cpu" and not torch.compiler.is_compiling():
+            native.give_back()
+        plain: Any = super()
+        pictures: Tensor = plain.forward(sample, *args, **kwargs)
+        return pictures
+
+
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
@@ -73,6 +90,7 @@ class AutoencoderKL(Family):
     fused = {  # noqa: RUF012 (read only)
         ResnetBlock2D: FUSED[ResnetBlock2D],
         Upsample2D: (_folds, FoldedUpsample),
+        Decoder: (lambda module: True, LeanDecoder),
     }
     cast = True
 

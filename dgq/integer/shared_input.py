@@ -15,6 +15,7 @@ from .gradient import needed
 from .layer import IntegerLayer, is_direct
 from .plan import shared_inputs
 from .prepared import Activation, ByOps, Dense, Engine, Joined, Packed, same
+from .stored import StoredWeight
 
 
 def _share_codes(layers: Sequence[IntegerLayer], ready: Sequence[ByOps]) -> bool:
@@ -173,12 +174,15 @@ def _with_adapters(results: list[Tensor], x: Tensor, adapted: dict[int, Adapted]
 
 def prepare_all(model: nn.Module, device: torch.device) -> None:
     """Pack every integer layer for a device now, and join what reads the same input. Between a first call's
-    activations, packing would leave the allocator's memory in pieces, and torch.compile cannot trace it."""
+    activations, packing would leave the allocator's memory in pieces, and torch.compile cannot trace it. The files that
+    stored weights are mapped from leave this process's memory: once packed, hardly anything of them is read."""
     device = torch.empty(0, device=device).device  # "cuda" by its index, as the tensors of a call name it
-    for module in model.modules():
-        if isinstance(module, IntegerLayer):
-            module.prepare(device)
+    layers = [module for module in model.modules() if isinstance(module, IntegerLayer)]
+    for layer in layers:
+        layer.prepare(device)
     for names in shared_inputs(model):
         join([model.get_submodule(name) for name in names], device)
     ends = family_of(model).time_layers
     share([module for name, module in model.named_modules() if name.rpartition(".")[2] in ends], device)
+    stored = [tensor for layer in layers for tensor in layer.parameters(recurse=False)]
+    native.let_go(tensor for tensor in stored if not isinstance(tensor, StoredWeight))

@@ -153,9 +153,9 @@ DGQ_TARGET_END
 static void nothing() {}
 
 #define DGQ_KERNELS(ELEMENTWISE, PROBABILITIES, TILES, BEGIN, END)                                         \
-    {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::quantize_wide, ELEMENTWISE::layer_norm,       \
-     ELEMENTWISE::moments, ELEMENTWISE::quantize_affine, ELEMENTWISE::rotate, ELEMENTWISE::affine, ELEMENTWISE::epilogue,        \
-     ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of, ELEMENTWISE::find_live,                         \
+    {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::quantize_wide, ELEMENTWISE::narrowed,         \
+     ELEMENTWISE::layer_norm, ELEMENTWISE::moments, ELEMENTWISE::quantize_affine, ELEMENTWISE::rotate,       \
+     ELEMENTWISE::affine, ELEMENTWISE::epilogue, ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of, ELEMENTWISE::find_live,                         \
      ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head, ELEMENTWISE::prepare_query,                    \
      ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::values, TILES::panel,                    \
      ELEMENTWISE::round_columns, ELEMENTWISE::search_subscales, BEGIN, END}
@@ -610,9 +610,13 @@ static void convolve(
 
 // A nearest upsampling by two and a 3x3 convolution: a convolution of 2x2 taps for each place in a square of four equal
 // pixels. Each has a quarter of the layer's columns, and its results lie between the others'. Codes have 16 bits: two
-// products of their halves, the first of which the second adds to its own.
+// products of their halves, the first of which the second adds to its own, in float32 whatever comes out.
 static void upsample(
-    const Layer& layer, const float* x, int64_t batch, int64_t height, int64_t width, float* y, int threads) {
+    const Layer& layer, const void* x, int64_t batch, int64_t height, int64_t width, int dtype, void* y, int threads) {
+    const int64_t size = element_bytes(dtype);
+    const auto line_of = [&](int64_t line) -> const char* {
+        return static_cast<const char*>(x) + line * width * layer.channels * size;
+    };
     const int64_t channels = layer.channels, padded_width = width + 2, line_bytes = padded_width * channels;
     const int64_t line_values = width * channels, image_bytes = (height + 2) * line_bytes, n = layer.n / 4;
     static thread_local Scratch code_scratch;
@@ -621,7 +625,7 @@ static void upsample(
 
     std::vector<Range> ranges(batch * height);
     parallel(threads, batch * height, [&](int64_t line) {
-        kernels->range(x + line * line_values, FLOAT32, line_values, nullptr, ranges[line]);
+        kernels->range(line_of(line), dtype, line_values, nullptr, ranges[line]);
     });
     std::vector<Codes> sample(batch), high(batch), low(batch);
     for (int64_t b = 0; b < batch; ++b) {
@@ -640,8 +644,8 @@ static void upsample(
         std::memset(first + end, high[b].zero, channels);
         std::memset(second + end, low[b].zero, channels);
         if (!inside) return;
-        const float* in = x + (b * height + row) * line_values;
-        kernels->quantize_wide(in, line_values, sample[b], first + channels, second + channels);
+        kernels->quantize_wide(
+            line_of(b * height + row), dtype, line_values, sample[b], first + channels, second + channels);
     });
 
     const int64_t m = batch * height * width;
@@ -650,6 +654,9 @@ static void upsample(
     parallel(threads, split.parts(), [&](int64_t task) {
         const Part part = split.part(task, m, n);
         std::vector<Output> outputs(part.rows);
+        static thread_local Scratch sum_scratch;
+        const bool apart = dtype != FLOAT32;
+        auto* sums = apart ? sum_scratch.get<float>(part.rows * n) : nullptr;
         for (int64_t place = 0; place < 4; ++place) {
             const int64_t down = place / 2, across = place % 2, first = place * n;
             Layer own = layer;
@@ -657,12 +664,15 @@ static void upsample(
             own.packed += first / BLOCK_COLS * block_bytes(layer.k);
             own.weight_scale += first;
             own.column_sum += first;
+            const auto out_of = [&](int64_t row) {
+                const int64_t pixel = part.start + row, line = pixel / width;  // of all pictures
+                return static_cast<char*>(y) +
+                       ((2 * line + down) * 2 * width + 2 * (pixel % width) + across) * n * size;
+            };
             for (const bool is_low : {false, true}) {
                 for (int64_t row = 0; row < part.rows; ++row) {
-                    const int64_t pixel = part.start + row, line = pixel / width;  // of all pictures
-                    const Codes& codes = (is_low ? low : high)[line / height];
-                    auto* out = reinterpret_cast<char*>(
-                        y + ((2 * line + down) * 2 * width + 2 * (pixel % width) + across) * n);
+                    const Codes& codes = (is_low ? low : high)[(part.start + row) / width / height];
+                    char* out = apart ? reinterpret_cast<char*>(sums + row * n) : out_of(row);
                     const float* bias = is_low && layer.bias ? layer.bias + first : nullptr;
                     outputs[row] = {codes.scale, codes.zero, bias, is_low ? out : nullptr, out};
                 }
@@ -670,6 +680,10 @@ static void upsample(
                 windows.codes = (is_low ? low_codes : high_codes) + down * line_bytes + across * channels;
                 multiply_windows(own, windows, part, outputs.data(), FLOAT32);
             }
+            for (int64_t row = 0; apart && row < part.rows; ++row)
+                kernels->narrowed(
+                    sums + row * n + part.first, part.last - part.first,
+                    reinterpret_cast<uint16_t*>(out_of(row)) + part.first);
         }
     });
 }
@@ -883,7 +897,7 @@ template <class Body> static int32_t guarded(const Body& body) {
 extern "C" {
 
 // Changes with every change of the structures or functions below.
-int32_t dgq_abi() { return 9; }
+int32_t dgq_abi() { return 10; }
 
 // The sizes of Layer, Stored, Norm and Attention, for callers that describe them once more.
 int64_t dgq_struct_bytes(int32_t which) {
@@ -992,12 +1006,13 @@ int32_t dgq_conv2d(
     });
 }
 
-// float32 (batch, height, width, channels) to (batch, 2 height, 2 width, n / 4), by a layer of codes of 16 bits.
+// (batch, height, width, channels) to (batch, 2 height, 2 width, n / 4), by a layer of codes of 16 bits.
 int32_t dgq_upsample(
-    const dgq::Layer* layer, const float* x, int64_t batch, int64_t height, int64_t width, float* y, int32_t threads) {
+    const dgq::Layer* layer, const void* x, int64_t batch, int64_t height, int64_t width, int32_t dtype, void* y,
+    int32_t threads) {
     using namespace dgq;
     return guarded([&] {
-        check_call(FLOAT32, threads);
+        check_call(dtype, threads);
         expect(layer && x && y, NO_POINTER);
         check_layer(*layer);
         expect(layer->bits == WIDE_BITS, BITS);
@@ -1006,7 +1021,7 @@ int32_t dgq_upsample(
         expect(fits({batch, height, width}), INPUT_SIZES);
         expect(fits({batch, height + 2, width + 2, layer->channels, 8}), INPUT_SIZES);
         expect(fits({batch, height, width, layer->n, 4}), INPUT_SIZES);
-        upsample(*layer, x, batch, height, width, y, threads);
+        upsample(*layer, x, batch, height, width, dtype, y, threads);
     });
 }
 

@@ -120,8 +120,10 @@ struct Kernels {
     void (*range)(const void* x, int dtype, int64_t n, const float* inv_divisor, Range& range);
     // n codes of values times inv_divisor.
     void (*quantize)(const void* x, int dtype, int64_t n, const float* inv_divisor, const Codes& codes, uint8_t* out);
-    // n codes of 16 bits of float32 values, their upper and lower halves.
-    void (*quantize_wide)(const float* x, int64_t n, const Codes& codes, uint8_t* high, uint8_t* low);
+    // n codes of 16 bits, their upper and lower halves.
+    void (*quantize_wide)(const void* x, int dtype, int64_t n, const Codes& codes, uint8_t* high, uint8_t* low);
+    // n values as bfloat16.
+    void (*narrowed)(const float* x, int64_t n, uint16_t* out);
     // A row of n values to mean 0 and variance 1, times gain plus shift.
     void (*layer_norm)(const void* x, int dtype, int64_t n, const Norm& norm, float* out);
     // Of every channel over at least one pixel.

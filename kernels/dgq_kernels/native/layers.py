@@ -249,14 +249,15 @@ class Layer:
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise other_channels(self.channels, x)
         on_cpu(x, "an input")
-        if x.dtype != torch.float32:
+        dtype = DTYPES.get(x.dtype)
+        if dtype is None:
             return self.upsample(x.float()).to(x.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         y = empty_upsampled(x, self.n)
         batch, _, height, width = x.shape
         if batch:
             code = self._engine.library.dgq_upsample(
-                self._address, x.data_ptr(), batch, height, width, y.data_ptr(), torch.get_num_threads()
+                self._address, x.data_ptr(), batch, height, width, dtype, y.data_ptr(), torch.get_num_threads()
             )
             self._engine.check(code)
         return y

@@ -27,9 +27,9 @@ def let_go(tensors: Iterable[Tensor]) -> None:
     from which they come back without the disk. Files of which a private copy was changed, and all other memory, stay as
     they are; does nothing where the system does not tell of them."""
     table, advice = Path("/proc/self/smaps"), 4  # MADV_DONTNEED, which loses private changes
-    if not table.is_file():
-        return
     addresses = [tensor.data_ptr() for tensor in tensors if tensor.device.type == "cpu"]
+    if not addresses or not table.is_file():
+        return
     for entry in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", table.read_text(errors="replace"), flags=re.MULTILINE):
         place = re.match(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (?!0 )\d+ ", entry)  # of no inode 0, which is no file
         if place and re.search(r"^Anonymous: +0 kB$", entry, re.MULTILINE) and not re.search(_SWAPPED, entry):

@@ -10,6 +10,7 @@ import pytest
 import tiny_pipelines
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ from dgq.checkpoint.diffusers import DgqConfig
 from dgq.checkpoint.reading import decoder_header
 from dgq.checkpoint.writing import WEIGHTS_NAME
 from dgq.errors import DgqError
-from dgq.families.autoencoder_kl import FoldedUpsample
+from dgq.families.autoencoder_kl import FoldedUpsample, LeanDecoder
 from dgq.inspection.inspect import inspect
 from dgq.integer.fused_unet import FusedResnetBlock
 from dgq.integer.layer import IntegerLayer
@@ -308,3 +309,14 @@ def test_one_bit_of_a_weight(folder, route):
     file.write_bytes(data)
     with pytest.raises(DgqError, match=r"vae.diffusion_pytorch_model.safetensors: is not as it was written"):
         ROUTES[route](folder)
+
+
+def test_a_decode_begins_by_returning_what_was_freed(tiny_checkpoint, monkeypatch):
+    vae = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae")
+    assert type(vae.decoder) is LeanDecoder
+    order = []
+    monkeypatch.setattr("dgq.families.autoencoder_kl.native.give_back", lambda: order.append("returned"))
+    vae.decoder.conv_in.register_forward_pre_hook(lambda *_: order.append("decoded"))
+    decoded(vae, latents())
+    assert order == ["returned", "decoded"]
+    assert type(vae.dequantize().decoder) is Decoder

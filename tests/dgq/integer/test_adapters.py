@@ -269,7 +269,7 @@ def test_hot_swap(folders, pipe, tmp_path):
     assert swapped.keys() == weights.keys() == others.keys() != set()
     for name, weight in weights.items():
         assert distance(swapped[name], weight) < 1e-5 < distance(others[name], weight)
-    # products of 8 rows and of 6 add in another order, and a code that turns over for it changes a picture by a hundredth
+    # products of 8 rows and of 6 add in another order; a code that turns over for it changes a picture by a hundredth
     assert distance(draw(pipe), expected) < distance(before, expected) / 2
 
 
