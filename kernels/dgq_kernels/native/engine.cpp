@@ -154,11 +154,11 @@ static void nothing() {}
 
 #define DGQ_KERNELS(ELEMENTWISE, PROBABILITIES, TILES, BEGIN, END)                                         \
     {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::quantize_wide, ELEMENTWISE::narrowed,         \
-     ELEMENTWISE::layer_norm, ELEMENTWISE::moments, ELEMENTWISE::quantize_affine, ELEMENTWISE::rotate,       \
-     ELEMENTWISE::affine, ELEMENTWISE::epilogue, ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of, ELEMENTWISE::find_live,                         \
-     ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head, ELEMENTWISE::prepare_query,                    \
-     ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::values, TILES::panel,                    \
-     ELEMENTWISE::round_columns, ELEMENTWISE::search_subscales, BEGIN, END}
+     ELEMENTWISE::layer_norm, ELEMENTWISE::moments, ELEMENTWISE::quantize_affine, ELEMENTWISE::rotate,     \
+     ELEMENTWISE::affine, ELEMENTWISE::epilogue, ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of,     \
+     ELEMENTWISE::find_live, ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head,                        \
+     ELEMENTWISE::prepare_query, ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::values,      \
+     TILES::panel, ELEMENTWISE::round_columns, ELEMENTWISE::search_subscales, BEGIN, END}
 
 static const Kernels all_kernels[ISA_COUNT] = {
     DGQ_KERNELS(plain, probabilities, portable, nothing, nothing),
