@@ -43,15 +43,18 @@ GRID_PROMPTS = 6
 LABEL_WIDTH, LABEL_SIZE = 190, 24
 
 
-def configurations() -> list[Recipe]:
-    """At each bit width: the published method per tensor and with 16 groups, ConvRot, every layer rotated and rounded
-    to nearest (ConvRot with a search of ranges), and the integer recipe."""
+def configurations(iterations: int | None = None) -> list[Recipe]:
+    """At each bit width: the published method per tensor and with 16 groups, rounded to nearest, and with its learned
+    rounding too where there are iterations; ConvRot, every layer rotated and rounded to nearest (ConvRot with a search
+    of ranges), and the integer recipe."""
+    learned: dict[str, Any] = {"name": "paper", "rounding": "adaround", "iterations": iterations}
     return [
         recipe
         for wbits, abits in BITS
         for recipe in (
             Recipe(name="paper", wbits=wbits, abits=abits, groups=1),
             Recipe(name="paper", wbits=wbits, abits=abits, groups=16),
+            *(Recipe(**learned, wbits=wbits, abits=abits, groups=groups) for groups in (1, 16) if iterations),
             Recipe(name="convrot", wbits=wbits, abits=abits),
             Recipe(wbits=wbits, abits=abits, channels="rotate", rounding="nearest"),
             Recipe(wbits=wbits, abits=abits),
@@ -165,7 +168,7 @@ def earlier_rows(file: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def merged(earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Earlier rows, the new ones in their places, in the order of a whole run."""
-    order = [system(recipe) for recipe in configurations()]
+    order = [system(recipe) for recipe in configurations(1)]
     by_system = {row["system"]: row for row in (*earlier, *rows)}
     return sorted(by_system.values(), key=lambda row: order.index(row["system"]) if row["system"] in order else -1)
 
@@ -192,6 +195,12 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--budget", type=float, metavar="BITS", help="dgq calibrate --budget of the integer recipe at W4"
+    )
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        metavar="N",
+        help="the published recipe's rounding learned too, as dgq calibrate --rounding adaround --iterations N",
     )
     parser.add_argument(
         "--resume", action="store_true", help="measure what --out has no row of; rows are written as they come"
@@ -232,7 +241,9 @@ def main() -> None:
     kept = args.out.with_suffix(".json") if (args.only or args.resume) and args.out else None
     earlier = earlier_rows(kept, report) if kept and kept.exists() else []
     measured = {row["system"] for row in earlier} if args.resume else set()
-    chosen = [recipe for text in args.only or [""] for recipe in configurations() if text in recipe.label]
+    chosen = [
+        recipe for text in args.only or [""] for recipe in configurations(args.iterations) if text in recipe.label
+    ]
     recipes = [recipe for recipe in dict.fromkeys(chosen) if system(recipe) not in measured]
     sheets: dict[str, list[Image.Image]] = {}
 

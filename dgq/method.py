@@ -45,7 +45,9 @@ class LayerCost:
         module: the float layer.
         macs: multiply-accumulates of a row (token or pixel) of its output; outputs: values of such a row.
         parameters: of the float layer that are stored otherwise; stored_bytes: what takes their place.
-        seconds: of its calibration on this machine beside the network's own calls, given the rows of all replayed ones.
+        learned_steps: gradient steps on its weight; learned_rows: rows of its output in all of them.
+        seconds: of its calibration on this machine beside the network's own calls, given the rows of those replayed in
+            `Cost.passes`.
     """
 
     module: nn.Module
@@ -53,6 +55,8 @@ class LayerCost:
     outputs: int
     parameters: int
     stored_bytes: int
+    learned_steps: int = 0
+    learned_rows: int = 0
     seconds: Callable[[int], float] = lambda rows: 0.0
 
 
@@ -65,8 +69,9 @@ class Cost:
         statistics_bytes: peak of what is kept of the replayed calls.
         gathered_bytes: peak of it while calls are replayed, where the network is not needed for the rest, and a mapped
             file is let go of; None where it is.
-        passes: names of the layers that each replay of the calls is for; it ends where the last of them is reached.
-        whole: whether every recorded call is replayed, or at most as many as the user says.
+        passes: names of the layers that each replay of the calls is for, of at most as many as the user says; it ends
+            where the last of them is reached.
+        whole: the same of replays of every recorded call.
     """
 
     layers: Mapping[str, LayerCost]
@@ -74,7 +79,7 @@ class Cost:
     statistics_bytes: int = 0
     gathered_bytes: int | None = None
     passes: Sequence[Sequence[str]] = ()
-    whole: bool = False
+    whole: Sequence[Sequence[str]] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Work:
         recipe: `recipe.Recipe`.
         budget: bytes for statistics held at one time.
         progress: told of stages.
-        store: called with the name and the result of every finished layer that a later run may take from `done`.
+        store: called with the name and the result of everything finished that a later run may take from `done`.
         done: such results of an earlier run.
     """
 
@@ -133,14 +138,16 @@ class Method:
             of the network there (keyword arguments), or None where its layers are reached in the order of its modules.
         label: short name of a recipe, without its bits.
         check: raises a DgqError for options that the method does not take.
-        plans: plans of the layers whose results an interrupted run may have stored. Raises a DgqError where the recipe
-            does not fit the network.
+        plans: plans of the layers, or of whatever else is finished at one time, whose results an interrupted run may
+            have stored. Raises a DgqError where the recipe does not fit the network.
+        pack: pack(result): a finished result as tensors, and the rest of it as JSON, for a file.
+        unpack: unpack(plan, tensors, rest): its inverse. May raise anything where they are damaged or of another plan.
         read_table: the table of a header from its JSON; None where the method has none. A table has `to_dict`, or is
             JSON.
         words: words(recipe, attention): its "rounding" and "attention" as `dgq inspect` says it.
         simulated: it runs in float, and is never faster than the float model.
-        fixed: options of a recipe that the method settles: their values take the place of the defaults, and no others
-            can be asked for.
+        choices: the values that options of a recipe may have, where not all of them; the first takes the place of a
+            default that is not among them.
         unread: options of a recipe that mean nothing to the method: none but the default can be asked for.
         reads_calls: whether it needs recorded calls of the network; without them a calibration draws no pictures but
             those that it compares.
@@ -156,15 +163,25 @@ class Method:
     label: Callable[[Any], str]
     check: Callable[[Any], None] = lambda recipe: None
     plans: Callable[[nn.Module, Any], dict[str, Any]] = lambda network, recipe: {}
+    pack: Callable[[Any], tuple[dict[str, Tensor], dict[str, Any]]] = lambda result: (result, {})
+    unpack: Callable[[Any, dict[str, Tensor], dict[str, Any]], Any] = lambda plan, tensors, rest: tensors
     read_table: Callable[[Any], Any] | None = None
     words: Callable[[Any, Any], dict[str, str]] = lambda recipe, attention: {
         "rounding": "nearest",
         "attention": "float",
     }
     simulated: bool = False
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     reads_calls: bool = True
+
+    def refusal(self, option: str, value: Any) -> str | None:
+        """Why an option of a recipe cannot be asked for with a value; None where it can."""
+        if option in self.unread:
+            return f"the {self.name} recipe has no {option}"
+        allowed = self.choices.get(option, (value,))
+        known = " or ".join(map(repr, allowed))
+        return None if value in allowed else f"the {self.name} recipe has {option} {known}, not {value!r}"
 
 
 METHODS: dict[str, Method] = {}

@@ -19,6 +19,8 @@ WEIGHT_BITS = (4, 8)
 ACTIVATION_BITS = (4, 5, 6, 7, 8)
 UPSAMPLED_BITS = 16
 PAPER_GROUPS = (1, 8, 16)
+ITERATIONS = 500  # of a learned rounding; the published number is 20,000
+MAX_ITERATIONS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -29,31 +31,35 @@ class Recipe:
         name: of the method: "integer" (int8 products, the default), "paper" (the published one, simulated in float) or
             "convrot" (every layer rotated and rounded to nearest, without calibration; attention is float).
         wbits, abits: bits of weights (4 or 8) and activations (4 to 8).
-        rounding: how weights are rounded: "gptq" (second moments) or "nearest".
+        rounding: how weights are rounded: "gptq" (second moments; integer recipe), "nearest", or "adaround" (learned
+            block by block; paper recipe). The paper recipe's default is "nearest".
         channels: outlier handling of input channels, integer recipe: "auto" chooses per layer by measured error, the
             others are for every layer that can be handled so.
         attention: integer recipe: "log" (fractional log2 probabilities) or "float" (scaled dot product).
         groups: activation groups G of the paper recipe (1 is the per-tensor baseline, without log attention).
         weight_group: input channels that share an int4 sub-scale, 32 or 64.
         overrides: (pattern, bits) in order, the last match wins; bits 0 keeps the layer in float.
+        iterations: gradient steps for each block of a learned rounding, `ITERATIONS` where nothing else is asked for;
+            None where nothing is learned.
     """
 
     name: str = "integer"
     wbits: int = 4
     abits: int = 8
-    rounding: Literal["gptq", "nearest"] = "gptq"
+    rounding: Literal["gptq", "nearest", "adaround"] = "gptq"
     channels: Literal["auto", "none", "smooth", "shift", "rotate"] = "auto"
     attention: Literal["log", "float"] = "log"
     groups: int = 16
     weight_group: int = 32
     overrides: tuple[tuple[str, int], ...] = ()
+    iterations: int | None = None
 
     def __post_init__(self) -> None:
         checks: list[tuple[str, Any, tuple[Any, ...]]] = [
             ("recipe", self.name, tuple(METHODS)),
             ("wbits", self.wbits, WEIGHT_BITS),
             ("abits", self.abits, ACTIVATION_BITS),
-            ("rounding", self.rounding, ("gptq", "nearest")),
+            ("rounding", self.rounding, ("gptq", "nearest", "adaround")),
             ("channels", self.channels, ("auto", "none", "smooth", "shift", "rotate")),
             ("attention", self.attention, ("log", "float")),
             ("groups", self.groups, PAPER_GROUPS),
@@ -65,14 +71,21 @@ class Recipe:
         for pattern, bits in self.overrides:
             if bits not in (0, *WEIGHT_BITS):
                 raise DgqError(f"override '{pattern}={bits}': bits must be 0 (float), 4 or 8")
-        for option in METHODS[self.name].unread:
-            if getattr(self, option) != getattr(Recipe, option):
-                raise DgqError(f"the {self.name} recipe has no {option}")
-        for option, fixed in METHODS[self.name].fixed.items():
-            if (asked := getattr(self, option)) not in (fixed, getattr(Recipe, option)):
-                raise DgqError(f"the {self.name} recipe has {option} {fixed!r}, not {asked!r}")
-            object.__setattr__(self, option, fixed)
-        METHODS[self.name].check(self)
+        method = METHODS[self.name]
+        for option in (*method.unread, *method.choices):
+            asked = getattr(self, option)
+            if asked != getattr(Recipe, option) and (why := method.refusal(option, asked)):
+                raise DgqError(why)
+        for option, choices in method.choices.items():
+            if getattr(self, option) not in choices:
+                object.__setattr__(self, option, choices[0])
+        if self.rounding == "adaround":
+            object.__setattr__(self, "iterations", ITERATIONS if self.iterations is None else self.iterations)
+        elif self.iterations is not None:
+            raise DgqError(f"iterations are of rounding 'adaround', and the rounding is {self.rounding!r}")
+        if self.iterations is not None and self.iterations not in range(1, MAX_ITERATIONS + 1):
+            raise DgqError(f"iterations {self.iterations!r} is not a number from 1 to {MAX_ITERATIONS}")
+        method.check(self)
 
     @property
     def label(self) -> str:
@@ -99,6 +112,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         data["overrides"] = [list(item) for item in self.overrides]
+        if self.iterations is None:  # as older versions know it
+            del data["iterations"]
         return data
 
     @classmethod

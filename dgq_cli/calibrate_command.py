@@ -17,6 +17,7 @@ STAGES = {
     "record": "record",
     "statistics": "statistics",
     "quantize": "quantize",
+    "learn": "learn",
     "calibrate": "calibrate",
     "measure": "measure",
     "compare": "compare",
@@ -65,7 +66,16 @@ def command(
         int | None, typer.Option(help="Activation groups of the paper recipe: 1, 8 or 16 (the default).")
     ] = None,
     rounding: Annotated[
-        str | None, typer.Option(help="Weight rounding: gptq (the default) or nearest (integer recipe).")
+        str | None,
+        typer.Option(
+            help="Weight rounding: gptq (the default) or nearest; paper recipe: nearest (the default) or adaround."
+        ),
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1_000_000, help="Gradient steps a block of --rounding adaround; default 500, published 20,000."
+        ),
     ] = None,
     channels: Annotated[
         str | None,
@@ -134,7 +144,13 @@ def command(
     if budget is not None and (recipe != "integer" or wbits != 4):
         raise typer.BadParameter("--budget chooses among layers of 4 bits: it is of --recipe integer --wbits 4")
     overrides = tuple(_override(text) for text in override or [])
-    options_given = {"rounding": rounding, "channels": channels, "attention": attention, "groups": groups}
+    options_given = {
+        "rounding": rounding,
+        "channels": channels,
+        "attention": attention,
+        "groups": groups,
+        "iterations": iterations,
+    }
     given = {option: value for option, value in options_given.items() if value is not None}
     try:
         wanted = Recipe(
@@ -147,10 +163,8 @@ def command(
     except DgqError as error:
         raise typer.BadParameter(str(error)) from None
     for option, value in given.items():
-        if option in METHODS[recipe].unread:
-            raise typer.BadParameter(f"the {recipe} recipe has no {option}")
-        if (fixed := getattr(wanted, option)) != value:  # a default of the integer recipe, written out
-            raise typer.BadParameter(f"the {recipe} recipe has {option} {fixed!r}, not {value!r}")
+        if why := METHODS[recipe].refusal(option, value):  # a default of the integer recipe, written out
+            raise typer.BadParameter(why)
     from dgq.pictures.prompts import read_prompts
 
     chosen = prompt_count(prompts) or read_prompts(Path(prompts))

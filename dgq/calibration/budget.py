@@ -39,7 +39,7 @@ def check_budget(network: nn.Module, recipe: Recipe, bits: float) -> int:
     """
     method = METHODS[recipe.name]
     plans = method.plans(network, recipe)
-    if not method.reads_calls or not any(plan.wbits == 4 for plan in plans.values()):
+    if not method.reads_calls or not any(isinstance(plan, LayerPlan) and plan.wbits == 4 for plan in plans.values()):
         raise DgqError("a budget chooses among layers of 4 bits, and there are none", "take the integer recipe at W4")
     left = room(plans.values(), bits)
     if left < 0:

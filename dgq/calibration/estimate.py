@@ -38,6 +38,10 @@ SECONDS_PER_LAYER = 3e-4
 CALLS_OF_A_MEASURED = 6
 
 
+# What a gradient step of a learned rounding does to each weight, in copies of it.
+COPIES_OF_A_STEP = 40
+
+
 # Python, torch, diffusers and transformers, and a call's activations.
 PROCESS_BYTES = 700 * 2**20
 
@@ -109,7 +113,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     with meta:
         call = architectures.call(network, 2 if doubled and not apart else 1, meta, pixels=pixels)
     cost = method.cost(network, recipe, options.budget, call)
-    replayed = recorded if cost.whole else min(recorded, options.calls)
+    replayed = min(recorded, options.calls)
     parameters = sum(tensor.numel() for tensor in network.state_dict().values())
     quantized = sum(layer.parameters for layer in cost.layers.values())
     packed = sum(layer.stored_bytes for layer in cost.layers.values()) + (added or 0)
@@ -122,7 +126,9 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         before[name] = per_call
         per_call += rows[name] * cost.layers[name].macs * rates().product + SECONDS_PER_LAYER
     seconds = (recorded + drawn * settings.steps * (2 if apart else 1)) * per_call
-    seconds += replayed * sum(max(map(before.__getitem__, names)) for names in cost.passes)
+    for times, passes in ((replayed, cost.passes), (recorded, cost.whole)):
+        seconds += times * sum(max(map(before.__getitem__, names)) for names in passes)
+    seconds += sum(_learning_seconds(layer) for layer in cost.layers.values())
     measured = 0 if added is None else min(MEASURED_PICTURES, count) * recorded // count
     seconds += CALLS_OF_A_MEASURED * measured * per_call
     pipe = SimpleNamespace(vae=vae, vae_scale_factor=factor, **{family.component: network})
@@ -168,9 +174,9 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         float16_bytes=2 * parameters,
         packed_bytes=2 * (parameters - quantized) + packed,
         statistics_bytes=cost.statistics_bytes,
-        passes=len(cost.passes),
+        passes=len(cost.passes) + len(cost.whole),
         memory_bytes=memory + PROCESS_BYTES,
-        calls=recorded + len(cost.passes) * replayed + measured,
+        calls=recorded + len(cost.passes) * replayed + len(cost.whole) * recorded + measured,
         macs_per_call=macs,
         seconds=seconds,
         network=family.title,
@@ -181,6 +187,13 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         encoder_layers=encoders["layers"],
         encoder_float16_bytes=encoders["before"],
         encoder_packed_bytes=encoders["after"],
+    )
+
+
+def _learning_seconds(layer: LayerCost) -> float:
+    """Of gradient steps: three products for each of a float layer, and what is done to every weight."""
+    return 3 * layer.learned_rows * layer.macs * rates().product + layer.learned_steps * (
+        layer.parameters * COPIES_OF_A_STEP * rates().copied + 3 * SECONDS_PER_LAYER
     )
 
 

@@ -16,12 +16,11 @@ from torch import Tensor
 from ..checkpoint.reading import component_at, weight_files
 from ..checkpoint.writing import copied_files
 from ..errors import DgqError
-from ..integer.layer import IntegerLayer
-from ..integer.rounding import QuantizedLayer
+from ..method import Method
 from ..outputs import atomic_file, save_tensors
 from ..pictures.generation import Settings
 from ..progress import Progress, silent
-from ..recipe import LayerPlan, Recipe
+from ..recipe import Recipe
 from ..replay import pack_calls, unpack_calls
 from ..version import __version__
 
@@ -64,26 +63,24 @@ class Partial:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         self.progress("resume", 1, 1, f"{file.name} cannot be used and is made again: {reason}")
 
-    def store(self, name: str, result: QuantizedLayer) -> None:
-        """Keep one finished layer."""
-        plan = json.dumps({"name": name, "plan": result.layer.plan.to_dict(), "sqnr_db": result.sqnr_db})
-        self._write(f"layer-{name}", dict(result.layer.state_dict()), {"layer": plan})
+    def store(self, name: str, method: Method, result: Any) -> None:
+        """Keep one finished layer, or whatever the method finishes at one time."""
+        tensors, rest = method.pack(result)
+        self._write(f"layer-{name}", tensors, {"layer": json.dumps({"name": name, **rest})})
 
-    def layers(self, plans: Mapping[str, LayerPlan]) -> dict[str, QuantizedLayer]:
-        """The finished ones of the layers to quantize, whose plans before calibration are given by name; files that
-        are damaged or of other layers are dropped."""
+    def layers(self, plans: Mapping[str, tuple[Method, Any]]) -> dict[str, Any]:
+        """The finished ones of the layers to quantize, whose methods and plans before calibration are given by name;
+        files that are damaged or of other layers are dropped."""
         done = {}
         for file in sorted(self.folder.glob("layer-*.safetensors")):
             try:
                 with safe_open(str(file), framework="pt") as handle:
-                    entry = json.loads(handle.metadata()["layer"])
-                name, plan = entry["name"], LayerPlan.from_dict(entry["plan"])
-                chosen = {key: getattr(plan, key) for key in ("channels", "class_ends", "reordered")}
-                if file.stem != f"layer-{name}" or dataclasses.replace(plans[name], **chosen) != plan:
+                    rest = json.loads(handle.metadata()["layer"])
+                name = rest.pop("name")
+                if file.stem != f"layer-{name}":
                     raise DgqError("its layer is another one")
-                layer = IntegerLayer(plan)
-                layer.load_state_dict(load_file(str(file)))
-                done[name] = QuantizedLayer(layer, float(entry["sqnr_db"]))
+                method, plan = plans[name]
+                done[name] = method.unpack(plan, load_file(str(file)), rest)
             except _DAMAGED as error:
                 self._drop(file, error)
         return done

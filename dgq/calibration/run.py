@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from ..devices import to_device
 from ..errors import DgqError
 from ..family import DECODERS, ENCODERS, family_of, named, network_of
 from ..integer.rounding import DEFAULT_BUDGET_BYTES
-from ..method import METHODS, Work
+from ..method import METHODS, Method, Work
 from ..outputs import workplace
 from ..pictures.components import component
 from ..pictures.fidelity import compare
@@ -123,7 +123,8 @@ def encoder_recipes(model: Model, recipe: Recipe, options: Options) -> dict[str,
 def _beside(recipe: Recipe) -> Recipe:
     """Of what is quantized beside a network."""
     name = "integer" if METHODS[recipe.name].reads_calls else recipe.name
-    return Recipe(name, wbits=8, abits=8, rounding=recipe.rounding, channels=recipe.channels, attention="float")
+    own = {} if name != recipe.name else {"rounding": recipe.rounding, "channels": recipe.channels}
+    return Recipe(name, wbits=8, abits=8, attention="float", **own)  # type: ignore[arg-type]
 
 
 def wanted_settings(options: Options, model: Model) -> Settings:
@@ -205,12 +206,12 @@ def _calibrated(
     check_prompts(pipe, prompts)
     network = network_of(pipe)
     # an override that matches no layer is told before the work
-    plans = METHODS[recipe.name].plans(network, recipe)
+    plans = _plans("", network, recipe)
     if options.bits is not None:
         check_budget(network, recipe, options.bits)
     for name, wanted in beside.items():
-        plans |= _prefixed(name, METHODS[wanted.name].plans(getattr(pipe, name), wanted))
-    done = partial.layers(plans)
+        plans |= _plans(name, getattr(pipe, name), wanted)
+    done = {name: (plans[name], result) for name, result in partial.layers(plans).items()}
     reference = _evaluate(pipe, folder, settings, options, prompts, "float", progress, 0)
     files = {"": "calls"} | {name: f"calls-{name}" for name in beside} if METHODS[recipe.name].reads_calls else {}
     stored = {name: partial.calls(file) for name, file in files.items()}
@@ -221,21 +222,17 @@ def _calibrated(
             partial.store_calls(recorded[name], file)
     del pipe  # text encoders and VAE would lie beside the statistics
 
-    def keep(name: str, layer: Any) -> None:
-        done[name] = layer
-        partial.store(name, layer)
-
-    def quantized(name: str, part: Any, wanted: Recipe, store: Callable[[str, Any], None] = keep) -> Header:
+    def quantized(name: str, part: Any, wanted: Recipe, keep: bool = True) -> Header:
         method, calls = METHODS[wanted.name], recorded.get(name, [])
-        prefix = f"{name}." if name else ""
+        planned, prefix = _plans(name, part, wanted), _prefix(name)
         own = {
-            of: done[prefix + of]
-            for of, plan in method.plans(part, wanted).items()
-            if prefix + of in done and done[prefix + of].layer.plan.wbits == plan.wbits
+            of.removeprefix(prefix): done[of][1] for of, plan in planned.items() if of in done and done[of][0] == plan
         }
 
         def kept(of: str, result: Any) -> None:
-            store(prefix + of, result)
+            if keep:
+                done[prefix + of] = planned[prefix + of], result
+                partial.store(prefix + of, method, result)
 
         replayed = spread(calls, options.calls)
         made = method.calibrate(Work(part, calls, replayed, wanted, options.budget, progress, kept, own))
@@ -261,7 +258,7 @@ def _calibrated(
         twin = twin_of(network)
         mixed = spend(network, twin, quantized("", twin, recipe), recorded[""], options.bits, progress)
         del twin
-        header = quantized("", network, mixed, lambda name, layer: None)  # a later run chooses again
+        header = quantized("", network, mixed, keep=False)  # a later run chooses again
     parts: dict[str, tuple[Any, Header]] = {}
     for name, wanted in beside.items():
         part = component(folder, name, *components(folder)[name], torch.float32)
@@ -284,9 +281,15 @@ def _calibrated(
     return header
 
 
-def _prefixed(component: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a component's layers, named as no other component's."""
-    return {f"{component}.{name}": value for name, value in values.items()}
+def _prefix(component: str) -> str:
+    """What the names of a component's layers begin with, so that they are no other component's; the network is ""."""
+    return f"{component}." if component else ""
+
+
+def _plans(component: str, part: Any, recipe: Recipe) -> dict[str, tuple[Method, Any]]:
+    """How what is finished at one time is quantized, by its prefixed name."""
+    method = METHODS[recipe.name]
+    return {_prefix(component) + name: (method, plan) for name, plan in method.plans(part, recipe).items()}
 
 
 def _record(

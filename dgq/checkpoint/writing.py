@@ -220,7 +220,7 @@ def model_card(
         "| | |",
         "|---|---|",
         f"| recipe | {recipe.label} |",
-        f"| weight rounding | {recipe.rounding} |",
+        f"| weight rounding | {header.method.words(recipe, None)['rounding']} |",
         f"| quantized layers | {len(header.method.layers(header))} |",
         f"| {family.title} file | {size / 2**20:.1f} MiB |",
         f"| calibration | {', '.join(told) or 'none'} |",

@@ -64,7 +64,7 @@ def _layer_cost(layer: Layer) -> LayerCost:
     n, k = layer.plan.out_features, layer.plan.reduction
     seconds = n * k * (rates().rotated + COPIES * rates().copied)
     parameters = n * k + layer.plan.bias * n
-    return LayerCost(layer.module, n * k, n, parameters, packed_bytes(layer.plan), lambda rows: seconds)
+    return LayerCost(layer.module, n * k, n, parameters, packed_bytes(layer.plan), seconds=lambda rows: seconds)
 
 
 CONVROT = dataclasses.replace(
@@ -75,6 +75,6 @@ CONVROT = dataclasses.replace(
     cost=_cost,
     label=lambda recipe: "convrot",
     plans=lambda network, recipe: {layer.name: layer.plan for layer in plan_without_data(network, recipe, ())},
-    fixed={"rounding": "nearest", "channels": "rotate", "attention": "float"},
+    choices={"rounding": ("nearest",), "channels": ("rotate",), "attention": ("float",)},
     reads_calls=False,
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,12 @@ from ..method import Cost, LayerCost, LayerFacts, Made, Method, Work
 from ..recipe import LayerPlan, Recipe
 from .attention import AttentionPlan, use_log_attention
 from .channels import fake_quantize_input
+from .layer import IntegerLayer
 from .plan import Layer, geometry, packed_bytes, plan_layers, quantizable
 from .rates import rounding_seconds
-from .rounding import gathered_bytes, pass_bytes, passes, quantize_network
+from .rounding import QuantizedLayer, gathered_bytes, pass_bytes, passes, quantize_network
 from .skeleton import build_skeleton, fuse
 from .statistics import reading_order
-
-if TYPE_CHECKING:
-    from .layer import IntegerLayer
 
 
 def _calibrate(work: Work) -> Made:
@@ -124,7 +123,7 @@ def _layer_cost(layer: Layer, recipe: Recipe) -> LayerCost:
         n,
         plan.float_parameters,
         packed_bytes(plan),
-        lambda rows: rounding_seconds(plan, recipe, layer.input == layer.name, rows),
+        seconds=lambda rows: rounding_seconds(plan, recipe, layer.input == layer.name, rows),
     )
 
 
@@ -139,6 +138,20 @@ def _words(recipe: Recipe, attention: Any) -> dict[str, str]:
     return {"rounding": recipe.rounding, "attention": steps or "float"}
 
 
+def _pack(result: QuantizedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return dict(result.layer.state_dict()), {"plan": result.layer.plan.to_dict(), "sqnr_db": result.sqnr_db}
+
+
+def _unpack(plan: LayerPlan, tensors: dict[str, Tensor], rest: dict[str, Any]) -> QuantizedLayer:
+    made = LayerPlan.from_dict(rest["plan"])
+    chosen = {key: getattr(made, key) for key in ("channels", "class_ends", "reordered")}
+    if dataclasses.replace(plan, **chosen) != made:
+        raise DgqError("its layer is another one")
+    layer = IntegerLayer(made)
+    layer.load_state_dict(tensors)
+    return QuantizedLayer(layer, float(rest["sqnr_db"]))
+
+
 INTEGER = Method(
     "integer",
     "int8 products",
@@ -149,6 +162,9 @@ INTEGER = Method(
     _cost,
     _label,
     plans=lambda network, recipe: {layer.name: layer.plan for layer in plan_layers(network, recipe)[0]},
+    pack=_pack,
+    unpack=_unpack,
     words=_words,
-    unread=("groups",),
+    choices={"rounding": ("gptq", "nearest")},
+    unread=("groups", "iterations"),
 )

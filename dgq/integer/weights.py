@@ -60,7 +60,7 @@ class IntegerWeight:
 
 
 class Rounding(Protocol):
-    """Rounds a weight onto the grid of `Grid`; the place where a learned rounding (AdaRound) would go."""
+    """Rounds a weight onto the grid of `Grid`."""
 
     def __call__(self, weight: Tensor, grid: Grid) -> IntegerWeight: ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from dgq.paper.layers import (
     layer_geometry,
     split_heads,
 )
-from dgq.paper.quantizers import AxisRanges, group_activation
+from dgq.paper.quantizers import AxisRanges, QuantizedWeight, group_activation
 from dgq.replay import replay
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
@@ -39,6 +39,7 @@ def calibrate_paper(
     wbits: int,
     abits: int,
     groups: int,
+    weights: Mapping[str, QuantizedWeight] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Quantize a network in place by the ``paper`` recipe: rounded weights, grouped activations, log2 attention.
@@ -56,6 +57,7 @@ def calibrate_paper(
         wbits: weight code width, 4 or 8.
         abits: activation code width, 4 to 8 (the paper's are 8 and 6).
         groups: activation groups a layer, 1 to 256 (the paper's are 1, 8 and 16).
+        weights: quantized weights of layers, by name; others are rounded to nearest.
         progress: called with ("calibrate" or "quantize", done, total).
 
     Returns:
@@ -89,7 +91,8 @@ def calibrate_paper(
             plan = {**geometry, "wbits": wbits, "abits": abits, "input": inputs}
             layer_type = LAYER_TYPES[plan["kind"]]
             # Popped: each float weight is freed as soon as its codes exist.
-            quantized = layer_type.from_float(layers.pop(name), plan, groupings[name], name, state)
+            weight = None if weights is None else weights.get(name)
+            quantized = layer_type.from_float(layers.pop(name), plan, groupings[name], name, state, weight)
             network.set_submodule(name, quantized)
         else:
             own = {part: groupings[f"{name}.{part}"] for part in parts}

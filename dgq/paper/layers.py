@@ -30,6 +30,7 @@ from dgq.family import family_of
 from dgq.paper.quantizers import (
     AXIS_DIMS,
     Grouping,
+    QuantizedWeight,
     dequantize_weight,
     fake_quantize,
     log2_quantize,
@@ -238,9 +239,17 @@ class _PaperWeighted(_Float32Buffers):
 
     @classmethod
     def from_float(
-        cls, module: nn.Linear | nn.Conv2d, plan: Plan, grouping: Grouping, name: str, state: StepState
+        cls,
+        module: nn.Linear | nn.Conv2d,
+        plan: Plan,
+        grouping: Grouping,
+        name: str,
+        state: StepState,
+        weight: QuantizedWeight | None = None,
     ) -> Self:
         """Quantize a float layer by its plan and its input's calibrated grouping; the bias keeps its dtype.
+
+        The weight is rounded to nearest where it is not given.
 
         Raises:
             DgqError: the weight is not finite.
@@ -248,7 +257,7 @@ class _PaperWeighted(_Float32Buffers):
         if not module.weight.isfinite().all():
             raise DgqError(f"{name}: the weight holds NaN or infinity")
         layer = cls(plan, name, state, module.weight.device)
-        codes, scale, zero_point = quantize_weight(module.weight.detach(), layer.wbits)
+        codes, scale, zero_point = weight or quantize_weight(module.weight.detach(), layer.wbits)
         codes = codes.flatten(1)
         layer.weight.copy_(pack_nibbles(codes) if layer.wbits == 4 else codes)
         layer.weight_scale.copy_(scale)

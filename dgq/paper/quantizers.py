@@ -26,8 +26,24 @@ AXIS_DIMS = {"channel": -1, "pixel": -2}
 _KMEANS_ITERATIONS = 100
 
 
-def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric codes per output channel, over the range found by ``search_asymmetric``, rounded to nearest.
+QuantizedWeight = tuple[Tensor, Tensor, Tensor]  # codes, scale and zero point, as `quantize_weight` gives them
+
+
+def weight_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point per output channel, over the range found by ``search_asymmetric``.
+
+    Args:
+        weight: (N, ...), a Linear's or a convolution's weight, any float dtype.
+        bits: code width, at most 8.
+
+    Returns:
+        scale float32 (N,), zero_point float32 (N,) holding whole numbers.
+    """
+    return affine_parameters(*search_asymmetric(weight.flatten(1), bits), bits)
+
+
+def quantize_weight(weight: Tensor, bits: int) -> QuantizedWeight:
+    """Asymmetric codes per output channel on the ``weight_grid``, rounded to nearest.
 
     Args:
         weight: (N, ...), a Linear's or a convolution's weight, any float dtype.
@@ -37,7 +53,7 @@ def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         codes uint8 of weight's shape, scale float32 (N,), zero_point float32 (N,) holding whole numbers.
     """
     rows = weight.float().flatten(1)
-    scale, zero_point = affine_parameters(*search_asymmetric(rows, bits), bits)
+    scale, zero_point = weight_grid(rows, bits)
     codes = rows.div(scale[:, None]).round_().add_(zero_point[:, None]).clamp_(0, 2**bits - 1)
     return codes.to(torch.uint8).view(weight.shape), scale, zero_point
 

@@ -70,6 +70,26 @@ def test_convrot_needs_no_calibration(dgq_command, tiny_pipeline, tmp_path):
     assert (tmp_path / "cat.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_published_method_learns_its_rounding(dgq_command, tiny_pipeline, tmp_path):
+    out = tmp_path / "out"
+    options = ("--recipe", "paper", "--rounding", "adaround", "--iterations", 3, "--groups", 8, "--evaluate", 1)
+    few = ("--out", out, *options, "--prompts", 1, "--steps", 2)
+    run = dgq_command("calibrate", tiny_pipeline, *few, "--dry-run")
+    assert run.returncode == 0, run.stderr
+    assert "paper G=8 adaround W4A8" in run.stdout
+    assert " in 2 pass(es)\n" in run.stdout
+    run = dgq_command("calibrate", tiny_pipeline, *few, "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["recipe"]["iterations"] == 3
+    assert "learn " in run.stderr
+    run = dgq_command("inspect", out, "--verify")
+    assert "paper G=8 adaround W4A8" in run.stdout
+    assert "rounding          adaround, 3 iterations\n" in run.stdout
+    run = dgq_command("generate", "a cat", "--model", out, "--out", tmp_path / "cat.png", "--steps", 1)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "cat.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_dry_run_writes_nothing(dgq_command, tiny_pipeline, tmp_path):
     run = dgq_command("calibrate", tiny_pipeline, "--out", tmp_path / "out", "--dry-run", "--json")
     assert run.returncode == 0, run.stderr
@@ -115,7 +135,11 @@ def test_a_budget_of_bits(dgq_command, tiny_pipeline, tmp_path):
         (("--abits", "2"), 2, "abits"),
         (("--recipe", "magic"), 2, "recipe"),
         (("--recipe", "convrot", "--rounding", "gptq"), 2, "the convrot recipe has rounding 'nearest', not 'gptq'"),
-        (("--recipe", "paper", "--rounding", "gptq"), 2, "the paper recipe has no rounding"),
+        (("--recipe", "paper", "--rounding", "gptq"), 2, "has rounding 'nearest' or 'adaround', not 'gptq'"),
+        (("--rounding", "adaround"), 2, "the integer recipe has rounding 'gptq' or 'nearest', not 'adaround'"),
+        (("--recipe", "paper", "--iterations", "9"), 2, "iterations are of rounding 'adaround'"),
+        (("--recipe", "paper", "--rounding", "adaround", "--iterations", "0"), 2, "--iterations"),
+        (("--iterations", "9"), 2, "the integer recipe has no iterations"),
         (("--recipe", "paper", "--attention", "float"), 2, "the paper recipe has no attention"),
         (("--groups", "16"), 2, "the integer recipe has no groups"),
         (("--recipe", "convrot", "--channels", "smooth"), 2, "the convrot recipe has channels 'rotate', not 'smooth'"),
