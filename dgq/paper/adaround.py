@@ -180,12 +180,15 @@ def record_blocks(
     """What the blocks of these costs, in their order, read and make in calls spread evenly over those given; each call
     ends with the last block."""
     found = {name: Samples() for name in costs}
-    wanted = {name: _spread(len(calls), kept_calls(cost, len(calls))) for name, cost in costs.items()}
+    total, wanted = len(calls), dict[str, set[int]]()
+    for name, cost in costs.items():
+        count = kept_calls(cost, total)
+        wanted[name] = {i * total // count for i in range(count)}
     needed = sorted(set().union(*wanted.values()))
     *_, last = costs
     at = 0
 
-    def count(done: int, total: int) -> None:
+    def count_up(done: int, total: int) -> None:
         nonlocal at
         at = done
         told(done, total)
@@ -200,12 +203,8 @@ def record_blocks(
         return note
 
     handles = [network.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in costs]
-    replay(network, [calls[i] for i in needed], handles, count)
+    replay(network, [calls[i] for i in needed], handles, count_up)
     return found
-
-
-def _spread(total: int, count: int) -> set[int]:
-    return {i * total // count for i in range(count)}
 
 
 def learn_rounding(

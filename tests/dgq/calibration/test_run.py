@@ -121,6 +121,7 @@ def test_budgets_that_cannot_be_kept_are_told_before_the_work(tiny_pipeline, tmp
         (QUICK, 4.0, r"too small: the layers take \d+\.\d\d"),
         (Recipe(wbits=8), 6.0, "there are none"),
         (Recipe(name="paper"), 6.0, "there are none"),
+        (Recipe(name="paper", rounding="adaround"), 6.0, "there are none"),
     ):
         options = Options(**FAST, bits=bits)
         with pytest.raises(DgqError, match=message):

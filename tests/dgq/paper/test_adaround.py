@@ -1,6 +1,7 @@
 """The learned rounding of the paper recipe, on a tiny UNet of diffusers' real class."""
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.func import functional_call
 import dgq
 from dgq import range_search
 from dgq.calibration.estimate import estimate
-from dgq.calibration.run import Options, calibrate
+from dgq.calibration.run import Options, calibrate, decoder_recipe, encoder_recipes, float_model
 from dgq.checkpoint.reading import read_header
 from dgq.checkpoint.writing import WEIGHTS_NAME
 from dgq.errors import DgqError
@@ -269,6 +270,15 @@ def test_recipes_that_cannot_be_learned(fields: dict[str, Any], message: str) ->
 def test_checkpoints_that_name_the_integer_recipes_rounding_are_of_nearest() -> None:
     """Versions before this one stored the default that they did not read."""
     assert Recipe.from_dict({**Recipe("paper").to_dict(), "rounding": "gptq"}).rounding == "nearest"
+
+
+def test_what_is_quantized_beside_it_is_rounded_as_integers_are(tiny_pipeline: Any) -> None:
+    model, options = float_model(str(tiny_pipeline)), Options(vae="int8", text_encoder="int8")
+    learned = Recipe("paper", rounding="adaround")
+    beside = Recipe(wbits=8, attention="float")
+    assert decoder_recipe(model, learned, options) == beside
+    assert encoder_recipes(model, learned, options) == {"text_encoder": beside}
+    assert decoder_recipe(model, Recipe(rounding="nearest"), options) == dataclasses.replace(beside, rounding="nearest")
 
 
 # The whole way.
