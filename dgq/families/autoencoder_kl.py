@@ -49,8 +49,8 @@ class FoldedUpsample(Upsample2D):
 
 
 class LeanDecoder(Decoder):
-    """Begins by returning to the system what was freed before: the heap that a network's steps leave, in pieces too small
-    for what follows, would stay beside a decoder's far larger pictures."""
+    """Begins by returning to the system what was freed before: the heap that a network's steps leave, in pieces too
+    small for what follows, would stay beside a decoder's far larger pictures."""
 
     after_norm = ()
 
