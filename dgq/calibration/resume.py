@@ -91,7 +91,8 @@ class Partial:
         self._write(name, tensors, {})
 
     def calls(self, name: str = "calls") -> list[list[dict[str, Any]]] | None:
-        """The recorded calls in a file of this name, or None; a damaged file is dropped."""
+        """The recorded calls in a file of this name, or None; a damaged file is dropped. They are in memory, aligned as
+        what was recorded: on some CPUs products of less aligned rows, as files have them, differ in the last bit."""
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             return None
@@ -99,7 +100,7 @@ class Partial:
         try:
             for path, tensor in load_file(str(file)).items():
                 number, _, name = path.partition("/")
-                prompts.setdefault(int(number), {})[name] = tensor
+                prompts.setdefault(int(number), {})[name] = tensor.clone()
             return [unpack_calls(prompts[i]) for i in sorted(prompts)]
         except _DAMAGED as error:
             self._drop(file, error)
