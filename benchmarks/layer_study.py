@@ -21,13 +21,13 @@ from fidelity import say
 from torch import Tensor
 
 from dgq.integer.channels import (
-    WORTH,
     ChannelGroups,
     apply_layer,
     fake_quantize_input,
     form_groups,
     no_groups,
     to_matrix,
+    worth,
 )
 from dgq.integer.rounding import Roundings, round_layer
 from dgq.integer.weights import IntegerWeight, TwoLevelGrid, gptq, nearest
@@ -284,7 +284,7 @@ def chosen_way(one: Captured, ways: dict[str, tuple[ChannelGroups, Tensor]], wbi
 
     best, least = "none", error("none")
     for way in SHIPPED[wbits][1:]:
-        if (tried := error(way)) < least * (1 - WORTH):
+        if (tried := error(way)) < least * (1 - worth(ways[way][0])):
             best, least = way, tried
     return best
 

@@ -122,7 +122,8 @@ def _check(recipe: Recipe) -> None:
 
 def _words(recipe: Recipe, attention: Any) -> dict[str, str]:
     learned = f", {recipe.iterations} iterations" if recipe.rounding == "adaround" else ""
-    return {"rounding": recipe.rounding + learned, "attention": f"log2, {recipe.abits} bits, whole octaves (simulated)"}
+    steps = "equal steps" if recipe.groups == 1 else "log2, whole octaves"
+    return {"rounding": recipe.rounding + learned, "attention": f"{steps}, {recipe.abits} bits (simulated)"}
 
 
 PAPER = Method(
