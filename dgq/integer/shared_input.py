@@ -174,15 +174,20 @@ def _with_adapters(results: list[Tensor], x: Tensor, adapted: dict[int, Adapted]
 
 def prepare_all(model: nn.Module, device: torch.device) -> None:
     """Pack every integer layer for a device now, and join what reads the same input. Between a first call's
-    activations, packing would leave the allocator's memory in pieces, and torch.compile cannot trace it. The files that
-    stored weights are mapped from leave this process's memory: once packed, hardly anything of them is read."""
+    activations, packing would leave the allocator's memory in pieces, and torch.compile cannot trace it."""
     device = torch.empty(0, device=device).device  # "cuda" by its index, as the tensors of a call name it
-    layers = [module for module in model.modules() if isinstance(module, IntegerLayer)]
-    for layer in layers:
-        layer.prepare(device)
+    for module in model.modules():
+        if isinstance(module, IntegerLayer):
+            module.prepare(device)
     for names in shared_inputs(model):
         join([model.get_submodule(name) for name in names], device)
     ends = family_of(model).time_layers
     share([module for name, module in model.named_modules() if name.rpartition(".")[2] in ends], device)
+
+
+def leave_files(models: Iterable[nn.Module]) -> None:
+    """Take the files that packed layers' stored weights are mapped from out of this process's memory: hardly anything
+    of them is read again. Of all models at one time, since the system takes long to tell what is mapped."""
+    layers = [module for model in models for module in model.modules() if isinstance(module, IntegerLayer)]
     stored = [tensor for layer in layers for tensor in layer.parameters(recurse=False)]
     native.let_go(tensor for tensor in stored if not isinstance(tensor, StoredWeight))

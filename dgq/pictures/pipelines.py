@@ -20,7 +20,7 @@ from ..devices import check_device
 from ..errors import DgqError
 from ..family import FAMILIES, family_of
 from ..graphs import use_graphs
-from ..integer.shared_input import prepare_all
+from ..integer.shared_input import leave_files, prepare_all
 from . import embedded
 from .components import assemble
 
@@ -239,9 +239,10 @@ def load(
         pipe = assemble(folder, dtype, {**given, **(parts or {})})
     pipe.set_progress_bar_config(disable=True)
     pipe = pipe.to(place)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            prepare_all(part, place)
+    models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    for one in models:
+        prepare_all(one, place)
+    leave_files(models)
     if graph or (graph is None and place.type == "cuda"):
         use_graphs(pipe)
     return pipe
