@@ -23,7 +23,7 @@ from ..devices import check_device
 from ..errors import DgqError
 from ..outputs import atomic_file
 from ..pictures import embedded
-from ..pictures.fidelity import psnr
+from ..pictures.fidelity import psnr, spread
 from ..pictures.generation import Picture, Settings, check_prompts, generate, grid, write_png
 from ..pictures.pipelines import float_base, load, resolve
 from ..progress import Progress, silent
@@ -31,7 +31,7 @@ from ..version import __version__
 from . import features
 from .items import Item, items
 from .lpips import Lpips
-from .measures import bootstrap, frechet_distance, spread, ssim
+from .measures import bootstrap, frechet_distance, ssim
 from .scorer import Scorer
 
 PSNR_MAX = 99.0  # of equal pictures

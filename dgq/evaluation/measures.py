@@ -1,4 +1,4 @@
-"""Numbers from pictures: SSIM, Frechet distance, paired bootstrap, what a mean hides."""
+"""Numbers from pictures: SSIM, Frechet distance, paired bootstrap."""
 
 from __future__ import annotations
 
@@ -79,10 +79,3 @@ def bootstrap(values: Sequence[float], groups: Sequence[int], seed: int = 0) -> 
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return {"mean": float(numbers.mean()), "low": float(low), "high": float(high)}
-
-
-def spread(values: Sequence[float], higher_is_better: bool) -> dict[str, float]:
-    """What a mean hides of values, one a picture: the median, and worst_tenth, the mean of the worst tenth of them,
-    rounded down but one at least."""
-    worst = sorted(values, reverse=not higher_is_better)[: max(1, len(values) // 10)]
-    return {"median": float(np.median(values)), "worst_tenth": float(np.mean(worst))}

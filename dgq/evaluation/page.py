@@ -13,9 +13,9 @@ from PIL import Image
 from .. import outputs
 from ..checkpoint.reading import read_json
 from ..errors import DgqError
+from ..pictures.fidelity import spread
 from ..pictures.generation import Picture
 from .evaluate import HIGHER_IS_BETTER, Kept
-from .measures import spread
 
 LOSSLESS = 256  # pixels of a side up to which pictures are stored as they are
 QUALITY = 90  # of WebP above that

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dgq.evaluation.measures import bootstrap, frechet_distance, spread, ssim
+from dgq.evaluation.measures import bootstrap, frechet_distance, ssim
 
 
 def picture(seed: int, size: int = 16) -> Image.Image:
@@ -78,10 +78,3 @@ def test_bootstrap_resamples_groups() -> None:
     alone = bootstrap(values, range(40))
     together = bootstrap(values, [i // 2 for i in range(40)])
     assert together["high"] - together["low"] > 1.2 * (alone["high"] - alone["low"])
-
-
-def test_spread_tells_of_the_worst() -> None:
-    values = [float(i) for i in range(25)]
-    assert spread(values, True) == {"median": 12, "worst_tenth": 0.5}
-    assert spread(values, False) == {"median": 12, "worst_tenth": 23.5}
-    assert spread([3.0], False) == {"median": 3, "worst_tenth": 3}
