@@ -30,7 +30,7 @@ from dgq.integer.channels import (
     worth,
 )
 from dgq.integer.rounding import Roundings, round_layer
-from dgq.integer.weights import IntegerWeight, TwoLevelGrid, gptq, nearest
+from dgq.integer.weights import GPTQ, IntegerWeight, TwoLevelGrid, nearest
 from dgq.integer.weights import quantize_weight as quantize_integer
 from dgq.paper.layers import image_to_pixels_last, pixels_last_to_image
 from dgq.paper.quantizers import (
@@ -230,8 +230,8 @@ def weights_alone(one: Captured, two_level: Tensor) -> Iterator[tuple[str, Tenso
     )
     yield "two-level, 64", back(quantize_integer(weight, 4, 64, importance, nearest(importance)).dequantize())
     yield "two-level, 32", back(quantize_integer(weight, 4, 32, importance, nearest(importance)).dequantize())
-    yield "GPTQ per channel", back(gptq(moment)(weight, ChannelGrid(weight, importance, True)).dequantize())
-    yield "GPTQ two-level, 64", back(quantize_integer(weight, 4, 64, importance, gptq(moment)).dequantize())
+    yield "GPTQ per channel", back(GPTQ(moment)(weight, ChannelGrid(weight, importance, True)).dequantize())
+    yield "GPTQ two-level, 64", back(quantize_integer(weight, 4, 64, importance, GPTQ(moment)).dequantize())
     yield "GPTQ two-level, 32", two_level
 
 
@@ -301,7 +301,7 @@ def in_container(one: Captured, groups: ChannelGroups) -> Tensor:
     exponent = groups.divisor.log2()[order].repeat(plan.kernel_size**2)
     grid = ContainerGrid(matrix, 32, importance, exponent)
     plain = dataclasses.replace(groups, divisor=torch.ones_like(groups.divisor))
-    return plain.unfold(gptq(moment)(matrix, grid).dequantize(), plan)
+    return plain.unfold(GPTQ(moment)(matrix, grid).dequantize(), plan)
 
 
 def sqnr_db(target: Tensor, y: Tensor) -> float:

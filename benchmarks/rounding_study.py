@@ -21,7 +21,7 @@ from layer_study import as_applied, sqnr_db
 from torch import Tensor
 
 from dgq.integer.channels import apply_layer, fake_quantize_input, from_matrix, to_matrix
-from dgq.integer.weights import Grid, IntegerWeight, TwoLevelGrid, gptq, nearest
+from dgq.integer.weights import GPTQ, Grid, IntegerWeight, TwoLevelGrid, nearest
 from dgq.paper.quantizers import dequantize_weight, quantize_weight
 from dgq.range_search import search_symmetric
 from dgq.recipe import Recipe
@@ -35,7 +35,7 @@ class Seen:
     """A layer's matrices.
 
     Attributes:
-        weight: float32 (N, K); moment: float32 (K, K); importance: float32 (K,); damped: moment as `gptq` damps it.
+        weight: float32 (N, K); moment: float32 (K, K); importance: float32 (K,); damped: moment as `GPTQ` damps it.
     """
 
     def __init__(self, one: Captured, rotate: bool = False) -> None:
@@ -144,10 +144,10 @@ def roundings(seen: Seen, iterations: int) -> Iterator[tuple[str, Tensor, float]
     yield timed("published grid, AdaRound", published)
     yield timed("nearest", lambda: two_level(seen, nearest(seen.importance)))
     yield timed("AdaRound", from_nearest)
-    yield timed("GPTQ, damping 0.01", lambda: two_level(seen, gptq(seen.moment, 0.01, 0)))
-    yield timed("GPTQ, damping 0.1", lambda: two_level(seen, gptq(seen.moment, 0.1, 0)))
-    yield timed("GPTQ, damping 0.01, descent", lambda: two_level(seen, gptq(seen.moment, 0.01, 2)))
-    yield timed("GPTQ, damping 0.1, descent", lambda: two_level(seen, gptq(seen.moment, 0.1, 2)))
+    yield timed("GPTQ, damping 0.01", lambda: two_level(seen, GPTQ(seen.moment, 0.01, 0)))
+    yield timed("GPTQ, damping 0.1", lambda: two_level(seen, GPTQ(seen.moment, 0.1, 0)))
+    yield timed("GPTQ, damping 0.01, descent", lambda: two_level(seen, GPTQ(seen.moment, 0.01, 2)))
+    yield timed("GPTQ, damping 0.1, descent", lambda: two_level(seen, GPTQ(seen.moment, 0.1, 2)))
     yield timed("GPTQ, damping 0.1, descent, then AdaRound", from_gptq)
 
 
@@ -190,7 +190,7 @@ def ways_down(one: Captured, x: Tensor, wbits: int, abits: int) -> Iterator[tupl
         branch = low_rank(seen, rank) if rank else torch.zeros_like(seen.weight)
         rest = seen.weight - branch
         grid: Grid = GroupGrid(wbits)
-        rounded = gptq(seen.moment)(rest, grid)
+        rounded = GPTQ(seen.moment)(rest, grid)
         assert isinstance(grid, GroupGrid)
         given = turned(x) if rotate else x
         codes = fake_quantize_input(given, abits, torch.ones(plan.in_features))

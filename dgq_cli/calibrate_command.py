@@ -25,7 +25,7 @@ STAGES = {
 }
 
 
-DEFAULT_MEMORY = 3.0  # GiB
+DEFAULT_MEMORY = 4.0  # GiB
 
 
 def _override(text: str) -> tuple[str, int]:

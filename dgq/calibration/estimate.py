@@ -17,7 +17,6 @@ from .. import architectures
 from ..checkpoint.reading import components, family_at, held, network_config, tensor_table, weight_files
 from ..family import TOKENS
 from ..integer.rates import rates
-from ..integer.statistics import WINDOW
 from ..method import METHODS, Cost, LayerCost
 from ..pictures.components import empty_encoder, empty_vae
 from ..recipe import Recipe
@@ -117,7 +116,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     parameters = sum(tensor.numel() for tensor in network.state_dict().values())
     quantized = sum(layer.parameters for layer in cost.layers.values())
     packed = sum(layer.stored_bytes for layer in cost.layers.values()) + (added or 0)
-    rows, taken = _rows_per_call(network, cost.layers, call)
+    rows = _rows_per_call(network, cost.layers, call)
     macs = sum(rows[name] * layer.macs for name, layer in cost.layers.items())
     per_pixel, factor = _decoder(family, vae)
     drawn = 2 * options.evaluate
@@ -134,7 +133,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     pipe = SimpleNamespace(vae=vae, vae_scale_factor=factor, **{family.component: network})
     width, height = (options.size, options.size) if options.size else family.default_size(pipe)
     seconds += drawn * width * height * per_pixel * rates().product
-    seconds += sum(layer.seconds(replayed * taken[name]) for name, layer in cost.layers.items())
+    seconds += sum(layer.seconds(replayed * rows[name]) for name, layer in cost.layers.items())
     # either the whole pipeline records, or the network alone is quantized, then the VAE beside it
     gathered = cost.gathered_bytes
     if gathered is None or not _is_mapped(folder / family.component):
@@ -147,10 +146,10 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         with meta:
             latent = architectures.call(vae, 1, meta, pixels=math.isqrt(width * height))
         decoder_cost = METHODS[decoder.name].cost(vae, decoder, options.budget, latent)
-        _, taken = _rows_per_call(vae, decoder_cost.layers, latent)
+        decoder_rows = _rows_per_call(vae, decoder_cost.layers, latent)
         decoded = min(count, options.calls)
         seconds += len(decoder_cost.passes) * decoded * width * height * per_pixel * rates().product
-        seconds += sum(layer.seconds(decoded * taken[name]) for name, layer in decoder_cost.layers.items())
+        seconds += sum(layer.seconds(decoded * decoder_rows[name]) for name, layer in decoder_cost.layers.items())
         memory = max(memory, after + 4 * decoding + decoder_cost.statistics_bytes)
     from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 
@@ -202,26 +201,21 @@ def _stored(cost: Cost) -> int:
     return sum(layer.stored_bytes - 2 * layer.parameters for layer in cost.layers.values())
 
 
-def _rows_per_call(
-    network: nn.Module, layers: Mapping[str, LayerCost], call: dict[str, Any]
-) -> tuple[dict[str, int], dict[str, int]]:
+def _rows_per_call(network: nn.Module, layers: Mapping[str, LayerCost], call: dict[str, Any]) -> dict[str, int]:
     """Rows (tokens or pixels, of all samples) each layer computes in a call on the meta device, in the order in which
-    it does; and those that its statistics take."""
+    it does."""
     rows: dict[str, int] = {}
-    taken: dict[str, int] = {}
 
     def hook(name: str, layer: LayerCost) -> Any:
         def note(_: nn.Module, __: Any, output: Tensor) -> None:
-            taken[name] = rows[name] = output.numel() // layer.outputs
-            if isinstance(layer.module, nn.Conv2d):
-                taken[name] = len(output) * math.prod(min(side, WINDOW) for side in output.shape[2:])
+            rows[name] = output.numel() // layer.outputs
 
         return note
 
     handles = [layer.module.register_forward_hook(hook(name, layer)) for name, layer in layers.items()]
     with torch.device("meta"):
         replay(network, [call], handles, lambda done, total: None)
-    return rows, taken
+    return rows
 
 
 def _others(folder: Path) -> int:

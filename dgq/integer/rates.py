@@ -13,10 +13,10 @@ from ..recipe import LayerPlan, Recipe
 from .channels import candidates
 from .plan import GPTQ_MAX_REDUCTION, SAMPLE_ROWS
 from .rounding import JUDGED_ROWS, rotated_moment
-from .statistics import MOMENT_ROWS
-from .weights import BLOCK, Int8Grid, TwoLevelGrid, gptq
+from .statistics import MOMENT_ROWS, moment_rows
+from .weights import BLOCK, GPTQ, Int8Grid, TwoLevelGrid
 
-SWEEPS = 3  # of GPTQ over the columns: rounding, and two descents
+DESCENTS = 2  # of GPTQ over the columns; it rounds them in one sweep more
 
 # Of a matmul's speed that fits the caches, what products and convolutions of real sizes reach.
 SHARE_OF_MATMUL = 0.6
@@ -79,17 +79,17 @@ def rates() -> Rates:
     slope = torch.zeros_like(wide)
     update = alone(lambda: slope.addmm_(wide[:, :32], wide[:32])) / slope.numel() / threads
     moment = wide.t() @ wide
-    factored = alone(lambda: gptq(moment)) - len(moment) ** 3 / 6 * product
+    factored = alone(lambda: GPTQ(moment).factor) - len(moment) ** 3 / 6 * product
     factor = max(factored, 0.0) / moment.numel() / threads
     rotated = alone(lambda: rotated_moment(moment, moment[0], 256)) / moment.numel() / threads
     product /= threads
     k, few, many = 64, 16, 512
-    rounding = gptq(moment[:k, :k].contiguous())
+    rounding = GPTQ(moment[:k, :k].contiguous())
 
     def swept(rows: int) -> float:
         weight = a[:rows, :k].contiguous()
         grid = Int8Grid(weight, ones[:k])
-        return alone(lambda: rounding(weight, grid)) / (SWEEPS * k)
+        return alone(lambda: rounding(weight, grid)) / ((1 + DESCENTS) * k)
 
     column, all_rows = swept(few), swept(many)
     copied = alone(lambda: (a * ones).mul_(ones[:, None])) / a.numel() / threads
@@ -104,23 +104,22 @@ def rounding_seconds(plan: LayerPlan, recipe: Recipe, first: bool, rows: int) ->
         plan: before its handling is chosen.
         recipe: an "integer" recipe.
         first: whether it is the first of the layers that read its input: what is made once for them is its.
-        rows: of its output (tokens or pixels), of all replayed calls.
+        rows: of its output (tokens or pixels), of all replayed calls; second moments are made of some.
     """
     n, k, rate = plan.out_features, plan.reduction, rates()
     handlings = candidates(recipe.channels, torch.arange(1.0, plan.in_features + 1), plan.wbits)
-    tried = len(handlings)
-    judged = min(n, JUDGED_ROWS) if n > 2 * JUDGED_ROWS else n
-    rounded = n if tried == 1 else tried * n if judged == n else n + tried * judged  # rows, of all roundings
-    times = tried + (judged < n and tried > 1)
-    seconds = rounded * k * (rate.search[plan.wbits] + SAMPLE_ROWS * 2 * rate.product)
+    tried = len(handlings) if len(handlings) > 1 else 0
+    judged = tried * (min(n, JUDGED_ROWS) if n > 2 * JUDGED_ROWS else n)  # rows, under all handlings
+    seconds = (n + judged) * k * (rate.search[plan.wbits] + SAMPLE_ROWS * 2 * rate.product)
     if recipe.rounding == "gptq" and k <= GPTQ_MAX_REDUCTION:
-        products: float = rounded * k * k * (SWEEPS - 1)  # E H
+        descents = DESCENTS * (n + judged)  # of rows
+        products: float = descents * k * k  # E H
         if first:
-            products += rows * k * (k + MOMENT_ROWS) / 2 + tried * k**3 / 6
-            seconds += k * k * (tried * rate.factor + any(one.rotation for one in handlings) * rate.rotated)
+            products += moment_rows(k, rows) * k * (k + MOMENT_ROWS) / 2 + k**3 / 6
+            seconds += k * k * (rate.factor + any(one.rotation for one in handlings) * rate.rotated)
         seconds += products * rate.product
         block = min(BLOCK, plan.weight_group if plan.wbits == 4 else k)
-        seconds += SWEEPS * rounded * k * k / (2 * block) * rate.update  # what columns pull at later ones
-        seconds += k * SWEEPS * (times * rate.column + rounded * rate.row)
-        seconds += times * SWEEPS / 2 * k * k * rate.copied
+        seconds += (descents + n) * k * k / (2 * block) * rate.update  # what columns pull at later ones
+        seconds += k * ((DESCENTS * (1 + tried) + 1) * rate.column + (descents + n) * rate.row)
+        seconds += (DESCENTS * (1 + tried) + 1) / 2 * k * k * rate.copied
     return seconds

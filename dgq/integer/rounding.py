@@ -22,7 +22,7 @@ from .layer import IntegerLayer
 from .plan import GPTQ_MAX_REDUCTION, SAMPLE_ROWS, plan_layers
 from .skeleton import place_calibrated
 from .statistics import MOMENT_ROWS, gather, reading_order
-from .weights import IntegerWeight, column_sum, gptq, nearest, quantize_weight
+from .weights import GPTQ, IntegerWeight, column_sum, nearest, quantize_weight
 
 if TYPE_CHECKING:
     from ..progress import Progress
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .weights import Rounding
 
 
-DEFAULT_BUDGET_BYTES = 3 * 2**30
+DEFAULT_BUDGET_BYTES = 4 * 2**30
 
 
 # Output channels of a layer that judge how its input channels are handled, where it has more than twice as many.
@@ -68,16 +68,16 @@ class Roundings:
 
     def __init__(self, statistics: Statistics, recipe: Recipe) -> None:
         self.statistics, self.recipe = statistics, recipe
-        self._last: tuple[ChannelGroups, Tensor, Rounding] | None = None
+        self._last: tuple[ChannelGroups, Tensor, GPTQ | Rounding] | None = None
 
-    def under(self, groups: ChannelGroups) -> tuple[Tensor, Rounding]:
+    def under(self, groups: ChannelGroups) -> tuple[Tensor, GPTQ | Rounding]:
         """The mean square, float32 (K,), of what each column of the folded weight reads, and how it is rounded."""
         if self._last is None or not _reads_alike(self._last[0], groups):
             self._last = None  # before another factor takes as much memory
             self._last = (groups, *self._prepare(groups))
         return self._last[1:]
 
-    def _prepare(self, groups: ChannelGroups) -> tuple[Tensor, Rounding]:
+    def _prepare(self, groups: ChannelGroups) -> tuple[Tensor, GPTQ | Rounding]:
         statistics, plan = self.statistics, self.statistics.plan
         taps = plan.kernel_size**2
         inverse = (1 / groups.folded)[groups.stored_order].repeat(taps)
@@ -97,7 +97,7 @@ class Roundings:
         square = moment.diagonal() / statistics.count
         square = square if order is None else square[order]
         importance = (square if scale is None else square * scale.square()).clamp(min=1e-12)
-        return importance, gptq(moment, order=order, scale=scale)
+        return importance, GPTQ(moment, order=order, scale=scale)
 
 
 def _reads_alike(one: ChannelGroups, other: ChannelGroups) -> bool:
@@ -109,20 +109,19 @@ def _reads_alike(one: ChannelGroups, other: ChannelGroups) -> bool:
     )
 
 
-def round_layer(
-    layer: Layer, roundings: Roundings, groups: ChannelGroups, rows: Tensor | slice = slice(None)
-) -> RoundedLayer:
+def round_layer(layer: Layer, roundings: Roundings, groups: ChannelGroups, *, judged: bool = False) -> RoundedLayer:
     """Fold the groups' divisor into the weight, round it by the recipe, and measure the output's error.
 
     Args:
         layer: to round.
         roundings: of its input.
         groups: how its channels are handled.
-        rows: output channels that are rounded, each as if all were.
+        judged: only to tell the groups from others, sooner: some output channels, and GPTQ's descent alone.
 
     Raises:
         DgqError: the calibration inputs are not finite.
     """
+    rows = _judged_rows(layer) if judged else slice(None)
     weight, x = layer.weight[rows].cpu(), roundings.statistics.samples.cpu()
     plan = dataclasses.replace(
         layer.plan,
@@ -133,6 +132,8 @@ def round_layer(
         rotation=groups.rotation,
     )
     importance, rounding = roundings.under(groups)
+    if judged and isinstance(rounding, GPTQ):
+        rounding = rounding.descent
     rounded = quantize_weight(groups.fold(weight), plan.wbits, plan.weight_group, importance, rounding)
     target = apply_layer(x, weight, plan)
     natural = groups.unfold(rounded.dequantize(), plan)
@@ -144,27 +145,21 @@ def choose_rounded(layers: Sequence[Layer], statistics: Statistics, recipe: Reci
     """Layers that read one input, under the channel handling of least output error in all; another than "none" has to
     be worth what it costs (`channels.worth`).
 
-    Every candidate is rounded as the layer will be: GPTQ takes most of a rounding's error away, and an estimate by
-    nearest rounding would choose for errors that are not there. But some output channels of a wide layer tell enough.
+    Candidates are rounded by descent on the second moments: like GPTQ it takes most of a rounding's error away, and an
+    estimate by nearest rounding would choose for errors that are not there. Of a wide layer some output channels tell
+    enough.
     """
     roundings = Roundings(statistics, recipe)
     rms = statistics.mean_square.cpu().sqrt()
-    # the last, a rotation, is chosen most often: its part of `roundings` is at hand then
+    # the last, a rotation, is chosen most often: its second moments are at hand then
     options = list(zip(*(_candidates(layer, recipe, rms) for layer in layers), strict=True))
-    judged = [_judged_rows(layer) for layer in layers] if len(options) > 1 else [slice(None) for _ in layers]
 
-    def rounded(groups: Sequence[ChannelGroups], rows: Sequence[Tensor | slice]) -> list[RoundedLayer]:
-        each = zip(layers, groups, rows, strict=True)
-        return [round_layer(layer, roundings, own, some) for layer, own, some in each]
+    def error(groups: Sequence[ChannelGroups]) -> float:
+        tried = (round_layer(layer, roundings, own, judged=True) for layer, own in zip(layers, groups, strict=True))
+        return sum(one.error for one in tried) / (1 - worth(groups[0]))
 
-    tried = [rounded(groups, judged) for groups in options]
-    errors = [
-        sum(one.error for one in some) / (1 - worth(groups[0])) for groups, some in zip(options, tried, strict=True)
-    ]
-    best = min(range(len(options)), key=errors.__getitem__)
-    if all(isinstance(rows, slice) for rows in judged):
-        return tried[best]
-    return rounded(options[best], [slice(None) for _ in layers])
+    best = min(options, key=error) if len(options) > 1 else options[0]
+    return [round_layer(layer, roundings, own) for layer, own in zip(layers, best, strict=True)]
 
 
 def _candidates(layer: Layer, recipe: Recipe, rms: Tensor) -> list[ChannelGroups]:

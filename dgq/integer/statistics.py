@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,38 @@ if TYPE_CHECKING:
     from .plan import Layer
 
 
-# Height and width of what is taken of larger pictures: those of a decoder's last layers have a hundred times as many
-# pixels as second moments need, and their taps would fill the memory.
+# Height and width of the samples that are taken of larger pictures.
 WINDOW = 64
+
+# Rows (tokens, or pixels with their taps) that second moments are summed up of, for each value of one, and the fewest:
+# drawn evenly from all calls, they tell what more of the same pictures would (docs/studies.md).
+ROWS_PER_VALUE = 8
+FEWEST_ROWS = 4096
 
 # Rows of the second moments that are summed up together, from the diagonal on: the rest is symmetric.
 MOMENT_ROWS = 512
+
+
+def moment_rows(reduction: int, rows: int) -> int:
+    """How many of an input's rows its second moments are made of, each of `reduction` values."""
+    return min(rows, max(ROWS_PER_VALUE * reduction, FEWEST_ROWS))
+
+
+class Quota:
+    """How many of what each of so many calls offers is drawn, so that there are so many in all."""
+
+    def __init__(self, total: int, calls: int) -> None:
+        self._total, self._calls = total, calls
+        self._seen = self._drawn = 0
+
+    def draw(self, offered: int, generator: torch.Generator) -> Tensor:
+        """Which are drawn, int64, in order."""
+        self._seen += 1
+        take = min(self._total * self._seen // self._calls - self._drawn, offered)
+        self._drawn += take
+        if take == offered:
+            return torch.arange(offered)
+        return torch.randperm(offered, generator=generator)[:take].sort().values
 
 
 class Statistics:
@@ -49,28 +76,28 @@ class Statistics:
         self._squares = torch.zeros(plan.in_features)
         self._channel_count = 0
         self.count = 0
-        per_call = (SAMPLE_PICTURES if plan.kind == "conv2d" else SAMPLE_ROWS) / calls
-        self._quota, self._per_call = 0.0, per_call
+        self._sampled = Quota(SAMPLE_PICTURES if plan.kind == "conv2d" else SAMPLE_ROWS, calls)
+        self._summed = Quota(max(ROWS_PER_VALUE * k, FEWEST_ROWS), calls)
         self._samples: list[Tensor] = []
         self._generator = torch.Generator().manual_seed(0)
 
     def add(self, x: Tensor) -> None:
         """Add one call's input: (..., C) for a linear layer, (B, C, H, W) otherwise."""
         plan = self.plan
-        padding = (0, 0)
-        if plan.kind != "linear":
-            down, across = (plan.padding if side <= WINDOW else 0 for side in x.shape[2:])  # a window's edges have none
-            padding, x = (down, across), self._window(x)
-        if plan.kind == "pointwise":
-            x = x.permute(0, 2, 3, 1)
-        x = x.detach().float()
-        if plan.kind != "conv2d":
-            x = x.reshape(-1, plan.in_features)
-        self._draw(x)
-        channels = x if x.dim() == 2 else x.permute(0, 2, 3, 1).flatten(0, 2)
-        self._squares = self._squares.to(x.device) + channels.square().sum(0)
-        self._channel_count += channels.shape[0]
-        columns = x if x.dim() == 2 else self._columns(x, padding)
+        x = x.detach()
+        # (..., C)
+        channels = x if plan.kind == "linear" else x.permute(0, 2, 3, 1)
+        size = torch.linalg.vector_norm(channels, dim=tuple(range(channels.dim() - 1)), dtype=torch.float32)
+        self._squares = self._squares.to(x.device) + size.square()
+        self._channel_count += channels.numel() // plan.in_features
+        offered = self._window(x) if plan.kind == "conv2d" else channels.reshape(-1, plan.in_features)
+        self._samples.append(offered[self._sampled.draw(len(offered), self._generator).to(x.device)].float())
+        if not self._triangle:
+            return
+        if plan.kind == "conv2d":
+            columns = self._columns(channels)
+        else:
+            columns = offered[self._summed.draw(len(offered), self._generator).to(x.device)].float()
         self.count += columns.shape[0]
         for i, block in enumerate(self._triangle):
             start = i * MOMENT_ROWS
@@ -84,21 +111,21 @@ class Statistics:
                 x = x.narrow(axis, int(torch.randint(spare + 1, (), generator=self._generator)), WINDOW)
         return x
 
-    def _columns(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        """im2col rows (B * Ho * Wo, K) in the order (kh, kw, C) of `to_matrix`."""
+    def _columns(self, x: Tensor) -> Tensor:
+        """What some of a convolution's outputs read of pictures (B, H, W, C): rows (R, K) in the order (kh, kw, C) of
+        `to_matrix`."""
         plan = self.plan
-        unfolded = nn.functional.unfold(x, plan.kernel_size, padding=padding, stride=plan.stride)
-        batch, _, pixels = unfolded.shape
-        taps = unfolded.view(batch, plan.in_features, -1, pixels).permute(0, 3, 2, 1)
-        return taps.reshape(batch * pixels, -1)
-
-    def _draw(self, x: Tensor) -> None:
-        self._quota += self._per_call
-        take = min(int(self._quota), x.shape[0])
-        if take:
-            self._quota -= take
-            index = torch.randperm(x.shape[0], generator=self._generator)[:take]
-            self._samples.append(x[index.to(x.device)].clone())
+        sizes = x.shape[1:3]
+        across = [(size + 2 * plan.padding - plan.kernel_size) // plan.stride + 1 for size in sizes]
+        drawn = self._summed.draw(len(x) * across[0] * across[1], self._generator).to(x.device)
+        picture, corners = drawn // (across[0] * across[1]), (drawn // across[1] % across[0], drawn % across[1])
+        taps = []
+        for offsets in itertools.product(range(plan.kernel_size), repeat=2):
+            places = [at * plan.stride - plan.padding + by for at, by in zip(corners, offsets, strict=True)]
+            inside = [(at >= 0) & (at < size) for at, size in zip(places, sizes, strict=True)]
+            rows, columns = (at.clamp(0, size - 1) for at, size in zip(places, sizes, strict=True))
+            taps.append(x[picture, rows, columns].float() * (inside[0] & inside[1])[:, None])
+        return torch.cat(taps, 1)
 
     @property
     def moment(self) -> Tensor | None:

@@ -6,6 +6,7 @@ run of input channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -143,24 +144,30 @@ def nearest(importance: Tensor) -> Rounding:
     """Round every weight to the nearest grid point; `importance` (K,) steers the choice of the grid."""
 
     def run(weight: Tensor, grid: Grid) -> IntegerWeight:
-        codes = torch.empty_like(weight)
-        for start in range(0, weight.shape[1], grid.group):
-            part = slice(start, start + grid.group)
-            step = grid.start_group(weight[:, part], importance[part])
-            codes[:, part] = (weight[:, part] / step[:, None]).round_().clamp_(grid.low, grid.high)
-        return grid.result(codes)
+        return _result(*_to_nearest(weight, grid, importance), grid)
 
     return run
 
 
-def gptq(
-    second_moment: Tensor,
-    damping: float = 0.1,
-    sweeps: int = 2,
-    *,
-    order: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Rounding:
+def _to_nearest(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """A weight (N, K) rounded to nearest, and the step (N,) of each group of columns."""
+    rounded, steps = torch.empty_like(weight), []
+    for start in range(0, weight.shape[1], grid.group):
+        part = slice(start, start + grid.group)
+        steps.append(grid.start_group(weight[:, part], importance[part]))
+        step = steps[-1][:, None]
+        rounded[:, part] = (weight[:, part] / step).round_().clamp_(grid.low, grid.high).mul_(step)
+    return rounded, steps
+
+
+def _result(rounded: Tensor, steps: list[Tensor], grid: Grid) -> IntegerWeight:
+    """The finished weight from points (N, K) of the grid, used up, and the step (N,) of each group."""
+    for i, step in enumerate(steps):
+        rounded[:, i * grid.group : (i + 1) * grid.group] /= step[:, None]
+    return grid.result(rounded.round_())
+
+
+class GPTQ:
     """GPTQ: round column by column and spread each column's error over those not yet rounded (arXiv 2210.17323).
 
     Then coordinate descent on the codes: GPTQ looks only ahead, and each code is set to the best one given all others.
@@ -179,56 +186,74 @@ def gptq(
     Raises:
         DgqError: the damped matrix cannot be factored (inputs that are not finite).
     """
-    k = len(second_moment)
 
-    def rows(start: int, end: int) -> Tensor:
-        """Of H, in the order and at the scale of the weight's columns, not damped."""
-        part = second_moment[start:end, start:] if order is None else second_moment[order[start:end]][:, order[start:]]
-        return part if scale is None else (part * scale[start:]).mul_(scale[start:end, None])
+    def __init__(
+        self,
+        second_moment: Tensor,
+        damping: float = 0.1,
+        sweeps: int = 2,
+        *,
+        order: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        self._moment, self._order, self._scale, self._sweeps = second_moment, order, scale, sweeps
+        diagonal = second_moment.diagonal() if order is None else second_moment.diagonal()[order]
+        self._importance = diagonal if scale is None else diagonal * scale.square()
+        if not torch.isfinite(self._importance).all():
+            raise DgqError("the layer's calibration inputs are not finite", "check the model in float first")
+        self._damp = damping * float(self._importance.double().mean().clamp(min=1e-12))
 
-    def pulled(error: Tensor) -> Tensor:
-        """E H, damped, for errors E (N, K) of the weight: H stays as the moments have it."""
-        scaled = error if scale is None else error * scale
-        if order is None:
-            result = scaled @ second_moment
-        else:
-            result = (torch.empty_like(scaled).index_copy_(1, order, scaled) @ second_moment)[:, order]
-        return (result if scale is None else result.mul_(scale)).add_(error, alpha=damp)
-
-    diagonal = second_moment.diagonal() if order is None else second_moment.diagonal()[order]
-    importance = diagonal if scale is None else diagonal * scale.square()
-    if not torch.isfinite(importance).all():
-        raise DgqError("the layer's calibration inputs are not finite", "check the model in float first")
-    damp = damping * float(importance.double().mean().clamp(min=1e-12))
-    factor, factor_diagonal = _upper_factor(rows, k, damp)
-
-    def run(weight: Tensor, grid: Grid) -> IntegerWeight:
+    def __call__(self, weight: Tensor, grid: Grid) -> IntegerWeight:
         steps: list[Tensor] = []
         rounded, slope = weight.clone(), torch.zeros_like(weight)
+        factor, diagonal = self.factor
 
         def next_step(start: int) -> Tensor:
-            if start % grid.group:
-                steps.append(steps[-1])
-                return steps[-1]
-            end = min(start + grid.group, k)
-            columns = weight[:, start:end]
-            if start:
-                # where the errors made so far would have these columns
-                local = factor(start, end)[:, : end - start]
-                columns = columns - torch.linalg.solve_triangular(local, slope[:, start:end], upper=True, left=False)
-            steps.append(grid.start_group(columns, importance[start:end]))
+            if start % grid.group == 0:
+                end = min(start + grid.group, weight.shape[1])
+                columns = weight[:, start:end]
+                if start:
+                    # where the errors made so far would have these columns
+                    local, pull = factor(start, end)[:, : end - start], slope[:, start:end]
+                    columns = columns - torch.linalg.solve_triangular(local, pull, upper=True, left=False)
+                steps.append(grid.start_group(columns, self._importance[start:end]))
             return steps[-1]
 
-        block = min(grid.group, BLOCK)
-        _sweep(rounded, slope, factor, factor_diagonal, next_step, grid)
-        for _ in range(sweeps):
-            slope = pulled(rounded - weight)
-            _sweep(rounded, slope, rows, importance + damp, lambda start: steps[start // block], grid)
-        for i, step in enumerate(steps):
-            rounded[:, i * block : (i + 1) * block] /= step[:, None]
-        return grid.result(rounded.round_())
+        _sweep(rounded, slope, factor, diagonal, next_step, grid)
+        return self._descend(weight, rounded, steps, grid)
 
-    return run
+    def descent(self, weight: Tensor, grid: Grid) -> IntegerWeight:
+        """The descent alone, from the nearest points: no factor is needed, which for few rows takes longer than all
+        else."""
+        return self._descend(weight, *_to_nearest(weight, grid, self._importance), grid)
+
+    def _descend(self, weight: Tensor, rounded: Tensor, steps: list[Tensor], grid: Grid) -> IntegerWeight:
+        for _ in range(self._sweeps):
+            slope = self._pulled(rounded - weight)
+            diagonal = self._importance + self._damp
+            _sweep(rounded, slope, self._rows, diagonal, lambda start: steps[start // grid.group], grid)
+        return _result(rounded, steps, grid)
+
+    @functools.cached_property
+    def factor(self) -> tuple[Rows, Tensor]:
+        """R: its rows, and its diagonal (K,). Made when it is first needed."""
+        return _upper_factor(self._rows, len(self._moment), self._damp)
+
+    def _rows(self, start: int, end: int) -> Tensor:
+        """Of H, in the order and at the scale of the weight's columns, not damped."""
+        moment, order, scale = self._moment, self._order, self._scale
+        part = moment[start:end, start:] if order is None else moment[order[start:end]][:, order[start:]]
+        return part if scale is None else (part * scale[start:]).mul_(scale[start:end, None])
+
+    def _pulled(self, error: Tensor) -> Tensor:
+        """E H, damped, for errors E (N, K) of the weight: H stays as the moments have it."""
+        moment, order, scale = self._moment, self._order, self._scale
+        scaled = error if scale is None else error * scale
+        if order is None:
+            result = scaled @ moment
+        else:
+            result = (torch.empty_like(scaled).index_copy_(1, order, scaled) @ moment)[:, order]
+        return (result if scale is None else result.mul_(scale)).add_(error, alpha=self._damp)
 
 
 def _upper_factor(rows: Rows, k: int, damp: float) -> tuple[Rows, Tensor]:
@@ -286,7 +311,7 @@ def quantize_weight(weight: Tensor, bits: int, group: int, importance: Tensor, r
         bits: 8 (per-channel int8) or 4 (two-level int4).
         group: values per int4 sub-scale, 32 or 64.
         importance: float32 (K,), mean square of the inputs, or ones.
-        rounding: from `nearest` or `gptq`.
+        rounding: `nearest`, or a `GPTQ`.
     """
     weight = weight.float()
     importance = importance.float()

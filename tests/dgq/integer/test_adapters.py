@@ -527,7 +527,7 @@ def test_adapters_and_their_gradients_on_a_device_are_the_cpus(tiny_checkpoint, 
     for name, gradient in gradients.items():
         assert distance(found[name], gradient) < 0.2, name  # single codes move: where, depends on the CPU's products
     together = [torch.cat([each[name].flatten() for name in gradients]) for each in (found, gradients)]
-    assert distance(*together) < 0.03
+    assert distance(*together) < 0.1
     assert "linear_int4" in {op.__name__.split(".")[0] for op, _ in mode.ran if op.namespace == "dgq"}
 
 
