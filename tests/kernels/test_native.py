@@ -181,6 +181,78 @@ def test_an_upsampling_equals_the_reference(isa, sizes, dtype):
         layer.conv2d(x)
 
 
+def two_level(n, k, group, g):
+    """A weight of four bits as it is stored, and its integers."""
+    codes = torch.randint(-8, 8, (n, k), generator=g).to(torch.int8)
+    subscales = torch.randint(0, 16, (n, packing.padded_length(k, group) // group), generator=g).to(torch.uint8)
+    codes[0], subscales[0] = -8, 15  # the largest sizes
+    stored = packing.pack_int4(codes, group), packing.pack_subscales(subscales)
+    return native.TwoLevel(*stored, k, group), packing.expand_two_level(*stored, k, group)
+
+
+def check_four_bits(m, k, n, group, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    stored, integers = two_level(n, k, group, g)
+    rest = torch.rand(n, generator=g), torch.randn(n, generator=g), None, 8
+    small, large = native.Layer(stored, *rest), native.Layer(integers, *rest)
+    assert (small.group, large.group) == (group, 0)
+    assert small.packed.nbytes <= 0.57 * large.packed.nbytes
+    assert torch.equal(small.weight(), integers)
+    assert torch.equal(small.column_sum, large.column_sum)
+    x = torch.randn(m, k, generator=g).to(dtype)
+    assert torch.equal(small.linear(x), large.linear(x))
+    if small.can_gate:
+        assert torch.equal(small.linear(x, gated=True), large.linear(x, gated=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 5), (6, 42, 123), (33, 431, 32), (77, 768, 320), (300, 1300, 64)])
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_bits_give_the_results_of_their_integers(isa, shape, group, dtype):
+    check_four_bits(*shape, group, dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 80), st.integers(1, 1200), st.integers(1, 70), st.sampled_from([32, 64]), st.integers(0, 2**30))
+def test_four_bits_of_any_shape(m, k, n, group, seed):
+    check_four_bits(m, k, n, group, torch.float32, seed)
+
+
+@pytest.mark.parametrize(
+    "sizes, kernel, stride",
+    [
+        ((2, 32, 8, 8, 48), 3, 1),
+        ((1, 5, 7, 9, 3), 3, 2),
+        # in place; a line of the kernel is more than is unpacked together, and less
+        ((2, 256, 6, 32, 40), 3, 1),
+        ((1, 64, 5, 48, 16), 5, 2),
+    ],
+)
+@pytest.mark.parametrize("group", [32, 64])
+def test_four_bits_in_convolutions(isa, sizes, kernel, stride, group):
+    batch, channels, height, width, n = sizes
+    g = torch.Generator().manual_seed(0)
+    stored, integers = two_level(n, kernel**2 * channels, group, g)
+    rest = torch.rand(n, generator=g), torch.randn(n, generator=g), None, 8, kernel, stride, kernel // 2
+    x = torch.randn(batch, channels, height, width, generator=g)
+    assert torch.equal(native.Layer(stored, *rest).conv2d(x), native.Layer(integers, *rest).conv2d(x))
+
+
+def test_four_bits_in_an_upsampling(isa):
+    g = torch.Generator().manual_seed(0)
+    stored, integers = two_level(4 * 48, 4 * 64, 32, g)
+    rest = torch.rand(4 * 48, generator=g), torch.randn(4 * 48, generator=g), None, 16, 2, 1, 1
+    x = torch.randn(2, 64, 6, 32, generator=g)
+    assert torch.equal(native.Layer(stored, *rest).upsample(x), native.Layer(integers, *rest).upsample(x))
+
+
+@pytest.mark.parametrize("start, stop", [(0, 16), (16, 33), (32, 70), (0, 70)])
+def test_rows_of_four_bits(start, stop):
+    stored, integers = two_level(70, 100, 32, torch.Generator().manual_seed(0))
+    layer = native.Layer(stored, torch.ones(70), None, None, 8)
+    assert torch.equal(layer.rows(start, stop), integers[start:stop])
+
+
 def test_a_large_rotated_picture_is_not_kept():
     g = torch.Generator().manual_seed(0)
     weight, scale, _sums, bias = weights(8, 144, g)
@@ -276,6 +348,7 @@ def test_packing_reads_the_stored_form(n, k, group, taps, reordered):
         layer = native.Layer(weight, torch.ones(n), None, None, 8, side, order=order)
         assert torch.equal(layer.weight(), natural)
         assert torch.equal(layer.column_sum, integers.sum(1, dtype=torch.int32))
+        assert layer.group == (group if isinstance(weight, native.TwoLevel) and not reordered else 0)
 
 
 def test_sums_that_could_overflow_are_refused():

@@ -108,6 +108,29 @@ static void read_stored(const Stored& stored, int64_t row, int8_t* scratch, int8
         for (int64_t i = 0; i < stored.channels; ++i) out[tap + stored.order[i]] = values[tap + i];
 }
 
+// Packs one block of 16 columns of a two-level weight in its own order, in four bits. A stored byte holds the same two
+// values of a group; its codes have their sign.
+static void pack_nibbles(const Stored& stored, int64_t block, uint8_t* out) {
+    const int64_t group = stored.group, words = group / 8, groups = ceil_div(stored.k, group);
+    uint8_t* subscales = out + nibble_bytes(stored.k);
+    std::memset(out, 0x88, subscales - out);
+    std::memset(subscales, 0, four_bit_bytes(stored.k, group) - (subscales - out));
+    for (int64_t col = 0, row = block * BLOCK_COLS; col < BLOCK_COLS && row < stored.n; ++col, ++row) {
+        const uint8_t* nibbles = stored.packed + row * groups * 4 * words;
+        const uint8_t* scales = stored.subscales + row * ceil_div(groups, 2);
+        for (int64_t g = 0; g < groups; ++g) {
+            for (int64_t i = g * words; i < (g + 1) * words; ++i) {
+                uint32_t codes;
+                std::memcpy(&codes, nibbles + 4 * i, 4);
+                codes ^= 0x88888888u;
+                std::memcpy(out + i * 4 * BLOCK_COLS + 4 * col, &codes, 4);
+            }
+            const int scale = scales[g / 2] >> (g % 2 * 4) & 15;
+            subscales[8 * g + col % 8] |= static_cast<uint8_t>(scale << (col / 8 * 4));
+        }
+    }
+}
+
 // NaN where the range is infinite.
 static float symmetric_scale(const Range& range, int top) {
     const float largest = range.high > -range.low ? range.high : -range.low;
@@ -158,7 +181,7 @@ static void nothing() {}
      ELEMENTWISE::affine, ELEMENTWISE::epilogue, ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of,     \
      ELEMENTWISE::find_live, ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head,                        \
      ELEMENTWISE::prepare_query, ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::values,      \
-     TILES::panel, ELEMENTWISE::round_columns, ELEMENTWISE::search_subscales, BEGIN, END}
+     TILES::panel, ELEMENTWISE::unpack, ELEMENTWISE::round_columns, ELEMENTWISE::search_subscales, BEGIN, END}
 
 static const Kernels all_kernels[ISA_COUNT] = {
     DGQ_KERNELS(plain, probabilities, portable, nothing, nothing),
@@ -228,6 +251,9 @@ struct Layer {
     int64_t n, k, channels;       // k = kernel * kernel * channels
     int32_t bits, kernel, stride, padding;
     int32_t rotation;             // channels of a block that is rotated after the division, or 0
+    int32_t group;                // of K, that a sub-scale is of where the weight is packed in four bits, or 0
+
+    int64_t bytes_of_block() const { return group ? four_bit_bytes(k, group) : block_bytes(k); }
 };
 
 // Columns and rows of a product that one task works on.
@@ -292,25 +318,52 @@ struct Finish {
     }
 };
 
+// The sums of a panel from blocks of four bits. They are unpacked where all rows find them in the first-level cache, and
+// while they are multiplied those that follow are fetched: the next of these blocks, or of those `next` bytes on.
+static void multiply_four_bits(
+    const Rows& a, const uint8_t* b, ptrdiff_t b_stride, ptrdiff_t next, int64_t k, int64_t group, int64_t rows,
+    int cols, int32_t* c) {
+    alignas(64) int8_t unpacked[2][UNPACKED_K * BLOCK_COLS];
+    const int64_t chunks = ceil_div(a.part_k, UNPACKED_K), chunk = round_up(ceil_div(a.part_k, chunks), K_BLOCK);
+    for (int64_t part = 0; part < a.parts; ++part)
+        for (int64_t done = 0; done < a.part_k; done += chunk) {
+            const int64_t first = part * a.part_k + done, some = a.part_k - done < chunk ? a.part_k - done : chunk;
+            for (int block = 0; block < cols / BLOCK_COLS; ++block) {
+                const uint8_t* from = b + block * b_stride;
+                kernels->unpack(
+                    from + nibble_bytes(first), from + nibble_bytes(k) + first / group * (BLOCK_COLS / 2),
+                    round_up(some, K_BLOCK) / group, group, unpacked[block]);
+                const uint8_t* later = first + some < k ? from + nibble_bytes(first + some) : from + next;
+                for (int64_t line = 0; line < nibble_bytes(chunk); line += 64) __builtin_prefetch(later + line, 0, 2);
+            }
+            const Rows own{a.groups, a.stride, 1, some, 0, a.at + part * a.part_stride + done};
+            kernels->panel(own, unpacked[0], sizeof unpacked[0], rows, cols, first > 0, c);
+        }
+}
+
 // A part of a layer's output from its panel of codes; outputs are of the panel's rows. Part counts output columns, of
 // which a gated layer has half as many as sums.
 static void multiply_panel(
     const Layer& layer, const Rows& a, const Part& part, const Output* outputs, bool gated, int dtype) {
     static thread_local Scratch sum_scratch;
     auto* sums = sum_scratch.get<int32_t>(round_up(part.rows, TILE_ROWS) * TILE_COLS);
-    const ptrdiff_t block = block_bytes(layer.k);
     const int64_t gates = layer.n / 2, step = gated ? BLOCK_COLS : TILE_COLS;
+    const ptrdiff_t block = layer.bytes_of_block(), second = gated ? gates / BLOCK_COLS * block : block;
     for (int64_t col = part.first; col < part.last; col += step) {
         const int8_t* b = layer.packed + col / BLOCK_COLS * block;
         const int64_t count = part.last - col < step ? part.last - col : step;
-        if (gated) {
-            kernels->panel(a, b, gates / BLOCK_COLS * block, part.rows, TILE_COLS, sums);
+        const int cols = gated || count > BLOCK_COLS ? TILE_COLS : BLOCK_COLS;
+        if (layer.group)
+            multiply_four_bits(
+                a, reinterpret_cast<const uint8_t*>(b), second, step / BLOCK_COLS * block, layer.k, layer.group,
+                part.rows, cols, sums);
+        else
+            kernels->panel(a, b, second, part.rows, cols, false, sums);
+        if (gated)
             kernels->gated_epilogue(
                 sums, outputs, part.rows, col, gates, layer.weight_scale, layer.column_sum, dtype);
-        } else {
-            kernels->panel(a, b, block, part.rows, count > BLOCK_COLS ? TILE_COLS : BLOCK_COLS, sums);
+        else
             kernels->epilogue(sums, outputs, part.rows, col, count, layer.weight_scale, layer.column_sum, dtype);
-        }
     }
 }
 
@@ -661,7 +714,7 @@ static void upsample(
             const int64_t down = place / 2, across = place % 2, first = place * n;
             Layer own = layer;
             own.n = n;
-            own.packed += first / BLOCK_COLS * block_bytes(layer.k);
+            own.packed += first / BLOCK_COLS * layer.bytes_of_block();
             own.weight_scale += first;
             own.column_sum += first;
             const auto out_of = [&](int64_t row) {
@@ -820,6 +873,7 @@ static bool fits(std::initializer_list<int64_t> sizes) {
 constexpr int64_t MOST_K = (1 << 24) - 1;                   // a sum of int8 weights stays in int32
 constexpr int64_t MOST_KEYS = INT32_MAX / (255 * 127), MOST_WIDTH = 1 << 15;  // and so do attention's products
 
+static bool are_four_bits(int64_t group) { return group == 32 || group == 64; }
 static bool are_bits(int32_t bits) { return bits >= 2 && bits <= 8; }
 
 static void check_call(int32_t dtype, int32_t threads) {
@@ -838,6 +892,7 @@ static void check_layer(const Layer& layer) {
     expect(layer.stride >= 1 && layer.padding >= 0, WINDOW);
     const int32_t block = layer.rotation;
     expect(block == 0 || ((block == 16 || block == 64 || block == 256) && channels % block == 0), ROTATION);
+    expect(!layer.group || are_four_bits(layer.group), GROUP);
 }
 
 static void check_norm(const Norm& norm, bool fitting) {
@@ -897,7 +952,7 @@ template <class Body> static int32_t guarded(const Body& body) {
 extern "C" {
 
 // Changes with every change of the structures or functions below.
-int32_t dgq_abi() { return 10; }
+int32_t dgq_abi() { return 11; }
 
 // The sizes of Layer, Stored, Norm and Attention, for callers that describe them once more.
 int64_t dgq_struct_bytes(int32_t which) {
@@ -919,20 +974,26 @@ int32_t dgq_use(int32_t isa, void* region) {
     return dgq::NONE;
 }
 
-// Of a weight (n, k); 0 where there can be none of such sizes.
-int64_t dgq_packed_bytes(int64_t n, int64_t k) {
-    if (!dgq::fits({n, k}) || k > dgq::MOST_K) return 0;
-    return dgq::round_up(n, dgq::TILE_COLS) / dgq::BLOCK_COLS * dgq::block_bytes(k);
+// Of a weight (n, k), in four bits with sub-scales of `group` values, or in eight for 0; 0 where there can be none of such
+// sizes.
+int64_t dgq_packed_bytes(int64_t n, int64_t k, int64_t group) {
+    using namespace dgq;
+    if (!fits({n, k}) || k > MOST_K || (group && !are_four_bits(group))) return 0;
+    return round_up(n, TILE_COLS) / BLOCK_COLS * (group ? four_bit_bytes(k, group) : block_bytes(k));
 }
 
-// A stored weight to the engine's blocks, its sums over k to column_sum (n,), and the sums of its sizes to size_sum (n,).
+// A stored weight to the engine's blocks, in four bits for the `group` of a weight in its own order, or in eight for 0;
+// its sums over k to column_sum (n,), and the sums of its sizes to size_sum (n,).
 int32_t dgq_pack(
-    const dgq::Stored* stored, int8_t* packed, int32_t* column_sum, int64_t* size_sum, int32_t threads) {
+    const dgq::Stored* stored, int64_t group, int8_t* packed, int32_t* column_sum, int64_t* size_sum,
+    int32_t threads) {
     using namespace dgq;
     return guarded([&] {
         check_call(FLOAT32, threads);
         expect(stored && packed && column_sum && size_sum, NO_POINTER);
         check_stored(*stored);
+        const bool same = are_four_bits(group) && group == stored->group && !stored->weight && !stored->order;
+        expect(!group || same, GROUP);
         const int64_t n = stored->n, k = stored->k;
         parallel(threads, round_up(n, TILE_COLS) / BLOCK_COLS, [&](int64_t block) {
             const int64_t first = block * BLOCK_COLS, rows = n - first < BLOCK_COLS ? n - first : BLOCK_COLS;
@@ -949,7 +1010,28 @@ int32_t dgq_pack(
                 column_sum[first + row] = sum;
                 size_sum[first + row] = size;
             }
-            pack_rows(values, rows < 0 ? 0 : rows, k, 0, packed + block * block_bytes(k));
+            if (group)
+                pack_nibbles(*stored, block, reinterpret_cast<uint8_t*>(packed + block * four_bit_bytes(k, group)));
+            else
+                pack_rows(values, rows < 0 ? 0 : rows, k, 0, packed + block * block_bytes(k));
+        });
+    });
+}
+
+// Blocks [first, first + count) of a layer of four bits to those that eight would have.
+int32_t dgq_unpack(const dgq::Layer* layer, int64_t first, int64_t count, int8_t* out, int32_t threads) {
+    using namespace dgq;
+    return guarded([&] {
+        check_call(FLOAT32, threads);
+        expect(layer && out, NO_POINTER);
+        check_layer(*layer);
+        expect(layer->group, GROUP);
+        const int64_t k = layer->k, group = layer->group;
+        expect(first >= 0 && count >= 0 && first + count <= round_up(layer->n, TILE_COLS) / BLOCK_COLS, LAYER_SIZES);
+        parallel(threads, count, [&](int64_t block) {
+            const auto* from = reinterpret_cast<const uint8_t*>(layer->packed) + (first + block) * four_bit_bytes(k, group);
+            kernels->unpack(
+                from, from + nibble_bytes(k), round_up(k, K_BLOCK) / group, group, out + block * block_bytes(k));
         });
     });
 }

@@ -17,6 +17,7 @@ constexpr int TILE_COLS = 2 * BLOCK_COLS;
 constexpr int MOST_COLUMNS = 64, SUBSCALES = 15;
 constexpr int WIDE_BITS = 16;  // of codes that are multiplied in two halves
 constexpr int K_BLOCK = 64;  // bytes of K in a cache line, and in an AMX tile row
+constexpr int UNPACKED_K = 512;  // of K whose four-bit weights are unpacked together: two blocks of columns are 16 KiB
 constexpr int KEY_BLOCK = 128;  // keys that attention passes over together
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
@@ -37,12 +38,12 @@ struct Codes {
 };
 
 // Where the rows of A are, in groups of 16 that are evenly spaced. K comes in parts (the lines of a convolution's
-// kernel), each a multiple of 64 bytes where there are several.
+// kernel), each a multiple of 64 bytes where there are several. They begin `at` bytes behind the groups' pointers.
 struct Rows {
     const uint8_t* const* groups;
     ptrdiff_t stride;
     int64_t parts, part_k;
-    ptrdiff_t part_stride;
+    ptrdiff_t part_stride, at = 0;
 };
 
 // What becomes of a row of sums. Bias, residual and out point at column 0; the first two may be null.
@@ -185,8 +186,11 @@ struct Kernels {
     void (*values)(
         const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t b_stride, int64_t k, int rows, int64_t cols,
         const uint32_t* live, int32_t* c, ptrdiff_t ldc);
-    // The sums of a panel of rows and 16 or 32 columns, in rows of 32; room for whole groups of rows.
-    void (*panel)(const Rows& a, const int8_t* b, ptrdiff_t b_stride, int64_t rows, int cols, int32_t* c);
+    // The sums of a panel of rows and 16 or 32 columns, in rows of 32, on top of what is there where `more` says so; room
+    // for whole groups of rows.
+    void (*panel)(const Rows& a, const int8_t* b, ptrdiff_t b_stride, int64_t rows, int cols, bool more, int32_t* c);
+    // Some groups of K of a block of four-bit weights (see four_bit_bytes), as tile takes them.
+    void (*unpack)(const uint8_t* nibbles, const uint8_t* subscales, int64_t groups, int64_t group, int8_t* out);
     // Rows [first, first + 16), as far as there are some, of at most MOST_COLUMNS columns.
     void (*round_columns)(const Columns& columns, int64_t first);
     void (*search_subscales)(const Groups& groups, int64_t row);
@@ -276,5 +280,13 @@ inline Codes codes_of(const Range& range, int bits) {
 
 // The packed weight of a product: ceil(n / 16) blocks of [round_up(k, 64) / 4][16][4] bytes.
 inline int64_t block_bytes(int64_t k) { return round_up(k, K_BLOCK) * BLOCK_COLS; }
+
+// The same of a two-level weight in four bits, whose sub-scales are of 32 or 64 values of K: in a block come first
+// [round_up(k, 64) / group][group / 8][16][4] bytes, each the codes plus 8 of values i and group / 2 + i of its group, i
+// counted over the second and last axis; then [round_up(k, 64) / group][8] sub-scales, of columns i and 8 + i.
+inline int64_t nibble_bytes(int64_t k) { return round_up(k, K_BLOCK) * BLOCK_COLS / 2; }
+inline int64_t four_bit_bytes(int64_t k, int64_t group) {
+    return round_up(nibble_bytes(k) + round_up(k, K_BLOCK) / group * (BLOCK_COLS / 2), K_BLOCK);
+}
 
 }  // namespace dgq

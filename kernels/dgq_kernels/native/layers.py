@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..packing import GROUP_SIZES
 from .checks import checked, laid_out, on_cpu, other_channels
 from .library import BLOCK, DTYPES, LayerStruct, NormStruct, Pointer, StoredStruct, loaded
 
@@ -75,7 +76,8 @@ class Layer:
         rotation: channels of a block that is rotated after the division (`dgq_kernels.rotation`), or 0.
 
     Attributes:
-        packed: int8, the weight in the engine's blocks.
+        packed: int8, the weight in the engine's blocks: in four bits where it came so, in its own order.
+        group: of sub-scales in `packed`, 0 where that has eight bits.
         column_sum: int32 (N,), sums of the weight over K.
 
     Raises:
@@ -104,34 +106,35 @@ class Layer:
             tensors["order"] = checked("order", order, order.dtype, channels).to(torch.int32)
         pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         stored = StoredStruct(n=n, k=k, channels=channels, group=group, **pointers)
-        packed = torch.empty(engine.library.dgq_packed_bytes(n, k), dtype=torch.int8)
+        kept = group if order is None and group in GROUP_SIZES else 0
+        packed = torch.empty(engine.library.dgq_packed_bytes(n, k, kept), dtype=torch.int8)
         column_sum, sizes = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int64)
         results = packed.data_ptr(), column_sum.data_ptr(), sizes.data_ptr()
-        engine.check(engine.library.dgq_pack(ctypes.addressof(stored), *results, torch.get_num_threads()))
+        engine.check(engine.library.dgq_pack(ctypes.addressof(stored), kept, *results, torch.get_num_threads()))
         if int(sizes.max()) * (2 ** min(bits, 8) - 1) >= 2**31:
             raise OverflowError(f"a sum over {k} products could overflow int32")
-        self._bind(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation)
+        self._bind(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation, kept)
 
     @classmethod
     def of_blocks(
         cls, packed: Tensor, weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None, inv_divisor: Tensor | None,
-        k: int, bits: int, kernel: int = 1, stride: int = 1, padding: int = 0, rotation: int = 0,
+        k: int, bits: int, kernel: int = 1, stride: int = 1, padding: int = 0, rotation: int = 0, group: int = 0,
     ) -> Layer:  # fmt: skip
         """The layer of the tensors that another one packed. Raises ValueError as the constructor."""
         layer = cls.__new__(cls)
-        layer._bind(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation)
+        layer._bind(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation, group)
         return layer
 
     def _bind(
         self, packed: Tensor, weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None,
-        inv_divisor: Tensor | None, k: int, bits: int, kernel: int, stride: int, padding: int, rotation: int,
+        inv_divisor: Tensor | None, k: int, bits: int, kernel: int, stride: int, padding: int, rotation: int, group: int,
     ) -> None:  # fmt: skip
         engine = loaded()
         n, channels = column_sum.shape[0], k // kernel**2 if kernel > 0 else 0
         self.n, self.k, self.channels = n, k, channels
         self.bits, self.kernel, self.stride, self.padding = bits, kernel, stride, padding
-        self.rotation = rotation
-        self.packed = checked("packed", packed, torch.int8, engine.library.dgq_packed_bytes(n, k))
+        self.rotation, self.group = rotation, group
+        self.packed = checked("packed", packed, torch.int8, engine.library.dgq_packed_bytes(n, k, group))
         self.column_sum = checked("column_sum", column_sum, torch.int32, n)
         self.bias = None if bias is None else checked("bias", bias, torch.float32, n)
         self.set_scales(weight_scale, inv_divisor)
@@ -148,7 +151,7 @@ class Layer:
         addresses = [None if x is None else x.data_ptr() for x in tensors]
         bits, kernel, stride, padding = self.bits, self.kernel, self.stride, self.padding
         self.divisor_address = addresses[-1]
-        self._struct = LayerStruct(*addresses, n, k, channels, bits, kernel, stride, padding, self.rotation)
+        self._struct = LayerStruct(*addresses, n, k, channels, bits, kernel, stride, padding, self.rotation, self.group)
         self._address = ctypes.addressof(self._struct)
         self._addresses = (Pointer * 1)(self._address)
         self._engine = engine
@@ -160,8 +163,17 @@ class Layer:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the int8 matrix, from their blocks alone; start is a multiple of BLOCK."""
-        quads = self.packed.view(torch.int32).view(-(-self.n // (2 * BLOCK)) * 2, -1, BLOCK)  # 4 values, moved as one
-        blocks = quads[start // BLOCK : -(-stop // BLOCK)].transpose(1, 2)
+        first, count = start // BLOCK, -(-stop // BLOCK) - start // BLOCK
+        block_bytes = self._engine.library.dgq_packed_bytes(2 * BLOCK, self.k, 0) // 2
+        if self.group:
+            packed = torch.empty(count * block_bytes, dtype=torch.int8)
+            call = self._engine.library.dgq_unpack
+            self._engine.check(call(self._address, first, count, packed.data_ptr(), torch.get_num_threads()))
+            first = 0
+        else:
+            packed = self.packed
+        quads = packed.view(torch.int32).view(packed.numel() // block_bytes, -1, BLOCK)  # 4 values, moved as one
+        blocks = quads[first : first + count].transpose(1, 2)
         rows = blocks.contiguous().view(torch.int8).flatten(0, 1)
         return rows[: stop - start, : self.k].contiguous()
 
@@ -202,7 +214,7 @@ class Layer:
         if torch.compiler.is_compiling():
             y: Tensor = torch.ops.dgq.engine_conv2d(
                 x, self.packed, self.weight_scale, self.column_sum, self.bias, self.inv_divisor, self.bits, self.kernel,
-                self.stride, self.padding, self.rotation, residual, sample_bias, *norm_arguments(norm),
+                self.stride, self.padding, self.rotation, self.group, residual, sample_bias, *norm_arguments(norm),
             )  # fmt: skip
             return y
         if x.dim() != 4 or x.shape[1] != self.channels:
@@ -244,7 +256,9 @@ class Layer:
                 a multiple of 16 outputs, 16 bits, a kernel of 2 and a padding of 1, with divisors or a rotation.
         """
         if torch.compiler.is_compiling():
-            y: Tensor = torch.ops.dgq.engine_upsample(x, self.packed, self.weight_scale, self.column_sum, self.bias)
+            y: Tensor = torch.ops.dgq.engine_upsample(
+                x, self.packed, self.weight_scale, self.column_sum, self.bias, self.group
+            )
             return y
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise other_channels(self.channels, x)
@@ -276,7 +290,7 @@ def linear(
     if torch.compiler.is_compiling():
         compiled: list[Tensor] = torch.ops.dgq.engine_linear(
             x, *([getattr(layer, name) for layer in layers] for name in _PARTS), one.inv_divisor, one.bits,
-            one.rotation, residual, gated, *norm_arguments(norm),
+            one.rotation, [layer.group for layer in layers], residual, gated, *norm_arguments(norm),
         )  # fmt: skip
         return compiled
     *lead, channels = x.shape

@@ -13,7 +13,7 @@ import torch
 
 from .build import LIBRARY
 
-ABI = 10
+ABI = 11
 ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx", "neon-dot", "neon-i8mm")
 BLOCK = 16  # output channels in a block of the packed weight
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -27,7 +27,7 @@ class LayerStruct(ctypes.Structure):
     _fields_ = (
         *((name, Pointer) for name in ("packed", "weight_scale", "column_sum", "bias", "inv_divisor")),
         *((name, Long) for name in ("n", "k", "channels")),
-        *((name, Int) for name in ("bits", "kernel", "stride", "padding", "rotation")),
+        *((name, Int) for name in ("bits", "kernel", "stride", "padding", "rotation", "group")),
     )
 
 
@@ -66,8 +66,9 @@ _SIGNATURES: dict[str, tuple[type, Sequence[type]]] = {
     "dgq_error": (ctypes.c_char_p, (Int,)),
     "dgq_supported": (Int, (Int,)),
     "dgq_use": (Int, (Int, Pointer)),
-    "dgq_packed_bytes": (Long, (Long, Long)),
-    "dgq_pack": (Int, (Pointer, Pointer, Pointer, Pointer, Int)),
+    "dgq_packed_bytes": (Long, (Long, Long, Long)),
+    "dgq_pack": (Int, (Pointer, Long, Pointer, Pointer, Pointer, Int)),
+    "dgq_unpack": (Int, (Pointer, Long, Long, Pointer, Int)),
     "dgq_check_layer": (Int, (Pointer,)),
     "dgq_linear": (
         Int,

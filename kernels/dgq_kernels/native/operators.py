@@ -14,18 +14,19 @@ _NORM = "Tensor? gain, Tensor? shift, float eps, int groups, bool silu"
 torch.library.define(
     "dgq::engine_linear",
     "(Tensor x, Tensor[] packed, Tensor[] weight_scale, Tensor[] column_sum, Tensor?[] bias, Tensor? inv_divisor, "
-    f"int bits, int rotation, Tensor? residual, bool gated, {_NORM}) -> Tensor[]",
+    f"int bits, int rotation, int[] group, Tensor? residual, bool gated, {_NORM}) -> Tensor[]",
     tags=_ANY_LAYOUT,
 )
 torch.library.define(
     "dgq::engine_conv2d",
     "(Tensor x, Tensor packed, Tensor weight_scale, Tensor column_sum, Tensor? bias, Tensor? inv_divisor, int bits, "
-    f"int kernel, int stride, int padding, int rotation, Tensor? residual, Tensor? sample_bias, {_NORM}) -> Tensor",
+    "int kernel, int stride, int padding, int rotation, int group, Tensor? residual, Tensor? sample_bias, "
+    f"{_NORM}) -> Tensor",
     tags=_ANY_LAYOUT,
 )
 torch.library.define(
     "dgq::engine_upsample",
-    "(Tensor x, Tensor packed, Tensor weight_scale, Tensor column_sum, Tensor? bias) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor weight_scale, Tensor column_sum, Tensor? bias, int group) -> Tensor",
     tags=_ANY_LAYOUT,
 )
 
@@ -35,44 +36,47 @@ def _norm_of(gain: Tensor | None, shift: Tensor | None, eps: float, groups: int,
 
 
 @torch.library.impl("dgq::engine_linear", "CPU")
-def _(x, packed, weight_scale, column_sum, bias, inv_divisor, bits, rotation, residual, gated, *norm):
+def _(x, packed, weight_scale, column_sum, bias, inv_divisor, bits, rotation, group, residual, gated, *norm):
     parts = zip(packed, weight_scale, column_sum, bias, strict=True)
-    layers = [Layer.of_blocks(*part, inv_divisor, x.shape[-1], bits, rotation=rotation) for part in parts]
+    layers = [
+        Layer.of_blocks(*part, inv_divisor, x.shape[-1], bits, rotation=rotation, group=own)
+        for part, own in zip(parts, group, strict=True)
+    ]
     return linear(layers, x, residual, gated, _norm_of(*norm))
 
 
 @torch.library.register_fake("dgq::engine_linear")
-def _(x, packed, weight_scale, column_sum, bias, inv_divisor, bits, rotation, residual, gated, *norm):
+def _(x, packed, weight_scale, column_sum, bias, inv_divisor, bits, rotation, group, residual, gated, *norm):
     shrink = 2 if gated else 1
     return [x.new_empty((*x.shape[:-1], scale.shape[0] // shrink)) for scale in weight_scale]
 
 
 @torch.library.impl("dgq::engine_conv2d", "CPU")
 def _(
-    x, packed, weight_scale, column_sum, bias, inv_divisor, bits, kernel, stride, padding, rotation, residual,
-    sample_bias, *norm,
+    x, packed, weight_scale, column_sum, bias, inv_divisor, bits, kernel, stride, padding, rotation, group,
+    residual, sample_bias, *norm,
 ):  # fmt: skip
     k = kernel**2 * x.shape[1]
     layer = Layer.of_blocks(
-        packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation
+        packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation, group
     )
     return layer.conv2d(x, residual, sample_bias, _norm_of(*norm))
 
 
 @torch.library.register_fake("dgq::engine_conv2d")
 def _(
-    x, packed, weight_scale, column_sum, bias, inv_divisor, bits, kernel, stride, padding, rotation, residual,
-    sample_bias, *norm,
+    x, packed, weight_scale, column_sum, bias, inv_divisor, bits, kernel, stride, padding, rotation, group,
+    residual, sample_bias, *norm,
 ):  # fmt: skip
     return empty_picture(x, weight_scale.shape[0], kernel, stride, padding)
 
 
 @torch.library.impl("dgq::engine_upsample", "CPU")
-def _(x, packed, weight_scale, column_sum, bias):
-    layer = Layer.of_blocks(packed, weight_scale, column_sum, bias, None, 4 * x.shape[1], 16, 2, 1, 1)
+def _(x, packed, weight_scale, column_sum, bias, group):
+    layer = Layer.of_blocks(packed, weight_scale, column_sum, bias, None, 4 * x.shape[1], 16, 2, 1, 1, group=group)
     return layer.upsample(x)
 
 
 @torch.library.register_fake("dgq::engine_upsample")
-def _(x, packed, weight_scale, column_sum, bias):
+def _(x, packed, weight_scale, column_sum, bias, group):
     return empty_upsampled(x, weight_scale.shape[0])
