@@ -118,7 +118,7 @@ class Prepared:
 
 
 class Engine(Prepared):
-    """int8 in the CPU engine's blocks, which take the place of the stored weight.
+    """The weight in the CPU engine's blocks, which take the place of the stored one.
 
     Attributes:
         engine: the packed layer.

@@ -115,20 +115,29 @@ static void pack_nibbles(const Stored& stored, int64_t block, uint8_t* out) {
     uint8_t* subscales = out + nibble_bytes(stored.k);
     std::memset(out, 0x88, subscales - out);
     std::memset(subscales, 0, four_bit_bytes(stored.k, group) - (subscales - out));
-    for (int64_t col = 0, row = block * BLOCK_COLS; col < BLOCK_COLS && row < stored.n; ++col, ++row) {
-        const uint8_t* nibbles = stored.packed + row * groups * 4 * words;
-        const uint8_t* scales = stored.subscales + row * ceil_div(groups, 2);
-        for (int64_t g = 0; g < groups; ++g) {
-            for (int64_t i = g * words; i < (g + 1) * words; ++i) {
+    constexpr int64_t some = 32;  // groups: 8 or 16 KiB of the block, which stay in the first-level cache for all columns
+    for (int64_t first = 0; first < groups; first += some) {
+        const int64_t end = groups - first < some ? groups : first + some;
+        for (int64_t col = 0, row = block * BLOCK_COLS; col < BLOCK_COLS && row < stored.n; ++col, ++row) {
+            const uint8_t* nibbles = stored.packed + row * groups * 4 * words;
+            const uint8_t* scales = stored.subscales + row * ceil_div(groups, 2);
+            for (int64_t i = first * words; i < end * words; ++i) {
                 uint32_t codes;
                 std::memcpy(&codes, nibbles + 4 * i, 4);
                 codes ^= 0x88888888u;
                 std::memcpy(out + i * 4 * BLOCK_COLS + 4 * col, &codes, 4);
             }
-            const int scale = scales[g / 2] >> (g % 2 * 4) & 15;
-            subscales[8 * g + col % 8] |= static_cast<uint8_t>(scale << (col / 8 * 4));
+            for (int64_t g = first; g < end; ++g) {
+                const int scale = scales[g / 2] >> (g % 2 * 4) & 15;
+                subscales[8 * g + col % 8] |= static_cast<uint8_t>(scale << (col / 8 * 4));
+            }
         }
     }
+}
+
+// On its own, since GCC would do one value after the other where the pointer is captured.
+static void to_sizes(int8_t* values, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) values[i] = values[i] < 0 ? -values[i] : values[i];
 }
 
 // NaN where the range is infinite.
@@ -995,8 +1004,25 @@ int32_t dgq_pack(
         const bool same = are_four_bits(group) && group == stored->group && !stored->weight && !stored->order;
         expect(!group || same, GROUP);
         const int64_t n = stored->n, k = stored->k;
+        const std::vector<uint8_t> ones(round_up(k, K_BLOCK), 1);
         parallel(threads, round_up(n, TILE_COLS) / BLOCK_COLS, [&](int64_t block) {
-            const int64_t first = block * BLOCK_COLS, rows = n - first < BLOCK_COLS ? n - first : BLOCK_COLS;
+            const int64_t first = block * BLOCK_COLS;
+            const int64_t rows = n <= first ? 0 : n - first < BLOCK_COLS ? n - first : BLOCK_COLS;
+            if (group) {
+                auto* to = reinterpret_cast<uint8_t*>(packed + block * four_bit_bytes(k, group));
+                pack_nibbles(*stored, block, to);
+                auto* values = panel_scratch().get<int8_t>(block_bytes(k));
+                kernels->unpack(to, to + nibble_bytes(k), round_up(k, K_BLOCK) / group, group, values);
+                const auto sum_to = [&](auto* out) {
+                    int32_t sums[GROUP_ROWS * TILE_COLS];
+                    kernels->tile(ones.data(), 0, values, 0, k, 1, BLOCK_COLS, ZEROS, 0, sums, TILE_COLS);
+                    for (int64_t row = 0; row < rows; ++row) out[first + row] = sums[row];
+                };
+                sum_to(column_sum);
+                to_sizes(values, block_bytes(k));
+                sum_to(size_sum);
+                return;
+            }
             int8_t* values = panel_scratch().get<int8_t>(BLOCK_COLS * k + k + stored->group);
             for (int64_t row = 0; row < rows; ++row) {
                 int8_t* out = values + row * k;
@@ -1010,10 +1036,7 @@ int32_t dgq_pack(
                 column_sum[first + row] = sum;
                 size_sum[first + row] = size;
             }
-            if (group)
-                pack_nibbles(*stored, block, reinterpret_cast<uint8_t*>(packed + block * four_bit_bytes(k, group)));
-            else
-                pack_rows(values, rows < 0 ? 0 : rows, k, 0, packed + block * block_bytes(k));
+            pack_rows(values, rows, k, 0, packed + block * block_bytes(k));
         });
     });
 }

@@ -113,7 +113,9 @@ class Layer:
         engine.check(engine.library.dgq_pack(ctypes.addressof(stored), kept, *results, torch.get_num_threads()))
         if int(sizes.max()) * (2 ** min(bits, 8) - 1) >= 2**31:
             raise OverflowError(f"a sum over {k} products could overflow int32")
-        self._bind(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation, kept)
+        self._bind(
+            packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation, kept
+        )
 
     @classmethod
     def of_blocks(
@@ -122,12 +124,14 @@ class Layer:
     ) -> Layer:  # fmt: skip
         """The layer of the tensors that another one packed. Raises ValueError as the constructor."""
         layer = cls.__new__(cls)
-        layer._bind(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation, group)
+        layer._bind(
+            packed, weight_scale, column_sum, bias, inv_divisor, k, bits, kernel, stride, padding, rotation, group
+        )
         return layer
 
     def _bind(
-        self, packed: Tensor, weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None,
-        inv_divisor: Tensor | None, k: int, bits: int, kernel: int, stride: int, padding: int, rotation: int, group: int,
+        self, packed: Tensor, weight_scale: Tensor, column_sum: Tensor, bias: Tensor | None, inv_divisor: Tensor | None,
+        k: int, bits: int, kernel: int, stride: int, padding: int, rotation: int, group: int,
     ) -> None:  # fmt: skip
         engine = loaded()
         n, channels = column_sum.shape[0], k // kernel**2 if kernel > 0 else 0
