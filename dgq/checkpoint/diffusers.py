@@ -326,8 +326,7 @@ class DgqQuantizer(DiffusersQuantizer):
             if not finite(stored):
                 place = weights_place(self._files)
                 raise DgqError(f"{place}: tensor {param_name!r} holds values that are not finite")
-            device = torch.device(target_device)
-            self._arrivals.take(param_name, stored, device, stays(device))
+            self._arrivals.take(param_name, stored, torch.device(target_device))
             native.page_out(stored)
             return
         module_name, _, leaf = param_name.rpartition(".")
@@ -371,6 +370,7 @@ def prepare_where_it_stays(model: nn.Module) -> None:
     before a first call."""
     if all(stays(weight.device) for weight in model.parameters()):
         prepare_all(model, torch.device("cpu"))
+        native.give_back()
 
 
 def _make_quantized(model: Any) -> None:

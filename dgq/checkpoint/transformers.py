@@ -25,7 +25,7 @@ from ..integer.plan import Layer
 from ..integer.skeleton import SplitLayer, fuse
 from . import checksums
 from .apply import apply_header
-from .diffusers import DgqConfig, check_asked, made_header, prepare_where_it_stays, save_pretrained, stays
+from .diffusers import DgqConfig, check_asked, made_header, prepare_where_it_stays, save_pretrained
 from .header import QUANT_METHOD
 from .reading import verify_tensors, weights_place
 from .values import verify_values
@@ -120,7 +120,7 @@ class _Arrival(ConversionOps):
     ) -> dict[str, Tensor]:
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
-            self.arrivals.take(name, tensor, tensor.device, stays(tensor.device))
+            self.arrivals.take(name, tensor, tensor.device)
             if missing_keys is not None:
                 missing_keys.discard(name)
         return {}

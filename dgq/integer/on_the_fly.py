@@ -156,14 +156,13 @@ class Arrivals:
         """Whether a tensor of this name belongs to a layer that is quantized."""
         return name.rpartition(".")[0] in self._layers
 
-    def take(self, name: str, tensor: Tensor, device: torch.device, prepare: bool) -> None:
+    def take(self, name: str, tensor: Tensor, device: torch.device) -> None:
         """Take a weight or a bias, of any float dtype and shaped as the float layer's, to a device.
 
         Args:
             name: of the tensor in the network.
             tensor: as the file has it.
             device: where the layer goes.
-            prepare: make the backend's form of the layer as soon as it is there, which takes the stored one's place.
         """
         owner, _, leaf = name.rpartition(".")
         layers, value = self._layers[owner], tensor.detach().to(device, torch.float32)
@@ -175,9 +174,6 @@ class Arrivals:
             return
         weights, bias = self._weights.pop(owner), self._biases.pop(owner, None)
         made = [packed(layer, weight, bias) for layer, weight in zip(layers, weights, strict=True)]
-        if prepare:
-            for layer in made:
-                layer.prepare(layer.weight_scale.device)
         self._network.set_submodule(owner, SplitLayer.of(made) if layers[0].plan.columns else made[0])
         self._since += sum(layer.plan.out_features * layer.plan.reduction for layer in layers)
         if self._since > GIVE_BACK_WEIGHTS:

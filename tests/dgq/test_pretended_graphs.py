@@ -169,11 +169,11 @@ def test_loras_of_files(tiny_checkpoint, tiny_pipeline, tmp_path, current, monke
         assert pipe.unet.forward.pool is not pool  # what is captured on another device takes no memory of the first
     assert not told(caplog)
     assert {device for _, device in mode.ran} == {PLACE, did.place}
-    assert distance(alone, mixed) > 0.06 < distance(mixed, plain)
+    assert distance(alone, mixed) > 0.18 < distance(mixed, plain)
     monkeypatch.setenv("DGQ_BACKEND", "reference")
     pipe = dgq.load(tiny_checkpoint, device="cpu")
     load(pipe)
-    assert distance(draw(pipe, settings), mixed) < 0.06
+    assert distance(draw(pipe, settings), mixed) < 0.12  # single codes move, and guidance magnifies what they do
 
 
 @pytest.mark.slow

@@ -86,20 +86,22 @@ struct Made {
             for (auto* bytes : {&nibbles, &subscales})
                 for (uint8_t& byte : *bytes) byte = static_cast<uint8_t>(draw());
             for (int64_t i = 0; i < channels; ++i) order.push_back(static_cast<int32_t>((i + 1) % channels));
-            stored.packed = nibbles.data(), stored.subscales = subscales.data(), stored.order = order.data();
+            stored.packed = nibbles.data(), stored.subscales = subscales.data();
+            if (divided) stored.order = order.data();
         } else {
             weight.resize(n * k);
             for (int8_t& value : weight) value = static_cast<int8_t>(draw());
             for (int64_t i = 0; i < k; ++i) weight[i] = -128;  // one column at the end of its range
             stored.weight = weight.data();
         }
-        packed.resize(dgq_packed_bytes(n, k));
+        const int32_t kept = two_level && !divided ? group : 0;  // packed in four bits
+        packed.resize(dgq_packed_bytes(n, k, kept));
         column_sum.resize(n), sizes.resize(n);
-        must(dgq_pack(&stored, packed.data(), column_sum.data(), sizes.data(), 1), "pack");
+        must(dgq_pack(&stored, kept, packed.data(), column_sum.data(), sizes.data(), 1), "pack");
         scale = floats(n, 0.1f, 1.1f), bias = floats(n, -9.0f, 9.0f), divisor = floats(channels, 0.5f, 1.5f);
         for (float& value : scale) value /= static_cast<float>(k);
         layer = {packed.data(), scale.data(), column_sum.data(), bias.data(), divided ? divisor.data() : nullptr,
-                 n, k, channels, bits, kernel, stride, padding};
+                 n, k, channels, bits, kernel, stride, padding, 0, kept};
     }
     Hash hash() const {
         Hash hash;

@@ -334,7 +334,7 @@ def test_the_library_refuses_a_picture(name, values):
 def test_the_library_refuses_a_stored_weight(name, values):
     packed, subscales = torch.zeros(5, 48, dtype=torch.uint8), torch.zeros(5, 2, dtype=torch.uint8)
     library = native.library.loaded().library
-    out = torch.zeros(library.dgq_packed_bytes(5, 70), dtype=torch.int8)
+    out = torch.zeros(library.dgq_packed_bytes(5, 70, 0), dtype=torch.int8)
     sums, sizes = torch.zeros(5, dtype=torch.int32), torch.zeros(5, dtype=torch.int64)
     order = torch.arange(70, dtype=torch.int32)
     fields = {
@@ -349,9 +349,44 @@ def test_the_library_refuses_a_stored_weight(name, values):
     results = out.data_ptr(), sums.data_ptr(), sizes.data_ptr()
     for value in [fields[name], *values]:
         struct = native.library.StoredStruct(**{**fields, name: value})
-        answer = call("dgq_pack", ctypes.addressof(struct), *results, 1)
+        answer = call("dgq_pack", ctypes.addressof(struct), 0, *results, 1)
         assert (answer == "done") == (value == fields[name]), value
-    assert [library.dgq_packed_bytes(*size) for size in ((-1, 5), (5, 0), (2**40, 2**40), (1, 2**24))] == [0] * 4
+    sizes = (-1, 5, 0), (5, 0, 0), (2**40, 2**40, 0), (1, 2**24, 0), (5, 70, 31), (5, 70, 128), (5, 70, -32)
+    assert [library.dgq_packed_bytes(*size) for size in sizes] == [0] * len(sizes)
+
+
+@pytest.mark.parametrize(
+    "change, group", [({}, 64), ({}, 16), ({}, -32), ({"group": 96}, 96), ({"order": True}, 32), ({"weight": True}, 32)]
+)
+def test_the_library_packs_four_bits_of_what_has_them(change, group):
+    """Of a stored weight in its own order, by the sub-scales that it has."""
+    stored = torch.zeros(5, 96, dtype=torch.uint8)
+    order = torch.arange(70, dtype=torch.int32)
+    library = native.library.loaded().library
+    out = torch.zeros(library.dgq_packed_bytes(5, 70, 32), dtype=torch.int8)
+    sums, sizes = torch.zeros(5, dtype=torch.int32), torch.zeros(5, dtype=torch.int64)
+    results = out.data_ptr(), sums.data_ptr(), sizes.data_ptr()
+    fields = {"packed": stored.data_ptr(), "subscales": stored.data_ptr(), "n": 5, "k": 70, "channels": 70, "group": 32}
+    good = native.library.StoredStruct(**fields)
+    assert call("dgq_pack", ctypes.addressof(good), 32, *results, 1) == "done"
+    places = {"order": order.data_ptr(), "weight": stored.data_ptr()}
+    other = native.library.StoredStruct(
+        **{**fields, **{name: places.get(name, value) for name, value in change.items()}}
+    )
+    assert "group" in call("dgq_pack", ctypes.addressof(other), group, *results, 1)
+
+
+def test_the_library_unpacks_blocks_that_are_there():
+    packed, subscales = torch.zeros(40, 64, dtype=torch.uint8), torch.zeros(40, 2, dtype=torch.uint8)
+    rest = torch.ones(40), None, None, 8
+    four = native.Layer(native.TwoLevel(packed, subscales, 100, 32), *rest)
+    eight = native.Layer(torch.zeros(40, 100, dtype=torch.int8), *rest)
+    out = torch.zeros(native.library.loaded().library.dgq_packed_bytes(64, 100, 0), dtype=torch.int8)
+    for first, count in ((0, 4), (3, 1), (4, 0)):
+        assert call("dgq_unpack", four._address, first, count, out.data_ptr(), 1) == "done"
+    for first, count in ((-1, 1), (0, 5), (4, 1), (0, -1), (2**62, 2**62)):
+        assert call("dgq_unpack", four._address, first, count, out.data_ptr(), 1) != "done", (first, count)
+    assert "group" in call("dgq_unpack", eight._address, 0, 1, out.data_ptr(), 1)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in native.library.AttentionStruct._fields_ if name != "logit_scale"])

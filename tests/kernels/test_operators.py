@@ -35,18 +35,22 @@ def engine_cases():
     def parts(*layers):
         return [[getattr(one, name) for one in layers] for name in ("packed", "weight_scale", "column_sum", "bias")]
 
+    packed = torch.randint(0, 256, (64, 16), dtype=torch.uint8, generator=g)
+    stored = native.TwoLevel(packed, torch.full((64, 1), 3, dtype=torch.uint8), 32, 32)
+    four_bits = native.Layer(stored, torch.rand(64, generator=g) / 100, None, None, 8)
     first, second, conv = layer(64, 32), layer(64, 32), layer(6, 288, 3, 1, 1)
     rows, image = torch.randn(5, 32, generator=g), torch.randn(2, 32, 4, 4, generator=g)
     gain, shift = torch.randn(32, generator=g), torch.randn(32, generator=g)
-    yield "engine_linear", (rows, *parts(first, second), None, 8, 0, None, False, gain, shift, 1e-5, 0, False)
-    yield "engine_linear", (rows, *parts(first), None, 8, 16, torch.randn(5, 64), False, None, None, 0.0, 0, False)
-    yield "engine_linear", (rows, *parts(first), None, 8, 0, None, True, None, None, 0.0, 0, False)
+    yield "engine_linear", (rows, *parts(first, second), None, 8, 0, [0, 0], None, False, gain, shift, 1e-5, 0, False)
+    yield "engine_linear", (rows, *parts(first), None, 8, 16, [0], torch.randn(5, 64), False, None, None, 0.0, 0, False)
+    yield "engine_linear", (rows, *parts(first), None, 8, 0, [0], None, True, None, None, 0.0, 0, False)
+    yield "engine_linear", (rows, *parts(first, four_bits), None, 8, 0, [0, 32], None, False, None, None, 0.0, 0, False)
     residual, bias = torch.randn(2, 6, 4, 4), torch.randn(2, 6)
     own = (one[0] for one in parts(conv))
-    yield "engine_conv2d", (image, *own, None, 8, 3, 1, 1, 16, residual, bias, gain, shift, 1e-5, 4, True)
+    yield "engine_conv2d", (image, *own, None, 8, 3, 1, 1, 16, 0, residual, bias, gain, shift, 1e-5, 4, True)
     weight = torch.randint(-127, 128, (64, 128), dtype=torch.int8, generator=g)
     upsampler = native.Layer(weight, torch.rand(64, generator=g) / 100, None, None, 16, 2, 1, 1)
-    yield "engine_upsample", (image, *(one[0] for one in parts(upsampler)))
+    yield "engine_upsample", (image, *(one[0] for one in parts(upsampler)), 0)
 
 
 ENGINE = {"engine_linear", "engine_conv2d", "engine_upsample"}

@@ -107,9 +107,14 @@ def run(checkpoint):
 
 @torch.no_grad()
 def test_a_unet_on_triton_equals_the_cpu(run, checkpoint):
-    unet, call = unet_and_call(checkpoint)
-    # a float in the last digit may move a code by one step, which the layers after it magnify
-    assert_close("output", run.output, unet(*call).sample, 2e-2)
+    """A float in the last digit may move a code by a step, which the layers after it magnify: so far may it differ."""
+    unet, (sample, *rest) = unet_and_call(checkpoint)
+    expected = unet(sample, *rest).sample
+    torch.manual_seed(0)
+    moved = [sample * (1 + 2**-22 * torch.randn(sample.shape)) for _ in range(10)]
+    digits = max(relative_error(unet(x, *rest).sample, expected) for x in moved)
+    assert digits < 0.1
+    assert_close("output", run.output, expected, max(2e-2, 2 * digits))
 
 
 @torch.no_grad()

@@ -845,7 +845,7 @@ static const char* const error_texts[ERROR_COUNT] = {
     "float32 or bfloat16 expected",
     "sizes of a weight expected: n outputs, k = kernel^2 * channels inputs, below 2^24",
     "codes of 2 to 8 bits expected, of 16 in an upsampling alone",
-    "groups of an even number of values expected",
+    "groups of an even number of values expected, and to keep four bits, of 32 or 64 of a weight in its own order",
     "the order of the channels is not a permutation",
     "layers that share an input need equal sizes, bits and rotations, the same divisors and no residual",
     "a linear layer has a kernel of 1",
@@ -1050,7 +1050,8 @@ int32_t dgq_unpack(const dgq::Layer* layer, int64_t first, int64_t count, int8_t
         check_layer(*layer);
         expect(layer->group, GROUP);
         const int64_t k = layer->k, group = layer->group;
-        expect(first >= 0 && count >= 0 && first + count <= round_up(layer->n, TILE_COLS) / BLOCK_COLS, LAYER_SIZES);
+        const int64_t blocks = round_up(layer->n, TILE_COLS) / BLOCK_COLS;
+        expect(first >= 0 && first <= blocks && count >= 0 && count <= blocks - first, LAYER_SIZES);
         parallel(threads, count, [&](int64_t block) {
             const auto* from = reinterpret_cast<const uint8_t*>(layer->packed) + (first + block) * four_bit_bytes(k, group);
             kernels->unpack(
