@@ -1,6 +1,7 @@
 // The CPU engine: quantize, multiply and finish a layer in one call, and log attention.
 #include "engine.h"
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <vector>
@@ -1004,7 +1005,8 @@ int32_t dgq_pack(
         const bool same = are_four_bits(group) && group == stored->group && !stored->weight && !stored->order;
         expect(!group || same, GROUP);
         const int64_t n = stored->n, k = stored->k;
-        const std::vector<uint8_t> ones(round_up(k, K_BLOCK), 1);
+        std::vector<uint8_t> ones(round_up(k, K_BLOCK), 1);
+        std::fill(ones.begin() + k, ones.end(), 0);  // what stands behind the last value of a group counts for nothing
         parallel(threads, round_up(n, TILE_COLS) / BLOCK_COLS, [&](int64_t block) {
             const int64_t first = block * BLOCK_COLS;
             const int64_t rows = n <= first ? 0 : n - first < BLOCK_COLS ? n - first : BLOCK_COLS;
