@@ -57,11 +57,11 @@ def tokenizer(tokens: int = TOKENS) -> Any:
     return made
 
 
-def unet(**options: Any) -> Any:
+def unet(seed: int = 0, **options: Any) -> Any:
     """Two levels of Stable Diffusion's blocks; `options` go to diffusers' class."""
     from diffusers import UNet2DConditionModel
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     defaults: dict[str, Any] = {
         "sample_size": 8,
         "block_out_channels": (32, 64),

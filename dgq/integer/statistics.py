@@ -31,9 +31,14 @@ FEWEST_ROWS = 4096
 MOMENT_ROWS = 512
 
 
+def wanted_rows(reduction: int) -> int:
+    """Of how many rows second moments are made where there are so many, each of `reduction` values."""
+    return max(ROWS_PER_VALUE * reduction, FEWEST_ROWS)
+
+
 def moment_rows(reduction: int, rows: int) -> int:
-    """How many of an input's rows its second moments are made of, each of `reduction` values."""
-    return min(rows, max(ROWS_PER_VALUE * reduction, FEWEST_ROWS))
+    """How many of an input's rows its second moments are made of."""
+    return min(rows, wanted_rows(reduction))
 
 
 class Quota:
@@ -77,7 +82,7 @@ class Statistics:
         self._channel_count = 0
         self.count = 0
         self._sampled = Quota(SAMPLE_PICTURES if plan.kind == "conv2d" else SAMPLE_ROWS, calls)
-        self._summed = Quota(max(ROWS_PER_VALUE * k, FEWEST_ROWS), calls)
+        self._summed = Quota(wanted_rows(k), calls)
         self._samples: list[Tensor] = []
         self._generator = torch.Generator().manual_seed(0)
 

@@ -2,10 +2,10 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tiny_pipelines
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
@@ -13,7 +13,6 @@ from torch import nn
 from torch.func import functional_call
 
 import dgq
-from dgq import range_search
 from dgq.calibration.estimate import estimate
 from dgq.calibration.run import Options, calibrate, decoder_recipe, encoder_recipes, float_model
 from dgq.checkpoint.reading import read_header
@@ -39,34 +38,16 @@ from dgq.paper.quantizers import QuantizedWeight, dequantize_weight, quantize_we
 from dgq.progress import silent
 from dgq.recipe import ITERATIONS, Recipe
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 RESNET = "down_blocks.1.resnets.0"
 TRANSFORMER = "mid_block.attentions.0.transformer_blocks.0"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """The range search has its own tests: a few candidates do here. And tiny tensors need no threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(range_search, "SHRINK_FACTORS", (1.0, 0.9, 0.8))
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def unet() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    ).eval()
+    model: UNet2DConditionModel = tiny_pipelines.unet(cross_attention_dim=24)
+    return model.eval()
 
 
 def calls(count: int, seed: int = 0) -> list[dict[str, Any]]:

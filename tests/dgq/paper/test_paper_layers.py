@@ -3,10 +3,10 @@
 import copy
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tiny_pipelines
 import torch
 import torch.nn.functional as F
 from comparing import sqnr
@@ -14,7 +14,6 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from dgq import range_search
 from dgq.errors import DgqError
 from dgq.paper.calibration import build_paper_skeleton, calibrate_paper
 from dgq.paper.layers import (
@@ -35,20 +34,11 @@ from dgq.paper.quantizers import (
     quantize_weight,
 )
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 TIMESTEPS = (801, 401, 1)
 TOKENS = 6
 Quantized = tuple[nn.Module, dict[str, Any]]  # a calibrated UNet and its table
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """The range search has its own tests: a few candidates do here. And tiny tensors need no threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(range_search, "SHRINK_FACTORS", (1.0, 0.9, 0.8))
-        yield
-    torch.set_num_threads(threads)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -56,17 +46,8 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
-    torch.manual_seed(seed)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    ).eval()
+    model: UNet2DConditionModel = tiny_pipelines.unet(seed, cross_attention_dim=24)
+    return model.eval()
 
 
 def unet_inputs(timestep: int, batch: int = 2, size: int = 8, seed: int = 0) -> dict[str, Any]:
