@@ -250,7 +250,7 @@ def strict(cls: type, data: dict[str, Any]) -> Any:
     if not isinstance(data, dict):
         raise DgqError(f"{cls.__name__} is {shortened(data)}, not a JSON object")
     if unknown := sorted(set(data) - set(hints)):
-        raise DgqError(f"unknown field {unknown[0]!r} in {cls.__name__}", "a newer dgq may have written it")
+        raise DgqError(f"unknown field {shortened(unknown[0])} in {cls.__name__}", "a newer dgq may have written it")
     for name, value in data.items():
         if not _fits(value, hints[name]):
             raise DgqError(f"{name} {shortened(value)} is not {_described(hints[name])}")

@@ -84,14 +84,14 @@ class Header:
         version = data.get("format_version")
         if version not in READABLE_VERSIONS or version is True:
             raise DgqError(
-                f"quantization_config: format version {version!r}, "
+                f"quantization_config: format version {shortened(version)}, "
                 f"this dgq reads {' and '.join(map(str, READABLE_VERSIONS))}",
                 "install the dgq that wrote it, or calibrate again",
             )
         known = {item.name for item in dataclasses.fields(cls)} - {"table"} | set(METHODS)
         known |= {"quant_method", "format_version", CHECKSUMS}
         if unknown := sorted(set(data) - known):
-            raise DgqError(f"quantization_config: unknown field {unknown[0]!r}")
+            raise DgqError(f"quantization_config: unknown field {shortened(unknown[0])}")
         layers: dict[str, LayerPlan] = {}
         for name, plan in _of_type(data, "layers", dict, {}).items():
             try:

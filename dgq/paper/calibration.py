@@ -26,6 +26,7 @@ from dgq.paper.layers import (
     split_heads,
 )
 from dgq.paper.quantizers import AxisRanges, QuantizedWeight, group_activation
+from dgq.recipe import shortened
 from dgq.replay import replay
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
@@ -165,7 +166,7 @@ def _check_plan(name: str, plan: Plan, module: nn.Linear | nn.Conv2d | Attention
         bits = {"abits": range(4, 9), "wbits": range(4, 9, 4)}
     known = [*geometry, *bits, *inputs]
     if unknown := sorted(plan.keys() - set(known)):
-        raise DgqError(f"{name}: the table has an unknown field {unknown[0]!r}")
+        raise DgqError(f"{name}: the table has an unknown field {shortened(unknown[0])}")
     if missing := [field for field in known if field not in plan]:
         raise DgqError(f"{name}: the table is damaged, {missing[0]} is missing")
     for field, value in geometry.items():

@@ -339,6 +339,21 @@ def test_a_long_name_is_told_in_short(copy_of):
     assert len(refused(dgq.load, folder, "model_index.json: component '[[")) < 500
 
 
+@pytest.mark.parametrize("base, place", [("w4", ()), ("w4", ("layers",)), ("paper", ("paper", "layers"))])
+def test_a_long_field_is_told_in_short(copy_of, base, place):
+    """Unknown in the header, in a layer's plan, in the paper recipe's table."""
+    folder = copy_of(base)
+
+    def change(config):
+        inner = config["quantization_config"]
+        for key in place:
+            inner = inner[key]
+        (inner[min(inner)] if place else inner)["[" * 10**5] = 1
+
+    edit_json(folder / "unet" / "config.json", change)
+    assert len(refused(dgq.load, folder, "unet/config.json", "unknown field '[[")) < 500
+
+
 def test_tensors_that_old_text_encoders_hold(copy_of):
     folder = copy_of("w4")
     more = {"text_model.embeddings.position_ids": torch.arange(24)[None], "text_projection.weight": torch.zeros(32, 32)}
