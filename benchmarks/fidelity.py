@@ -1,8 +1,7 @@
 """How close quantized pictures are to the float model's: the table and the picture grid of the README.
 
-    python benchmarks/fidelity.py --work DIR [--model MODEL] [--prompts 32] [--grid FILE] [--out PREFIX]
+    python benchmarks/fidelity.py --work DIR [--model MODEL] [--grid FILE] [--out PREFIX] [--resume]
     python benchmarks/fidelity.py --work DIR --only "G=1 " --floor-prompts 0 --out PREFIX    # some rows again
-    python benchmarks/fidelity.py --work DIR --prompts 64 --calibration-prompts 64 --budget 4.6 --out PREFIX --resume
 
 Calibrates each configuration once into DIR (kept, and used again while the float model and the settings stay the
 same), makes the same pictures with every system from the same seeds, and compares them with float32's. The prompts are
@@ -26,40 +25,59 @@ from PIL import Image, ImageDraw, ImageFont
 from tables import fidelity_table
 
 import dgq
-from dgq.calibration.run import Options, calibrate
+from dgq.calibration.run import Options, calibrate, recording_settings
 from dgq.checkpoint.reading import float16_bytes, network_bytes, network_config, read_header, read_json
 from dgq.errors import DgqError
 from dgq.pictures import embedded
 from dgq.pictures.fidelity import compare
 from dgq.pictures.generation import Picture, Settings, generate, grid, write_png
-from dgq.pictures.pipelines import load, resolve
+from dgq.pictures.pipelines import described, load, resolve
 from dgq.pictures.prompts import calibration_prompts, evaluation_prompts
 from dgq.recipe import Recipe
 
 BITS = ((8, 8), (4, 8), (4, 6), (4, 4))
+GROUPS = (1, 8, 16)
+BUDGET = 4.6
+PUBLISHED_PROMPTS = 64
 FIRST_SEED = 20_000
 GRID_ROWS = ("float32", "integer W8A8", "integer W4A8", "integer W4A6")
 GRID_PROMPTS = 6
 LABEL_WIDTH, LABEL_SIZE = 190, 24
 
 
-def configurations(iterations: int | None = None) -> list[Recipe]:
-    """At each bit width: the published method per tensor and with 16 groups, rounded to nearest, and with its learned
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """One quantized row of the table: a recipe, and the bits a weight that it may spend (`dgq calibrate --budget`)."""
+
+    recipe: Recipe
+    bits: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in the table."""
+        per_tensor = " (per tensor)" if self.recipe.name == "paper" and self.recipe.groups == 1 else ""
+        return self.recipe.label + per_tensor + ("" if self.bits is None else f", {self.bits:g} bits")
+
+
+def configurations(iterations: int | None = None) -> list[Quantized]:
+    """At each bit width: the published method per tensor and in groups, rounded to nearest, and with its learned
     rounding too where there are iterations; ConvRot, every layer rotated and rounded to nearest (ConvRot with a search
-    of ranges), and the integer recipe."""
+    of ranges), and the integer recipe, at W4 with more bits for some layers as well."""
     learned: dict[str, Any] = {"name": "paper", "rounding": "adaround", "iterations": iterations}
-    return [
-        recipe
-        for wbits, abits in BITS
-        for recipe in (
-            Recipe(name="paper", wbits=wbits, abits=abits, groups=1),
-            Recipe(name="paper", wbits=wbits, abits=abits, groups=16),
-            *(Recipe(**learned, wbits=wbits, abits=abits, groups=groups) for groups in (1, 16) if iterations),
-            Recipe(name="convrot", wbits=wbits, abits=abits),
-            Recipe(wbits=wbits, abits=abits, channels="rotate", rounding="nearest"),
-            Recipe(wbits=wbits, abits=abits),
+    found = []
+    for wbits, abits in BITS:
+        bits: dict[str, Any] = {"wbits": wbits, "abits": abits}
+        recipes = (
+            *(Recipe(name="paper", **bits, groups=groups) for groups in GROUPS),
+            *(Recipe(**learned, **bits, groups=groups) for groups in GROUPS if iterations),
+            Recipe(name="convrot", **bits),
+            Recipe(**bits, channels="rotate", rounding="nearest"),
+            Recipe(**bits),
         )
-    ]
+        found += [Quantized(recipe) for recipe in recipes]
+        if wbits == 4:
+            found.append(Quantized(Recipe(**bits), BUDGET))
+    return found
 
 
 def say(text: str) -> None:
@@ -85,6 +103,7 @@ def checkpoint(model: Path, recipe: Recipe, work: Path, options: Options, name: 
     label = recipe.label if options.bits is None else f"{recipe.label} {options.bits:g} bits"
     folder = work / label.lower().replace(" ", "-").replace("=", "")
     prompts = len(calibration_prompts(model, count_of(options), options.seed))
+    recorded = recording_settings(options, described(model), recipe).steps
     if folder.is_dir():
         try:
             header = read_header(folder)
@@ -96,6 +115,7 @@ def checkpoint(model: Path, recipe: Recipe, work: Path, options: Options, name: 
             and (header.recipe if options.bits is None else dataclasses.replace(header.recipe, overrides=())) == recipe
             and (header.base_model, header.dgq_version) == (name, dgq.__version__)
             and header.calibration.get("prompts", prompts) == prompts
+            and header.calibration.get("steps") in (None, recorded)
             and header.generation == {"steps": options.steps, "guidance": options.guidance}
             and weights[0] < weights[1]
         ):
@@ -147,11 +167,6 @@ def labelled(rows: dict[str, list[Image.Image]], scale: int) -> Image.Image:
     return canvas
 
 
-def system(recipe: Recipe) -> str:
-    """A recipe's name in the table."""
-    return recipe.label + (" (per tensor)" if recipe.name == "paper" and recipe.groups == 1 else "")
-
-
 def earlier_rows(file: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of an earlier report, to which those of a new one can be added.
 
@@ -168,7 +183,7 @@ def earlier_rows(file: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def merged(earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Earlier rows, the new ones in their places, in the order of a whole run."""
-    order = [system(recipe) for recipe in configurations(1)]
+    order = [row.label for row in configurations(1)]
     by_system = {row["system"]: row for row in (*earlier, *rows)}
     return sorted(by_system.values(), key=lambda row: order.index(row["system"]) if row["system"] in order else -1)
 
@@ -178,9 +193,12 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="float model: a folder or hub id; the embedded model if left out")
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
-    parser.add_argument("--prompts", type=int, default=32, help="evaluation prompts (default 32)")
-    # half of what `dgq calibrate` takes: each of the nine checkpoints records the float model anew
-    parser.add_argument("--calibration-prompts", type=int, default=16, help="as dgq calibrate --prompts (default 16)")
+    parser.add_argument("--prompts", type=int, default=64, help="evaluation prompts (default 64)")
+    parser.add_argument(
+        "--calibration-prompts",
+        type=int,
+        help=f"as dgq calibrate --prompts, whose default it is; {PUBLISHED_PROMPTS}, as published, of the paper recipe",
+    )
     # a CPU without bfloat16 instructions emulates them, some thirty times slower than float32
     parser.add_argument(
         "--floor-prompts", type=int, default=4, help="prompts of the bfloat16 row, 0 for none (default 4)"
@@ -192,9 +210,6 @@ def options() -> argparse.Namespace:
         "--only",
         nargs="+",
         help="only the systems whose label holds one of these texts, such as 'W4A8', in this order; --out keeps others",
-    )
-    parser.add_argument(
-        "--budget", type=float, metavar="BITS", help="dgq calibrate --budget of the integer recipe at W4"
     )
     parser.add_argument(
         "--iterations",
@@ -223,7 +238,6 @@ def main() -> None:
     prompts = evaluation_prompts(model, args.prompts)
     grid_prompts = list(args.grid_prompts or prompts[:GRID_PROMPTS]) if args.grid else []
     calibration = Options(
-        prompts=args.calibration_prompts,
         steps=settings.steps,
         guidance=settings.guidance,
         evaluate=0,
@@ -241,10 +255,8 @@ def main() -> None:
     kept = args.out.with_suffix(".json") if (args.only or args.resume) and args.out else None
     earlier = earlier_rows(kept, report) if kept and kept.exists() else []
     measured = {row["system"] for row in earlier} if args.resume else set()
-    chosen = [
-        recipe for text in args.only or [""] for recipe in configurations(args.iterations) if text in recipe.label
-    ]
-    recipes = [recipe for recipe in dict.fromkeys(chosen) if system(recipe) not in measured]
+    chosen = [one for text in args.only or [""] for one in configurations(args.iterations) if text in one.recipe.label]
+    chosen = [one for one in dict.fromkeys(chosen) if one.label not in measured]
     sheets: dict[str, list[Image.Image]] = {}
 
     def run(pipe: Any, label: str) -> list[Picture]:
@@ -268,19 +280,21 @@ def main() -> None:
         lower = pictures(load(model, dtype=torch.bfloat16), prompts[:few], settings, "bfloat16")
         floor = compare(reference[:few], lower)
         rows.append({"system": f"bfloat16, unquantized ({few} prompts)", **floor, **unquantized})
-    for recipe in recipes:
-        mixed = args.budget if recipe == Recipe(wbits=4, abits=recipe.abits) else None
-        folder = checkpoint(model, recipe, args.work, dataclasses.replace(calibration, bits=mixed), name)
-        found = compare(reference, run(load(folder, dtype=torch.float32), recipe.label))
+    for one in chosen:
+        count = args.calibration_prompts or (PUBLISHED_PROMPTS if one.recipe.name == "paper" else count_of(calibration))
+        own = dataclasses.replace(calibration, prompts=count, bits=one.bits)
+        folder = checkpoint(model, one.recipe, args.work, own, name)
+        found = compare(reference, run(load(folder, dtype=torch.float32), one.label))
         size = network_bytes(folder)
         rows.append(
             {
-                "system": system(recipe),
+                "system": one.label,
                 **found,
-                **({} if mixed is None else {"bits": mixed}),
+                **({} if one.bits is None else {"bits": one.bits}),
                 "unet_mib": size / 2**20,
                 "of_float16": size / float16_bytes(model),
-                "recipe": recipe.to_dict(),
+                "calibration_prompts": count,
+                "recipe": one.recipe.to_dict(),
             }
         )
         write()

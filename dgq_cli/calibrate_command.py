@@ -112,8 +112,14 @@ def command(
     ] = None,
     prompts: Annotated[
         str, typer.Option(metavar="N|FILE", help="How many built-in calibration prompts, or a file with one a line.")
-    ] = "32",
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampler steps while calibrating.")] = None,
+    ] = "96",
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Sampler steps that pictures will have; default the model's.")
+    ] = None,
+    record_steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Sampler steps of calibration pictures; default 6, or --steps where fewer."),
+    ] = None,
     guidance: Annotated[float | None, typer.Option(callback=finite, help="Guidance scale while calibrating.")] = None,
     size: Annotated[
         int | None, typer.Option(min=64, help="Height and width of the calibration pictures in pixels.")
@@ -165,6 +171,8 @@ def command(
     for option, value in given.items():
         if why := METHODS[recipe].refusal(option, value):  # a default of the integer recipe, written out
             raise typer.BadParameter(why)
+    if record_steps is not None and METHODS[recipe].by_step:
+        raise typer.BadParameter(f"--record-steps: the {recipe} recipe records the steps of --steps")
     from dgq.pictures.prompts import read_prompts
 
     chosen = prompt_count(prompts) or read_prompts(Path(prompts))
@@ -174,6 +182,7 @@ def command(
     options = Options(
         prompts=chosen,
         steps=steps,
+        record_steps=record_steps,
         guidance=guidance,
         size=size,
         seed=seed,

@@ -20,7 +20,7 @@ from ..method import METHODS
 from ..progress import Progress
 from ..recipe import LayerPlan, Recipe
 
-MEASURED_PICTURES = 2  # of the recorded ones
+MEASURED_PICTURES = 6  # of the recorded ones
 
 
 def room(plans: Iterable[LayerPlan], bits: float) -> int:

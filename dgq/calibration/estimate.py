@@ -22,7 +22,7 @@ from ..pictures.components import empty_encoder, empty_vae
 from ..recipe import Recipe
 from ..replay import hooked, replay
 from .budget import MEASURED_PICTURES, check_budget
-from .run import decoder_recipe, encoder_recipes, float_model, wanted_settings
+from .run import DECODED_PICTURES, decoder_recipe, encoder_recipes, float_model, recording_settings, wanted_settings
 
 if TYPE_CHECKING:
     from ..family import Family
@@ -107,7 +107,9 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     doubled = family.doubled(network.config, settings.guidance)
     apart = doubled and family.separate_guidance
     method = METHODS[recipe.name]
-    recorded = count * settings.steps * (2 if apart else 1) if method.reads_calls else 0
+    of_each = recording_settings(options, found, recipe).steps
+    assert of_each is not None
+    recorded = count * of_each * (2 if apart else 1) if method.reads_calls else 0
     meta = torch.device("meta")
     with meta:
         call = architectures.call(network, 2 if doubled and not apart else 1, meta, pixels=pixels)
@@ -147,7 +149,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
             latent = architectures.call(vae, 1, meta, pixels=math.isqrt(width * height))
         decoder_cost = METHODS[decoder.name].cost(vae, decoder, options.budget, latent)
         decoder_rows = _rows_per_call(vae, decoder_cost.layers, latent)
-        decoded = min(count, options.calls)
+        decoded = min(count, options.calls, DECODED_PICTURES)
         seconds += len(decoder_cost.passes) * decoded * width * height * per_pixel * rates().product
         seconds += sum(layer.seconds(decoded * decoder_rows[name]) for name, layer in decoder_cost.layers.items())
         memory = max(memory, after + 4 * decoding + decoder_cost.statistics_bytes)

@@ -41,6 +41,7 @@ CASES = [
     (("calibrate", "{float}", "--out", "/proc/nowhere/out"), 1, "cannot be written"),
     (("calibrate", "{float}", "--out", LONG), 1, "File name too long"),
     (("calibrate", "{quantized}", "--out", "out"), 1, "quantized already"),
+    (("calibrate", "{float}", "--recipe", "paper", "--record-steps", "4"), 2, "records the steps of --steps"),
     (("calibrate", "{float}", "--out", "{quantized}"), 1, "already exists"),
     (("calibrate", "[/x]", "--out", "out"), 1, "[/x]"),
     (("calibrate", "{float}", "--out", "out", "--prompts", "fifo"), 1, "not a regular file"),

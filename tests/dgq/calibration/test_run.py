@@ -22,6 +22,7 @@ from dgq.errors import DgqError
 from dgq.inspection.inspect import inspect
 from dgq.integer.plan import packed_bytes
 from dgq.outputs import workplace
+from dgq.pictures.pipelines import described, find_model
 from dgq.pictures.prompts import calibration_prompts, evaluation_prompts, read_prompts
 from dgq.recipe import Recipe
 
@@ -277,6 +278,44 @@ def test_estimate_counts_the_passes_that_are_run(tiny_pipeline, tmp_path):
     predicted = estimate(tiny_pipeline, Recipe(), options)
     assert predicted.passes == len(started) > 2
     assert predicted.calls == 4 + sum(started)
+
+
+def test_recorded_pictures_take_steps_of_their_own(tiny_pipeline, tmp_path):
+    """Few, whatever pictures will have; those are what the checkpoint draws with and is compared by."""
+    options = Options(**FAST | {"steps": 3, "evaluate": 1}, record_steps=2, vae="float")
+    told = []
+    header = calibrate(
+        tiny_pipeline, tmp_path / "out", QUICK, options, lambda stage, done, total, _: told.append((stage, total))
+    )
+    assert header.generation["steps"] == described(tmp_path / "out").generation["steps"] == 3
+    assert header.calibration["steps"] == 2
+    assert {total for stage, total in told if stage == "statistics"} == {4}  # calls of two prompts
+    assert estimate(tiny_pipeline, QUICK, options).calls == 4 + 4
+
+    def interrupt(stage, done, total, detail):
+        if stage == "quantize":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_pipeline, tmp_path / "cut", QUICK, options, interrupt)
+    other = dataclasses.replace(options, record_steps=1, resume=True)
+    with pytest.raises(DgqError, match="other settings"):
+        calibrate(tiny_pipeline, tmp_path / "cut", QUICK, other)
+
+
+def test_how_many_steps_are_recorded(tiny_pipeline):
+    model = find_model(tiny_pipeline)
+
+    def steps(recipe="integer", **options):
+        return quantize.recording_settings(Options(**options), model, Recipe(recipe)).steps
+
+    assert [steps(steps=steps_given) for steps_given in (1, 5, 6, 7, 50)] == [1, 5, 6, 6, 6]
+    assert [steps(steps=20, record_steps=wanted) for wanted in (1, 20, 40)] == [1, 20, 40]
+    assert steps("paper", steps=50) == 50  # it learns each of them
+    with pytest.raises(DgqError, match="records the steps that pictures will have"):
+        steps("paper", steps=50, record_steps=50)
+    with pytest.raises(DgqError, match="out of range"):
+        steps(record_steps=0)
 
 
 def test_the_estimate_counts_a_widened_model_beside_what_a_rounding_takes(tiny_pipeline, tmp_path):
