@@ -156,6 +156,7 @@ def main() -> None:
     options = Options(
         prompts=CALIBRATION_PROMPTS,
         steps=settings.steps,
+        record_steps=settings.steps,  # the pictures that others calibrate with, too
         guidance=settings.guidance,
         evaluate=0,
         overwrite=True,

@@ -113,13 +113,13 @@ def fidelity_short() -> str:
     def one(label: str, system: str) -> tuple[str, str, str]:
         bold = "**" if "integer" in system else ""
         row = of(system)
-        return (f"{bold}{label}{bold}", f"{bold}{row['psnr_db']:.1f}{bold}", f"{row['of_float16']:.0%}")
+        return (f"{bold}{label}{bold}", f"{bold}{row['psnr_median_db']:.1f}{bold}", f"{row['of_float16']:.0%}")
 
     def both(bits: str) -> tuple[str, str, str]:
         first, second = of(f"paper G=1 {bits}"), of(f"paper G=16 {bits}")
         return (
             f"published recipe {bits}, G = 1 / G = 16",
-            f"{first['psnr_db']:.1f} / {second['psnr_db']:.1f}",
+            f"{first['psnr_median_db']:.1f} / {second['psnr_median_db']:.1f}",
             f"{100 * first['of_float16']:.0f} / {second['of_float16']:.0%}",
         )
 
@@ -127,24 +127,31 @@ def fidelity_short() -> str:
         one("bfloat16, unquantized (4 prompts)", "bfloat16"),
         one("integer W8A8", "integer W8A8"),
         one("integer W4A8", "integer W4A8"),
+        one("integer W4A8, `--budget 4.6`", "integer W4A8, 4.6 bits"),
         both("W8A8"),
         both("W4A8"),
     ]
-    return table(("", "PSNR (dB)", "UNet, of float16"), rows)
+    return table(("", "PSNR, median (dB)", "UNet, of float16"), rows)
 
 
 def best() -> str:
-    """The integer recipe from 64 prompts, with a budget where it is W4, and ConvRot; "-" is not measured."""
+    """The integer recipe, with and without a budget of bits, and what it stands beside; a budget is of W4."""
 
-    def cell(name: str, system: str, bits: str) -> str:
-        rows = [row for row in report(f"{name}-64")["rows"] if row["system"] == f"{system} {bits}"]
-        return f"{rows[0]['psnr_median_db']:.1f} / {rows[0]['psnr_worst_tenth_db']:.1f}" if rows else "-"
+    def cell(name: str, system: str) -> str:
+        rows = [row for row in report(name)["rows"] if row["system"] == system]
+        return f"{rows[0]['psnr_median_db']:.1f} / {rows[0]['psnr_worst_tenth_db']:.1f}" if rows else ""
 
     widths = ("W8A8", "W4A8", "W4A6", "W4A4")
+    systems = (
+        ("convrot {}", "ConvRot"),
+        ("integer rotate nearest {}", "every layer rotated, nearest"),
+        ("integer {}", "**integer**"),
+        ("integer {}, 4.6 bits", "**integer, 4.6 bits**"),
+    )
     rows = [
-        (f"{variant}{label}", *(cell(name, system, bits) for bits in widths))
+        (f"{variant}{label}", *(cell(name, system.format(bits)) for bits in widths))
         for name, variant in (("fidelity-embedded", ""), ("fidelity-stress", "*stress variant*: "))
-        for system, label in (("convrot", "ConvRot"), ("integer", "**integer**"))
+        for system, label in systems
     ]
     return table(("PSNR, median / worst tenth (dB)", *widths), rows)
 
@@ -161,28 +168,14 @@ def recipes() -> str:
 
     systems = (
         ("paper G=1", "paper, G = 1"),
+        ("paper G=8", "paper, G = 8"),
         ("paper G=16", "paper, G = 16"),
+        ("convrot", "ConvRot"),
         ("integer rotate nearest", "every layer rotated, nearest"),
         ("integer", "integer"),
     )
     rows = [row(name, *system) for name in ("fidelity-embedded", "fidelity-stress") for system in systems]
     return table(("PSNR / latent SQNR (dB)", "W8A8", "W4A8", "W4A6"), rows)
-
-
-def spread() -> str:
-    """What a mean hides: median and worst tenth."""
-
-    def row(name: str, system: str, label: str) -> tuple[str, ...]:
-        variant = "*stress variant*: " if name == "fidelity-stress" else ""
-        cells = (of_recipe(name, f"{system} {bits}") for bits in ("W8A8", "W4A8", "W4A6"))
-        return (
-            f"{variant}{label}",
-            *(f"{cell['psnr_median_db']:.1f} / {cell['psnr_worst_tenth_db']:.1f}" for cell in cells),
-        )
-
-    systems = (("integer rotate nearest", "every layer rotated, nearest"), ("integer", "**integer**"))
-    rows = [row(name, *system) for name in ("fidelity-embedded", "fidelity-stress") for system in systems]
-    return table(("PSNR, median / worst tenth (dB)", "W8A8", "W4A8", "W4A6"), rows)
 
 
 PEERS = {
@@ -629,7 +622,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "fidelity-short": fidelity_short,
     "best": best,
     "recipes": recipes,
-    "spread": spread,
     "peers": peers,
     "step-embedded": step_embedded,
     "step-sd": step_sd,

@@ -9,11 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from dgq.calibration.run import Options
+from dgq_cli import calibrate_command
 
 BUDGET = ("--budget", 5.5)
 
@@ -88,6 +92,15 @@ def test_the_published_method_learns_its_rounding(dgq_command, tiny_pipeline, tm
     run = dgq_command("generate", "a cat", "--model", out, "--out", tmp_path / "cat.png", "--steps", 1)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "cat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_options_default_to_the_librarys():
+    """The command line imports no library before it has checked its options."""
+    parameters = signature(calibrate_command.command).parameters.items()
+    options, defaults = Options(), {name: parameter.default for name, parameter in parameters}
+    assert defaults["memory"] * 2**30 == options.budget
+    assert int(defaults["prompts"]) == options.prompts
+    assert all(defaults[name] == getattr(options, name) for name in ("calls", "evaluate", "seed", "record_steps"))
 
 
 def test_dry_run_writes_nothing(dgq_command, tiny_pipeline, tmp_path):
