@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tables import fidelity_table
 
 import dgq
-from dgq.calibration.run import Options, calibrate, recording_settings
+from dgq.calibration.run import Options, calibrate, count_prompts, recording_settings
 from dgq.checkpoint.reading import float16_bytes, network_bytes, network_config, read_header, read_json
 from dgq.errors import DgqError
 from dgq.pictures import embedded
@@ -38,7 +38,6 @@ from dgq.recipe import Recipe
 BITS = ((8, 8), (4, 8), (4, 6), (4, 4))
 GROUPS = (1, 8, 16)
 BUDGET = 4.6
-PUBLISHED_PROMPTS = 64
 FIRST_SEED = 20_000
 GRID_ROWS = ("float32", "integer W8A8", "integer W4A8", "integer W4A6")
 GRID_PROMPTS = 6
@@ -102,7 +101,7 @@ def checkpoint(model: Path, recipe: Recipe, work: Path, options: Options, name: 
     """The checkpoint of a recipe, made where `work` does not hold one of the same model, recipe and settings."""
     label = recipe.label if options.bits is None else f"{recipe.label} {options.bits:g} bits"
     folder = work / label.lower().replace(" ", "-").replace("=", "")
-    prompts = len(calibration_prompts(model, count_of(options), options.seed))
+    prompts = len(calibration_prompts(model, count_prompts(options, recipe), options.seed))
     recorded = recording_settings(options, described(model), recipe).steps
     if folder.is_dir():
         try:
@@ -126,11 +125,6 @@ def checkpoint(model: Path, recipe: Recipe, work: Path, options: Options, name: 
     calibrate(name if name == embedded.NAME else model, folder, recipe, options, Progress(label))
     say(f"{label}: calibrated in {time.process_time() - started:.0f} CPU s")
     return folder
-
-
-def count_of(options: Options) -> int:
-    assert isinstance(options.prompts, int)
-    return options.prompts
 
 
 def own_settings(model: Path, steps: int | None, guidance: float | None, batch: int) -> Settings:
@@ -197,7 +191,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--calibration-prompts",
         type=int,
-        help=f"as dgq calibrate --prompts, whose default it is; {PUBLISHED_PROMPTS}, as published, of the paper recipe",
+        help="as dgq calibrate --prompts, whose default it is",
     )
     # a CPU without bfloat16 instructions emulates them, some thirty times slower than float32
     parser.add_argument(
@@ -238,6 +232,7 @@ def main() -> None:
     prompts = evaluation_prompts(model, args.prompts)
     grid_prompts = list(args.grid_prompts or prompts[:GRID_PROMPTS]) if args.grid else []
     calibration = Options(
+        prompts=args.calibration_prompts,
         steps=settings.steps,
         guidance=settings.guidance,
         evaluate=0,
@@ -281,8 +276,7 @@ def main() -> None:
         floor = compare(reference[:few], lower)
         rows.append({"system": f"bfloat16, unquantized ({few} prompts)", **floor, **unquantized})
     for one in chosen:
-        count = args.calibration_prompts or (PUBLISHED_PROMPTS if one.recipe.name == "paper" else count_of(calibration))
-        own = dataclasses.replace(calibration, prompts=count, bits=one.bits)
+        own = dataclasses.replace(calibration, bits=one.bits)
         folder = checkpoint(model, one.recipe, args.work, own, name)
         found = compare(reference, run(load(folder, dtype=torch.float32), one.label))
         size = network_bytes(folder)
@@ -293,7 +287,7 @@ def main() -> None:
                 **({} if one.bits is None else {"bits": one.bits}),
                 "unet_mib": size / 2**20,
                 "of_float16": size / float16_bytes(model),
-                "calibration_prompts": count,
+                "calibration_prompts": count_prompts(own, one.recipe),
                 "recipe": one.recipe.to_dict(),
             }
         )

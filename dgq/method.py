@@ -151,6 +151,7 @@ class Method:
         unread: options of a recipe that mean nothing to the method: none but the default can be asked for.
         reads_calls: whether it needs recorded calls of the network; without them a calibration draws no pictures but
             those that it compares.
+        prompts: calibration prompts where nobody says how many.
         by_step: whether what it learns belongs to single steps of the sampler: recorded pictures then have all of them.
     """
 
@@ -175,6 +176,7 @@ class Method:
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     reads_calls: bool = True
+    prompts: int = 96
     by_step: bool = False
 
     def refusal(self, option: str, value: Any) -> str | None:

@@ -111,8 +111,12 @@ def command(
         typer.Option(metavar="FILE[:WEIGHT]", help="LoRA fused before calibrating; repeatable."),
     ] = None,
     prompts: Annotated[
-        str, typer.Option(metavar="N|FILE", help="How many built-in calibration prompts, or a file with one a line.")
-    ] = "96",
+        str | None,
+        typer.Option(
+            metavar="N|FILE",
+            help="How many built-in calibration prompts, or a file with one a line; default 96, paper recipe 64.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Sampler steps that pictures will have; default the model's.")
     ] = None,
@@ -175,7 +179,7 @@ def command(
         raise typer.BadParameter(f"--record-steps: the {recipe} recipe records the steps of --steps")
     from dgq.pictures.prompts import read_prompts
 
-    chosen = prompt_count(prompts) or read_prompts(Path(prompts))
+    chosen = None if prompts is None else prompt_count(prompts) or read_prompts(Path(prompts))
     from dgq.calibration.estimate import estimate
     from dgq.calibration.run import Options, calibrate
 

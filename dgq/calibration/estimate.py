@@ -22,7 +22,15 @@ from ..pictures.components import empty_encoder, empty_vae
 from ..recipe import Recipe
 from ..replay import hooked, replay
 from .budget import MEASURED_PICTURES, check_budget
-from .run import DECODED_PICTURES, decoder_recipe, encoder_recipes, float_model, recording_settings, wanted_settings
+from .run import (
+    DECODED_PICTURES,
+    count_prompts,
+    decoder_recipe,
+    encoder_recipes,
+    float_model,
+    recording_settings,
+    wanted_settings,
+)
 
 if TYPE_CHECKING:
     from ..family import Family
@@ -103,7 +111,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     settings = wanted_settings(options, found)
     assert settings.steps is not None
     assert settings.guidance is not None
-    count = options.prompts if isinstance(options.prompts, int) else len(options.prompts)
+    count = count_prompts(options, recipe)
     doubled = family.doubled(network.config, settings.guidance)
     apart = doubled and family.separate_guidance
     method = METHODS[recipe.name]

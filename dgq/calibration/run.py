@@ -52,7 +52,7 @@ class Options:
     """Options of a calibration.
 
     Attributes:
-        prompts: calibration prompts, or how many to take from the built-in ones.
+        prompts: calibration prompts, or how many to take from the built-in ones; None takes as many as the method has.
         steps, guidance: that pictures will have; None takes the model's defaults.
         record_steps: sampler steps of the pictures whose calls are recorded; None takes `RECORDED_STEPS`, or `steps`
             where those are fewer or what the method learns belongs to single ones.
@@ -70,7 +70,7 @@ class Options:
         text_encoder: "int8" quantizes the text encoders too.
     """
 
-    prompts: Sequence[str] | int = 96
+    prompts: Sequence[str] | int | None = None
     steps: int | None = None
     record_steps: int | None = None
     guidance: float | None = None
@@ -151,6 +151,12 @@ def wanted_settings(options: Options, model: Model) -> Settings:
     return settings.resolved(model)
 
 
+def count_prompts(options: Options, recipe: Recipe) -> int:
+    """How many prompts a calibration takes."""
+    wanted = METHODS[recipe.name].prompts if options.prompts is None else options.prompts
+    return wanted if isinstance(wanted, int) else len(wanted)
+
+
 def recording_settings(options: Options, model: Model, recipe: Recipe) -> Settings:
     """How the pictures whose calls are recorded are drawn: but for their steps by `wanted_settings`.
 
@@ -201,8 +207,8 @@ def calibrate(
     check_target(out, folder, options.overwrite)
     settings = wanted_settings(options, found)
     recording = recording_settings(options, found, recipe)
-    if isinstance(options.prompts, int):
-        prompts = calibration_prompts(folder, options.prompts, options.seed)
+    if options.prompts is None or isinstance(options.prompts, int):
+        prompts = calibration_prompts(folder, count_prompts(options, recipe), options.seed)
     else:
         prompts = list(options.prompts)
     if not prompts:

@@ -142,6 +142,7 @@ PAPER = Method(
     read_table=PaperTable.from_dict,
     words=_words,
     simulated=True,
+    prompts=64,  # as published
     by_step=True,
     choices={"rounding": ("nearest", "adaround")},
     unread=("channels", "attention", "weight_group"),

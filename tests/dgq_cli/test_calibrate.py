@@ -99,8 +99,8 @@ def test_the_options_default_to_the_librarys():
     parameters = signature(calibrate_command.command).parameters.items()
     options, defaults = Options(), {name: parameter.default for name, parameter in parameters}
     assert defaults["memory"] * 2**30 == options.budget
-    assert int(defaults["prompts"]) == options.prompts
-    assert all(defaults[name] == getattr(options, name) for name in ("calls", "evaluate", "seed", "record_steps"))
+    alike = ("prompts", "steps", "record_steps", "calls", "evaluate", "seed", "text_encoder")
+    assert all(defaults[name] == getattr(options, name) for name in alike)
 
 
 def test_dry_run_writes_nothing(dgq_command, tiny_pipeline, tmp_path):
