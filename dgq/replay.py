@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,8 @@ def record_inputs(
         prompts: calibration prompts.
 
     Returns:
-        For each prompt the list of its calls, one or two per sampler step, as keyword arguments (tensors detached),
-        without `return_dict`.
+        For each prompt the list of its calls, one or two per sampler step, as keyword arguments without `return_dict`.
+        Their tensors are detached copies; what stays the same from step to step, such as the prompt, is one of them.
     """
     return record_all(run, {"": network}, prompts, progress)[""]
 
@@ -42,10 +43,14 @@ def record_all(
     recorded: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in modules}
 
     def hook(name: str, names: Sequence[str]) -> Any:
+        before: deque[list[Tensor]] = deque(maxlen=2)  # a step's calls, with the prompt and without
+
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = dict(zip(names, args, strict=False)) | kwargs
             named.pop("return_dict", None)
-            recorded[name][-1].append(over_tensors(named, lambda tensor: tensor.detach().clone()))
+            call = over_tensors(named, lambda tensor: _copied(tensor.detach(), before))
+            recorded[name][-1].append(call)
+            before.append(take_apart(call)[1])
 
         return note
 
@@ -59,6 +64,14 @@ def record_all(
             run(prompt, i)
             progress("record", i + 1, len(prompts), prompt)
     return recorded
+
+
+def _copied(tensor: Tensor, before: Iterable[Sequence[Tensor]]) -> Tensor:
+    """A copy of a tensor; one of those before where it is the same."""
+    for copy in (copy for call in before for copy in call):
+        if (copy.dtype, copy.device) == (tensor.dtype, tensor.device) and torch.equal(copy, tensor):
+            return copy
+    return tensor.clone()
 
 
 class Enough(Exception):  # noqa: N818 (no error)
@@ -129,12 +142,18 @@ def put_together(form: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def pack_calls(calls: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Calls as safetensors can hold them: their tensors by number, and all else in the bytes of a JSON text."""
-    form, tensors = take_apart(list(calls))
-    # copied: calls share what stays the same, a file may not
-    packed = {
-        str(i): tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for i, tensor in enumerate(tensors)
-    }
+    """Calls as safetensors can hold them: their tensors by number, one that they share once, and all else in the bytes
+    of a JSON text."""
+    numbers: dict[int, int] = {}
+    packed: dict[str, Tensor] = {}
+
+    def note(tensor: Tensor) -> dict[str, int]:
+        number = numbers.setdefault(id(tensor), len(packed))
+        if number == len(packed):  # copied: they may be views of one memory, which a file may not hold
+            packed[str(number)] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {_TENSOR: number}
+
+    form = over_tensors(list(calls), note)
     return {**packed, _FORM: torch.frombuffer(bytearray(json.dumps(form).encode()), dtype=torch.uint8)}
 
 

@@ -14,6 +14,7 @@ def test_packed_calls_are_those_that_were_given():
         {"sample": torch.randn(1, 4).t(), "cond": {"text": shared}, "parts": [shared, shared], "shapes": [[(1, 4, 4)]]},
     ]
     packed = pack_calls(calls)
+    assert len(packed) == 4  # two samples, what is shared, the form
     assert len({tensor.data_ptr() for tensor in packed.values()}) == len(packed)  # a file may not share
     assert all(tensor.is_contiguous() for tensor in packed.values())
     for call, again in zip(calls, unpack_calls(packed), strict=True):
@@ -39,6 +40,29 @@ def test_calls_are_recorded_whole_but_for_the_kind_of_their_result():
     (call,) = record_inputs(run, network, ["a cat"])[0]
     assert {name: value for name, value in call.items() if name not in ("sample", "parts")} == {"shapes": [(1, 2)]}
     assert torch.equal(call["parts"][0], torch.zeros(2))  # not what became of it
+
+
+def test_calls_share_what_stays_the_same_from_step_to_step():
+    class Network(nn.Module):
+        def forward(self, sample, text, return_dict=True):
+            return sample
+
+    network, texts = Network(), torch.arange(6.0).view(3, 1, 2)  # of two prompts and of none
+
+    def run(prompt, i):
+        for step in range(2):
+            for text in (texts[i].clone(), texts[2].half()):
+                network(sample=torch.full((2,), i + step / 2), text={"embedding": text})
+
+    recorded = record_inputs(run, network, ["a cat", "a dog"])
+    kept = [[call["text"]["embedding"] for call in calls] for calls in recorded]
+    for i, calls in enumerate(kept):
+        assert calls[0] is calls[2]
+        assert calls[1] is calls[3]
+        assert all(torch.equal(calls[j], (texts[i], texts[2].half())[j % 2]) for j in range(4))
+    assert kept[0][1] is kept[1][1]
+    samples = [call["sample"] for calls in recorded for call in calls]
+    assert [sample[0].item() for sample in samples] == [0, 0, 0.5, 0.5, 1, 1, 1.5, 1.5]
 
 
 def test_samples_in_a_list_are_stacked():
