@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
@@ -16,6 +19,7 @@ from ..family import FIRST_AND_LAST, Family, noise
 from ..integer.folding import fold
 from ..integer.fused_unet import FUSED
 from ..integer.layer import IntegerLayer
+from ..integer.prepared import native_norm
 
 
 class FoldedUpsample(Upsample2D):
@@ -49,17 +53,46 @@ class FoldedUpsample(Upsample2D):
 
 
 class LeanDecoder(Decoder):
-    """Begins by returning to the system what was freed before: the heap that a network's steps leave, in pieces too
-    small for what follows, would stay beside a decoder's far larger pictures."""
+    """A decoder that is lean with memory, and with time to get it, on the CPU.
+
+    It begins by returning to the system what was freed before: the heap that a network's steps leave, in pieces too
+    small for what follows, would stay beside a decoder's far larger pictures. Those take each other's place
+    (`native.recycled`), and the last is normalized and activated in one pass.
+    """
 
     after_norm = ()
 
-    def forward(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if sample.device.type == "cpu" and not torch.compiler.is_compiling():
-            native.give_back()
+    def forward(self, sample: Tensor, latent_embeds: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         plain: Any = super()
-        pictures: Tensor = plain.forward(sample, *args, **kwargs)
-        return pictures
+        if sample.device.type != "cpu" or torch.compiler.is_compiling():
+            whole: Tensor = plain.forward(sample, latent_embeds, *args, **kwargs)
+            return whole
+        native.give_back()
+        with native.recycled():
+            if latent_embeds is not None or torch.is_grad_enabled() or not _is_plain_end(self):
+                return plain.forward(sample, latent_embeds, *args, **kwargs)
+            inner: Any = (self.conv_in, self.mid_block, *_in_order(self.up_blocks))
+            for module in inner:
+                sample = module(sample)
+            pictures: Tensor = self.conv_out(native_norm(self.conv_norm_out, True).over_groups(sample))
+            return pictures
+
+
+def _in_order(blocks: Any) -> Iterator[Any]:
+    """What blocks call after each other: whoever calls a block holds its input, the largest picture, to its end."""
+    for block in blocks:
+        if type(block) is not UpDecoderBlock2D or "forward" in block.__dict__ or _hooked(block):
+            yield block
+            continue
+        yield from (functools.partial(resnet, temb=None) for resnet in block.resnets)
+        yield from block.upsamplers or ()
+
+
+def _is_plain_end(decoder: Any) -> bool:
+    """Whether a decoder's last norm and activation can be one call of the CPU engine."""
+    norm, activation = decoder.conv_norm_out, decoder.conv_act
+    known = type(norm) is nn.GroupNorm and norm.affine and norm.num_channels % 16 == 0 and type(activation) is nn.SiLU
+    return native.available() and known and not any("forward" in x.__dict__ or _hooked(x) for x in (norm, activation))
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -223,10 +223,10 @@ class Engine(Prepared):
         if not fits:
             return None
         if torch.compiler.is_compiling():
-            return _native_norm(known, silu)
+            return native_norm(known, silu)
         state = (norm, silu, *_state_of(known.weight), *_state_of(known.bias))
         if self._norm is None or self._norm[0] != state:
-            self._norm = state, _native_norm(known, silu)
+            self._norm = state, native_norm(known, silu)
         return self._norm[1]
 
 
@@ -594,6 +594,6 @@ def _state_of(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
-def _native_norm(norm: Any, silu: bool) -> native.Norm:
+def native_norm(norm: Any, silu: bool) -> native.Norm:
     groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 0
     return native.Norm(norm.weight.float(), norm.bias.float(), norm.eps, groups, silu)

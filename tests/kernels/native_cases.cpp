@@ -152,6 +152,21 @@ void conv(int isa, int64_t batch, int64_t channels, int64_t height, int64_t widt
                     std::to_string(kernel) + "-" + std::to_string(stride) + "-" + std::to_string(form), hash);
 }
 
+void group_norm(int isa, int64_t batch, int64_t channels, int64_t height, int64_t width, bool broken) {
+    const Values x = values(batch * height * width * channels, 9.0f, broken);
+    const auto gain = floats(channels, 0.5f, 1.5f), shift = floats(channels, -1.0f, 1.0f);
+    Hash hash;
+    for (const int dtype : {dgq::FLOAT32, dgq::BFLOAT16})
+        for (const int silu : {0, 1}) {
+            const dgq::Norm norm{gain.data(), shift.data(), 1e-5f, 4, silu};
+            std::vector<char> y(batch * height * width * channels * (dtype == dgq::FLOAT32 ? 4 : 2));
+            must(dgq_group_norm(&norm, x.at(dtype), batch, height, width, channels, dtype, y.data(), 1), "group_norm");
+            hash.add(y, dtype);
+        }
+    report(isa, "group_norm-" + std::to_string(channels) + "x" + std::to_string(height) + "x" + std::to_string(width) +
+                    (broken ? "-broken" : ""), hash);
+}
+
 // Pairs of a query and a block of keys that attention multiplied, and that there were.
 int64_t lived = 0, pairs = 0;
 const dgq::Kernels* counted = nullptr;
@@ -236,6 +251,8 @@ void all(int isa) {
         conv(isa, 1, 64, 4, 32, 16, 1, 1, 0, form);
     }
     for (const bool broken : {false, true}) {
+        group_norm(isa, 2, 48, 5, 7, broken);
+        group_norm(isa, 1, 4112, 2, 3, broken);  // a pixel is more than a piece
         attention(isa, 64, 64, 32, 8, 4, 0, broken);
         attention(isa, 33, 77, 40, 6, 3, 1, broken);
         attention(isa, 50, 131, 160, 8, 5, 1, broken);

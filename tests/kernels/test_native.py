@@ -391,6 +391,73 @@ def test_a_mapped_file_is_let_go_of_unless_it_was_changed(tmp_path):
         assert torch.equal(tensor, same)
 
 
+def place(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def picture(side, channels=64):
+    return torch.zeros(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+
+
+def test_large_results_take_the_place_of_those_that_nobody_holds():
+    g = torch.Generator().manual_seed(0)
+    weight, scale, _sums, bias = weights(64, 64, g)
+    layer = native.Layer(weight, scale, bias, None, 8)
+    x = torch.randn(1, 64, 200, 200, generator=g).contiguous(memory_format=torch.channels_last)
+    expected = layer.conv2d(x)
+    with native.recycled():
+        first = layer.conv2d(x)
+        known = place(first)
+        view = first[:, 3:5, 7]
+        del first
+        second = layer.conv2d(x)  # not in the place of what a view holds
+        assert place(second) != known
+        assert torch.equal(view, expected[:, 3:5, 7])
+        del view
+        third = layer.conv2d(x)
+        assert place(third) == known
+        assert torch.equal(second, expected)
+        assert torch.equal(third, expected)
+        del third
+        larger = layer.conv2d(picture(250))  # there is no room for it
+        assert place(larger) not in (known, place(second))
+        kept = layer.conv2d(x)
+        assert place(kept) == known
+    outside = layer.conv2d(x)
+    assert len({place(tensor) for tensor in (second, larger, kept, outside)}) == 4
+    assert torch.equal(kept, expected)  # it outlives the block
+    assert torch.equal(larger, layer.conv2d(picture(250)))
+
+
+def test_what_is_far_smaller_is_given_back_and_small_results_are_left_alone():
+    norm = native.Norm(torch.ones(64), torch.zeros(64), 1e-5, 4)
+    with native.recycled():
+        blocks = native.memory._active.blocks
+        held = [norm.over_groups(picture(side)) for side in (32, 200, 210)]
+        assert len(blocks) == 2
+        del held
+        large = norm.over_groups(picture(280))
+        assert len(blocks) == 2 + 1  # more than half as large
+        del large
+        norm.over_groups(picture(500))
+        assert sorted(len(block) for block in blocks) == [64 * 4 * 500**2]
+        with native.recycled():  # one in another is the same
+            norm.over_groups(picture(490))
+        assert len(blocks) == 1
+
+
+def test_threads_do_not_share_the_places_of_results():
+    norm = native.Norm(torch.ones(64), torch.zeros(64), 1e-5, 4)
+    with native.recycled():
+        known = place(norm.over_groups(picture(200)))
+        places = []
+        thread = threading.Thread(target=lambda: places.append(norm.over_groups(picture(200))))
+        thread.start()
+        thread.join()
+        assert place(places[0]) != known
+        assert place(norm.over_groups(picture(200))) == known
+
+
 def test_a_convolution_takes_a_bias_for_every_sample():
     g = torch.Generator().manual_seed(0)
     weight, scale, _sums, bias = weights(33, 9 * 20, g)
@@ -437,6 +504,23 @@ def test_conv2d_normalizes_its_input(isa, sizes, silu, dtype):
     normal = torch.nn.functional.silu(normal) if silu else normal
     got = layer.conv2d(x, norm=norm)
     assert_close("output", got, layer.conv2d(normal.to(dtype)), 0.002 if dtype == torch.float32 else 0.01)
+
+
+@pytest.mark.parametrize("sizes", [(2, 64, 6, 33, 4), (1, 16, 7, 700, 16), (2, 4112, 2, 3, 1)])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_alone(isa, sizes, silu, dtype):
+    batch, channels, height, width, groups = sizes
+    g = torch.Generator().manual_seed(0)
+    x = (torch.randn(batch, channels, height, width, generator=g) * 3 + 2).to(dtype)
+    norm = norm_of(channels, g, groups=groups, silu=silu)
+    expected = torch.nn.functional.group_norm(x.double(), groups, norm.gain.double(), norm.shift.double(), norm.eps)
+    expected = torch.nn.functional.silu(expected) if silu else expected
+    got = norm.over_groups(x)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert got.dtype == dtype
+    assert_close("output", got.double(), expected, 1e-5 if dtype == torch.float32 else 0.003)
+    assert torch.equal(norm.over_groups(x.contiguous(memory_format=torch.channels_last)), got)
 
 
 def test_silu_of_extremes(isa):

@@ -101,6 +101,20 @@ def test_a_picture_that_is_not_finite_gives_nan(isa, dtype, form, value):
     only_bad(layer.conv2d(broken, **options), healthy, [1, 3])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_group_that_is_not_finite_gives_nan(isa, dtype, silu, value):
+    norm = norm_of(32, 4, silu)
+    x = torch.randn(3, 32, 5, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    healthy, broken = norm.over_groups(x), x.clone()
+    broken[1, 9, 2, 3] = value
+    got = norm.over_groups(broken)
+    assert bool(got[1, 8:16].isnan().all())
+    got[1, 8:16] = healthy[1, 8:16]
+    assert torch.equal(got, healthy)
+
+
 def test_a_picture_of_too_wide_a_range_gives_nan(isa):
     layer, x = layer_of(8, 9 * 4, kernel=3, padding=1), torch.ones(2, 4, 3, 3)
     x[0, 0, 0, 0], x[0, 1, 2, 2] = HUGE, -HUGE  # in different lines
@@ -205,6 +219,17 @@ def test_inputs_elsewhere_are_refused():
             layer.linear(x, norm=norm)
     with pytest.raises(ValueError, match="residual"):
         layer.linear(x, torch.zeros(2, 16), gated=True)
+    wide = torch.zeros(1, 32, 4, 4)
+    for other in (wide[0], wide[:, :24], wide.half(), torch.zeros(1, 32, 4, 4, dtype=torch.int32)):
+        with pytest.raises(ValueError, match="multiple of 16 channels in float32 or bfloat16"):
+            norm_of(32, 4).over_groups(other)
+    with pytest.raises(ValueError, match="on meta"):
+        norm_of(32, 4).over_groups(wide.to("meta"))
+    with pytest.raises(ValueError, match="norm of 16 channels"):
+        norm_of(32, 4).over_groups(wide[:, :16])
+    for norm in (norm_of(32, 0), norm_of(32, 3), norm_of(32, -1), native.Norm(torch.ones(32), torch.zeros(32), NAN, 4)):
+        with pytest.raises(ValueError, match="a norm needs"):
+            norm.over_groups(wide)
 
 
 def test_attention_of_mixed_operands_is_refused():
@@ -307,6 +332,39 @@ def test_the_library_refuses_a_layer(name, values):
             assert call("dgq_check_layer", ctypes.addressof(changed)) != "done", value
             assert linear_call(changed) != "done", value
             assert call("dgq_conv2d", ctypes.addressof(changed), *arguments) != "done", value
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("norm", [None]),
+        ("x", [None]),
+        ("batch", [-1, *LONGS[3:]]),
+        ("height", [-1, *LONGS[3:]]),
+        ("width", [-1, *LONGS[3:]]),
+        ("channels", [0, 8, 24, *LONGS]),
+        ("dtype", [-1, 2, 2**31 - 1]),
+        ("y", [None]),
+        ("threads", INTS),
+    ],
+)
+def test_the_library_refuses_a_norm(name, values):
+    x, y, norm = torch.zeros(1, 3, 5, 32), torch.zeros(1, 3, 5, 32), norm_of(32, 4)
+    arguments = {
+        "norm": norm._address(32),
+        "x": x.data_ptr(),
+        "batch": 1,
+        "height": 3,
+        "width": 5,
+        "channels": 32,
+        "dtype": 0,
+        "y": y.data_ptr(),
+        "threads": 1,
+    }
+    assert call("dgq_group_norm", *arguments.values()) == "done"
+    for value in values:
+        if (name, value) != ("channels", 2**40):  # a size that could be
+            assert call("dgq_group_norm", *{**arguments, name: value}.values()) != "done", value
 
 
 @pytest.mark.parametrize("name, values", [("batch", LONGS[:2]), ("height", [-1, 0, 2]), ("width", [-1, 0, 2])])

@@ -13,7 +13,7 @@ from . import operators as operators
 from .layers import Layer, Norm, TwoLevel, can_share, linear
 from .library import ISAS, LIBRARY, attention_pays, available, describe, supported, use
 from .log_attention import attention
-from .memory import give_back, let_go, page_out
+from .memory import give_back, let_go, page_out, recycled
 from .rounding import round_columns, search_subscales
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "let_go",
     "linear",
     "page_out",
+    "recycled",
     "round_columns",
     "search_subscales",
     "supported",

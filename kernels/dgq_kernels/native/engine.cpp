@@ -248,6 +248,8 @@ static bool supported(int isa) { return isa == PORTABLE; }
 
 // Rotated pictures up to this size are kept while they are quantized.
 constexpr int64_t MOST_ROTATED_BYTES = int64_t{64} << 20;
+// Floats that are made of a picture at a time, where a pixel has no more.
+constexpr int64_t PIECE_VALUES = 4096;
 
 static int64_t element_bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
@@ -363,6 +365,11 @@ static void multiply_panel(
         const int8_t* b = layer.packed + col / BLOCK_COLS * block;
         const int64_t count = part.last - col < step ? part.last - col : step;
         const int cols = gated || count > BLOCK_COLS ? TILE_COLS : BLOCK_COLS;
+        for (int64_t row = 0; row < part.rows; ++row) {  // what the epilogue will read and write
+            const int64_t at = col * element_bytes(dtype);
+            __builtin_prefetch(outputs[row].out + at, 1, 2);
+            if (outputs->residual) __builtin_prefetch(outputs[row].residual + at, 0, 2);
+        }
         if (layer.group)
             multiply_four_bits(
                 a, reinterpret_cast<const uint8_t*>(b), second, step / BLOCK_COLS * block, layer.k, layer.group,
@@ -443,6 +450,18 @@ static Range silu_range(float low, float high) {
     return {static_cast<float>(least < 0.0 ? least : 0.0), static_cast<float>(most > 0.0 ? most : 0.0)};
 }
 
+// A line of pixels in pieces that stay in the first-level cache as floats.
+struct Pieces {
+    int64_t width, pixels;
+
+    Pieces(int64_t line, int64_t channels)
+        : width(line), pixels(PIECE_VALUES / channels > 0 ? PIECE_VALUES / channels : 1) {}
+    template <class Task> void each(const Task& task) const {
+        for (int64_t column = 0; column < width; column += pixels)
+            task(column, width - column < pixels ? width - column : pixels);
+    }
+};
+
 // GroupNorm of channels-last pictures as a factor and an offset for every sample and channel, and the range of what
 // comes out, SiLU included. One pass over the pictures: the range follows from that of every channel.
 struct Affine {
@@ -493,7 +512,10 @@ static Affine group_norm(
                 const float p = first.low[c] * factors[c] + offsets[c], q = first.high[c] * factors[c] + offsets[c];
                 low = std::fmin(low, std::fmin(p, q));
                 high = std::fmax(high, std::fmax(p, q));
-                finite &= is_finite(p) && is_finite(q);
+                if (!is_finite(p) || !is_finite(q)) {
+                    finite = false;
+                    offsets[c] = NOT_A_NUMBER;
+                }
                 if (!inv_divisor) continue;
                 const float least = std::fmin(p, q), most = std::fmax(p, q);
                 const Range one = norm.silu ? silu_range(least, most) : Range{least, most};
@@ -511,6 +533,27 @@ static Affine group_norm(
             affine.ranges[b] = norm.silu ? silu_range(low, high) : Range{std::fmin(low, 0.0f), std::fmax(high, 0.0f)};
     }
     return affine;
+}
+
+// A normalized picture of floats, of a multiple of 16 channels.
+static void normalize(
+    const Norm& norm, const void* x, int64_t batch, int64_t height, int64_t width, int64_t channels, int dtype, void* y,
+    int threads) {
+    const int64_t size = element_bytes(dtype), line_bytes = width * channels * size;
+    const char* source = static_cast<const char*>(x);
+    const Affine affine = group_norm(norm, nullptr, source, batch, height, width, channels, dtype, threads);
+    parallel(threads, batch * height, [&](int64_t line) {
+        const float* factor = affine.values.data() + line / height * 2 * channels;
+        const Pieces pieces(width, channels);
+        auto* scratch = dtype == FLOAT32 ? nullptr : panel_scratch().get<float>(pieces.pixels * channels);
+        pieces.each([&](int64_t column, int64_t count) {
+            const int64_t at = line * line_bytes + column * channels * size;
+            char* out = static_cast<char*>(y) + at;
+            float* values = scratch ? scratch : reinterpret_cast<float*>(out);
+            kernels->affine(source + at, dtype, count, channels, factor, factor + channels, norm.silu, values);
+            if (scratch) kernels->narrowed(scratch, count * channels, reinterpret_cast<uint16_t*>(out));
+        });
+    });
 }
 
 static Range joined(const Range* ranges, int64_t count) {
@@ -580,51 +623,52 @@ static void convolve(
         affine = group_norm(
             *norm, layer.rotation ? nullptr : inv_divisor, source, batch, height, width, channels, dtype, threads);
     const Norm* const before = norm;
-    const auto rotate_line = [&](int64_t line, float* out) {
-        const void* in = static_cast<const char*>(x) + line * width * channels * size;
+    const int64_t line_values = width * channels;
+    const Pieces pieces(width, channels);
+    const auto rotate_pixels = [&](int64_t line, int64_t column, int64_t count, float* out) {
+        const void* in = static_cast<const char*>(x) + (line * line_values + column * channels) * size;
         if (before) {
             const float* factor = affine.values.data() + line / height * 2 * channels;
-            kernels->affine(in, dtype, width, channels, factor, factor + channels, before->silu, out);
+            kernels->affine(in, dtype, count, channels, factor, factor + channels, before->silu, out);
             in = out;
         }
         const int64_t step = channels * (before ? 4 : size);
-        for (int64_t column = 0; column < width; ++column)
+        for (int64_t pixel = 0; pixel < count; ++pixel)
             kernels->rotate(
-                static_cast<const char*>(in) + column * step, before ? FLOAT32 : dtype, channels, layer.inv_divisor,
-                layer.rotation, out + column * channels);
+                static_cast<const char*>(in) + pixel * step, before ? FLOAT32 : dtype, channels, layer.inv_divisor,
+                layer.rotation, out + pixel * channels);
     };
     // A picture's range is that of what the rotation makes of it, so that is kept; of a large picture it is made twice,
     // as its copy would be as large as all else that a decoder holds.
-    const int64_t line_values = width * channels;
     const bool kept = batch * height * line_values * 4 <= MOST_ROTATED_BYTES;
+    float* rotated = nullptr;
     if (layer.rotation) {
         static thread_local Scratch rotated_scratch;
-        if (kept) {
-            auto* rotated = rotated_scratch.get<float>(batch * height * line_values);
-            parallel(threads, batch * height, [&](int64_t line) { rotate_line(line, rotated + line * line_values); });
-            source = reinterpret_cast<const char*>(rotated);
-        }
+        if (kept) rotated = rotated_scratch.get<float>(batch * height * line_values);
+        source = reinterpret_cast<const char*>(rotated);
         in_dtype = FLOAT32;
         inv_divisor = nullptr;
         norm = nullptr;
     }
-    // a line of what is quantized, as far as that is in memory
-    const auto line_of = [&](int64_t line) -> const char* {
-        if (kept || !layer.rotation) return source + line * line_values * element_bytes(in_dtype);
-        auto* out = panel_scratch().get<float>(line_values);
-        rotate_line(line, out);
-        return reinterpret_cast<const char*>(out);
-    };
     const int64_t in_size = element_bytes(in_dtype);
     if (norm) {
         for (int64_t b = 0; b < batch; ++b) sample[b] = codes_of(affine.ranges[b], layer.bits);
     } else {
         std::vector<Range> ranges(batch * height);
         parallel(threads, batch * height, [&](int64_t line) {
-            const char* in = line_of(line);
+            const char* in = source + line * line_values * in_size;
+            if (layer.rotation) {
+                auto* scratch = kept ? nullptr : panel_scratch().get<float>(pieces.pixels * channels);
+                pieces.each([&](int64_t column, int64_t count) {
+                    float* out = kept ? rotated + line * line_values + column * channels : scratch;
+                    rotate_pixels(line, column, count, out);
+                    kernels->range(out, FLOAT32, count * channels, nullptr, ranges[line]);
+                });
+                return;
+            }
             for (int64_t column = 0; column < (inv_divisor ? width : 1); ++column)
                 kernels->range(
-                    in + column * channels * in_size, in_dtype, inv_divisor ? channels : width * channels, inv_divisor,
+                    in + column * channels * in_size, in_dtype, inv_divisor ? channels : line_values, inv_divisor,
                     ranges[line]);
         });
         for (int64_t b = 0; b < batch; ++b) sample[b] = codes_of(joined(&ranges[b * height], height), layer.bits);
@@ -638,8 +682,16 @@ static void convolve(
         }
         std::memset(out, sample[b].zero, pad * channels);
         std::memset(out + (pad + width) * channels, sample[b].zero, pad * channels);
-        const char* in = line_of(b * height + row);
         out += pad * channels;
+        if (layer.rotation && !kept) {
+            auto* scratch = panel_scratch().get<float>(pieces.pixels * channels);
+            pieces.each([&](int64_t column, int64_t count) {
+                rotate_pixels(b * height + row, column, count, scratch);
+                kernels->quantize(scratch, FLOAT32, count * channels, nullptr, sample[b], out + column * channels);
+            });
+            return;
+        }
+        const char* in = source + (b * height + row) * line_values * in_size;
         if (norm) {
             const float* factor = affine.values.data() + b * 2 * channels;
             kernels->quantize_affine(
@@ -647,7 +699,7 @@ static void convolve(
             return;
         }
         if (!inv_divisor) {
-            kernels->quantize(in, in_dtype, width * channels, nullptr, sample[b], out);
+            kernels->quantize(in, in_dtype, line_values, nullptr, sample[b], out);
             return;
         }
         for (int64_t column = 0; column < width; ++column)
@@ -962,7 +1014,7 @@ template <class Body> static int32_t guarded(const Body& body) {
 extern "C" {
 
 // Changes with every change of the structures or functions below.
-int32_t dgq_abi() { return 11; }
+int32_t dgq_abi() { return 12; }
 
 // The sizes of Layer, Stored, Norm and Attention, for callers that describe them once more.
 int64_t dgq_struct_bytes(int32_t which) {
@@ -1111,6 +1163,20 @@ int32_t dgq_conv2d(
         expect(fits({batch, tall, wide, channels, 4}) && fits({batch, tall, wide, layer->n, 4}), INPUT_SIZES);
         if (norm) check_norm(*norm, norm->groups >= 1 && channels % norm->groups == 0);
         convolve(*layer, x, batch, height, width, dtype, norm, {sample_bias, residual, 0, y}, threads);
+    });
+}
+
+// A norm alone: (batch, height, width, channels) to the same, which may be the same memory.
+int32_t dgq_group_norm(
+    const dgq::Norm* norm, const void* x, int64_t batch, int64_t height, int64_t width, int64_t channels, int32_t dtype,
+    void* y, int32_t threads) {
+    using namespace dgq;
+    return guarded([&] {
+        check_call(dtype, threads);
+        expect(norm && x && y, NO_POINTER);
+        expect(channels >= 1 && channels % BLOCK_COLS == 0 && fits({batch, height, width, channels, 4}), INPUT_SIZES);
+        check_norm(*norm, norm->groups >= 1 && channels % norm->groups == 0);
+        normalize(*norm, x, batch, height, width, channels, dtype, y, threads);
     });
 }
 

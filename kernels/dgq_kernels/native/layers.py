@@ -14,6 +14,7 @@ from torch import Tensor
 from ..packing import GROUP_SIZES
 from .checks import checked, laid_out, on_cpu, other_channels
 from .library import BLOCK, DTYPES, LayerStruct, NormStruct, Pointer, StoredStruct, loaded
+from .memory import empty
 
 _PARTS = ("packed", "weight_scale", "column_sum", "bias")  # of layers that share an input, what is each one's own
 
@@ -34,6 +35,30 @@ class Norm:
     eps: float
     groups: int = 0
     silu: bool = False
+
+    def over_groups(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) of a multiple of 16 channels, normalized in groups and activated: channels-last, in x's dtype,
+        to 1e-5 of the activation's size.
+
+        Raises:
+            ValueError: x is not 4-D, has other channels, is not on the CPU or of neither float32 nor bfloat16; a norm
+                without groups.
+        """
+        engine = loaded()
+        if x.dim() != 4 or x.shape[1] % BLOCK or x.dtype not in DTYPES:
+            got = f"{x.dtype} {tuple(x.shape)}"
+            raise ValueError(f"a picture of a multiple of {BLOCK} channels in float32 or bfloat16 expected, got {got}")
+        on_cpu(x, "an input")
+        x = x.contiguous(memory_format=torch.channels_last)
+        batch, channels, height, width = x.shape
+        y = empty(x.shape, x)
+        if y.numel():
+            code = engine.library.dgq_group_norm(
+                self._address(channels), x.data_ptr(), batch, height, width, channels, DTYPES[x.dtype], y.data_ptr(),
+                torch.get_num_threads(),
+            )  # fmt: skip
+            engine.check(code)
+        return y
 
     @functools.cached_property
     def _structs(self) -> dict[int, tuple[int, NormStruct]]:
@@ -354,11 +379,9 @@ def norm_arguments(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, flo
 
 def empty_upsampled(x: Tensor, n: int) -> Tensor:
     """Where the result of an upsampling of x (B, C, H, W) goes: (B, n / 4, 2 H, 2 W), channels-last."""
-    size = (x.shape[0], n // 4, *(2 * side for side in x.shape[2:]))
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return empty((x.shape[0], n // 4, *(2 * side for side in x.shape[2:])), x)
 
 
 def empty_picture(x: Tensor, n: int, kernel: int, stride: int, padding: int) -> Tensor:
     """Where the result of a convolution of x (B, C, H, W) goes: (B, n, Ho, Wo), channels-last."""
-    size = [(side + 2 * padding - kernel) // stride + 1 for side in x.shape[2:]]
-    return torch.empty((x.shape[0], n, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return empty((x.shape[0], n, *((side + 2 * padding - kernel) // stride + 1 for side in x.shape[2:])), x)

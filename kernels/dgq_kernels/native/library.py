@@ -13,7 +13,7 @@ import torch
 
 from .build import LIBRARY
 
-ABI = 11
+ABI = 12
 ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx", "neon-dot", "neon-i8mm")
 BLOCK = 16  # output channels in a block of the packed weight
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -78,6 +78,7 @@ _SIGNATURES: dict[str, tuple[type, Sequence[type]]] = {
         Int,
         (Pointer, Pointer, Long, Long, Long, Int, Pointer, Pointer, Pointer, Pointer, Int),
     ),
+    "dgq_group_norm": (Int, (Pointer, Pointer, *(Long,) * 4, Int, Pointer, Int)),
     "dgq_upsample": (Int, (Pointer, Pointer, Long, Long, Long, Int, Pointer, Int)),
     "dgq_attention": (Int, (Pointer, Int)),
     "dgq_round_columns": (

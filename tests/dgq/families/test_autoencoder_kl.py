@@ -4,6 +4,7 @@ damaged."""
 import copy
 import json
 import shutil
+import weakref
 
 import damage
 import pytest
@@ -28,6 +29,7 @@ from dgq.integer.fused_unet import FusedResnetBlock
 from dgq.integer.layer import IntegerLayer
 from dgq.pictures.pipelines import find_model
 from dgq.recipe import Recipe
+from dgq_kernels import native
 
 UPSAMPLER = "decoder.up_blocks.0.upsamplers.0.conv"
 QUICK = Recipe(rounding="nearest", channels="none")
@@ -320,3 +322,51 @@ def test_a_decode_begins_by_returning_what_was_freed(tiny_checkpoint, monkeypatc
     decoded(vae, latents())
     assert order == ["returned", "decoded"]
     assert type(vae.dequantize().decoder) is Decoder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lean_decode_is_a_plain_one(tiny_checkpoint, dtype):
+    vae = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae", torch_dtype=dtype)
+    z = latents().to(dtype)
+    calls = []
+    with torch.no_grad():
+        plain = Decoder.forward(vae.decoder, vae.post_quant_conv(z))
+        vae.decoder.conv_out.register_forward_pre_hook(lambda *_: calls.append("last"))
+        lean = decoded(vae, z)
+        norm = vae.decoder.conv_norm_out.register_forward_pre_hook(lambda *_: calls.append("norm"))
+        hooked = decoded(vae, z)
+        norm.remove()
+        vae.decoder.up_blocks[0].register_forward_hook(lambda *_: calls.append("block"))
+        assert torch.equal(decoded(vae, z), lean)
+        vae.decoder.conv_act = torch.nn.ReLU()
+        other = Decoder.forward(vae.decoder, vae.post_quant_conv(z))
+        assert torch.equal(decoded(vae, z), other)
+    assert torch.equal(hooked, plain)
+    assert sqnr_db(plain.float(), lean.float()) > (80 if dtype == torch.float32 else 40)
+    assert calls == ["last", "norm", "last", "block", "last", *["block", "last"] * 2]
+
+
+def test_a_decode_with_gradients_is_a_plain_one(tiny_checkpoint):
+    vae = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae")
+    z = latents().requires_grad_()
+    vae.decode(z).sample.square().sum().backward()
+    with torch.no_grad():
+        assert sqnr_db(decoded(vae, z), vae.decode(z.detach()).sample) == float("inf")
+    assert bool(z.grad.abs().sum() > 0)
+
+
+def test_large_pictures_of_a_decode_take_each_others_place(tiny_checkpoint, monkeypatch):
+    vae = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae")
+    expected, known = decoded(vae, latents()), []
+    block = native.memory._block
+
+    def noted(blocks, size):
+        before = [weakref.ref(one) for one in blocks]
+        given = block(blocks, size)
+        known.append(any(one() is given for one in before))
+        return given
+
+    monkeypatch.setattr(native.memory, "_LARGE", 0)
+    monkeypatch.setattr(native.memory, "_block", noted)
+    assert torch.equal(decoded(vae, latents()), expected)
+    assert set(known) == {False, True}
