@@ -240,7 +240,7 @@ def measure(
     table: Table = "step",
 ) -> tuple[list[Row], list[str]]:
     """Time a step or a picture of every system, interleaved; in groups, each with float32, where not all fit into
-    memory.
+    memory, and after float32 what does not fit beside it.
 
     Args:
         systems: the first is "float32", the others are set beside it.
@@ -252,7 +252,8 @@ def measure(
         table: "step" or "picture"; a picture's rows are followed by those of its parts.
 
     Returns:
-        The rows, in the order of `systems`, and what to know about them: systems that failed or did not fit, groups.
+        The rows, in the order of `systems`, and what to know about them: systems that failed or did not fit, groups,
+        those that took no turns with float32.
 
     Raises:
         DgqError: float32 failed.
@@ -263,7 +264,29 @@ def measure(
     groups: list[list[str]] = []
     warm: dict[str, float] = {}  # dtype -> ms, uncompiled
     order = {system.name: i for i, system in enumerate(systems)}
+    first: list[float] = []  # milliseconds of float32 in its first group
+
+    def load(system: System, stack: contextlib.ExitStack) -> Worker | None:
+        try:
+            return stack.enter_context(Worker(system.specs[0]))
+        except DgqError as error:
+            notes.append(f"{system.name} failed: {error.message}")
+            return None
+        finally:
+            progress("load", loaded, len(systems) - 1, system.name)
+
+    def take_turns(group: Mapping[str, tuple[System, Worker]]) -> dict[str, list[float]]:
+        def lost(name: str, error: DgqError) -> None:
+            if name == base.name:
+                raise DgqError(f"{name} failed: {error.message}", error.hint)
+            notes.append(f"{name} failed: {error.message}")
+
+        timers = {name: worker.run for name, (_, worker) in group.items()}
+        # the workers are warm
+        return interleaved(timers, repeats, 0, lambda done, total: progress(table, done, total, ""), lost)
+
     loaded = 0
+    alone: list[System] = []
     with contextlib.ExitStack() as stack:
         try:
             reference = stack.enter_context(Worker(base.specs[0]))
@@ -280,28 +303,42 @@ def measure(
                     if system.needed(size) > room:
                         if len(group) == 1:
                             waiting.remove(pending)
-                            notes.append(
-                                f"{system.name} was left out: it may take {system.needed(size) / 2**30:.1f} GiB, "
-                                f"beside float32 {max(room, 0) / 2**30:.1f} GiB are free"
-                            )
+                            alone.append(system)
                         continue
                     waiting.remove(pending)
                     loaded += 1
-                    try:
-                        worker = others.enter_context(Worker(system.specs[0]))
-                    except DgqError as error:
-                        notes.append(f"{system.name} failed: {error.message}")
+                    worker = load(system, others)
+                    if worker is None:
                         continue
-                    finally:
-                        progress("load", loaded, len(systems) - 1, system.name)
                     group[system.name] = (system, worker)
                     if system.specs[0].kind == "torch" and not system.name.startswith("dgq"):
                         warm[system.specs[0].dtype] = worker.warm_ms
                 if len(group) == 1 and rows:
                     continue  # all failed: float32 has its row already
-                found = _turns(group, case, repeats, notes, progress, table)
+                times = take_turns(group)
+                first = first or times[base.name]
+                found = _rows(group, times, case, repeats, reference, notes, table)
                 rows = {**found, **rows}  # float32's row is that of the first group
                 groups.append([name for name in found if name != base.name])
+    late: list[str] = []
+    for system in alone:
+        if system.needed(size) > free:
+            notes.append(
+                f"{system.name} was left out: it may take {system.needed(size) / 2**30:.1f} GiB, "
+                f"{free / 2**30:.1f} GiB are free"
+            )
+            continue
+        with contextlib.ExitStack() as others:
+            loaded += 1
+            worker = load(system, others)
+            times = {} if worker is None else take_turns({system.name: (system, worker)})
+            if worker is not None and times:
+                group = {base.name: (base, reference), system.name: (system, worker)}
+                found = _rows(group, {base.name: first, **times}, case, repeats, reference, notes, table)
+                rows[system.name] = found[system.name]
+                late.append(system.name)
+    if late:
+        notes.append(f"did not fit into memory beside float32, and ran after it, not in turns: {', '.join(late)}")
     groups = [names for names in groups if names]
     if len(groups) > 1:
         text = "; ".join(", ".join(names) for names in groups)
@@ -309,25 +346,16 @@ def measure(
     return [row for system in sorted(rows, key=lambda name: order[name]) for row in rows[system]], notes
 
 
-def _turns(
+def _rows(
     group: Mapping[str, tuple[System, Worker]],
+    times: Mapping[str, Sequence[float]],
     case: str,
     repeats: int,
+    reference: Worker,
     notes: list[str],
-    progress: Progress,
     table: Table,
 ) -> dict[str, list[Row]]:
-    """The rows of systems that are loaded, by system."""
-    base, (_, reference) = next(iter(group.items()))
-
-    def lost(name: str, error: DgqError) -> None:
-        if name == base:
-            raise DgqError(f"{name} failed: {error.message}", error.hint)
-        notes.append(f"{name} failed: {error.message}")
-
-    timers = {name: worker.run for name, (_, worker) in group.items()}
-    # the workers are warm
-    times = interleaved(timers, repeats, 0, lambda done, total: progress(table, done, total, ""), lost)
+    """The rows of systems that ran so many milliseconds, by system; workers may have ended since."""
     rows: dict[str, list[Row]] = {}
     for row in make_rows(case, times, table):
         system, worker = group[row.system]

@@ -120,7 +120,33 @@ def test_a_system_that_never_fits_is_left_out() -> None:
     large = System("large", (Spec("torch", "4-9-", "bfloat16", "large"),), bytes_per_parameter=8.0)
     rows, notes = measure([system("float32", 8), large, system("c", 2)], "case", SIZE, 1, 6 * GIB)
     assert [row.system for row in rows] == ["float32", "c"]
-    assert notes == ["large was left out: it may take 9.0 GiB, beside float32 4.0 GiB are free"]
+    assert notes == ["large was left out: it may take 9.0 GiB, 6.0 GiB are free"]
+
+
+def test_systems_that_do_not_fit_beside_float32_run_after_it(log: list[str]) -> None:
+    large, broken, ended = (
+        System(name, (Spec("torch", f"4-3-{fault}", "bfloat16", name),), bytes_per_parameter=4.5)
+        for name, fault in (("large", ""), ("broken", "load"), ("ended", "run"))
+    )
+    found = [system("float32", 8), large, broken, system("c", 2), ended]
+    rows, notes = measure(found, "case", SIZE, 2, 6 * GIB, table="picture")
+    turns = [*["float32", "c"] * 2, "-c", "-float32"]
+    assert log == ["+float32", "+c", *turns, "+large", "large", "large", "-large", "+ended", "ended", "ended", "-ended"]
+    whole = [row for row in rows if row.table == "picture"]
+    assert [(row.system, row.p50_ms, row.ratio_to_float32) for row in whole] == [
+        ("float32", 8, 1),
+        ("large", 4, 0.5),
+        ("c", 2, 0.25),
+    ]
+    assert whole[1].relative_error == pytest.approx(0.004 / 1.008, rel=1e-3)
+    parts = {row.case: row for row in rows if row.system == "large"}
+    assert parts["case: load"].p50_ms == 40
+    assert parts[f"case: {PARTS[0]}"].ratio_to_float32 == 0.5
+    assert notes == [
+        "broken failed: cannot be loaded",
+        "ended failed: its process was ended by SIGKILL",
+        "did not fit into memory beside float32, and ran after it, not in turns: large",
+    ]
 
 
 def test_systems_that_fail_become_notes_and_the_others_go_on() -> None:
