@@ -1,5 +1,5 @@
 """`python -m dgq_cli` is `dgq`."""
 
-from .main import main
+from .main import run
 
-main()
+run()

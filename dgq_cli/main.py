@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
 import importlib
 import io
 import os
 import signal
 import sys
+import threading
 from typing import Annotated, Any
 
 import typer
@@ -86,6 +89,24 @@ def main() -> None:
     # An interruption within exec of a text, as dataclasses are made, stays noted: Python's -m would end by SIGINT.
     exec("")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def run() -> None:
+    """`main` as a program.
+
+    It ends without taking its modules apart first, a twentieth of a small picture's time: what was to be done at its
+    end is done, and as long as a thread works it ends as others do.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if threading.active_count() > 1:
+            raise
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 0)
 
 
 INTERRUPTED = 128 + signal.SIGINT  # as the shell says it of a program that a signal ended

@@ -337,6 +337,32 @@ def test_a_reader_that_has_gone_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_a_program_ends_with_what_was_to_be_done_and_its_exit_code(tmp_path, code):
+    """Also where its modules are not taken apart: what a thread, or a function for the end, still has to do is done."""
+    program = f"""
+import atexit, pathlib, sys, tempfile, threading, time, weakref
+from dgq_cli import main
+
+kept = tempfile.TemporaryDirectory(dir=sys.argv[1])
+atexit.register(lambda: print("the end", flush=True))
+if "thread" in sys.argv:
+    threading.Thread(target=lambda: (time.sleep(0.2), print("a thread"))).start()
+sys.stdout.write("not flushed, ")
+def end(): sys.exit({code})
+main.main = end
+main.run()
+"""
+    for more, told in ([], "not flushed, the end\n"), (["thread"], "not flushed, a thread\nthe end\n"):
+        folder = tmp_path / str(len(more))
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(folder), *more], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (code, told), done.stderr
+        assert not any(folder.iterdir())
+
+
 def test_sigterm_while_a_text_is_executed(tmp_path):
     """Python notes an interruption that leaves exec of a text, and run by -m ends by it, whatever became of it."""
     (tmp_path / "stopped.py").write_text(

@@ -77,7 +77,7 @@ def test_a_source_archive_makes_a_wheel_without_a_compiler(unpacked, tmp_path):
     info = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"
     for file in ("LICENSE", "NOTICE"):
         assert archive.read(f"{info}/licenses/{file}") == (ROOT / file).read_bytes()
-    assert b"dgq = dgq_cli.main:main" in archive.read(f"{info}/entry_points.txt")
+    assert b"dgq = dgq_cli.main:run" in archive.read(f"{info}/entry_points.txt")
 
 
 # what passes for a compiler: a script that writes the file behind -o
