@@ -13,7 +13,8 @@ from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from dgq_kernels import native
+from dgq_kernels import backend, native
+from dgq_kernels.native.library import BLOCK
 
 from ..family import FIRST_AND_LAST, Family, noise
 from ..integer.folding import fold
@@ -91,8 +92,11 @@ def _in_order(blocks: Any) -> Iterator[Any]:
 def _is_plain_end(decoder: Any) -> bool:
     """Whether a decoder's last norm and activation can be one call of the CPU engine."""
     norm, activation = decoder.conv_norm_out, decoder.conv_act
-    known = type(norm) is nn.GroupNorm and norm.affine and norm.num_channels % 16 == 0 and type(activation) is nn.SiLU
-    return native.available() and known and not any("forward" in x.__dict__ or _hooked(x) for x in (norm, activation))
+    if backend.chosen(torch.device("cpu")).name != "cpu" or not native.available():
+        return False
+    if (type(norm), type(activation)) != (nn.GroupNorm, nn.SiLU) or not norm.affine or norm.num_channels % BLOCK:
+        return False
+    return not any("forward" in x.__dict__ or _hooked(x) for x in (norm, activation))
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -521,6 +521,9 @@ def test_a_norm_alone(isa, sizes, silu, dtype):
     assert got.dtype == dtype
     assert_close("output", got.double(), expected, 1e-5 if dtype == torch.float32 else 0.003)
     assert torch.equal(norm.over_groups(x.contiguous(memory_format=torch.channels_last)), got)
+    half = norm.over_groups(x.half())
+    assert half.dtype == torch.float16
+    assert torch.equal(half, norm.over_groups(x.half().float()).half())
 
 
 def test_silu_of_extremes(isa):

@@ -41,20 +41,22 @@ class Norm:
         to 1e-5 of the activation's size.
 
         Raises:
-            ValueError: x is not 4-D, has other channels, is not on the CPU or of neither float32 nor bfloat16; a norm
-                without groups.
+            ValueError: x is not 4-D, has other channels, is not on the CPU or holds no floats; a norm without groups.
         """
         engine = loaded()
-        if x.dim() != 4 or x.shape[1] % BLOCK or x.dtype not in DTYPES:
+        if x.dim() != 4 or x.shape[1] % BLOCK or not x.dtype.is_floating_point:
             got = f"{x.dtype} {tuple(x.shape)}"
-            raise ValueError(f"a picture of a multiple of {BLOCK} channels in float32 or bfloat16 expected, got {got}")
+            raise ValueError(f"a picture of floats of a multiple of {BLOCK} channels expected, got {got}")
         on_cpu(x, "an input")
+        dtype = DTYPES.get(x.dtype)
+        if dtype is None:
+            return self.over_groups(x.float()).to(x.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         batch, channels, height, width = x.shape
         y = empty(x.shape, x)
         if y.numel():
             code = engine.library.dgq_group_norm(
-                self._address(channels), x.data_ptr(), batch, height, width, channels, DTYPES[x.dtype], y.data_ptr(),
+                self._address(channels), x.data_ptr(), batch, height, width, channels, dtype, y.data_ptr(),
                 torch.get_num_threads(),
             )  # fmt: skip
             engine.check(code)

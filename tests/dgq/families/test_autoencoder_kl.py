@@ -324,7 +324,7 @@ def test_a_decode_begins_by_returning_what_was_freed(tiny_checkpoint, monkeypatc
     assert type(vae.dequantize().decoder) is Decoder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_lean_decode_is_a_plain_one(tiny_checkpoint, dtype):
     vae = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae", torch_dtype=dtype)
     z = latents().to(dtype)
@@ -344,6 +344,15 @@ def test_a_lean_decode_is_a_plain_one(tiny_checkpoint, dtype):
     assert torch.equal(hooked, plain)
     assert sqnr_db(plain.float(), lean.float()) > (80 if dtype == torch.float32 else 40)
     assert calls == ["last", "norm", "last", "block", "last", *["block", "last"] * 2]
+
+
+def test_the_reference_decodes_plainly(tiny_checkpoint, monkeypatch):
+    vae = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae")
+    monkeypatch.setenv("DGQ_BACKEND", "reference")
+    with torch.no_grad():
+        plain = Decoder.forward(vae.decoder, vae.post_quant_conv(latents()))
+        monkeypatch.setattr(native.Norm, "over_groups", None)
+        assert torch.equal(decoded(vae, latents()), plain)
 
 
 def test_a_decode_with_gradients_is_a_plain_one(tiny_checkpoint):
