@@ -86,6 +86,12 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".dgq-{secrets.token_hex(8)}.tmp")
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """What writers that were killed left in a folder that this process holds: `atomic_file`'s files, and safetensors'
+    own, which it writes beside those."""
+    return [*folder.glob(".dgq-*.tmp"), *folder.glob(".tmp*")]
+
+
 def _descriptor(path: Path) -> int | None:
     """Which of standard output and error a path such as /dev/stdout stands for."""
     for number in (1, 2):

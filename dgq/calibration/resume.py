@@ -17,7 +17,7 @@ from ..checkpoint.reading import component_at, weight_files
 from ..checkpoint.writing import copied_files
 from ..errors import DgqError
 from ..method import Method
-from ..outputs import atomic_file, save_tensors
+from ..outputs import atomic_file, leftovers, save_tensors
 from ..pictures.generation import Settings
 from ..progress import Progress, silent
 from ..recipe import Recipe
@@ -108,10 +108,9 @@ class Partial:
 
     def remove(self) -> None:
         """Forget everything."""
-        for file in (*self.folder.glob("layer-*"), *self.folder.glob("calls*"), self.folder / "fingerprint"):
+        results = (*self.folder.glob("layer-*"), *self.folder.glob("calls*"), self.folder / "fingerprint")
+        for file in (*results, *leftovers(self.folder)):
             file.unlink(missing_ok=True)
-        for file in self.folder.glob(".dgq-*.tmp"):
-            file.unlink()
 
 
 # What reading a file of `Partial` that was cut, or is another's, may raise.

@@ -179,6 +179,8 @@ def test_damaged_files_are_made_again(interrupted, tmp_path):
     plan = json.dumps({"name": third.stem.removeprefix("layer-"), "plan": {}, "sqnr_db": 1})
     save_file(load_file(third), third, metadata={"layer": plan})
     (partial / "calls.safetensors").write_bytes((partial / "calls.safetensors").read_bytes()[:1000])
+    for name in (".dgq-0123456789abcdef.tmp", ".tmpw6fP61"):  # as a run leaves them that is killed while it writes
+        (partial / name).touch()
     told = []
     calibrate(source, out, QUICK, Options(**FAST, resume=True), lambda stage, *rest: told.append((stage, rest[-1])))
     resumed = [detail for stage, detail in told if stage == "resume"]

@@ -162,6 +162,8 @@ def test_another_run_is_not_resumed(tiny_checkpoint, subject, tmp_path):
         tune(tiny_checkpoint, [(subject, "a cat")], out, Options(**SHORT, resume=True))
     state.file.write_bytes(b"cut")
     (partial / "fingerprint").unlink()
+    for name in (".dgq-0123456789abcdef.tmp", ".tmpw6fP61"):  # as a run leaves them that is killed while it writes
+        (partial / name).touch()
     told = []
     tune(
         tiny_checkpoint,
@@ -172,6 +174,7 @@ def test_another_run_is_not_resumed(tiny_checkpoint, subject, tmp_path):
     )
     assert any(stage == "resume" and "begins anew" in detail for stage, detail in told)
     assert out.is_file()
+    assert not partial.exists()
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_state(tiny_checkpoint, subject, tmp_path, monkeypatch):
