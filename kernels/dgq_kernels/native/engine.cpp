@@ -656,7 +656,6 @@ static void convolve(
     } else {
         std::vector<Range> ranges(batch * height);
         parallel(threads, batch * height, [&](int64_t line) {
-            const char* in = source + line * line_values * in_size;
             if (layer.rotation) {
                 auto* scratch = kept ? nullptr : panel_scratch().get<float>(pieces.pixels * channels);
                 pieces.each([&](int64_t column, int64_t count) {
@@ -666,6 +665,7 @@ static void convolve(
                 });
                 return;
             }
+            const char* in = source + line * line_values * in_size;
             for (int64_t column = 0; column < (inv_divisor ? width : 1); ++column)
                 kernels->range(
                     in + column * channels * in_size, in_dtype, inv_divisor ? channels : line_values, inv_divisor,
