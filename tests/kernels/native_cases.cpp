@@ -152,6 +152,22 @@ void conv(int isa, int64_t batch, int64_t channels, int64_t height, int64_t widt
                     std::to_string(kernel) + "-" + std::to_string(stride) + "-" + std::to_string(form), hash);
 }
 
+// Codes of 16 bits, of 8 with a weight of four, divided and rotated, or not finite.
+void upsample(int isa, int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t n, int form) {
+    const bool wide = form == 0, divided = form == 2, broken = form == 3;
+    Made made(4 * n, channels, wide ? dgq::WIDE_BITS : 8, 2, 1, 1, form % 2, divided);
+    if (divided && channels % 16 == 0) made.layer.rotation = 16;
+    const Values x = values(batch * height * width * channels, 9.0f, broken);
+    Hash hash = made.hash();
+    for (const int dtype : {dgq::FLOAT32, dgq::BFLOAT16}) {
+        std::vector<char> y(batch * 4 * height * width * n * (dtype == dgq::FLOAT32 ? 4 : 2));
+        must(dgq_upsample(&made.layer, x.at(dtype), batch, height, width, dtype, y.data(), 1), "upsample");
+        hash.add(y, dtype);
+    }
+    report(isa, "upsample-" + std::to_string(channels) + "x" + std::to_string(height) + "x" + std::to_string(width) + "-" +
+                    std::to_string(form), hash);
+}
+
 void group_norm(int isa, int64_t batch, int64_t channels, int64_t height, int64_t width, bool broken) {
     const Values x = values(batch * height * width * channels, 9.0f, broken);
     const auto gain = floats(channels, 0.5f, 1.5f), shift = floats(channels, -1.0f, 1.0f);
@@ -249,6 +265,8 @@ void all(int isa) {
         conv(isa, 2, 20, 9, 6, 40, 5, 1, 2, form);
         conv(isa, 2, 64, 3, 16, 33, 3, 1, 1, form);  // in place
         conv(isa, 1, 64, 4, 32, 16, 1, 1, 0, form);
+        upsample(isa, 2, 20, 7, 5, 16, form);
+        upsample(isa, 3, 64, 5, 16, 48, form);  // in place
     }
     for (const bool broken : {false, true}) {
         group_norm(isa, 2, 48, 5, 7, broken);

@@ -181,6 +181,64 @@ def test_an_upsampling_equals_the_reference(isa, sizes, dtype):
         layer.conv2d(x)
 
 
+@pytest.mark.parametrize(
+    "sizes, bits, divide, rotation",
+    [
+        ((2, 64, 6, 32, 48), 8, True, 64),
+        ((1, 20, 7, 5, 16), 4, True, 0),
+        ((3, 32, 3, 16, 32), 8, False, 16),
+        ((2, 64, 5, 16, 16), 4, False, 0),
+        ((1, 96, 5, 7, 80), 8, True, 0),
+        ((2, 5, 1, 1, 16), 2, False, 0),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_upsampling_of_few_bits_equals_the_reference(isa, sizes, bits, divide, rotation, dtype):
+    batch, channels, height, width, n = sizes
+    g = torch.Generator().manual_seed(0)
+    weight, scale, sums, bias = weights(4 * n, 4 * channels, g, extreme=channels == 32)
+    x = (torch.randn(batch, channels, height, width, generator=g) * 3).to(dtype)
+    divisor = torch.rand(channels, generator=g) + 0.5 if divide else None
+    codes = quantize_reference.quantize_samples(x, bits, divisor, 1, None, rotation)
+    four_d = weight.view(4 * n, 2, 2, channels).permute(0, 3, 1, 2)
+    y = conv2d_reference.conv2d(*codes, four_d, scale, sums, bias, 1, dtype, [channels])
+    expected = torch.empty(batch, n, 2 * height, 2 * width, dtype=dtype)
+    for place in range(4):
+        row, column = place // 2, place % 2
+        own = y[:, place * n : (place + 1) * n, row : row + height, column : column + width]
+        expected[:, :, row::2, column::2] = own
+    layer = native.Layer(weight, scale, bias, divisor, bits, 2, 1, 1, rotation=rotation)
+    got = layer.upsample(x)
+    assert torch.equal(got, expected)
+    assert got.dtype == dtype
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    plain = native.Layer(weight, scale, None, divisor, bits, 2, 1, 1, rotation=rotation)
+    none = native.Layer(weight, scale, torch.zeros(4 * n), divisor, bits, 2, 1, 1, rotation=rotation)
+    assert torch.equal(plain.upsample(x), none.upsample(x))
+    assert torch.equal(layer.upsample(x.half()), layer.upsample(x.half().float()).half())
+    x[0, 0, 0, 0] = torch.nan
+    assert torch.equal(layer.upsample(x)[1:], got[1:])
+    assert layer.upsample(x)[0].isnan().all()
+    assert layer.upsample(x[:0]).shape == (0, n, 2 * height, 2 * width)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("sizes", [(1, 32, 1, 3, 48), (2, 32, 4, 16, 48), (2, 20, 30, 33, 16), (1, 16, 8, 8, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_upsampling_on_every_number_of_threads(monkeypatch, bits, sizes, dtype):
+    """Few pixels are shared out by columns, and then a task has parts of some places."""
+    batch, channels, height, width, n = sizes
+    g = torch.Generator().manual_seed(0)
+    weight, scale, _sums, bias = weights(4 * n, 4 * channels, g)
+    layer = native.Layer(weight, scale, bias, None, bits, 2, 1, 1)
+    x = torch.randn(batch, channels, height, width, generator=g).to(dtype)
+    results = []
+    for threads in (1, 2, 3, 5, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        results.append(layer.upsample(x))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 def two_level(n, k, group, g):
     """A weight of four bits as it is stored, with anything behind its last value, and its integers."""
     padded = packing.padded_length(k, group)
@@ -239,12 +297,19 @@ def test_four_bits_in_convolutions(isa, sizes, kernel, stride, group):
     assert torch.equal(native.Layer(stored, *rest).conv2d(x), native.Layer(integers, *rest).conv2d(x))
 
 
-def test_four_bits_in_an_upsampling(isa):
+@pytest.mark.parametrize("sizes", [(2, 64, 6, 32, 48), (1, 20, 7, 5, 16), (1, 320, 3, 16, 16)])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_bits_in_an_upsampling(isa, sizes, bits, group, dtype):
+    batch, channels, height, width, n = sizes
     g = torch.Generator().manual_seed(0)
-    stored, integers = two_level(4 * 48, 4 * 64, 32, g)
-    rest = torch.rand(4 * 48, generator=g), torch.randn(4 * 48, generator=g), None, 16, 2, 1, 1
-    x = torch.randn(2, 64, 6, 32, generator=g)
-    assert torch.equal(native.Layer(stored, *rest).upsample(x), native.Layer(integers, *rest).upsample(x))
+    stored, integers = two_level(4 * n, 4 * channels, group, g)
+    divisor = torch.rand(channels, generator=g) + 0.5 if bits == 8 else None
+    rest = torch.rand(4 * n, generator=g), torch.randn(4 * n, generator=g), divisor, bits, 2, 1, 1
+    layer, x = native.Layer(stored, *rest), torch.randn(batch, channels, height, width, generator=g).to(dtype)
+    assert layer.group == group
+    assert torch.equal(layer.upsample(x), native.Layer(integers, *rest).upsample(x))
 
 
 @pytest.mark.parametrize("start, stop", [(0, 16), (16, 33), (32, 70), (0, 70)])
@@ -265,6 +330,16 @@ def test_a_large_rotated_picture_is_not_kept():
     before, peak = peak_of(lambda: layer.conv2d(x, norm=norm))
     assert torch.equal(layer.conv2d(x, norm=norm), one_by_one)
     assert peak - before < x.nbytes  # codes and result are three quarters of it
+
+
+def test_a_large_rotated_picture_is_upsampled():
+    """What is rotated twice has the codes of what is rotated once and kept: two pictures at once, and each alone."""
+    g = torch.Generator().manual_seed(0)
+    weight, scale, _sums, bias = weights(64, 64, g)
+    layer = native.Layer(weight, scale, bias, torch.rand(16, generator=g) + 0.5, 8, 2, 1, 1, None, 16)
+    x = torch.randn(2, 16, 700, 800, generator=g).bfloat16().contiguous(memory_format=torch.channels_last)
+    one_by_one = torch.cat([layer.upsample(x[i : i + 1]) for i in range(2)])
+    assert torch.equal(layer.upsample(x), one_by_one)
 
 
 def peak_of(call):

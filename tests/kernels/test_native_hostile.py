@@ -102,6 +102,23 @@ def test_a_picture_that_is_not_finite_gives_nan(isa, dtype, form, value):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["plain", "divided", "rotated", "in place", "wide"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_an_upsampled_picture_that_is_not_finite_gives_nan(isa, dtype, form, value):
+    channels, width = (64, 16) if form == "in place" else (48, 5)
+    g = torch.Generator().manual_seed(1)
+    weight = torch.randint(-128, 128, (64, 4 * channels), generator=g).to(torch.int8)
+    divisor = torch.rand(channels, generator=g) + 0.5 if form == "divided" else None
+    bits, rotation = 16 if form == "wide" else 8, 16 if form == "rotated" else 0
+    rest = torch.rand(64, generator=g), torch.randn(64, generator=g), divisor, bits
+    layer = native.Layer(weight, *rest, 2, 1, 1, rotation=rotation)
+    x = torch.randn(4, channels, 6, width, generator=g).to(dtype)
+    healthy, broken = layer.upsample(x), x.clone()
+    broken[1, 0, 0, 0] = broken[3, channels - 1, 4, 2] = value
+    only_bad(layer.upsample(broken), healthy, [1, 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_group_that_is_not_finite_gives_nan(isa, dtype, silu, value):
@@ -376,6 +393,58 @@ def test_the_library_refuses_a_picture(name, values):
         changed = {**sizes, name: value}.values()
         arguments = (x.data_ptr(), *changed, 0, None, None, None, y.data_ptr(), 1)
         assert call("dgq_conv2d", conv._address, *arguments) != "done", value
+
+
+UPSAMPLING = "an upsampling has a kernel of 2"
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"x": None}, "a tensor is missing"),
+        ({"y": None}, "a tensor is missing"),
+        ({"threads": 0}, "threads"),
+        ({"dtype": 2}, "float32 or bfloat16"),
+        *[({name: size}, "an input is empty") for name in ("batch", "height", "width") for size in (0, -1, 2**62)],
+        ({"packed": None}, "a tensor is missing"),
+        ({"n": 48}, UPSAMPLING),
+        ({"n": 80}, UPSAMPLING),
+        ({"kernel": 1, "channels": 64}, UPSAMPLING),
+        ({"kernel": 3}, "sizes of a weight"),
+        ({"stride": 2}, UPSAMPLING),
+        ({"padding": 0}, UPSAMPLING),
+        ({"padding": 2**31 - 1}, UPSAMPLING),
+        ({"bits": 1}, "codes of 2 to 8 bits"),
+        ({"bits": 9}, "codes of 2 to 8 bits"),
+        ({"rotation": 64}, "a rotation of 16"),
+        ({"group": 16}, "groups"),
+    ],
+)
+def test_the_library_refuses_an_upsampling(bits, changes, message):
+    layer = native.Layer(torch.ones(64, 64, dtype=torch.int8), torch.ones(64), None, None, bits, 2, 1, 1)
+    x, y = torch.zeros(1, 3, 5, 16), torch.zeros(1, 6, 10, 16)
+    sizes = {"batch": 1, "height": 3, "width": 5}
+    arguments = {"x": x.data_ptr(), **sizes, "dtype": 0, "y": y.data_ptr(), "threads": 1}
+    assert call("dgq_upsample", layer._address, *arguments.values()) == "done"
+    struct = type(layer._struct).from_buffer_copy(layer._struct)
+    for name, value in changes.items():
+        if name in arguments:
+            arguments[name] = value
+        else:
+            setattr(struct, name, value)
+    assert message in call("dgq_upsample", ctypes.addressof(struct), *arguments.values())
+
+
+def test_codes_of_16_bits_are_neither_divided_nor_rotated():
+    x, weight = torch.zeros(1, 16, 3, 5), torch.ones(64, 64, dtype=torch.int8)
+    for divisor, rotation in ((torch.ones(16), 0), (None, 16)):
+        few, layer = (
+            native.Layer(weight, torch.ones(64), None, divisor, bits, 2, 1, 1, rotation=rotation) for bits in (8, 16)
+        )
+        assert few.upsample(x).shape == (1, 16, 6, 10)
+        with pytest.raises(ValueError, match="16 bits neither divisors nor a rotation"):
+            layer.upsample(x)
 
 
 @pytest.mark.parametrize(

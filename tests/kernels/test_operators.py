@@ -48,9 +48,22 @@ def engine_cases():
     residual, bias = torch.randn(2, 6, 4, 4), torch.randn(2, 6)
     own = (one[0] for one in parts(conv))
     yield "engine_conv2d", (image, *own, None, 8, 3, 1, 1, 16, 0, residual, bias, gain, shift, 1e-5, 4, True)
+    for upsampler in upsamplers():
+        own = (one[0] for one in parts(upsampler))
+        rest = upsampler.inv_divisor, upsampler.bits, upsampler.rotation, upsampler.group
+        yield "engine_upsample", (image, *own, *rest)
+
+
+def upsamplers():
+    """Layers of 32 channels: codes of 16 bits, of 8 bits divided and rotated, and of 4 bits with a weight of 4."""
+    g = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (64, 128), dtype=torch.int8, generator=g)
-    upsampler = native.Layer(weight, torch.rand(64, generator=g) / 100, None, None, 16, 2, 1, 1)
-    yield "engine_upsample", (image, *(one[0] for one in parts(upsampler)), 0)
+    packed = torch.randint(0, 256, (64, 64), dtype=torch.uint8, generator=g)
+    stored = native.TwoLevel(packed, torch.full((64, 2), 0x33, dtype=torch.uint8), 128, 32)
+    scale, bias, divisor = (torch.rand(count, generator=g) + 0.1 for count in (64, 64, 32))
+    yield native.Layer(weight, scale, None, None, 16, 2, 1, 1)
+    yield native.Layer(weight, scale, bias, divisor, 8, 2, 1, 1, rotation=16)
+    yield native.Layer(stored, scale, bias, None, 4, 2, 1, 1)
 
 
 ENGINE = {"engine_linear", "engine_conv2d", "engine_upsample"}
@@ -61,6 +74,14 @@ def test_registration_of_the_engines_operators():
     for name, arguments in engine_cases():
         utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
         torch.library.opcheck(getattr(torch.ops.dgq, name).default, arguments, test_utils=utilities)
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no CPU engine: {native.describe()}")
+def test_compiled_upsamplings_are_the_same():
+    x = torch.randn(2, 32, 3, 4, generator=torch.Generator().manual_seed(0))
+    for layer in upsamplers():
+        compiled = torch.compile(lambda x, layer=layer: layer.upsample(x), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), layer.upsample(x))
 
 
 def test_none_is_left_out():

@@ -565,6 +565,19 @@ static Range joined(const Range* ranges, int64_t count) {
     return all;
 }
 
+// Pictures of codes in a border of their zero points, one behind the other. The memory is the calling thread's, until
+// it makes others.
+struct Pictures {
+    const uint8_t* codes;
+    int64_t line_bytes, image_bytes;
+    std::vector<Codes> sample;  // of every picture
+};
+
+static uint8_t* picture_codes(int64_t bytes) {
+    static thread_local Scratch scratch;
+    return scratch.get<uint8_t>(bytes);
+}
+
 // Where the windows of a convolution's output pixels begin in padded pictures of codes. The rows of the product are
 // these pixels. Where 16 of them lie in one line of the picture and a line of the kernel is whole blocks of K, they are
 // multiplied where they are; else a panel is gathered as it is needed.
@@ -602,20 +615,18 @@ static void multiply_windows(
     multiply_panel(layer, {groups.data(), lda, 1, layer.k, 0}, part, outputs, false, dtype);
 }
 
-static void convolve(
+// What a layer makes of pictures before it multiplies them: normalized, divided, rotated, and as codes of up to 8 bits.
+static Pictures quantize_pictures(
     const Layer& layer, const void* x, int64_t batch, int64_t height, int64_t width, int dtype, const Norm* norm,
-    const Finish& finish, int threads) {
-    const int64_t size = element_bytes(dtype), channels = layer.channels, pad = layer.padding, kernel = layer.kernel;
+    int threads) {
+    const int64_t size = element_bytes(dtype), channels = layer.channels, pad = layer.padding;
     const int64_t padded_height = height + 2 * pad, padded_width = width + 2 * pad;
-    const int64_t out_height = (padded_height - kernel) / layer.stride + 1;
-    const int64_t out_width = (padded_width - kernel) / layer.stride + 1;
     const char* source = static_cast<const char*>(x);
     const float* inv_divisor = layer.inv_divisor;
     int in_dtype = dtype;
 
-    static thread_local Scratch code_scratch;
-    const int64_t image_bytes = padded_height * padded_width * channels;
-    auto* codes = code_scratch.get<uint8_t>(batch * image_bytes);
+    const int64_t line_bytes = padded_width * channels, image_bytes = padded_height * line_bytes;
+    auto* codes = picture_codes(batch * image_bytes);
 
     std::vector<Codes> sample(batch);
     Affine affine;
@@ -675,9 +686,9 @@ static void convolve(
     }
     parallel(threads, batch * padded_height, [&](int64_t line) {
         const int64_t b = line / padded_height, row = line % padded_height - pad;
-        uint8_t* out = codes + line * padded_width * channels;
+        uint8_t* out = codes + line * line_bytes;
         if (row < 0 || row >= height) {
-            std::memset(out, sample[b].zero, padded_width * channels);
+            std::memset(out, sample[b].zero, line_bytes);
             return;
         }
         std::memset(out, sample[b].zero, pad * channels);
@@ -706,36 +717,42 @@ static void convolve(
             kernels->quantize(
                 in + column * channels * size, dtype, channels, inv_divisor, sample[b], out + column * channels);
     });
+    return {codes, line_bytes, image_bytes, sample};
+}
+
+static void convolve(
+    const Layer& layer, const void* x, int64_t batch, int64_t height, int64_t width, int dtype, const Norm* norm,
+    const Finish& finish, int threads) {
+    const int64_t size = element_bytes(dtype), kernel = layer.kernel;
+    const int64_t out_height = (height + 2 * layer.padding - kernel) / layer.stride + 1;
+    const int64_t out_width = (width + 2 * layer.padding - kernel) / layer.stride + 1;
+    const Pictures pictures = quantize_pictures(layer, x, batch, height, width, dtype, norm, threads);
 
     const int64_t m = batch * out_height * out_width;
-    const Windows windows{codes, image_bytes, padded_width * channels, out_height, out_width,
-                          kernel, layer.stride, channels};
-    const Split split = split_work(m, layer.n, windows.in_place() ? channels : layer.k, threads);
+    const Windows windows{pictures.codes, pictures.image_bytes, pictures.line_bytes, out_height, out_width,
+                          kernel, layer.stride, layer.channels};
+    const Split split = split_work(m, layer.n, windows.in_place() ? layer.channels : layer.k, threads);
     parallel(threads, split.parts(), [&](int64_t task) {
         const Part part = split.part(task, m, layer.n);
         std::vector<Output> outputs(part.rows);
         for (int64_t row = 0; row < part.rows; ++row) {
             const int64_t b = (part.start + row) / (out_height * out_width);
             const float* bias = finish.sample_bias ? finish.sample_bias + b * layer.n : layer.bias;
-            outputs[row] = finish.output(part.start + row, layer.n, size, bias, sample[b]);
+            outputs[row] = finish.output(part.start + row, layer.n, size, bias, pictures.sample[b]);
         }
         multiply_windows(layer, windows, part, outputs.data(), dtype);
     });
 }
 
-// A nearest upsampling by two and a 3x3 convolution: a convolution of 2x2 taps for each place in a square of four equal
-// pixels. Each has a quarter of the layer's columns, and its results lie between the others'. Codes have 16 bits: two
-// products of their halves, the first of which the second adds to its own, in float32 whatever comes out.
-static void upsample(
-    const Layer& layer, const void* x, int64_t batch, int64_t height, int64_t width, int dtype, void* y, int threads) {
-    const int64_t size = element_bytes(dtype);
+// The same of 16 bits, neither divided nor rotated: pictures of the codes' upper halves, and of their lower ones.
+static std::vector<Pictures> quantize_wide_pictures(
+    const Layer& layer, const void* x, int64_t batch, int64_t height, int64_t width, int dtype, int threads) {
+    const int64_t channels = layer.channels, line_values = width * channels;
     const auto line_of = [&](int64_t line) -> const char* {
-        return static_cast<const char*>(x) + line * width * layer.channels * size;
+        return static_cast<const char*>(x) + line * line_values * element_bytes(dtype);
     };
-    const int64_t channels = layer.channels, padded_width = width + 2, line_bytes = padded_width * channels;
-    const int64_t line_values = width * channels, image_bytes = (height + 2) * line_bytes, n = layer.n / 4;
-    static thread_local Scratch code_scratch;
-    auto* high_codes = code_scratch.get<uint8_t>(2 * batch * image_bytes);
+    const int64_t line_bytes = (width + 2) * channels, image_bytes = (height + 2) * line_bytes;
+    auto* high_codes = picture_codes(2 * batch * image_bytes);
     auto* low_codes = high_codes + batch * image_bytes;
 
     std::vector<Range> ranges(batch * height);
@@ -762,18 +779,37 @@ static void upsample(
         kernels->quantize_wide(
             line_of(b * height + row), dtype, line_values, sample[b], first + channels, second + channels);
     });
+    return {{high_codes, line_bytes, image_bytes, high}, {low_codes, line_bytes, image_bytes, low}};
+}
 
-    const int64_t m = batch * height * width;
-    const Windows whole{high_codes, image_bytes, line_bytes, height, width, 2, 1, channels};
-    const Split split = split_work(m, n, whole.in_place() ? channels : layer.k, threads);
+// A nearest upsampling by two and a 3x3 convolution: a convolution of 2x2 taps for each place in a square of four equal
+// pixels. Each has a quarter of the layer's columns, and its results lie between the others'. Codes of 16 bits take two
+// products of their halves, the first of which the second adds to its own, in float32 whatever comes out.
+static void upsample(
+    const Layer& layer, const void* x, int64_t batch, int64_t height, int64_t width, int dtype, void* y, int threads) {
+    const bool wide = layer.bits == WIDE_BITS, apart = wide && dtype != FLOAT32;
+    const int64_t size = element_bytes(dtype), channels = layer.channels, n = layer.n / 4;
+    std::vector<Pictures> halves;  // of the codes, or these as they are
+    if (wide)
+        halves = quantize_wide_pictures(layer, x, batch, height, width, dtype, threads);
+    else
+        halves.push_back(quantize_pictures(layer, x, batch, height, width, dtype, nullptr, threads));
+
+    const int64_t m = batch * height * width, line_bytes = halves[0].line_bytes;
+    const Windows whole{halves[0].codes, halves[0].image_bytes, line_bytes, height, width, 2, 1, channels};
+    // All places of some rows are one task, so that their codes stay in the cache; few rows are shared out by columns,
+    // which are those of all places.
+    const Split split = split_work(m, layer.n, whole.in_place() ? channels : layer.k, threads);
     parallel(threads, split.parts(), [&](int64_t task) {
-        const Part part = split.part(task, m, n);
+        const Part part = split.part(task, m, layer.n);
         std::vector<Output> outputs(part.rows);
         static thread_local Scratch sum_scratch;
-        const bool apart = dtype != FLOAT32;
         auto* sums = apart ? sum_scratch.get<float>(part.rows * n) : nullptr;
-        for (int64_t place = 0; place < 4; ++place) {
+        for (int64_t place = part.first / n; place * n < part.last; ++place) {
             const int64_t down = place / 2, across = place % 2, first = place * n;
+            Part own_part = part;
+            own_part.first = part.first > first ? part.first - first : 0;
+            own_part.last = part.last - first < n ? part.last - first : n;
             Layer own = layer;
             own.n = n;
             own.packed += first / BLOCK_COLS * layer.bytes_of_block();
@@ -784,21 +820,22 @@ static void upsample(
                 return static_cast<char*>(y) +
                        ((2 * line + down) * 2 * width + 2 * (pixel % width) + across) * n * size;
             };
-            for (const bool is_low : {false, true}) {
+            for (const Pictures& half : halves) {
+                const bool is_first = &half == &halves.front(), is_last = &half == &halves.back();
                 for (int64_t row = 0; row < part.rows; ++row) {
-                    const Codes& codes = (is_low ? low : high)[(part.start + row) / width / height];
+                    const Codes& codes = half.sample[(part.start + row) / width / height];
                     char* out = apart ? reinterpret_cast<char*>(sums + row * n) : out_of(row);
-                    const float* bias = is_low && layer.bias ? layer.bias + first : nullptr;
-                    outputs[row] = {codes.scale, codes.zero, bias, is_low ? out : nullptr, out};
+                    const float* bias = is_last && layer.bias ? layer.bias + first : nullptr;
+                    outputs[row] = {codes.scale, codes.zero, bias, is_first ? nullptr : out, out};
                 }
                 Windows windows = whole;
-                windows.codes = (is_low ? low_codes : high_codes) + down * line_bytes + across * channels;
-                multiply_windows(own, windows, part, outputs.data(), FLOAT32);
+                windows.codes = half.codes + down * line_bytes + across * channels;
+                multiply_windows(own, windows, own_part, outputs.data(), wide ? FLOAT32 : dtype);
             }
             for (int64_t row = 0; apart && row < part.rows; ++row)
                 kernels->narrowed(
-                    sums + row * n + part.first, part.last - part.first,
-                    reinterpret_cast<uint16_t*>(out_of(row)) + part.first);
+                    sums + row * n + own_part.first, own_part.last - own_part.first,
+                    reinterpret_cast<uint16_t*>(out_of(row)) + own_part.first);
         }
     });
 }
@@ -907,7 +944,8 @@ static const char* const error_texts[ERROR_COUNT] = {
     "channels",
     "a stride of at least 1, a padding of at least 0 and a picture of at least the kernel's size expected",
     "a rotation of 16, 64 or 256 channels that divides them expected, or 0",
-    "an upsampling has four times a multiple of 16 outputs, and neither divisors nor a rotation",
+    "an upsampling has a kernel of 2, a stride and a padding of 1, and four times a multiple of 16 outputs; of codes "
+    "of 16 bits neither divisors nor a rotation",
     "an input is empty, or too large for memory",
     "attention needs 1 to 66311 keys (the start key apart), 1 to 32768 channels, and tensors that memory can hold",
     "codes of 2 to 8 bits expected, and 0 to 5 fractional bits of a probability's, no more than it has",
@@ -1014,7 +1052,7 @@ template <class Body> static int32_t guarded(const Body& body) {
 extern "C" {
 
 // Changes with every change of the structures or functions below.
-int32_t dgq_abi() { return 12; }
+int32_t dgq_abi() { return 13; }
 
 // The sizes of Layer, Stored, Norm and Attention, for callers that describe them once more.
 int64_t dgq_struct_bytes(int32_t which) {
@@ -1180,7 +1218,7 @@ int32_t dgq_group_norm(
     });
 }
 
-// (batch, height, width, channels) to (batch, 2 height, 2 width, n / 4), by a layer of codes of 16 bits.
+// (batch, height, width, channels) to (batch, 2 height, 2 width, n / 4).
 int32_t dgq_upsample(
     const dgq::Layer* layer, const void* x, int64_t batch, int64_t height, int64_t width, int32_t dtype, void* y,
     int32_t threads) {
@@ -1189,9 +1227,9 @@ int32_t dgq_upsample(
         check_call(dtype, threads);
         expect(layer && x && y, NO_POINTER);
         check_layer(*layer);
-        expect(layer->bits == WIDE_BITS, BITS);
-        expect(layer->kernel == 2 && layer->stride == 1 && layer->padding == 1, WINDOW);
-        expect(layer->n % (4 * BLOCK_COLS) == 0 && !layer->inv_divisor && !layer->rotation, UPSAMPLED);
+        expect(layer->kernel == 2 && layer->stride == 1 && layer->padding == 1, UPSAMPLED);
+        expect(layer->n % (4 * BLOCK_COLS) == 0, UPSAMPLED);
+        expect(layer->bits != WIDE_BITS || (!layer->inv_divisor && !layer->rotation), UPSAMPLED);
         expect(fits({batch, height, width}), INPUT_SIZES);
         expect(fits({batch, height + 2, width + 2, layer->channels, 8}), INPUT_SIZES);
         expect(fits({batch, height, width, layer->n, 4}), INPUT_SIZES);

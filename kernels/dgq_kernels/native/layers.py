@@ -97,7 +97,7 @@ class Layer:
         weight_scale: float32 (N,).
         bias: float32 (N,) or None.
         inv_divisor: float32 (C,) or None.
-        bits: of the activation codes, 2 to 8; 16 of an upsampling alone.
+        bits: of the activation codes, 2 to 8; of an upsampling (`upsample`) 16, too.
         kernel, stride, padding: of a convolution; 1, 1, 0 for a linear layer.
         order: int32 (C,), the natural channel that the weight stores at each place; None where they are the same.
         rotation: channels of a block that is rotated after the division (`dgq_kernels.rotation`), or 0.
@@ -279,17 +279,21 @@ class Layer:
         return y
 
     def upsample(self, x: Tensor) -> Tensor:
-        """`dgq_kernels.upsample_conv2d` of the 16-bit codes of x (B, C, H, W): (B, N / 4, 2 H, 2 W), channels-last, in
-        x's dtype.
+        """x (B, C, H, W) upsampled by two and convolved: (B, N / 4, 2 H, 2 W), channels-last, in x's dtype.
+
+        Of 16-bit codes it is `dgq_kernels.upsample_conv2d`. Of others, pixel (2 i + r, 2 j + c) is what `conv2d` gives
+        at (i + r, j + c) in quarter 2 r + c of its outputs.
 
         Raises:
             ValueError: x is not 4-D, has other channels, or is not on the CPU; a layer of anything else than four times
-                a multiple of 16 outputs, 16 bits, a kernel of 2 and a padding of 1, with divisors or a rotation.
+                a multiple of 16 outputs, a kernel of 2, a stride and a padding of 1; of 16 bits with divisors or a
+                rotation.
         """
         if torch.compiler.is_compiling():
             y: Tensor = torch.ops.dgq.engine_upsample(
-                x, self.packed, self.weight_scale, self.column_sum, self.bias, self.group
-            )
+                x, self.packed, self.weight_scale, self.column_sum, self.bias, self.inv_divisor, self.bits,
+                self.rotation, self.group,
+            )  # fmt: skip
             return y
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise other_channels(self.channels, x)

@@ -13,7 +13,7 @@ import torch
 
 from .build import LIBRARY
 
-ABI = 12
+ABI = 13
 ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx", "neon-dot", "neon-i8mm")
 BLOCK = 16  # output channels in a block of the packed weight
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}

@@ -26,7 +26,8 @@ torch.library.define(
 )
 torch.library.define(
     "dgq::engine_upsample",
-    "(Tensor x, Tensor packed, Tensor weight_scale, Tensor column_sum, Tensor? bias, int group) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor weight_scale, Tensor column_sum, Tensor? bias, Tensor? inv_divisor, int bits, "
+    "int rotation, int group) -> Tensor",
     tags=_ANY_LAYOUT,
 )
 
@@ -72,11 +73,12 @@ def _(
 
 
 @torch.library.impl("dgq::engine_upsample", "CPU")
-def _(x, packed, weight_scale, column_sum, bias, group):
-    layer = Layer.of_blocks(packed, weight_scale, column_sum, bias, None, 4 * x.shape[1], 16, 2, 1, 1, group=group)
+def _(x, packed, weight_scale, column_sum, bias, inv_divisor, bits, rotation, group):
+    k = 4 * x.shape[1]
+    layer = Layer.of_blocks(packed, weight_scale, column_sum, bias, inv_divisor, k, bits, 2, 1, 1, rotation, group)
     return layer.upsample(x)
 
 
 @torch.library.register_fake("dgq::engine_upsample")
-def _(x, packed, weight_scale, column_sum, bias, group):
+def _(x, packed, weight_scale, column_sum, bias, inv_divisor, bits, rotation, group):
     return empty_upsampled(x, weight_scale.shape[0])
