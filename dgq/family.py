@@ -77,6 +77,7 @@ class Family:
             does, whose `after_norm` names the layers that take in a norm or an activation).
         block: what a layer's name begins with where it lies in one of the repeated blocks.
         shortened: (long, short) of the words in such a block's name, for tables.
+        wide_upsampling: whether the layers of `upsampled` take inputs of 16 bits and weights of 8, whatever the recipe.
         cast: whether pipelines cast it while they draw, what is not quantized of it.
         architectures: well-known networks by name, which `dgq bench --arch` runs with random weights.
     """
@@ -100,6 +101,7 @@ class Family:
     fused: Mapping[type[nn.Module], tuple[Callable[[Any], bool], Any]] = {}
     block = re.compile(r"(?!)")
     shortened: tuple[tuple[str, str], ...] = ()
+    wide_upsampling = False
     cast = False
     architectures: Mapping[str, Architecture] = {}
 
@@ -147,7 +149,7 @@ class Family:
 
     def upsampled(self, network: nn.Module) -> set[str]:
         """3x3 convolutions of a float network whose input is a picture upsampled by two, each pixel four times, and
-        which `fused` hands the small picture once they are quantized."""
+        which `fused` hands the small picture once they are quantized (`wide_upsampling`)."""
         return set()
 
     def check_configs(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> None:

@@ -149,7 +149,7 @@ class LayerPlan:
         weight_group: values per int4 sub-scale.
         columns: [start, end] of the float layer's input channels where this is one of its parts, else [].
         upsampled: whether it is a nearest upsampling by two and a 3x3 convolution, as four convolutions of 2x2 taps of
-            the small picture (`integer.folding`), each with a quarter of out_features; inputs have 16 bits.
+            the small picture (`integer.folding`), each with a quarter of out_features; a layer of 16 bits is one.
     """
 
     kind: Literal["linear", "pointwise", "conv2d"]
@@ -177,6 +177,11 @@ class LayerPlan:
     def reduction(self) -> int:
         """Length of one output's sum: input channels times taps."""
         return self.in_features * self.kernel_size**2
+
+    @property
+    def wide(self) -> bool:
+        """Whether inputs have 16 bits."""
+        return self.abits == UPSAMPLED_BITS
 
     @property
     def float_shape(self) -> tuple[int, ...]:
@@ -215,7 +220,7 @@ class LayerPlan:
         sizes = (plan.in_features, plan.out_features, plan.kernel_size, plan.stride)
         if any(not 0 < size < 2**20 for size in sizes) or plan.padding not in range(8):
             raise DgqError(f"layer sizes {sizes}, padding {plan.padding} are out of range")
-        bits = (UPSAMPLED_BITS,) if plan.upsampled else ACTIVATION_BITS
+        bits = (*ACTIVATION_BITS, UPSAMPLED_BITS) if plan.upsampled else ACTIVATION_BITS
         if plan.wbits not in WEIGHT_BITS or plan.abits not in bits or plan.weight_group not in (32, 64):
             values = f"wbits {plan.wbits}, abits {plan.abits} or weight_group {plan.weight_group}"
             raise DgqError(f"{values} is out of range")
@@ -231,9 +236,11 @@ class LayerPlan:
             what = f"{plan.in_features} channels, {plan.channels!r}"
             raise DgqError(f"rotation {plan.rotation} of {what}: no such layer")
         if plan.upsampled:
-            form = (plan.kind, plan.kernel_size, plan.stride, plan.padding, plan.wbits, plan.channels, plan.rotation)
-            if form != ("conv2d", 2, 1, 1, 8, "none", 0) or plan.out_features % 4 or plan.columns:
-                raise DgqError(f"upsampled, and {plan.out_features} outputs of {form}: no such layer")
+            form = (plan.kind, plan.kernel_size, plan.stride, plan.padding)
+            inside = (plan.wbits, plan.channels, plan.rotation)
+            fits = inside == (8, "none", 0) if plan.wide else plan.channels != "shift"
+            if form != ("conv2d", 2, 1, 1) or not fits or plan.out_features % 4 or plan.columns:
+                raise DgqError(f"upsampled, and {plan.out_features} outputs of {(*form, *inside)}: no such layer")
         start, *end = plan.columns or (0, plan.in_features)
         if start < 0 or end != [start + plan.in_features]:
             raise DgqError(f"columns {plan.columns} are not {plan.in_features} channels")

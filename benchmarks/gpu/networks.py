@@ -75,7 +75,7 @@ def quantized(session: Session, which: Architecture, wbits: int, channels: str =
     """The same UNet by the integer recipe, as `dgq bench --arch` has it, or with every layer rotated."""
     unet, made = float_unet(session, which, session.half), {}
     for one in plans_of(unet, wbits, channels):
-        made[one.name] = packed(one, rounded(one, one.module.weight.detach().float()), one.bias)
+        made[one.name] = packed(one, rounded(one, one.module.weight.detach().float()), one.module.bias)
     place(unet, made)
     fuse(unet)
     use_log_attention(unet, AttentionPlan.for_activations(8))

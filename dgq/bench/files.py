@@ -212,7 +212,7 @@ def quantized_model(source: str, target: str, wbits: int) -> None:
             if module != current:  # a layer's tensors follow each other
                 layer, current = layers[module], module
                 weight = rounded(layer, layer.module.weight.detach().float())
-                made = packed(layer, weight, layer.bias).state_dict()
+                made = packed(layer, weight, layer.module.bias).state_dict()
             yield made[leaf]
 
     with atomic_folder(Path(target)) as folder:

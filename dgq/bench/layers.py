@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Case:
 
     Attributes:
         plan: the layer; bits are set by the systems.
-        shape: of the input, (M, C) or (B, C, H, W).
+        shape: of the input, (M, C) or (B, C, H, W); where the layer upsamples, of the small picture.
         dtype: of a quantized layer's input and output on the CPU, as its network hands them on.
     """
 
@@ -57,17 +58,19 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Rows of the product: tokens, or output pixels over the batch."""
+        """Rows of the product: tokens, or output pixels over the batch, where the layer upsamples of each place."""
         if len(self.shape) == 2:
             return self.shape[0]
         plan = self.plan
         batch, _, *sides = self.shape
+        if plan.upsampled:
+            return batch * math.prod(sides)
         height, width = ((side + 2 * plan.padding - plan.kernel_size) // plan.stride + 1 for side in sides)
         return batch * height * width
 
     @property
     def operations(self) -> int:
-        """Two for every multiply-accumulate."""
+        """Two for every multiply-accumulate; where the layer upsamples, of the folded form."""
         return 2 * self.rows * self.plan.reduction * self.plan.out_features
 
     def __str__(self) -> str:
@@ -75,6 +78,8 @@ class Case:
         if plan.kind == "linear":
             return f"linear {self.rows}x{plan.in_features}x{plan.out_features}"
         batch, _, height, width = self.shape
+        if plan.upsampled:
+            return f"conv3 2x{batch}x{plan.in_features}x{height}x{width} to {plan.out_features // 4}"
         stride = f" stride {plan.stride}" if plan.stride > 1 else ""
         return f"conv{plan.kernel_size} {batch}x{plan.in_features}x{height}x{width} to {plan.out_features}{stride}"
 
@@ -136,7 +141,9 @@ def float_layer(plan: LayerPlan) -> nn.Module:
     """The float layer of a plan, random weights."""
     if plan.kind == "linear":
         return nn.Linear(plan.in_features, plan.out_features, plan.bias)
-    return nn.Conv2d(plan.in_features, plan.out_features, plan.kernel_size, plan.stride, plan.padding, bias=plan.bias)
+    outputs, inputs, kernel, *_ = *plan.float_shape, 1
+    conv = nn.Conv2d(inputs, outputs, kernel, plan.stride, plan.padding, bias=plan.bias)
+    return nn.Sequential(nn.Upsample(scale_factor=2), conv) if plan.upsampled else conv
 
 
 @torch.no_grad()
@@ -182,7 +189,8 @@ def bench_kernels(
         x_quantized = x.to(half if device.type == "cuda" else case.dtype).contiguous(memory_format=format_)
         for wbits in bits:
             quantized = random_layer(dataclasses.replace(case.plan, wbits=wbits)).to(device)
-            runs[f"dgq W{wbits}A8"] = functools.partial(quantized, x_quantized)
+            run = quantized.upsample if case.plan.upsampled else quantized
+            runs[f"dgq W{wbits}A8"] = functools.partial(run, x_quantized)
         timers = {name: timer(run, device) for name, run in runs.items()}
         for row in make_rows(str(case), interleaved(timers, repeats), "kernels"):
             gops = case.operations / row.p50_ms / 1e6

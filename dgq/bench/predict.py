@@ -115,6 +115,8 @@ class Work:
         silu: of a norm: a SiLU follows, a pass of its own in float.
         gated: a product whose epilogue, in the quantized system, makes one value of two; or the pass after it.
         quantized: False for what stays float in every system.
+        folded_rows: of a convolution behind an upsampling, the rows of the one that takes the place of both in the
+            quantized system (`FoldedUpsample`), else 0.
     """
 
     kind: str
@@ -133,6 +135,16 @@ class Work:
     silu: bool = False
     gated: bool = False
     quantized: bool = True
+    folded_rows: int = 0
+
+    @property
+    def folded(self) -> Work:
+        """What the quantized system multiplies, by `folded_rows`: all four places, of which each has 2x2 taps."""
+        channels, weights = 4 * self.channels, self.weights * 16 // 9
+        return replace(
+            self, rows=self.folded_rows, reduction=self.reduction * 4 // 9, channels=channels,
+            inputs=self.inputs // 4, weights=weights, outputs=self.folded_rows * channels,
+        )  # fmt: skip
 
     @property
     def macs(self) -> int:
@@ -217,7 +229,7 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
     known = architecture(name, pixels)
     net: Any = network(known)
     family = family_of(net)
-    split = family.joined_inputs(net)
+    split, upsampled = family.joined_inputs(net), family.upsampled(net)
     after_silu = {
         path for path, _ in net.named_modules() if path.rpartition(".")[2] in (*family.time_layers, "linear_2")
     }
@@ -237,6 +249,7 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
             x, n, k = arguments[0], module.weight.shape[0], module.weight[0].numel()
             kind = "linear" if isinstance(module, torch.nn.Linear) else "conv2d"
             per_sample = kind == "conv2d" and module.kernel_size != (1, 1)
+            sides = [side // 2 + 1 for side in x.shape[2:]] if path in upsampled else [0]
             work = Work(
                 kind,
                 y.numel() // n,
@@ -249,6 +262,7 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
                 quantize=0 if path in after_norm else 2 if per_sample else 1,
                 gated=path in gated and bool(family.fused),
                 quantized=not family.kept(path),
+                folded_rows=math.prod(sides) * len(x),
             )
             if path.rpartition(".")[2] in family.time_layers and work.quantized:
                 of_time.append(work)
@@ -446,6 +460,8 @@ def cost(work: Work, system: str, device: Device, table: Tiles) -> tuple[Cost, b
         return _pass(work, system, device), False
     attention = work.kind.endswith("attention")
     integer = system != "fp16" and work.quantized and not (attention and system == "W8A8 fp16-attention")
+    folds, whole = integer and work.folded_rows > 0, work.outputs
+    work = work.folded if folds else work
     weight_bytes = {"fp16": 2.0, "W4A8": 0.5 + 4 / 8 / 32}.get(system if integer else "fp16", 1.0)  # 4 bits per 32
     inputs = work.inputs * (1 if integer else 2 * work.parts * work.layers)
     operations = 2.0 * work.macs
@@ -481,6 +497,8 @@ def cost(work: Work, system: str, device: Device, table: Tiles) -> tuple[Cost, b
             modelled = clocks(tiling, kind, work.rows, channels, work.reduction, device.machine)
     else:
         tiles_in_all = max(_float_tilings(work, channels), key=lambda many: many / math.ceil(many / processors))
+    if work.folded_rows:  # torch's own: results of four places are brought together; in float the upsampling
+        more += 4 * whole if folds else 2.5 * work.inputs
     waves_in_all = math.ceil(tiles_in_all / processors)
     fill = tiles_in_all / (waves_in_all * processors)
     return Cost(moved, more, operations, slots, waves_in_all, fill, launches, modelled), integer

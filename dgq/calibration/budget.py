@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fnmatch
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,10 +26,13 @@ MEASURED_PICTURES = 6  # of the recorded ones
 
 def room(plans: Iterable[LayerPlan], bits: float) -> int:
     """Bytes that layers may grow by until all they store, scales and biases included, comes to this many bits for each
-    of their weights; negative where they take more."""
+    of the float layers' weights; negative where they take more."""
     plans = list(plans)
-    weights = sum(plan.out_features * plan.reduction for plan in plans)
-    return int(bits * weights / 8) - sum(packed_bytes(plan) for plan in plans)
+    return int(bits * _weights(plans) / 8) - sum(packed_bytes(plan) for plan in plans)
+
+
+def _weights(plans: Iterable[LayerPlan]) -> int:
+    return sum(math.prod(plan.float_shape) for plan in plans)
 
 
 def check_budget(network: nn.Module, recipe: Recipe, bits: float) -> int:
@@ -43,7 +47,7 @@ def check_budget(network: nn.Module, recipe: Recipe, bits: float) -> int:
         raise DgqError("a budget chooses among layers of 4 bits, and there are none", "take the integer recipe at W4")
     left = room(plans.values(), bits)
     if left < 0:
-        least = bits - 8 * left / sum(plan.out_features * plan.reduction for plan in plans.values())
+        least = bits - 8 * left / _weights(plans.values())
         raise DgqError(
             f"a budget of {bits:g} bits a weight is too small: the layers take {least:.2f}, scales and biases included",
             "give more bits, or leave the budget out",

@@ -18,26 +18,17 @@ from dgq_kernels.native.library import BLOCK
 
 from ..family import FIRST_AND_LAST, Family, noise
 from ..integer.folding import fold
-from ..integer.fused_unet import FUSED
-from ..integer.layer import IntegerLayer
+from ..integer.fused_unet import FUSED, FoldedUpsample, folds, upsampled
 from ..integer.prepared import native_norm
 
 
-class FoldedUpsample(Upsample2D):
-    """A 3x3 convolution of a picture twice as large as its input: four 2x2 ones of the input itself, one for each place
-    in a square of equal pixels, in which taps that meet the same pixel are one. 16 products where there were 36."""
+class FoldedFloatUpsample(FoldedUpsample):
+    """The same in float, where the convolution is."""
 
-    after_norm = ()
-
-    def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         conv: Any = self.conv
-        if isinstance(conv, IntegerLayer):
-            upsampled: Tensor = conv(hidden_states)
-            return upsampled
         if output_size is not None or type(conv) is not nn.Conv2d or "forward" in conv.__dict__ or _hooked(conv):
-            plain: Any = super()
-            result: Tensor = plain.forward(hidden_states, output_size, *args, **kwargs)
-            return result
+            return super().forward(hidden_states, output_size, *args, **kwargs)
         batch, _, height, width = hidden_states.shape
         taps = fold(conv.weight).chunk(4)
         out = torch.empty(
@@ -103,14 +94,6 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _folds(module: Any) -> bool:
-    conv = module.conv if module.name == "conv" else None
-    if isinstance(conv, IntegerLayer):
-        return conv.plan.upsampled
-    plain = type(conv) is nn.Conv2d and (conv.kernel_size, conv.padding) == ((3, 3), (1, 1))
-    return plain and module.interpolate and module.norm is None
-
-
 class AutoencoderKL(Family):
     """`AutoencoderKL`, called to decode latents."""
 
@@ -126,14 +109,14 @@ class AutoencoderKL(Family):
     }
     fused = {  # noqa: RUF012 (read only)
         ResnetBlock2D: FUSED[ResnetBlock2D],
-        Upsample2D: (_folds, FoldedUpsample),
+        Upsample2D: (folds, FoldedFloatUpsample),
         Decoder: (lambda module: True, LeanDecoder),
     }
+    wide_upsampling = True
     cast = True
 
     def upsampled(self, network: nn.Module) -> set[str]:
-        modules = network.named_modules()
-        return {f"{name}.conv" for name, module in modules if type(module) is Upsample2D and _folds(module)}
+        return upsampled(network)
 
     def run(self, network: Any, call: dict[str, Any]) -> Any:
         return network.decode(**call)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import DgqError
 from ..family import DISTILLED, Architecture, Family, check_fit, check_scale, noise
-from ..integer.fused_unet import FUSED
+from ..integer.fused_unet import FUSED, upsampled
 
 NETWORK = "UNet2DConditionModel"
 
@@ -153,6 +153,10 @@ class UNet(Family):
             },
         ),
     }
+
+    def upsampled(self, network: Any) -> set[str]:
+        """All, where a picture is halved so that it is at most a row and a column more than half as large as it was."""
+        return upsampled(network) if network.config.downsample_padding == 1 else set()
 
     def joined_inputs(self, network: Any) -> dict[str, int]:
         """The shortcuts of the up path, which read hidden state and skip side by side; the skip's channels follow."""

@@ -51,7 +51,7 @@ class Adapted:
         plan = self.layer.plan
         if plan.kind == "linear":
             return add_product(y, self.reduced(x), self.up)
-        taps = self.down.to(x.dtype).view(-1, plan.in_features, plan.kernel_size, plan.kernel_size)
+        taps = self.down.to(x.dtype).view(-1, plan.in_features, *(plan.float_shape[2:] or (1, 1)))
         h = nn.functional.conv2d(x, taps, stride=plan.stride, padding=plan.padding)
         return y.add_(nn.functional.conv2d(h, self.up.to(x.dtype)[:, :, None, None]))
 

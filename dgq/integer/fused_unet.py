@@ -17,11 +17,12 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from .adapters import direct
 from .attention import LogAttnProcessor
-from .layer import is_direct
+from .layer import IntegerLayer, is_direct
 from .shared_input import activated
 
 
@@ -151,6 +152,23 @@ class FusedResnetBlock(ResnetBlock2D):
         return activated(layer, temb, "silu")
 
 
+class FoldedUpsample(Upsample2D):
+    """A 3x3 convolution of a picture twice as large as its input: four 2x2 ones of the input itself, one for each place
+    in a square of equal pixels, in which taps that meet the same pixel are one. 16 products where there were 36."""
+
+    after_norm = ()
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        conv: Any = self.conv
+        if is_direct(conv):
+            upsampled: Tensor = conv.upsample(hidden_states, output_size)
+            return upsampled
+        # what is around a layer is given what the float one is
+        plain: Any = super()
+        result: Tensor = plain.forward(hidden_states, output_size, *args, **kwargs)
+        return result
+
+
 class FusedTimestepEmbedding(TimestepEmbedding):
     """An embedding of the time whose second layer activates its input."""
 
@@ -166,6 +184,20 @@ class FusedTimestepEmbedding(TimestepEmbedding):
             return result
         out: Tensor = last(first(sample), activation="silu")
         return out if post is None else post(out)
+
+
+def upsampled(network: nn.Module) -> set[str]:
+    """The convolutions of a float network that `FoldedUpsample` may run: `Family.upsampled`."""
+    return {f"{name}.conv" for name, module in network.named_modules() if type(module) is Upsample2D and folds(module)}
+
+
+def folds(module: Any) -> bool:
+    """Whether an Upsample2D is a nearest upsampling and a 3x3 convolution, which is a float one or upsamples itself."""
+    conv = module.conv if module.name == "conv" else None
+    if isinstance(conv, IntegerLayer):
+        return conv.plan.upsampled
+    plain = type(conv) is nn.Conv2d and (conv.kernel_size, conv.padding) == ((3, 3), (1, 1))
+    return plain and module.interpolate and module.norm is None
 
 
 def _timestep_embedding(module: Any) -> bool:
@@ -210,4 +242,5 @@ FUSED: dict[type[nn.Module], tuple[Callable[[Any], bool], Any]] = {
         FusedTransformer,
     ),
     ResnetBlock2D: (_resnet_block, FusedResnetBlock),
+    Upsample2D: (lambda module: folds(module) and isinstance(module.conv, IntegerLayer), FoldedUpsample),
 }

@@ -69,7 +69,8 @@ def integers_of(layer: IntegerLayer) -> Weight:
 
 
 def _between(gradient: Tensor) -> Tensor:
-    """Of an upsampling's result (B, N, 2 H, 2 W), the gradient of four convolutions' (B, 4 N, H + 1, W + 1)."""
+    """Of an upsampling's result (B, N, 2 H, 2 W), the gradient of four convolutions' (B, 4 N, H + 1, W + 1)
+    (`folding.interleaved`)."""
     batch, n, height, width = gradient.shape[0], gradient.shape[1], gradient.shape[2] // 2, gradient.shape[3] // 2
     result = gradient.new_zeros(batch, 4 * n, height + 1, width + 1)
     for place, part in enumerate(result.chunk(4, 1)):

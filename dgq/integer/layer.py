@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from dgq_kernels.scaled_product import Integers
 from ..errors import DgqError
 from ..recipe import LayerPlan
 from .channels import ChannelGroups, to_matrix
-from .folding import unfold
+from .folding import cut, unfold
 from .gradient import float_rows, input_factor, needed, straight_through
 from .prepared import Activation, Prepared, apply, form_of, gate, shaped
 from .stored import StoredWeight, stored_shapes
@@ -244,8 +244,8 @@ class IntegerLayer(nn.Module):
         activation: Activation = "none",
         offset: Tensor | None = None,
     ) -> Tensor:
-        """x (..., C) for a linear layer, (B, C, H, W) for a convolution, the small picture where the layer upsamples
-        (and nothing else but x then); returns x's dtype.
+        """x (..., C) for a linear layer, (B, C, H, W) for a convolution, as the float layer takes it; returns x's
+        dtype. Where the layer upsamples x is all that there may be.
 
         What happens to x before the product is done while it is quantized, where engine or ops can: in this order.
         Where gradients are wanted, that of x is the float layer's, of the weight that the integers stand for.
@@ -259,6 +259,8 @@ class IntegerLayer(nn.Module):
             offset: (B, C), added to the x of a convolution before its norm.
         """
         x = input
+        if self.plan.upsampled:
+            return self.upsample(x[:, :, ::2, ::2], x.shape[2:])
         if needed(x, residual, sample_bias, norm, offset):
             y = straight_through(self, apply(x, norm, activation, offset), lambda x: IntegerLayer.forward(self, x))
             y = y if sample_bias is None else y + sample_bias.to(y.dtype)[:, :, None, None]
@@ -267,6 +269,21 @@ class IntegerLayer(nn.Module):
             y = self.over_pixels(x, norm, None if residual is None else residual.permute(0, 2, 3, 1), activation)
             return y.permute(0, 3, 1, 2)
         return self.prepare(x.device).run(self, x, residual, sample_bias, norm, activation, offset)
+
+    def upsample(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Of a layer that upsamples, what `forward` gives for the picture (B, C, *size) that x (B, C, H, W) becomes.
+
+        Args:
+            x: the small picture.
+            size: height and width, of which a side may be one less than twice as large; None: twice as large.
+        """
+
+        def run(x: Tensor) -> Tensor:
+            if needed(x):
+                return straight_through(self, x, run)
+            return self.prepare(x.device).run(self, x, None, None, None, "none", None)
+
+        return run(x) if size is None else cut(run, x, size, self.bias)
 
     def over_pixels(
         self,
@@ -384,8 +401,8 @@ class IntegerConv2d(IntegerLayer, nn.Conv2d):
 
     def __init__(self, plan: LayerPlan) -> None:
         super().__init__(plan)
-        self.in_channels, self.out_channels = plan.in_features, plan.out_features
-        self.kernel_size, self.stride = (plan.kernel_size,) * 2, (plan.stride,) * 2
+        self.out_channels, self.in_channels, *taps = plan.float_shape  # adapters are shaped by what the float layer has
+        self.kernel_size, self.stride = (*taps, 1, 1)[:2], (plan.stride,) * 2
         self.padding, self.dilation, self.output_padding = (plan.padding,) * 2, (1, 1), (0, 0)
         self.groups, self.transposed, self.padding_mode = 1, False, "zeros"
 

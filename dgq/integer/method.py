@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def check_plans(network: nn.Module, plans: dict[str, LayerPlan]) -> None:
         if owner not in modules:
             why = f"cannot be quantized ({skipped[owner]})" if owner in skipped else "is none of the model's"
             raise DgqError(f"layer {name!r} {why}")
-        expected = geometry(modules[owner], owner in upsampled)
+        expected = geometry(modules[owner], plan.upsampled and owner in upsampled)
         if plan.columns:
             ends = parts.setdefault(owner, [])
             start = ends[-1] if ends else 0
@@ -116,11 +117,10 @@ def _cost(network: nn.Module, recipe: Recipe, budget: int, call: dict[str, Any] 
 
 def _layer_cost(layer: Layer, recipe: Recipe) -> LayerCost:
     plan = layer.plan
-    n, k = plan.float_shape[0], plan.reduction
     return LayerCost(
         layer.module,
-        n * k,
-        n,
+        math.prod(plan.float_shape),
+        plan.float_shape[0],
         plan.float_parameters,
         packed_bytes(plan),
         seconds=lambda rows: rounding_seconds(plan, recipe, layer.input == layer.name, rows),

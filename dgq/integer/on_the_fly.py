@@ -62,7 +62,7 @@ def plan_without_data(network: nn.Module, recipe: Recipe, excluded: Sequence[str
         raise DgqError("modules_to_not_convert leaves no layer to quantize")
     if recipe.channels == "rotate":
         for layer in left:
-            if not layer.plan.upsampled:
+            if not layer.plan.wide:
                 layer.plan = dataclasses.replace(layer.plan, rotation=rotation_block(layer.plan.in_features))
     return left
 

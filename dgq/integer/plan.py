@@ -175,6 +175,8 @@ def plan_layers(network: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[s
             skipped[name] = "kept float by an override"
             continue
         plan = plan_layer(module, bits, recipe, name in upsampled)
+        if plan.upsampled and family.wide_upsampling:
+            plan = dataclasses.replace(plan, wbits=8, abits=UPSAMPLED_BITS)
         first = joined.get(name)
         if first is None:
             layers.append(Layer(name, module, plan, owners[name]))
@@ -191,9 +193,8 @@ def plan_layers(network: nn.Module, recipe: Recipe) -> tuple[list[Layer], dict[s
 
 def plan_layer(module: nn.Linear | nn.Conv2d, wbits: int, recipe: Recipe, upsampled: bool = False) -> LayerPlan:
     sizes = geometry(module, upsampled)
-    wbits, abits = (8, UPSAMPLED_BITS) if upsampled else (wbits, recipe.abits)
     return LayerPlan(
-        **sizes, wbits=wbits, abits=abits, weight_group=recipe.weight_group, class_ends=[sizes["in_features"]]
+        **sizes, wbits=wbits, abits=recipe.abits, weight_group=recipe.weight_group, class_ends=[sizes["in_features"]]
     )
 
 

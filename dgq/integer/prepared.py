@@ -83,7 +83,8 @@ class Prepared:
         activation: Activation,
         offset: Tensor | None,
     ) -> Tensor:
-        """`IntegerLayer.forward` of a linear layer or a convolution with taps."""
+        """`IntegerLayer.forward` of a linear layer or a convolution with taps, `IntegerLayer.upsample` of one that
+        upsamples."""
         raise NotImplementedError
 
     def over_pixels(
@@ -350,6 +351,8 @@ class ByOps(Prepared):
     def _codes(self, layer: IntegerLayer, x: Tensor) -> Codes:
         """The codes of x itself: of its rows, or of samples with their padding."""
         plan = layer.plan
+        if plan.wide:
+            return Codes(*dgq_kernels.quantize_wide_samples(x, plan.padding))
         first, last = (plan.abits, layer._inv_divisor()), (self.position, plan.rotation)
         if plan.kind == "conv2d":
             return Codes(*dgq_kernels.quantize_samples(x, *first, plan.padding, *last))
@@ -439,6 +442,8 @@ class Packed(ByOps):
     ) -> Tensor:
         plan = layer.plan
         parts = (*codes, layer.packed, layer.subscales, layer._scale(), self.column_sum, layer.bias)
+        if plan.upsampled:
+            return dgq_kernels.upsample_conv2d_int4(*parts, dtype, plan.weight_group)
         if plan.kind == "conv2d":
             return dgq_kernels.conv2d_int4(*parts, plan.kernel_size, plan.stride, dtype, plan.weight_group, residual)
         return dgq_kernels.linear_int4(*parts, dtype, plan.weight_group, residual, gated)
@@ -456,23 +461,6 @@ class Dense(ByOps):
         if plan.wbits == 4 or (plan.reordered and self.position is None):
             self.tensors = [from_matrix(matrix, plan)]
 
-    def run(
-        self,
-        layer: IntegerLayer,
-        x: Tensor,
-        residual: Tensor | None,
-        sample_bias: Tensor | None,
-        norm: nn.Module | None,
-        activation: Activation,
-        offset: Tensor | None,
-    ) -> Tensor:
-        plan = layer.plan
-        if not plan.upsampled:
-            return super().run(layer, x, residual, sample_bias, norm, activation, offset)
-        codes = dgq_kernels.quantize_wide_samples(x, plan.padding)
-        parts = (self.operand(layer), layer._scale(), self.column_sum, layer.bias)
-        return dgq_kernels.upsample_conv2d(*codes, *parts, x.dtype)
-
     def operand(self, layer: IntegerLayer) -> Tensor:
         """The weight as the product ops take it."""
         if self.tensors:
@@ -484,6 +472,8 @@ class Dense(ByOps):
     ) -> Tensor:
         plan = layer.plan
         parts = (*codes, self.operand(layer), layer._scale(), self.column_sum, layer.bias)
+        if plan.upsampled:
+            return dgq_kernels.upsample_conv2d(*parts, dtype, plan.wide)
         if plan.kind == "conv2d":
             return dgq_kernels.conv2d(*parts, plan.stride, dtype, plan.class_ends, residual)
         return dgq_kernels.linear_int8(*parts, dtype, plan.class_ends, residual, gated)

@@ -163,9 +163,11 @@ def choose_rounded(layers: Sequence[Layer], statistics: Statistics, recipe: Reci
 
 
 def _candidates(layer: Layer, recipe: Recipe, rms: Tensor) -> list[ChannelGroups]:
-    """How the channels of a layer may be handled: 16 bits need nothing."""
+    """How the channels of a layer may be handled: 16 bits need nothing, and an upsampling has no shift classes."""
     plan = layer.plan
-    return [no_groups(plan.in_features)] if plan.upsampled else candidates(recipe.channels, rms, plan.wbits)
+    if plan.wide or (plan.upsampled and recipe.channels == "shift"):
+        return [no_groups(plan.in_features)]
+    return candidates(recipe.channels, rms, plan.wbits)
 
 
 def _judged_rows(layer: Layer) -> Tensor | slice:

@@ -15,6 +15,7 @@ from dgq_kernels import scaled_conv2d, scaled_linear
 from dgq_kernels.scaled_product.reference import along
 
 from ..integer.channels import rotate_channels
+from ..integer.folding import cut, interleaved
 from ..integer.fused_unet import FusedGEGLU
 from ..integer.gradient import input_factor, integers_of
 from ..integer.layer import IntegerLayer
@@ -72,6 +73,13 @@ class _Layer:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, gated: bool = False) -> Tensor:
         layer, plan = self.layer, self.layer.plan
+        if plan.upsampled:
+            return cut(self._product, x[:, :, ::2, ::2], x.shape[2:], layer.bias)
+        y = self._product(x, gated)
+        return y if residual is None else y + residual
+
+    def _product(self, x: Tensor, gated: bool = False) -> Tensor:
+        layer, plan = self.layer, self.layer.plan
         d_in = self.divisor
         if self.input is not None:
             change = 1 + self.experts.chosen[self.input]
@@ -81,11 +89,9 @@ class _Layer:
         d_out = layer.weight_scale.detach() * (1 + self.experts.chosen[self.out])
         bias = None if layer.bias is None else layer.bias.detach()
         if plan.kind == "linear":
-            y = scaled_linear(x, self.weight, d_in, d_out, bias, gated)
-        else:
-            size = (plan.kernel_size, plan.stride, plan.padding)
-            y = scaled_conv2d(x, self.weight, d_in, d_out, bias, *size)
-        return y if residual is None else y + residual
+            return scaled_linear(x, self.weight, d_in, d_out, bias, gated)
+        y = scaled_conv2d(x, self.weight, d_in, d_out, bias, plan.kernel_size, plan.stride, plan.padding)
+        return interleaved(y) if plan.upsampled else y
 
 
 def _rotated(x: Tensor, d_in: Tensor | None, plan: LayerPlan) -> Tensor:

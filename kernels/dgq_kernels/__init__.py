@@ -3,7 +3,7 @@
 The references are the definitions (docs/method.md); integer results of every backend equal them bit for bit.
 """
 
-from .conv2d import conv2d, conv2d_int4, conv2d_prepacked, upsample_conv2d
+from .conv2d import conv2d, conv2d_int4, conv2d_prepacked, upsample_conv2d, upsample_conv2d_int4
 from .linear import linear_float_groups, linear_int4, linear_int8, linear_prepacked
 from .log_attention import (
     log_attention,
@@ -50,4 +50,5 @@ __all__ = [
     "unscaled_product",
     "unscaled_product_input",
     "upsample_conv2d",
+    "upsample_conv2d_int4",
 ]

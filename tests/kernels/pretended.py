@@ -190,7 +190,9 @@ def calls():
         weight = torch.zeros(4 * n, 4 * c, dtype=torch.int8)
         rows, channels = epilogue(2 * b, weight)
         image = weight.view(4 * n, 2, 2, c).permute(0, 3, 1, 2)
-        yield "upsample_conv2d", (codes, *rows, image, *channels, floats(4 * n), dtype)
+        for wide in (True, False):
+            yield "upsample_conv2d", (codes, *rows, image, *channels, floats(4 * n), dtype, wide)
+        yield "upsample_conv2d_int4", (codes, *rows, *int4(weight, 32), *channels, floats(4 * n), dtype, 32)
 
     # one row, channel and pixel; groups that cross from tap to tap; tiles of a middle block and of a feed-forward layer
     for size, n, window, dtype in (

@@ -8,9 +8,11 @@ from dgq_kernels import (
     backend,
     conv2d,
     conv2d_prepacked,
+    packing,
     quantize_samples,
     quantize_wide_samples,
     upsample_conv2d,
+    upsample_conv2d_int4,
 )
 from dgq_kernels.conv2d import cpu, reference
 
@@ -61,7 +63,7 @@ def test_equals_the_float_convolution_of_the_codes(batch, channels, size, n, ker
 def test_an_upsampling_equals_the_float_one():
     x, weight, weight_scale, bias = case(2, 24, 6, 4 * 5, 2)
     column_sum = weight.sum((1, 2, 3), dtype=torch.int32)
-    got = upsample_conv2d(*quantize_wide_samples(x, 1), weight, weight_scale, column_sum, bias, torch.float32)
+    got = upsample_conv2d(*quantize_wide_samples(x, 1), weight, weight_scale, column_sum, bias, torch.float32, True)
     scaled = weight.double() * weight_scale.double().view(-1, 1, 1, 1)
     whole = torch.nn.functional.conv2d(x.double(), scaled, bias.double(), padding=1)
     for place, part in enumerate(whole.chunk(4, 1)):  # each outputs a pixel more than it has
@@ -69,6 +71,35 @@ def test_an_upsampling_equals_the_float_one():
         expected = part[:, :, row : row + 6, column : column + 7]
         for b in range(2):
             assert_close("output", got[b, :, row::2, column::2], expected[b], 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_upsampling_of_bytes_is_four_convolutions(dtype):
+    x, weight, weight_scale, bias = case(2, 32, 6, 4 * 5, 2)
+    codes = quantize_samples(x, 8, None, 1)
+    sums = weight.sum((1, 2, 3), dtype=torch.int32)
+    got = upsample_conv2d(*codes, weight, weight_scale, sums, bias, dtype, False)
+    assert got.shape == (2, 5, 12, 14)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    for place in range(4):
+        row, column, own = place // 2, place % 2, slice(5 * place, 5 * place + 5)
+        near = codes[0][:, :, row : row + 7, column : column + 8]
+        channels = (weight[own], weight_scale[own], sums[own], bias[own])
+        expected = conv2d(near, *codes[1:], *channels, 1, dtype, [32])
+        assert torch.equal(got[:, :, row::2, column::2], expected)
+
+
+def test_an_upsampling_of_four_bits_is_that_of_its_bytes():
+    x, _, weight_scale, bias = case(2, 24, 6, 4 * 5, 2)
+    g = torch.Generator().manual_seed(1)
+    nibbles = torch.randint(-8, 8, (20, 4 * 24), dtype=torch.int8, generator=g)
+    packed = packing.pack_int4(nibbles, 32)
+    subscales = packing.pack_subscales(torch.randint(0, 16, (20, 3), dtype=torch.uint8, generator=g))
+    weight = reference.dense_weight(packed, subscales, 24, 2, 32)
+    codes, sums = quantize_samples(x, 8, None, 1), weight.sum((1, 2, 3), dtype=torch.int32)
+    after = (weight_scale, sums, bias, torch.float32)
+    got = upsample_conv2d_int4(*codes, packed, subscales, *after, 32)
+    assert torch.equal(got, upsample_conv2d(*codes, weight, *after, False))
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates():

@@ -171,7 +171,7 @@ def test_an_upsampling_equals_the_reference(isa, sizes, dtype):
     four_d = weight.view(4 * n, 2, 2, channels).permute(0, 3, 1, 2)
     layer = native.Layer(weight, scale, bias, None, 16, 2, 1, 1)
     got = layer.upsample(x)
-    assert torch.equal(got, conv2d_reference.upsample_conv2d(*codes, four_d, scale, sums, bias, dtype))
+    assert torch.equal(got, conv2d_reference.upsample_conv2d(*codes, four_d, scale, sums, bias, dtype, True))
     assert got.is_contiguous(memory_format=torch.channels_last)
     x[0, 0, 0, 0] = torch.nan
     assert torch.equal(layer.upsample(x)[1:], got[1:])

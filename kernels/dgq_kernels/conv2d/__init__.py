@@ -55,16 +55,18 @@ def upsample_conv2d(
     column_sum: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    wide: bool,
 ) -> Tensor:
-    """A nearest upsampling by two and a 3x3 convolution with a padding of 1, of 16-bit codes.
+    """A nearest upsampling by two and a 3x3 convolution with a padding of 1.
 
     An output pixel at row 2 i + r and column 2 j + c, with r and c 0 or 1, sees 2x2 pixels of the small picture: those
     from row i + r - 1 and column j + c - 1 on. For each of the four (r, c) there are 2x2 weights of their own, at place
-    2 r + c. Its value is that of `conv2d` of the codes' upper halves, float32, without bias, added as the residual to
-    `conv2d` of the lower halves.
+    2 r + c. Its value is that of `conv2d`; with `wide` of 16-bit codes' upper halves, float32, without bias, added as
+    the residual to `conv2d` of the lower halves.
 
     Args:
-        codes, scale, zero_point: of `quantize_wide_samples` with a padding of 1: (2 B, C, H + 2, W + 2) and (2 B,).
+        codes, scale, zero_point: of `quantize_samples` with a padding of 1, (B, C, H + 2, W + 2) and (B,); with `wide`
+            of `quantize_wide_samples`, (2 B, C, H + 2, W + 2) and (2 B,).
         weight: int8 (4 N, C, 2, 2), N outputs for each place.
         weight_scale, column_sum, bias: as of `conv2d`, (4 N,).
         out_dtype: float16, bfloat16 or float32.
@@ -73,7 +75,26 @@ def upsample_conv2d(
         (B, N, 2 H, 2 W) of out_dtype, channels-last.
     """
     return implementation(reference.upsample_conv2d, codes)(
-        codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype
+        codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, wide
+    )
+
+
+@operator("dgq::upsample_conv2d_int4")
+def upsample_conv2d_int4(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    packed: Tensor,
+    subscales: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    group: int,
+) -> Tensor:
+    """`upsample_conv2d`, not `wide`, with two-level int4 weights (4 N, 4 C) as `conv2d_int4` takes them."""
+    return implementation(reference.upsample_conv2d_int4, codes)(
+        codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group
     )
 
 
@@ -147,16 +168,25 @@ def _empty_output(codes: Tensor, n: int, kernel: tuple[int, int], stride: int, o
     return torch.empty(size, dtype=out_dtype, device=codes.device, memory_format=torch.channels_last)
 
 
+def _empty_upsampled(codes: Tensor, n: int, out_dtype: torch.dtype, halves: int) -> Tensor:
+    batch, _, height, width = codes.shape
+    size = (batch // halves, n // 4, 2 * (height - 2), 2 * (width - 2))
+    return torch.empty(size, dtype=out_dtype, device=codes.device, memory_format=torch.channels_last)
+
+
 @register_fake(conv2d)
 def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, class_ends, residual=None):
     return _empty_output(codes, weight.shape[0], weight.shape[2:], stride, out_dtype)
 
 
 @register_fake(upsample_conv2d)
-def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype):
-    batch, _, height, width = codes.shape
-    size = (batch // 2, weight.shape[0] // 4, 2 * (height - 2), 2 * (width - 2))
-    return torch.empty(size, dtype=out_dtype, device=codes.device, memory_format=torch.channels_last)
+def _(codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, wide):
+    return _empty_upsampled(codes, column_sum.shape[0], out_dtype, 2 if wide else 1)
+
+
+@register_fake(upsample_conv2d_int4)
+def _(codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group):
+    return _empty_upsampled(codes, column_sum.shape[0], out_dtype, 1)
 
 
 @register_fake(conv2d_int4)

@@ -128,9 +128,10 @@ def upsample_conv2d(
     column_sum: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    wide: bool,
 ) -> Tensor:
     """See `dgq_kernels.upsample_conv2d`."""
-    parts = (codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype)
+    parts = (codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, wide)
     return reference.upsample_conv2d(*parts, conv2d)
 
 
@@ -155,3 +156,20 @@ def conv2d_int4(
     return conv2d(
         codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, [channels], residual
     )
+
+
+def upsample_conv2d_int4(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    packed: Tensor,
+    subscales: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    group: int,
+) -> Tensor:
+    """See `dgq_kernels.upsample_conv2d_int4`."""
+    parts = (codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group)
+    return reference.upsample_conv2d_int4(*parts, conv2d_int4)

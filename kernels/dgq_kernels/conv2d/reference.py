@@ -54,25 +54,26 @@ def upsample_conv2d(
     column_sum: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    wide: bool,
     convolution: Callable[..., Tensor] = conv2d,
 ) -> Tensor:
     """See `dgq_kernels.upsample_conv2d`; by this implementation of `conv2d`."""
-    batch, (height, width), n = codes.shape[0] // 2, (side - 2 for side in codes.shape[2:]), len(weight) // 4
-    out = torch.empty(
-        (batch, n, 2 * height, 2 * width), dtype=out_dtype, device=codes.device, memory_format=torch.channels_last
-    )
-    upper, lower = slice(batch), slice(batch, None)
-    for place in range(4):
-        own, row, column = slice(place * n, (place + 1) * n), place // 2, place % 2
-        near = codes[:, :, row : row + height + 1, column : column + width + 1]
-        near = near.contiguous(memory_format=torch.channels_last)
-        channels = (weight[own], weight_scale[own], column_sum[own])
-        ends = [codes.shape[1]]
-        y = convolution(near[upper], scale[upper], zero_point[upper], *channels, None, 1, torch.float32, ends)
-        own_bias = None if bias is None else bias[own]
-        y = convolution(near[lower], scale[lower], zero_point[lower], *channels, own_bias, 1, out_dtype, ends, y)
-        out[:, :, row::2, column::2] = y
-    return out
+    channels, ends = (weight, weight_scale, column_sum), [codes.shape[1]]
+    if not wide:
+        return interleaved(convolution(codes, scale, zero_point, *channels, bias, 1, out_dtype, ends))
+    upper, lower = (list(half) for half in zip(*(one.chunk(2) for one in (codes, scale, zero_point)), strict=True))
+    y = convolution(*upper, *channels, None, 1, torch.float32, ends)
+    return interleaved(convolution(*lower, *channels, bias, 1, out_dtype, ends, y))
+
+
+def interleaved(y: Tensor) -> Tensor:
+    """The upsampled picture (B, N, 2 H, 2 W), channels-last, of the results (B, 4 N, H + 1, W + 1) of a convolution for
+    each place in a square of four pixels: at row 2 i + r and column 2 j + c that of place 2 r + c at (i + r, j + c)."""
+    batch, n, height, width = y.shape[0], y.shape[1] // 4, y.shape[2] - 1, y.shape[3] - 1
+    y = y.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)  # (B, H + 1, W + 1, 4 N)
+    pictures, rows, columns, _ = y.stride()
+    places = y.as_strided((batch, height, 2, width, 2, n), (pictures, rows, rows + 2 * n, columns, columns + n, 1))
+    return places.reshape(batch, 2 * height, 2 * width, n).permute(0, 3, 1, 2)
 
 
 def dense_weight(packed: Tensor, subscales: Tensor, channels: int, kernel_size: int, group: int) -> Tensor:
@@ -101,3 +102,21 @@ def conv2d_int4(
     return conv2d(
         codes, scale, zero_point, weight, weight_scale, column_sum, bias, stride, out_dtype, [codes.shape[1]], residual
     )
+
+
+def upsample_conv2d_int4(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    packed: Tensor,
+    subscales: Tensor,
+    weight_scale: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    group: int,
+    convolution: Callable[..., Tensor] = conv2d_int4,
+) -> Tensor:
+    """See `dgq_kernels.upsample_conv2d_int4`; by this implementation of `conv2d_int4`."""
+    parts = (codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias)
+    return interleaved(convolution(*parts, 2, 1, out_dtype, group))

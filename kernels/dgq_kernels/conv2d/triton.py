@@ -328,8 +328,17 @@ def conv2d_int4(
 
 def upsample_conv2d(
     codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, column_sum: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype,
+    bias: Tensor | None, out_dtype: torch.dtype, wide: bool,
 ) -> Tensor:  # fmt: skip
-    """See `dgq_kernels.upsample_conv2d`: eight products of `conv2d`'s kernel."""
-    parts = (codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype)
+    """See `dgq_kernels.upsample_conv2d`: one product of `conv2d`'s kernel, or two, and a copy."""
+    parts = (codes, scale, zero_point, weight, weight_scale, column_sum, bias, out_dtype, wide)
     return reference.upsample_conv2d(*parts, conv2d)
+
+
+def upsample_conv2d_int4(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, subscales: Tensor, weight_scale: Tensor,
+    column_sum: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int,
+) -> Tensor:  # fmt: skip
+    """See `dgq_kernels.upsample_conv2d_int4`: one product of `conv2d_int4`'s kernel, and a copy."""
+    parts = (codes, scale, zero_point, packed, subscales, weight_scale, column_sum, bias, out_dtype, group)
+    return reference.upsample_conv2d_int4(*parts, conv2d_int4)

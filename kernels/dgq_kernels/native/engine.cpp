@@ -872,10 +872,23 @@ static void attend(const Attention& a, int threads) {
     const int64_t blocks = ceil_div(a.rows, TILE_ROWS), key_blocks = ceil_div(count, KEY_BLOCK);
     const int64_t q_stride = row_stride(width), q_floats = round_up(width, 16), p_stride = row_stride(count);
     const int64_t logit_stride = round_up(count, TILE_COLS) + 16, out_stride = round_up(width, TILE_COLS);
+    const int64_t size = element_bytes(a.dtype);
     parallel(threads, heads * blocks, [&](int64_t task) {
         const Head& head = all[task / blocks];
         const int64_t b = task / blocks / a.heads, h = task / blocks % a.heads, start = task % blocks * TILE_ROWS;
         const int rows = static_cast<int>(a.rows - start < TILE_ROWS ? a.rows - start : TILE_ROWS);
+        // a head's part of a token is short, and the next one's far: where results go, and what the next block reads,
+        // are on their way while this block is multiplied
+        for (int64_t row = start; row < start + 2 * TILE_ROWS && row < a.rows; ++row) {
+            const bool next = row >= start + TILE_ROWS;
+            const char* out = static_cast<const char*>(a.out) + ((b * a.rows + row) * a.heads + h) * width * size;
+            const char* q = static_cast<const char*>(a.q) + (b * a.q_batch + h * a.q_head + row * a.q_token) * size;
+            for (int64_t at = 0; at < width * size; at += 64)
+                if (next)
+                    __builtin_prefetch(q + at, 0, 2);
+                else
+                    __builtin_prefetch(out + at, 1, 2);
+        }
         const int64_t bytes = TILE_ROWS * (q_stride + p_stride + 4 * (logit_stride + out_stride + q_floats)) +
                               4 * key_blocks * (TILE_ROWS + 1);
         char* memory = panel_scratch().get<char>(bytes);

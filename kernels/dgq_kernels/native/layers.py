@@ -279,10 +279,8 @@ class Layer:
         return y
 
     def upsample(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) upsampled by two and convolved: (B, N / 4, 2 H, 2 W), channels-last, in x's dtype.
-
-        Of 16-bit codes it is `dgq_kernels.upsample_conv2d`. Of others, pixel (2 i + r, 2 j + c) is what `conv2d` gives
-        at (i + r, j + c) in quarter 2 r + c of its outputs.
+        """`dgq_kernels.upsample_conv2d` of the codes of x (B, C, H, W), `wide` where they have 16 bits:
+        (B, N / 4, 2 H, 2 W), channels-last, in x's dtype.
 
         Raises:
             ValueError: x is not 4-D, has other channels, or is not on the CPU; a layer of anything else than four times

@@ -18,6 +18,7 @@ from dgq.checkpoint.writing import WEIGHTS_NAME
 from dgq.errors import DgqError
 from dgq.integer.attention import LogAttnProcessor
 from dgq.integer.channels import to_matrix
+from dgq.integer.folding import fold
 from dgq.integer.layer import IntegerLayer
 from dgq.replay import take_apart
 
@@ -127,10 +128,11 @@ def test_a_quantized_model_holds_the_float_models_weights(float_model: Path, tmp
     for name, layer in layers.items():
         owner = source.get_submodule(layer.plan.owner(name))
         weight = owner.weight[:, slice(*layer.plan.columns)] if layer.plan.columns else owner.weight
-        matrix = to_matrix(weight)
+        matrix = to_matrix(fold(weight) if layer.plan.upsampled else weight)
         stored = layer.natural_weight * layer.weight_scale[:, None]
         assert float((stored - matrix).norm() / matrix.norm()) < (0.01 if wbits == 8 else 0.2), name
-        assert not layer.plan.bias or torch.equal(layer.bias, owner.bias)
+        copies = 4 if layer.plan.upsampled else 1
+        assert not layer.plan.bias or torch.equal(layer.bias, owner.bias.repeat(copies))
     assert torch.equal(unet.conv_norm_out.weight, source.conv_norm_out.weight.half().float())
 
 

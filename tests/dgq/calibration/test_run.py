@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import weakref
@@ -70,9 +71,9 @@ def test_interrupted_and_resumed_gives_the_same_file(undisturbed, tiny_pipeline,
 
 
 def bits_of(header):
-    """Stored bits of the quantized layers for each of their weights, as `dgq inspect` reckons them."""
+    """Stored bits of the quantized layers for each of the float ones' weights, as `dgq inspect` reckons them."""
     plans = header.layers.values()
-    return 8 * sum(map(packed_bytes, plans)) / sum(plan.out_features * plan.reduction for plan in plans)
+    return 8 * sum(map(packed_bytes, plans)) / sum(math.prod(plan.float_shape) for plan in plans)
 
 
 def test_a_budget_of_bits_is_spent_and_kept(undisturbed, tiny_pipeline, tmp_path):

@@ -57,7 +57,8 @@ def build(tiny_pipeline: Path, name: str, out: Path) -> None:
         generator = torch.Generator().manual_seed(0)
         for layer in plan_layers(unet, recipe)[0]:
             rms = torch.exp2(2 * torch.randn(layer.plan.in_features, generator=generator).abs())
-            groups = form_groups("shift" if name.startswith("shift") else "smooth", rms, wbits)
+            shifted = name.startswith("shift") and not layer.plan.upsampled
+            groups = form_groups("shift" if shifted else "smooth", rms, wbits)
             plan = dataclasses.replace(
                 layer.plan, channels=groups.mode, class_ends=groups.class_ends, reordered=groups.order is not None
             )

@@ -20,6 +20,7 @@ from torch import nn
 import dgq
 from dgq.errors import DgqError
 from dgq.integer.adapters import Adapted, direct
+from dgq.integer.fused_unet import FoldedUpsample
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.shared_input import prepare_all
 from dgq.recipe import LayerPlan, Recipe
@@ -115,13 +116,36 @@ def test_fused_layers_stay_fused_and_give_what_peft_gives(unet, targets):
         expected = call(unet)  # every adapter is called as peft has it
     for hook in hooks:
         hook.remove()
-    assert distance(got, expected) < 0.03 < 0.06 < distance(got, plain)  # a norm rounded otherwise moves single codes
+    assert distance(got, expected) < 0.04 < 0.06 < distance(got, plain)  # a norm rounded otherwise moves single codes
     unet.disable_adapters()
     assert torch.equal(call(unet), plain)
     unet.enable_adapters()
     assert torch.equal(call(unet), got)
     unet.delete_adapters(["one", "other"])
     assert torch.equal(call(unet), plain)
+
+
+@pytest.mark.parametrize("size", [None, (13, 9), (14, 10)])
+def test_a_folded_upsampler_with_an_adapter_gets_what_the_float_one_does(unet, size):
+    (name,) = [name for name, module in unet.named_modules() if type(module) is FoldedUpsample]
+    upsampler, x = unet.get_submodule(name), torch.randn(2, unet.get_submodule(name).channels, 7, 5)
+    with torch.no_grad():
+        plain = upsampler(x, size)
+        add(unet, [f"{name}.conv"], init_lora_weights=False)
+        wrapped = upsampler.conv
+        assert isinstance(wrapped, LoraLayer)
+        assert wrapped.lora_A["one"].weight.shape[2:] == (3, 3)
+        large = nn.functional.interpolate(x, size=size or (14, 10))
+        branch = wrapped.lora_B["one"](wrapped.lora_A["one"](large))
+        assert branch.norm() > plain.norm() / 10
+        torch.testing.assert_close(upsampler(x, size), plain + branch, rtol=1e-4, atol=1e-5)
+        seen = direct(wrapped, "conv2d")
+        assert isinstance(seen, Adapted)
+        torch.testing.assert_close(seen(large), plain + branch, rtol=1e-4, atol=1e-5)
+    x.requires_grad_()
+    upsampler(x, size).square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert wrapped.lora_A["one"].weight.grad.norm() > 0
 
 
 def test_one_layer_with_adapters_is_the_layer_and_the_products():

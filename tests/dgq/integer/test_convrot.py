@@ -15,6 +15,7 @@ from dgq.family import network_of
 from dgq.inspection.inspect import inspect
 from dgq.integer.channels import to_matrix
 from dgq.integer.convrot import absmax
+from dgq.integer.folding import fold
 from dgq.integer.layer import IntegerLayer
 from dgq.pictures.generation import Settings, generate
 from dgq.recipe import Recipe
@@ -53,6 +54,7 @@ def test_every_row_is_rounded_by_its_largest_rotated_weight(made, tiny_pipeline)
     limit, rotations = (127 if header.recipe.wbits == 8 else 7), set()
     for name, plan in header.layers.items():
         weight = floats[f"{plan.owner(name)}.weight"].float()
+        weight = fold(weight) if plan.upsampled else weight
         weight = to_matrix(weight[:, slice(*plan.columns)] if plan.columns else weight)
         weight = weight if plan.kind == "conv2d" else weight.flatten(1)
         rotated = rotate(weight, plan.rotation) if plan.rotation else weight  # K is made of runs of channels

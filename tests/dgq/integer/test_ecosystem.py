@@ -209,20 +209,32 @@ def test_shards_and_device_maps(unet, tmp_path):
         assert torch.equal(call(again), expected), options
 
 
-def test_files_of_format_1_still_load(tiny_w8_checkpoint, tmp_path):
-    """They hold a convolution's int8 weight as a matrix (N, kh * kw * C)."""
+def test_files_of_formats_1_and_2_still_load(tiny_pipeline, tiny_w8_checkpoint, tmp_path, monkeypatch):
+    """Their upsamplers' convolutions read the large picture; those of format 1 hold a convolution's int8 weight as a
+    matrix (N, kh * kw * C)."""
     import json
     import shutil
 
     from safetensors.torch import load_file, save_file
 
-    expected = call(dgq.load(tiny_w8_checkpoint, device="cpu").unet)
+    from dgq.families.unet import UNet
+
     old = tmp_path / "old"
     shutil.copytree(tiny_w8_checkpoint, old)
+    with monkeypatch.context() as patched:
+        patched.setattr(UNet, "upsampled", lambda *_: set())
+        asked = dgq.DgqConfig(wbits=8)
+        made = UNet2DConditionModel.from_pretrained(tiny_pipeline / "unet", quantization_config=asked)
+        made.save_pretrained(old / "unet")
+    expected = call(made)
     file = old / "unet" / "diffusion_pytorch_model.safetensors"
     config = json.loads((old / "unet" / "config.json").read_text())
+    assert config["quantization_config"]["format_version"] == 2
+    unet = dgq.load(old, device="cpu", verify=False).unet
+    assert not any(layer.plan.upsampled for layer in unet.modules() if isinstance(layer, IntegerLayer))
+    assert torch.equal(call(unet), expected)
     config["quantization_config"]["format_version"] = 1
-    del config["quantization_config"]["checksums"]
+    config["quantization_config"].pop("checksums", None)
     (old / "unet" / "config.json").write_text(json.dumps(config))
     state, reshaped = load_file(file), 0
     for name, tensor in state.items():

@@ -13,10 +13,13 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
 
 from dgq.integer.attention import AttentionPlan, use_log_attention
 from dgq.integer.channels import no_groups, to_matrix
 from dgq.integer.fused_unet import (
+    FoldedUpsample,
     FusedGEGLU,
     FusedResnetBlock,
     FusedTimestepEmbedding,
@@ -25,8 +28,10 @@ from dgq.integer.fused_unet import (
 )
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.on_the_fly import round_to_nearest
-from dgq.integer.plan import plan_layers
+from dgq.integer.plan import Layer, plan_layer, plan_layers
+from dgq.integer.rounding import quantize_layers
 from dgq.integer.skeleton import fuse, place
+from dgq.integer.statistics import Statistics
 from dgq.recipe import Recipe
 
 FUSED = {
@@ -35,6 +40,7 @@ FUSED = {
     FusedTransformer: Transformer2DModel,
     FusedTransformerBlock: BasicTransformerBlock,
     FusedTimestepEmbedding: TimestepEmbedding,
+    FoldedUpsample: Upsample2D,
 }
 
 
@@ -119,6 +125,64 @@ def test_modules_with_another_forward_stay() -> None:
     model = unet(resnet_time_scale_shift="scale_shift")
     quantize(model)
     assert not any(isinstance(module, FusedResnetBlock) for module in model.modules())
+    call(model)
+
+
+@pytest.mark.parametrize("channels", ["none", "smooth", "rotate", "shift"])
+@pytest.mark.parametrize("wbits", [8, 4])
+@torch.no_grad()
+def test_an_upsampler_reads_the_small_picture(wbits: int, channels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every backend with the same bits, at sizes that are one less than twice as large, and as a float layer where
+    others are around it."""
+    torch.manual_seed(0)
+    plain, x = Upsample2D(64, use_conv=True), torch.randn(2, 64, 5, 16)
+    x[:, 3] *= 8
+    recipe = Recipe(wbits=wbits, channels=channels)  # type: ignore[arg-type]
+    one = Layer("conv", plain.conv, plan_layer(plain.conv, wbits, recipe, upsampled=True))
+    statistics = Statistics(one.plan, 1)
+    statistics.add(x)
+    layer = quantize_layers([one], statistics, recipe)[0].layer
+    assert (layer.plan.out_features, layer.plan.rotation > 0) == (256, channels == "rotate")
+    module = copy.copy(plain)
+    module._modules = {"conv": layer}
+    module.__class__ = FoldedUpsample
+    for size in (None, (10, 32), (9, 32), (10, 31), (9, 31)):
+        expected, got = plain(x, size), module(x, size)
+        assert got.shape == expected.shape
+        assert_close("output", got, expected, 0.05 if wbits == 8 else 0.2)
+        large = nn.functional.interpolate(x, size=size or (10, 32))
+        torch.testing.assert_close(layer(large), got, rtol=1e-5, atol=1e-5)
+        seen: list[torch.Size] = []
+        hook = layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape))
+        torch.testing.assert_close(module(x, size), got, rtol=1e-5, atol=1e-5)
+        hook.remove()
+        assert seen == [large.shape]
+    result, half = module(x), module(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("DGQ_BACKEND", backend)
+        layer.restore()
+        assert torch.equal(module(x), result), backend
+        if backend == "reference":  # Triton's interpreter cuts bfloat16 off
+            assert torch.equal(module(x.bfloat16()), half)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 6), (10, 7)])
+def test_pictures_of_any_size(size: tuple[int, int]) -> None:
+    model = unet()
+    float_model = copy.deepcopy(model)
+    quantize(model)
+    assert any(type(module) is FoldedUpsample for module in model.modules())
+    sample, text = torch.randn(2, 4, *size), torch.randn(2, 7, 24)
+    with torch.no_grad():
+        got, expected = (one(sample, 500, text).sample for one in (model, float_model))
+    assert_close("output", got, expected, 0.1)
+
+
+def test_a_unet_that_halves_otherwise_is_not_folded() -> None:
+    model = unet(downsample_padding=0)
+    quantize(model)
+    assert not any(type(module) is FoldedUpsample for module in model.modules())
     call(model)
 
 

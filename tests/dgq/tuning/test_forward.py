@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dgq.integer.channels import form_groups
+from dgq.integer.folding import interleaved
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.plan import Layer, plan_layer
 from dgq.integer.rounding import Roundings, quantize_layers, round_layer
@@ -51,7 +52,7 @@ def float_weight(layer: IntegerLayer):
 @pytest.mark.parametrize("form", ["stored", "engine", "triton"])
 @pytest.mark.parametrize("channels", ["none", "smooth", "shift", "rotate"])
 @pytest.mark.parametrize("wbits", [4, 8])
-@pytest.mark.parametrize("kind", ["linear", "conv2d", "strided", "pointwise"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "strided", "pointwise", "upsampled"])
 def test_forward_and_gradients_equal_the_formula(kind, wbits, channels, form, monkeypatch):
     torch.manual_seed(0)
     build, shape = {
@@ -59,15 +60,18 @@ def test_forward_and_gradients_equal_the_formula(kind, wbits, channels, form, mo
         "conv2d": (lambda: nn.Conv2d(21, 40, 3, padding=1), (3, 21, 6, 5)),
         "strided": (lambda: nn.Conv2d(32, 20, 3, stride=2, padding=1, bias=False), (3, 32, 7, 6)),
         "pointwise": (lambda: nn.Conv2d(33, 24, 1), (3, 33, 4, 5)),
+        "upsampled": (lambda: nn.Conv2d(32, 16, 3, padding=1), (3, 32, 4, 3)),
     }[kind]
     x = torch.randn(shape)
+    if kind == "upsampled":  # as the float layer takes it
+        x = nn.functional.interpolate(x, scale_factor=2.0)
     axis = -1 if kind == "linear" else 1
     x.select(axis, 1).mul_(12)
     wanted = Recipe(wbits=wbits, channels=channels)
     module = build()
-    planned = Layer("layer", module, plan_layer(module, wbits, wanted))
+    planned = Layer("layer", module, plan_layer(module, wbits, wanted, kind == "upsampled"))
     statistics = Statistics(planned.plan, 1)
-    statistics.add(x)
+    statistics.add(planned.own(x))
     if channels == "rotate" and kind in ("linear", "strided"):
         smooth = form_groups("smooth", statistics.mean_square.sqrt(), wbits)
         one = round_layer(planned, Roundings(statistics, wanted), dataclasses.replace(smooth, rotation=16))
@@ -104,7 +108,8 @@ def test_forward_and_gradients_equal_the_formula(kind, wbits, channels, form, mo
         else:
             scaled = d_out[:, None, None, None] * weight * d_in[:, None, None]
             size = (layer.plan.stride, layer.plan.padding)
-            samples.append(nn.functional.conv2d(sample[None], scaled, layer.bias, *size)[0])
+            y = nn.functional.conv2d(planned.own(sample[None]), scaled, layer.bias, *size)
+            samples.append((interleaved(y) if kind == "upsampled" else y)[0])
     plain = torch.stack(samples)
     plain.backward(g)
     expected = [plain.detach(), x.grad, deltas[0].grad, deltas[2].grad]
