@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,13 +11,15 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.nn.modules import module as of_modules
 
 from dgq_kernels import backend, native
 from dgq_kernels.native.library import BLOCK
 
 from ..family import FIRST_AND_LAST, Family, noise
 from ..integer.folding import fold
-from ..integer.fused_unet import FUSED, FoldedUpsample, folds, upsampled
+from ..integer.fused_unet import FUSED, FoldedUpsample, FusedResnetBlock, folds, upsampled
+from ..integer.layer import IntegerLayer
 from ..integer.prepared import native_norm
 
 
@@ -27,7 +28,7 @@ class FoldedFloatUpsample(FoldedUpsample):
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         conv: Any = self.conv
-        if output_size is not None or type(conv) is not nn.Conv2d or "forward" in conv.__dict__ or _hooked(conv):
+        if output_size is not None or type(conv) is not nn.Conv2d or _hooked(conv):
             return super().forward(hidden_states, output_size, *args, **kwargs)
         batch, _, height, width = hidden_states.shape
         taps = fold(conv.weight).chunk(4)
@@ -49,7 +50,8 @@ class LeanDecoder(Decoder):
 
     It begins by returning to the system what was freed before: the heap that a network's steps leave, in pieces too
     small for what follows, would stay beside a decoder's far larger pictures. Those take each other's place
-    (`native.recycled`), and the last is normalized and activated in one pass.
+    (`native.recycled`), results of a block that of its input or residual, and the last is normalized and activated in
+    one pass.
     """
 
     after_norm = ()
@@ -63,35 +65,69 @@ class LeanDecoder(Decoder):
         with native.recycled():
             if latent_embeds is not None or torch.is_grad_enabled() or not _is_plain_end(self):
                 return plain.forward(sample, latent_embeds, *args, **kwargs)
-            inner: Any = (self.conv_in, self.mid_block, *_in_order(self.up_blocks))
-            for module in inner:
-                sample = module(sample)
-            pictures: Tensor = self.conv_out(native_norm(self.conv_norm_out, True).over_groups(sample))
+            inner: Any = ((self.conv_in, {}), (self.mid_block, {}), *_in_order(self.up_blocks))
+            own = False  # whether nobody else can hold the picture: then results may be written over it
+            for module, others in inner:
+                layers = _in_halves(module)
+                if layers is None:
+                    sample, own = module(sample, **others), _makes_its_own(module)
+                    if isinstance(module, Upsample2D):
+                        native.give_back()  # what smaller pictures left: those that follow have no use for it
+                    continue
+                shortened = _is_plain(module.conv_shortcut)
+                hidden, residual = module.begin(layers[0], sample, in_place=own and shortened)
+                own = shortened or (own and module.conv_shortcut is None)
+                del sample  # the largest picture of all, where a shortcut made the residual
+                sample = module.finish(layers[1], hidden, residual, in_place=own)
+                own = True
+                del hidden, residual
+            sample = native_norm(self.conv_norm_out, True).over_groups(sample, own)
+            pictures: Tensor = self.conv_out(sample)
             return pictures
 
 
-def _in_order(blocks: Any) -> Iterator[Any]:
-    """What blocks call after each other: whoever calls a block holds its input, the largest picture, to its end."""
+def _in_order(blocks: Any) -> Iterator[tuple[Any, dict[str, None]]]:
+    """What blocks call after each other, and with what else than a picture: whoever calls a block holds its input, the
+    largest picture, to its end."""
     for block in blocks:
-        if type(block) is not UpDecoderBlock2D or "forward" in block.__dict__ or _hooked(block):
-            yield block
+        if type(block) is not UpDecoderBlock2D or _hooked(block):
+            yield block, {}
             continue
-        yield from (functools.partial(resnet, temb=None) for resnet in block.resnets)
-        yield from block.upsamplers or ()
+        yield from ((resnet, {"temb": None}) for resnet in block.resnets)
+        yield from ((upsampler, {}) for upsampler in block.upsamplers or ())
+
+
+def _in_halves(block: Any) -> Any:
+    """The convolutions of a block of which first one half can be run and then the other; None where it is called."""
+    plain = type(block) is FusedResnetBlock and not _hooked(block) and block._compiled_call_impl is None
+    return block.layers() if plain else None
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer is a convolution whose result nobody sees but who calls it."""
+    return (type(layer) is nn.Conv2d or isinstance(layer, IntegerLayer)) and not _hooked(layer)
+
+
+def _makes_its_own(module: Any) -> bool:
+    """Whether the result of a module that is called is in no other hands."""
+    return type(module) is FoldedFloatUpsample and not _hooked(module) and _is_plain(module.conv)
 
 
 def _is_plain_end(decoder: Any) -> bool:
-    """Whether a decoder's last norm and activation can be one call of the CPU engine."""
+    """Whether a decoder's last norm and activation can be one call of the CPU engine, and no hook sees all modules."""
     norm, activation = decoder.conv_norm_out, decoder.conv_act
     if backend.chosen(torch.device("cpu")).name != "cpu" or not native.available():
         return False
     if (type(norm), type(activation)) != (nn.GroupNorm, nn.SiLU) or not norm.affine or norm.num_channels % BLOCK:
         return False
-    return not any("forward" in x.__dict__ or _hooked(x) for x in (norm, activation))
+    if of_modules._global_forward_hooks or of_modules._global_forward_pre_hooks:
+        return False
+    return not (_hooked(norm) or _hooked(activation))
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether others may see what goes into a module or comes out of it, or do its work."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 class AutoencoderKL(Family):

@@ -44,10 +44,11 @@ class Adapted:
         norm: nn.Module | None = None,
         activation: Activation = "none",
         offset: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
         """As `IntegerLayer.forward`."""
         x = apply(x, norm, activation, offset)
-        y = self.layer(x, residual, sample_bias)
+        y = self.layer(x, residual, sample_bias, in_place=in_place and residual is not None)  # x is read once more
         plan = self.layer.plan
         if plan.kind == "linear":
             return add_product(y, self.reduced(x), self.up)

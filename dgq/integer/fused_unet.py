@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from .adapters import direct
+from .adapters import Adapted, direct
 from .attention import LogAttnProcessor
 from .layer import IntegerLayer, is_direct
 from .shared_input import activated
@@ -128,20 +128,47 @@ class FusedResnetBlock(ResnetBlock2D):
     after_norm = ("conv1", "conv2", "time_emb_proj")
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        first, second = direct(self.conv1, "conv2d"), direct(self.conv2, "conv2d")
-        if self.training or first is None or second is None:
+        layers = self.layers()
+        if layers is None:
             plain: Any = super()
             result: Tensor = plain.forward(input_tensor, temb, *args, **kwargs)
             return result
+        first, second = layers
         embedding = None
         if temb is not None and self.time_emb_proj is not None:
             embedding = self._embed(temb)
         # the CPU engine adds the embedding to its sums, the ops of the second norm to the mean that they subtract
         later = second.fuses(input_tensor.device)
-        x = first(input_tensor, None, None if later else embedding, self.norm1, "silu")
-        shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        out: Tensor = second(x, shortcut, None, self.norm2, "silu", embedding if later else None)
-        return out
+        hidden, residual = self.begin(first, input_tensor, None if later else embedding)
+        return self.finish(second, hidden, residual, embedding if later else None)
+
+    def layers(self) -> tuple[IntegerLayer | Adapted, IntegerLayer | Adapted] | None:
+        """The two convolutions where the block leaves its work to them."""
+        first, second = direct(self.conv1, "conv2d"), direct(self.conv2, "conv2d")
+        return None if self.training or first is None or second is None else (first, second)
+
+    def begin(
+        self,
+        first: IntegerLayer | Adapted,
+        x: Tensor,
+        embedding: Tensor | None = None,
+        in_place: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """The first convolution's result, with `in_place` in the memory of x where it fits, and the residual, which may
+        be x, and then stays."""
+        residual: Tensor = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return first(x, None, embedding, self.norm1, "silu", in_place=in_place and residual is not x), residual
+
+    def finish(
+        self,
+        second: IntegerLayer | Adapted,
+        hidden: Tensor,
+        residual: Tensor,
+        offset: Tensor | None = None,
+        in_place: bool = False,
+    ) -> Tensor:
+        """The block's result of what `begin` gave, with `in_place` in the memory of the residual."""
+        return second(hidden, residual, None, self.norm2, "silu", offset, in_place)
 
     def _embed(self, temb: Tensor) -> Tensor:
         layer = direct(self.time_emb_proj, "linear")

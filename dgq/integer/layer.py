@@ -243,6 +243,7 @@ class IntegerLayer(nn.Module):
         norm: nn.Module | None = None,
         activation: Activation = "none",
         offset: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
         """x (..., C) for a linear layer, (B, C, H, W) for a convolution, as the float layer takes it; returns x's
         dtype. Where the layer upsamples x is all that there may be.
@@ -257,6 +258,8 @@ class IntegerLayer(nn.Module):
             norm: applied to x.
             activation: applied after the norm.
             offset: (B, C), added to the x of a convolution before its norm.
+            in_place: the result of a convolution with taps may take the memory of the residual, or of x where there is
+                none: for who needs neither any more.
         """
         x = input
         if self.plan.upsampled:
@@ -268,7 +271,7 @@ class IntegerLayer(nn.Module):
         if self.plan.kind == "pointwise":
             y = self.over_pixels(x, norm, None if residual is None else residual.permute(0, 2, 3, 1), activation)
             return y.permute(0, 3, 1, 2)
-        return self.prepare(x.device).run(self, x, residual, sample_bias, norm, activation, offset)
+        return self.prepare(x.device).run(self, x, residual, sample_bias, norm, activation, offset, in_place)
 
     def upsample(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Of a layer that upsamples, what `forward` gives for the picture (B, C, *size) that x (B, C, H, W) becomes.

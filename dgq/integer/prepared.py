@@ -82,6 +82,7 @@ class Prepared:
         norm: nn.Module | None,
         activation: Activation,
         offset: Tensor | None,
+        in_place: bool = False,
     ) -> Tensor:
         """`IntegerLayer.forward` of a linear layer or a convolution with taps, `IntegerLayer.upsample` of one that
         upsamples."""
@@ -166,6 +167,7 @@ class Engine(Prepared):
         norm: nn.Module | None,
         activation: Activation,
         offset: Tensor | None,
+        in_place: bool = False,
     ) -> Tensor:
         kind = layer.plan.kind
         if layer.plan.upsampled:
@@ -177,7 +179,7 @@ class Engine(Prepared):
             return self.engine.linear(x, residual, norm=before)
         if sample_bias is not None and layer.bias is not None:
             sample_bias = sample_bias.float() + layer.bias
-        return self.engine.conv2d(x, residual, sample_bias, before)
+        return self.engine.conv2d(x, residual, sample_bias, before, in_place)
 
     def over_pixels(
         self, layer: IntegerLayer, x: Tensor, norm: nn.Module | None, residual: Tensor | None, activation: Activation
@@ -279,6 +281,7 @@ class ByOps(Prepared):
         norm: nn.Module | None,
         activation: Activation,
         offset: Tensor | None,
+        in_place: bool = False,
     ) -> Tensor:
         codes = self._fused_codes(layer, x, norm, activation, offset) if self.fuses else None
         if codes is None:

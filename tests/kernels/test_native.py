@@ -22,6 +22,7 @@ from dgq_kernels.log_attention import cpu as attention_cpu
 from dgq_kernels.log_attention import reference as attention_reference
 from dgq_kernels.quantize_activation import reference as quantize_reference
 
+LAST = torch.channels_last
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no CPU engine: {native.describe()}")
 
 
@@ -158,6 +159,80 @@ def test_conv2d_equals_the_reference(isa, sizes, kernel, stride, padding, dtype)
     residual = torch.randn(got.shape, generator=g).to(dtype)
     exact = conv2d_reference.conv2d(*args, torch.float32, [channels])
     assert torch.equal(layer.conv2d(x, residual), (exact + residual.float()).to(dtype))
+
+
+@pytest.mark.parametrize(
+    "sizes, kernel, stride",
+    [
+        ((2, 48, 7, 9, 33), 3, 1),  # rows, columns and channels that fill no tile
+        ((1, 64, 20, 32, 64), 3, 1),
+        ((3, 20, 4, 5, 20), 5, 1),
+        ((2, 64, 17, 33, 64), 3, 2),
+        ((1, 320, 3, 5, 320), 3, 1),  # few rows: threads share the columns
+        ((1, 32, 50, 60, 40), 3, 1),  # not in the place of its input
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["eight bits", "four bits", "rotated", "divided"])
+def test_a_convolution_in_place_is_the_plain_one(isa, sizes, kernel, stride, dtype, form):
+    batch, channels, height, width, n = sizes
+    g = torch.Generator().manual_seed(0)
+    weight, scale, _sums, bias = weights(n, kernel**2 * channels, g)
+    if form == "four bits":
+        k = kernel**2 * channels
+        codes = torch.randint(-8, 8, (n, k), generator=g).to(torch.int8)
+        groups = -(-k // 32)
+        subscales = packing.pack_subscales(torch.randint(0, 16, (n, groups), generator=g).to(torch.uint8))
+        weight = native.TwoLevel(packing.pack_int4(codes, 32), subscales, k, 32)
+    divisor = torch.rand(channels, generator=g) + 0.5 if form == "divided" else None
+    rotation = 16 if form == "rotated" and channels % 16 == 0 else 0
+    layer = native.Layer(weight, scale, bias, divisor, 8, kernel, stride, kernel // 2, None, rotation)
+    norm = norm_of(channels, g, groups=4, silu=True)
+    x = torch.randn(batch, channels, height, width, generator=g).to(dtype).contiguous(memory_format=LAST)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            for before in (None, norm):
+                expected = layer.conv2d(x, norm=before)
+                own = x.clone()
+                got = layer.conv2d(own, norm=before, in_place=True)
+                assert torch.equal(got, expected)
+                assert got.is_contiguous(memory_format=LAST)
+                assert (place(got) == place(own)) == (expected.numel() <= x.numel())
+                residual = torch.randn(expected.shape, generator=g).to(dtype).contiguous(memory_format=LAST)
+                own, given = x.clone(), residual.clone()
+                got = layer.conv2d(own, given, norm=before, in_place=True)
+                assert torch.equal(got, layer.conv2d(x, residual, norm=before))
+                assert place(got) == place(given)
+                assert torch.equal(own, x)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_residual_of_another_form_keeps_its_values():
+    g = torch.Generator().manual_seed(0)
+    weight, scale, _sums, bias = weights(16, 9 * 16, g)
+    layer = native.Layer(weight, scale, bias, None, 8, 3, 1, 1)
+    x = torch.randn(2, 16, 6, 5, generator=g).contiguous(memory_format=LAST)
+    for residual in (
+        torch.randn(2, 16, 6, 5, generator=g),
+        torch.randn(2, 16, 1, 1, generator=g).expand(2, 16, 6, 5),
+        torch.randn(2, 16, 6, 5, generator=g).to(torch.bfloat16).contiguous(memory_format=LAST),
+    ):
+        kept, values = residual.clone(), x.clone()
+        assert torch.equal(layer.conv2d(x, residual, in_place=True), layer.conv2d(x, kept))
+        assert torch.equal(residual, kept)
+        assert torch.equal(x, values)
+    x = torch.randn(2, 16, 6, 5, generator=g)  # what is copied first is not written either
+    kept = x.clone()
+    assert torch.equal(layer.conv2d(x, in_place=True), layer.conv2d(kept))
+    assert torch.equal(x, kept)
+    part = torch.randn(3, 16, 6, 5, generator=g).contiguous(memory_format=LAST)
+    kept = part.clone()
+    assert torch.equal(layer.conv2d(part[1:2], in_place=True), layer.conv2d(kept[1:2]))
+    assert torch.equal(part[::2], kept[::2])  # nothing around it
+    assert layer.conv2d(part[:0], in_place=True).shape == (0, 16, 6, 5)
 
 
 @pytest.mark.parametrize("sizes", [(2, 64, 6, 32, 48), (1, 20, 7, 5, 16), (3, 32, 3, 16, 32)])
@@ -519,6 +594,8 @@ def test_what_is_far_smaller_is_given_back_and_small_results_are_left_alone():
         with native.recycled():  # one in another is the same
             norm.over_groups(picture(490))
         assert len(blocks) == 1
+        norm.over_groups(torch.cat([picture(500)] * 2))
+        assert sorted(len(block) for block in blocks) == [2 * 64 * 4 * 500**2]
 
 
 def test_threads_do_not_share_the_places_of_results():
@@ -596,6 +673,10 @@ def test_a_norm_alone(isa, sizes, silu, dtype):
     assert got.dtype == dtype
     assert_close("output", got.double(), expected, 1e-5 if dtype == torch.float32 else 0.003)
     assert torch.equal(norm.over_groups(x.contiguous(memory_format=torch.channels_last)), got)
+    own = x.contiguous(memory_format=torch.channels_last).clone()
+    over = norm.over_groups(own, in_place=True)
+    assert torch.equal(over, got)
+    assert place(over) == place(own)
     half = norm.over_groups(x.half())
     assert half.dtype == torch.float16
     assert torch.equal(half, norm.over_groups(x.half().float()).half())

@@ -36,9 +36,9 @@ class Norm:
     groups: int = 0
     silu: bool = False
 
-    def over_groups(self, x: Tensor) -> Tensor:
+    def over_groups(self, x: Tensor, in_place: bool = False) -> Tensor:
         """x (B, C, H, W) of a multiple of 16 channels, normalized in groups and activated: channels-last, in x's dtype,
-        to 1e-5 of the activation's size.
+        to 1e-5 of the activation's size. With `in_place` it may take the memory of x, whose values are lost then.
 
         Raises:
             ValueError: x is not 4-D, has other channels, is not on the CPU or holds no floats; a norm without groups.
@@ -53,7 +53,7 @@ class Norm:
             return self.over_groups(x.float()).to(x.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         batch, channels, height, width = x.shape
-        y = empty(x.shape, x)
+        y = x if in_place else empty(x.shape, x)
         if y.numel():
             code = engine.library.dgq_group_norm(
                 self._address(channels), x.data_ptr(), batch, height, width, channels, dtype, y.data_ptr(),
@@ -233,10 +233,12 @@ class Layer:
         residual: Tensor | None = None,
         sample_bias: Tensor | None = None,
         norm: Norm | None = None,
+        in_place: bool = False,
     ) -> Tensor:
         """x (B, C, H, W) convolved: (B, N, Ho, Wo), channels-last, in x's dtype, plus `residual` (shaped alike).
 
-        `sample_bias`, float32 (B, N), takes the place of the layer's bias.
+        `sample_bias`, float32 (B, N), takes the place of the layer's bias. With `in_place` the result may take the
+        memory of the residual, or of x where there is none, if it fits: what is in there is lost then.
 
         Raises:
             ValueError: x is not 4-D, has other channels, or is smaller than the kernel; a tensor is not on the CPU;
@@ -265,7 +267,8 @@ class Layer:
             half = None if residual is None else residual.float()
             return self.conv2d(x.float(), half, sample_bias, norm).to(x.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
-        y = empty_picture(x, self.n, self.kernel, self.stride, self.padding)
+        place = _in_place(x, residual, self) if in_place else None
+        y = empty_picture(x, self.n, self.kernel, self.stride, self.padding) if place is None else place
         if residual is not None:
             residual = laid_out(residual, y, torch.channels_last)
         if batch:
@@ -388,4 +391,24 @@ def empty_upsampled(x: Tensor, n: int) -> Tensor:
 
 def empty_picture(x: Tensor, n: int, kernel: int, stride: int, padding: int) -> Tensor:
     """Where the result of a convolution of x (B, C, H, W) goes: (B, n, Ho, Wo), channels-last."""
-    return empty((x.shape[0], n, *((side + 2 * padding - kernel) // stride + 1 for side in x.shape[2:])), x)
+    return empty(_size_after(x, n, kernel, stride, padding), x)
+
+
+def _size_after(x: Tensor, n: int, kernel: int, stride: int, padding: int) -> tuple[int, ...]:
+    return (x.shape[0], n, *((side + 2 * padding - kernel) // stride + 1 for side in x.shape[2:]))
+
+
+def _in_place(x: Tensor, residual: Tensor | None, layer: Layer) -> Tensor | None:
+    """The memory of a residual, or without one of x (channels-last), as the picture that a convolution makes; None
+    where that does not fit. The library has quantized all of x before it writes a result, and adds each value of a
+    residual right before it writes in that place."""
+    size = _size_after(x, layer.n, layer.kernel, layer.stride, layer.padding)
+    if residual is not None:
+        alike = residual.dtype == x.dtype and residual.shape == size
+        return residual if alike and residual.is_contiguous(memory_format=torch.channels_last) else None
+    batch, channels, height, width = size
+    if batch * channels * height * width > x.numel():
+        return None
+    strides = (channels * height * width, 1, channels * width, channels)
+    # its memory alone: a view would hold x, too
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), size, strides)

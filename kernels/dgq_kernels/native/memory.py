@@ -86,13 +86,13 @@ def empty(size: Iterable[int], like: Tensor) -> Tensor:
 
 def _block(blocks: list[mmap.mmap], size: int) -> mmap.mmap:
     """One that is free and not much larger than it has to be, or a new one in the place of those that are free and
-    far smaller."""
+    half as large at most."""
     # a tensor holds its block; the list and this question do too
     free = [i for i in range(len(blocks)) if sys.getrefcount(blocks[i]) <= 2]
     if fitting := [i for i in free if size <= len(blocks[i]) <= 2 * size]:
         return blocks[min(fitting, key=lambda i: len(blocks[i]))]
     for i in reversed(free):
-        if 2 * len(blocks[i]) < size:
+        if 2 * len(blocks[i]) <= size:
             del blocks[i]
     blocks.append(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     return blocks[-1]

@@ -320,7 +320,7 @@ def test_a_decode_begins_by_returning_what_was_freed(tiny_checkpoint, monkeypatc
     monkeypatch.setattr("dgq.families.autoencoder_kl.native.give_back", lambda: order.append("returned"))
     vae.decoder.conv_in.register_forward_pre_hook(lambda *_: order.append("decoded"))
     decoded(vae, latents())
-    assert order == ["returned", "decoded"]
+    assert order == ["returned", "decoded", "returned"]  # and after its upsampler once more
     assert type(vae.dequantize().decoder) is Decoder
 
 
@@ -379,3 +379,75 @@ def test_large_pictures_of_a_decode_take_each_others_place(tiny_checkpoint, monk
     monkeypatch.setattr(native.memory, "_block", noted)
     assert torch.equal(decoded(vae, latents()), expected)
     assert set(known) == {False, True}
+
+
+def test_a_block_of_a_decode_holds_no_picture_longer_than_it_is_read(tiny_checkpoint, monkeypatch):
+    vae = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae")
+    expected, made, calls = decoded(vae, latents()), [], []
+    convolve, upsample = native.Layer.conv2d, native.Layer.upsample
+
+    def convolved(layer, x, residual=None, *args):
+        alive = [picture() is not None for picture in made]
+        y = convolve(layer, x, residual, *args)
+        calls.append((place(x), None if residual is None else place(residual), place(y), alive))
+        made.append(weakref.ref(y))
+        return y
+
+    def upsampled(layer, x):
+        y = upsample(layer, x)
+        made.append(weakref.ref(y))
+        return y
+
+    def place(tensor):
+        return tensor.untyped_storage().data_ptr()
+
+    monkeypatch.setattr(native.Layer, "conv2d", convolved)
+    monkeypatch.setattr(native.Layer, "upsample", upsampled)
+    assert torch.equal(decoded(vae, latents()), expected)
+    blocks = [module for module in vae.decoder.modules() if isinstance(module, ResnetBlock2D)]
+    order = [*vae.decoder.mid_block.resnets, *(x for block in vae.decoder.up_blocks for x in block.resnets)]
+    assert len(order) == len(blocks) == len(calls) / 2
+    shortened = [i for i, block in enumerate(order) if block.conv_shortcut is not None]
+    assert shortened
+    for i in range(2, len(order)):
+        (x, _, hidden, _), (_, residual, y, alive) = calls[2 * i : 2 * i + 2]
+        assert (residual == y) == (i > 2)  # what the middle block gave may be in other hands
+        assert (hidden == x) == (i in shortened)
+        assert sum(alive) == (1 if i in shortened else 2)  # the first convolution's result, and the residual
+
+
+def test_what_hooks_keep_of_a_decode_is_not_written_over(tiny_checkpoint):
+    vae = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae")
+    expected, kept = decoded(vae, latents()), []
+
+    def keep(module, args, result):
+        kept.extend((value, value.clone()) for value in (*args, result) if torch.is_tensor(value))
+
+    parts = [module for module in vae.decoder.modules() if module is not vae.decoder]
+    for module in parts:
+        kept.clear()
+        handle = module.register_forward_hook(keep)
+        result = decoded(vae, latents())
+        handle.remove()
+        assert kept or not isinstance(module, (ResnetBlock2D, Upsample2D, IntegerLayer))
+        assert sqnr_db(expected, result) > 40  # blocks whose layers have hooks run as diffusers'
+        assert all(torch.equal(value, copy) for value, copy in kept)
+    kept.clear()
+    with torch.nn.modules.module.register_module_forward_hook(keep):
+        decoded(vae, latents())
+    assert len(kept) > len(parts)
+    assert all(torch.equal(value, copy) for value, copy in kept)
+
+
+def test_a_decode_under_a_low_rank_adapter_is_a_plain_one(tiny_checkpoint):
+    peft = pytest.importorskip("peft")
+    vae = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae")
+    before = decoded(vae, latents())
+    config = peft.LoraConfig(r=2, target_modules=r"decoder\.up_blocks\..*\.conv[12]", init_lora_weights=False)
+    peft.inject_adapter_in_model(config, vae)
+    vae.eval()
+    with torch.no_grad():
+        plain = Decoder.forward(vae.decoder, vae.post_quant_conv(latents()))
+        lean = decoded(vae, latents())
+    assert sqnr_db(plain, lean) > 80
+    assert sqnr_db(before, lean) < 60
