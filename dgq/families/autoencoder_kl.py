@@ -19,7 +19,7 @@ from dgq_kernels.native.library import BLOCK
 from ..family import FIRST_AND_LAST, Family, noise
 from ..integer.folding import fold
 from ..integer.fused_unet import FUSED, FoldedUpsample, FusedResnetBlock, folds, upsampled
-from ..integer.layer import IntegerLayer
+from ..integer.layer import IntegerLayer, is_hooked
 from ..integer.prepared import native_norm
 
 
@@ -28,7 +28,7 @@ class FoldedFloatUpsample(FoldedUpsample):
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         conv: Any = self.conv
-        if output_size is not None or type(conv) is not nn.Conv2d or _hooked(conv):
+        if output_size is not None or type(conv) is not nn.Conv2d or is_hooked(conv):
             return super().forward(hidden_states, output_size, *args, **kwargs)
         batch, _, height, width = hidden_states.shape
         taps = fold(conv.weight).chunk(4)
@@ -90,7 +90,7 @@ def _in_order(blocks: Any) -> Iterator[tuple[Any, dict[str, None]]]:
     """What blocks call after each other, and with what else than a picture: whoever calls a block holds its input, the
     largest picture, to its end."""
     for block in blocks:
-        if type(block) is not UpDecoderBlock2D or _hooked(block):
+        if type(block) is not UpDecoderBlock2D or is_hooked(block):
             yield block, {}
             continue
         yield from ((resnet, {"temb": None}) for resnet in block.resnets)
@@ -99,18 +99,18 @@ def _in_order(blocks: Any) -> Iterator[tuple[Any, dict[str, None]]]:
 
 def _in_halves(block: Any) -> Any:
     """The convolutions of a block of which first one half can be run and then the other; None where it is called."""
-    plain = type(block) is FusedResnetBlock and not _hooked(block) and block._compiled_call_impl is None
+    plain = type(block) is FusedResnetBlock and not is_hooked(block) and block._compiled_call_impl is None
     return block.layers() if plain else None
 
 
 def _is_plain(layer: Any) -> bool:
     """Whether a layer is a convolution whose result nobody sees but who calls it."""
-    return (type(layer) is nn.Conv2d or isinstance(layer, IntegerLayer)) and not _hooked(layer)
+    return (type(layer) is nn.Conv2d or isinstance(layer, IntegerLayer)) and not is_hooked(layer)
 
 
 def _makes_its_own(module: Any) -> bool:
     """Whether the result of a module that is called is in no other hands."""
-    return type(module) is FoldedFloatUpsample and not _hooked(module) and _is_plain(module.conv)
+    return type(module) is FoldedFloatUpsample and not is_hooked(module) and _is_plain(module.conv)
 
 
 def _is_plain_end(decoder: Any) -> bool:
@@ -122,12 +122,7 @@ def _is_plain_end(decoder: Any) -> bool:
         return False
     if of_modules._global_forward_hooks or of_modules._global_forward_pre_hooks:
         return False
-    return not (_hooked(norm) or _hooked(activation))
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether others may see what goes into a module or comes out of it, or do its work."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    return not (is_hooked(norm) or is_hooked(activation))
 
 
 class AutoencoderKL(Family):

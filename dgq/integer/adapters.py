@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer import IntegerLayer, is_direct
+from .layer import IntegerLayer, is_direct, is_hooked
 from .prepared import Activation, apply, gate
 
 # peft is not imported for it: where it never was, there is no adapter.
@@ -96,7 +96,7 @@ def direct(module: Any, kind: str | None = None) -> IntegerLayer | Adapted | Non
         return None
     inner = module._modules  # past nn.Module.__getattr__: a step asks hundreds of times
     layer: Any = inner["base_layer"]
-    if not is_direct(layer, kind) or _hooked(module) or module.merged:
+    if not is_direct(layer, kind) or is_hooked(module) or module.merged:
         return None
     if module.disable_adapters:
         return layer
@@ -119,8 +119,4 @@ def direct(module: Any, kind: str | None = None) -> IntegerLayer | Adapted | Non
 
 def _plain(half: Any) -> bool:
     """Whether half an adapter is a product with its weight and nothing else."""
-    return type(half) in (nn.Linear, nn.Conv2d) and half._parameters["bias"] is None and not _hooked(half)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    return type(half) in (nn.Linear, nn.Conv2d) and half._parameters["bias"] is None and not is_hooked(half)

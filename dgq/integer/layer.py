@@ -386,7 +386,12 @@ def is_direct(module: object, kind: str | None = None) -> bool:
     than `layer(x)`: an adapter computes from its own input, an offloading hook fetches the weight at the call."""
     if not isinstance(module, IntegerLayer) or (kind is not None and module.plan.kind != kind):
         return False
-    return not (module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
+    return not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether others may see what goes into a module or comes out of it, or do its work."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 class IntegerLinear(IntegerLayer, nn.Linear):  # type: ignore[misc]
