@@ -205,8 +205,11 @@ void values_passed_over(int isa, int64_t rows, int64_t keys, int64_t width) {
     for (int64_t block = 0; block < count; ++block) live[block] = block % 3 == 1 ? 0 : static_cast<uint32_t>((1ull << rows) - 1);
     Hash hash;
     std::vector<int32_t> sums(dgq::TILE_ROWS * ldc, -1);
+    std::vector<int8_t> packed = v;
+    if (dgq::kernels->pairs && dgq::half_full(width))
+        dgq::pair_quads(keys, packed.data() + width / dgq::BLOCK_COLS * dgq::block_bytes(keys));
     dgq::kernels->thread_begin();
-    dgq::kernels->values(p.data(), lda, v.data(), dgq::block_bytes(keys), keys, static_cast<int>(rows), width, live.data(),
+    dgq::kernels->values(p.data(), lda, packed.data(), dgq::block_bytes(keys), keys, static_cast<int>(rows), width, live.data(),
                          sums.data(), ldc);
     dgq::kernels->thread_end();
     for (int64_t row = 0; row < rows; ++row)
@@ -275,6 +278,7 @@ void all(int isa) {
         attention(isa, 33, 77, 40, 6, 3, 1, broken);
         attention(isa, 50, 131, 160, 8, 5, 1, broken);
         attention(isa, 5, 2, 16, 4, 0, 1, broken);
+        attention(isa, 40, 333, 24, 8, 4, 0, broken);
     }
     for (const float peak : {30.0f, 300.0f, 1e6f}) {
         attention(isa, 45, 1000, 40, 8, 4, 0, false, peak);
@@ -284,6 +288,7 @@ void all(int isa) {
     values_passed_over(isa, 32, 1000, 40);
     values_passed_over(isa, 19, 1111, 16);
     values_passed_over(isa, 5, 260, 160);
+    for (const int64_t width : {3, 24, 56, 72}) values_passed_over(isa, 18, 1021, width);  // the last block is half full
 }
 }  // namespace
 

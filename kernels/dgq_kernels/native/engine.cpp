@@ -37,11 +37,11 @@ namespace dgq {
 const Kernels* kernels = nullptr;
 ParallelRegion parallel_region = nullptr;
 
-// Packs one block of 16 columns: rows [16 block, 16 block + 16) of a row-major matrix (n, k).
-static void pack_rows(const int8_t* matrix, int64_t n, int64_t k, int64_t block, int8_t* out) {
+// Packs one block of 16 columns: rows [16 block, 16 block + 16) of a matrix (n, k) whose rows lie `stride` apart.
+static void pack_rows(const int8_t* matrix, int64_t n, int64_t k, int64_t block, int8_t* out, int64_t stride) {
     std::memset(out, 0, block_bytes(k));
     for (int64_t col = 0; col < BLOCK_COLS && block * BLOCK_COLS + col < n; ++col) {
-        const int8_t* row = matrix + (block * BLOCK_COLS + col) * k;
+        const int8_t* row = matrix + (block * BLOCK_COLS + col) * stride;
         int64_t i = 0;
         for (; i + 4 <= k; i += 4) std::memcpy(out + i * BLOCK_COLS + 4 * col, row + i, 4);
         for (; i < k; ++i) out[i / 4 * 4 * BLOCK_COLS + 4 * col + i % 4] = row[i];
@@ -71,6 +71,20 @@ static void pack_columns(const int8_t* matrix, int64_t n, int64_t k, int64_t blo
         }
     }
     std::memset(out + i * BLOCK_COLS, 0, block_bytes(k) - i * BLOCK_COLS);
+}
+
+// A block of pack_columns, whose upper columns are empty, with two quads of K side by side: [k / 8][8][2][4].
+static void pair_quads(int64_t k, int8_t* block) {
+    typedef int32_t Quads __attribute__((vector_size(32)));
+    for (int64_t pair = 0; pair < block_bytes(k) / 128; ++pair) {
+        Quads even, odd;
+        std::memcpy(&even, block + 128 * pair, 32);
+        std::memcpy(&odd, block + 128 * pair + 64, 32);
+        const Quads low = __builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
+        const Quads high = __builtin_shufflevector(even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
+        std::memcpy(block + 64 * pair, &low, 32);
+        std::memcpy(block + 64 * pair + 32, &high, 32);
+    }
 }
 
 // A weight as a checkpoint stores it: int8 (n, k), or two-level int4 (dgq_kernels/packing.py). order[i] is the natural
@@ -190,8 +204,8 @@ static void nothing() {}
      ELEMENTWISE::layer_norm, ELEMENTWISE::moments, ELEMENTWISE::quantize_affine, ELEMENTWISE::rotate,     \
      ELEMENTWISE::affine, ELEMENTWISE::epilogue, ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of,     \
      ELEMENTWISE::find_live, ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head,                        \
-     ELEMENTWISE::prepare_query, ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::values,      \
-     TILES::panel, ELEMENTWISE::unpack, ELEMENTWISE::round_columns, ELEMENTWISE::search_subscales, BEGIN, END}
+     ELEMENTWISE::prepare_query, ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::PAIRS,       \
+     TILES::values, TILES::panel, ELEMENTWISE::unpack, ELEMENTWISE::round_columns, ELEMENTWISE::search_subscales, BEGIN, END}
 
 static const Kernels all_kernels[ISA_COUNT] = {
     DGQ_KERNELS(plain, probabilities, portable, nothing, nothing),
@@ -1141,7 +1155,7 @@ int32_t dgq_pack(
                 column_sum[first + row] = sum;
                 size_sum[first + row] = size;
             }
-            pack_rows(values, rows, k, 0, packed + block * block_bytes(k));
+            pack_rows(values, rows, k, 0, packed + block * block_bytes(k), k);
         });
     });
 }

@@ -182,7 +182,8 @@ struct Kernels {
         const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t b_stride, int64_t k, int rows, int64_t cols,
         const int32_t* start, int32_t* c, ptrdiff_t ldc);
     // The same from zero, of probabilities and values: only what lives is multiplied. Room for TILE_ROWS rows of A and of
-    // the result.
+    // the result. Where `pairs` says so the last block, if it is `half_full`, is one of `pair_quads`.
+    bool pairs;
     void (*values)(
         const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t b_stride, int64_t k, int rows, int64_t cols,
         const uint32_t* live, int32_t* c, ptrdiff_t ldc);
@@ -277,6 +278,9 @@ inline Codes codes_of(const Range& range, int bits) {
     codes.zero = static_cast<int32_t>(__builtin_rintf(-range.low * codes.inverse));
     return codes;
 }
+
+// Whether the last block of so many columns has at most half of them.
+inline bool half_full(int64_t cols) { return round_up(cols, BLOCK_COLS) - cols >= BLOCK_COLS / 2; }
 
 // The packed weight of a product: ceil(n / 16) blocks of [round_up(k, 64) / 4][16][4] bytes.
 inline int64_t block_bytes(int64_t k) { return round_up(k, K_BLOCK) * BLOCK_COLS; }
