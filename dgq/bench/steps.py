@@ -18,7 +18,7 @@ import torch
 from .. import architectures, doctor
 from ..checkpoint.reading import family_at, network_config, read_header
 from ..errors import DgqError
-from ..family import network_of
+from ..family import family_of, network_of
 from ..machine import isa_flags
 from ..pictures.generation import Settings, generate
 from ..pictures.pipelines import load, resolve
@@ -228,11 +228,16 @@ def bench_architecture(
     size = Size.of(network)
     half = dtype_name(half_dtype(options.device))
     host = torch.device("cpu")
+    guided = which.batch == 2
 
     def call(timestep: int, seed: int) -> Call:
-        return architectures.call(
+        made = architectures.call(
             network, which.batch, host, tokens=which.tokens, timestep=timestep, seed=seed, pixels=which.pixels
         )
+        if guided:
+            sample = made[family_of(network).arguments[0]]
+            sample[1].copy_(sample[0])
+        return made
 
     content = json.dumps([__version__, which.config, which.batch], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -256,6 +261,7 @@ def bench_architecture(
             f"{Path(name).name} has random weights: speed and memory are the model's, errors are not",
             f"float32 and {half} are channels-last; the dgq systems take and return {half} activations",
             "peak memory counts the pages of weight files that were read, also those no longer needed",
+            *(["both samples of a call are one picture with two texts, as guidance has them"] if guided else []),
             *peer_notes(options.peers),
             *plan.write(progress),
         ]

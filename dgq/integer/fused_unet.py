@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .adapters import Adapted, direct
 from .attention import LogAttnProcessor
+from .halves import half, repeated, twice
 from .layer import IntegerLayer, is_direct
 from .shared_input import activated
 
@@ -87,6 +88,8 @@ class FusedTransformerBlock(BasicTransformerBlock):
 def attend(attention: Any, norm: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
     """x plus the attention of its norm, to the context or to itself."""
     if isinstance(attention.processor, LogAttnProcessor):
+        if context is None and repeated(x):
+            return twice(attention.processor(attention, half(x), residual=half(x), norm=norm))
         return attention.processor(attention, x, context, residual=x, norm=norm)
     result: Tensor = attention(norm(x), encoder_hidden_states=context)
     return result + x
@@ -103,7 +106,11 @@ class FusedTransformer(Transformer2DModel):
             plain: Any = super()
             result: tuple[Tensor, int] = plain._operate_on_continuous_inputs(hidden_states)
             return result
-        return layer.over_pixels(hidden_states, self.norm).flatten(1, 2), self.proj_in.out_features
+        if repeated(hidden_states):
+            projected = twice(layer.over_pixels(half(hidden_states), self.norm))
+        else:
+            projected = layer.over_pixels(hidden_states, self.norm)
+        return projected.flatten(1, 2), self.proj_in.out_features
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
@@ -137,10 +144,14 @@ class FusedResnetBlock(ResnetBlock2D):
         embedding = None
         if temb is not None and self.time_emb_proj is not None:
             embedding = self._embed(temb)
+        once = repeated(input_tensor, embedding)
+        if once:
+            input_tensor, embedding = half(input_tensor), None if embedding is None else half(embedding)
         # the CPU engine adds the embedding to its sums, the ops of the second norm to the mean that they subtract
         later = second.fuses(input_tensor.device)
         hidden, residual = self.begin(first, input_tensor, None if later else embedding)
-        return self.finish(second, hidden, residual, embedding if later else None)
+        result = self.finish(second, hidden, residual, embedding if later else None)
+        return twice(result) if once else result
 
     def layers(self) -> tuple[IntegerLayer | Adapted, IntegerLayer | Adapted] | None:
         """The two convolutions where the block leaves its work to them."""

@@ -179,6 +179,9 @@ def prepare_all(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, IntegerLayer):
             module.prepare(device)
+        elif type(module) is nn.Conv2d and module.weight.is_contiguous():
+            # quantized layers then read its result without a copy
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for names in shared_inputs(model):
         join([model.get_submodule(name) for name in names], device)
     ends = family_of(model).time_layers

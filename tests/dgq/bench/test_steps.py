@@ -121,6 +121,7 @@ def test_an_architecture_is_called_for_pictures_of_the_size_asked_for(
     pictures = call["x"] if network.startswith("ZImage") else call["sample"]
     assert [tuple(one.shape) for one in pictures] == [(4, 1, 8, 8) if "x" in call else (4, 8, 8)] * 2
     assert {one.dtype for one in pictures} == {torch.bfloat16}
+    assert torch.equal(*pictures)  # as guidance has them
 
 
 def test_a_peer_whose_files_fail_is_a_note(

@@ -146,7 +146,7 @@ def test_what_is_named_stays_float(folder, tmp_path):
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert stored["modules_to_not_convert"] == config.modules_to_not_convert
-    assert torch.equal(call(load(tmp_path)), call(model))
+    torch.testing.assert_close(call(load(tmp_path)), call(model), rtol=1e-4, atol=1e-5)  # in another memory format
     with pytest.raises(DgqError, match="'attn3' matches no module"):
         load(folder, quantization_config=DgqConfig(modules_to_not_convert=["attn3"]))
 
@@ -248,7 +248,7 @@ def test_dequantized_it_is_a_float_model_that_draws_nearly_the_same(folder, tmp_
     assert "quantization_config" not in model.config
     assert not hasattr(model, "hf_quantizer")
     model.save_pretrained(tmp_path)
-    assert torch.equal(call(load(tmp_path)), call(model))
+    torch.testing.assert_close(call(load(tmp_path)), call(model), rtol=1e-4, atol=1e-5)  # in another memory format
     assert model.half().dtype == torch.float16  # no cast is refused any more
 
 

@@ -16,7 +16,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from dgq.integer.attention import AttentionPlan, use_log_attention
+from dgq.integer import fused_unet
+from dgq.integer.attention import AttentionPlan, LogAttnProcessor, use_log_attention
 from dgq.integer.channels import no_groups, to_matrix
 from dgq.integer.fused_unet import (
     FoldedUpsample,
@@ -26,6 +27,7 @@ from dgq.integer.fused_unet import (
     FusedTransformer,
     FusedTransformerBlock,
 )
+from dgq.integer.halves import half, twice
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.on_the_fly import round_to_nearest
 from dgq.integer.plan import Layer, plan_layer, plan_layers
@@ -195,3 +197,100 @@ def test_a_float_model_stays_as_it_is() -> None:
 def test_checkpoints_load_fused(tiny_checkpoint: Path) -> None:
     model = UNet2DConditionModel.from_pretrained(tiny_checkpoint / "unet")
     assert any(isinstance(module, FusedResnetBlock) for module in model.modules())
+
+
+def guided(pictures: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(pictures, 4, 8, 8, generator=generator)
+    text = torch.randn(2 * pictures, 7, 24, generator=generator)
+    return {"sample": sample.repeat(2, 1, 1, 1), "encoder_hidden_states": text}
+
+
+@torch.no_grad()
+def attended(
+    model: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch, **call: torch.Tensor
+) -> tuple[torch.Tensor, list[int]]:
+    """The output, and the batches of all self-attentions in their order."""
+    batches: list[int] = []
+    plain = LogAttnProcessor.__call__
+
+    def spy(
+        self: LogAttnProcessor, attn: nn.Module, x: torch.Tensor, context: torch.Tensor | None = None, **kwargs: object
+    ) -> torch.Tensor:
+        if context is None:
+            batches.append(len(x))
+        return plain(self, attn, x, context, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LogAttnProcessor, "__call__", spy)
+        return model(**{"timestep": 500, **call}).sample, batches
+
+
+@pytest.mark.parametrize("pictures", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_guided_call(pictures: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first block, up to where the text is read, sees each picture once; the result is that of the whole batch."""
+    model = unet()
+    quantize(model)
+    model = model.to(dtype)
+    call = {name: x.to(dtype) for name, x in guided(pictures).items()}
+    got, batches = attended(model, monkeypatch, **call)
+    assert batches[0] == pictures
+    assert set(batches[1:]) == {2 * pictures}
+    monkeypatch.setattr(fused_unet, "repeated", lambda *_: False)
+    expected, batches = attended(model, monkeypatch, **call)
+    assert set(batches) == {2 * pictures}
+    assert_close("output", got.float(), expected.float(), 0.01 if dtype == torch.float32 else 0.03)
+    assert not torch.equal(half(got), got[pictures:])
+
+
+def test_pictures_that_differ_are_all_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unet()
+    quantize(model)
+    call = guided(1)
+    call["sample"][1, -1, -1, -1] += 1
+    assert set(attended(model, monkeypatch, **call)[1]) == {2}
+    # one picture at two times: its first convolution gives the same twice, the residual block does not
+    call = guided(1)
+    assert set(attended(model, monkeypatch, **call, timestep=torch.tensor([500, 400]))[1]) == {2}
+
+
+@torch.no_grad()
+def test_attention_of_others_gets_the_whole_batch() -> None:
+    """Processors may mix the halves: perturbed-attention guidance does."""
+    model = unet()
+    quantize(model)
+    batches: list[int] = []
+
+    class Spy(AttnProcessor2_0):
+        def __call__(self, attn: nn.Module, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+            batches.append(len(x))
+            return super().__call__(attn, x, *args, **kwargs)
+
+    model.set_attn_processor(Spy())
+    model(timestep=500, **guided(1))
+    assert set(batches) == {2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_residual_block_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unet()
+    quantize(model)
+    block = next(module for module in model.to(dtype).modules() if isinstance(module, ResnetBlock2D))
+    x = twice(torch.randn(2, block.in_channels, 9, 7)).to(dtype, memory_format=torch.channels_last)
+    embedding = torch.randn(1, block.time_emb_proj.in_features).repeat(4, 1).to(dtype)
+    got = block(x, embedding)
+    seen: list[int] = []
+    plain = IntegerLayer.forward
+
+    def spy(self: IntegerLayer, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        seen.append(len(x))
+        return plain(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(IntegerLayer, "forward", spy)
+    assert torch.equal(block(x, embedding), got)
+    assert seen[-2:] == [2, 2]
+    monkeypatch.setattr(fused_unet, "repeated", lambda *_: False)
+    assert torch.equal(block(x, embedding), got)
+    assert seen[-2:] == [4, 4]

@@ -150,6 +150,16 @@ def test_a_networks_time_embeddings(monkeypatch):
 
 
 @torch.no_grad()
+def test_float_convolutions_give_quantized_ones_no_copy():
+    model = unet(block_out_channels=(32, 64))
+    quantize(model)
+    weight = model.conv_in.weight.clone()
+    prepare_all(model, CPU)
+    assert model.conv_in(torch.randn(2, 4, 8, 8)).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(model.conv_in.weight, weight)
+
+
+@torch.no_grad()
 def test_an_adapter_around_one_of_them():
     peft = pytest.importorskip("peft")
     model = unet()
