@@ -7,6 +7,8 @@ scales of its own.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,12 @@ def repeated(*batches: Tensor | None) -> bool:
             continue
         if type(x) is not Tensor or x.device.type != "cpu" or len(x) < 2 or len(x) % 2:
             return False
-        first, second = x.view(_BITS[x.element_size()]).chunk(2)
+        size, start = x.element_size(), x.data_ptr()
+        middle = start + len(x) // 2 * x.stride(0) * size
+        # of most calls the first values differ, and a step asks fifty times
+        if x.numel() and ctypes.string_at(start, size) != ctypes.string_at(middle, size):
+            return False
+        first, second = x.view(_BITS[size]).chunk(2)
         if not torch.equal(first, second):
             return False
     return True
