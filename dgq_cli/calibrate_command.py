@@ -85,7 +85,7 @@ def command(
         str | None, typer.Option(help="Attention: log (the default) or float (integer recipe).")
     ] = None,
     vae: Annotated[
-        str | None, typer.Option(help="The VAE's decoder: int8 or float; default int8 but with the paper recipe.")
+        str | None, typer.Option(help="The VAE: int8 or float; default int8 but with the paper recipe.")
     ] = None,
     text_encoder: Annotated[str, typer.Option(help="The text encoders: int8 or float.")] = "float",
     override: Annotated[

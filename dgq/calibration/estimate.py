@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import architectures
 from ..checkpoint.reading import components, family_at, held, network_config, tensor_table, weight_files
-from ..family import TOKENS
+from ..family import TOKENS, family_of
 from ..integer.rates import rates
 from ..method import METHODS, Cost, LayerCost
 from ..pictures.components import empty_encoder, empty_vae
@@ -69,7 +69,7 @@ class Estimate:
             doubles it.
         seconds: on this machine, from short timings, when nothing else runs on it.
         network: what its kind of network is called.
-        decoder_layers: quantized layers of the VAE's decoder, none where it stays float; decoder_float16_bytes,
+        decoder_layers: quantized layers of the VAE, none where it stays float; decoder_float16_bytes,
             decoder_packed_bytes: the VAE's file before and after.
         encoder_layers, encoder_float16_bytes, encoder_packed_bytes: the same of all text encoders that are quantized.
     """
@@ -158,7 +158,8 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         decoder_cost = METHODS[decoder.name].cost(vae, decoder, options.budget, latent)
         decoder_rows = _rows_per_call(vae, decoder_cost.layers, latent)
         decoded = min(count, options.calls, DECODED_PICTURES)
-        seconds += len(decoder_cost.passes) * decoded * width * height * per_pixel * rates().product
+        per_picture = _macs(vae, lambda: family_of(vae).run(vae, latent))
+        seconds += len(decoder_cost.passes) * decoded * per_picture * rates().product
         seconds += sum(layer.seconds(decoded * decoder_rows[name]) for name, layer in decoder_cost.layers.items())
         memory = max(memory, after + 4 * decoding + decoder_cost.statistics_bytes)
     from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
@@ -240,8 +241,8 @@ def _is_mapped(place: Path) -> bool:
     return {dtype for file in weight_files(place) for _, dtype in tensor_table(file).values()} == {"F32"}
 
 
-def _decoder(family: Family, vae: Any) -> tuple[float, int]:
-    """Multiply-accumulates of the decoder for a pixel of a picture, and pixels for each latent along a side."""
+def _macs(network: Any, run: Callable[[], Any]) -> int:
+    """Multiply-accumulates of all layers of a network in what is run."""
     done = 0
 
     def note(module: Any, _: Any, output: Tensor) -> None:
@@ -249,8 +250,20 @@ def _decoder(family: Family, vae: Any) -> tuple[float, int]:
         done += output.numel() // module.weight.shape[0] * module.weight.numel()
 
     kinds = nn.Conv2d | nn.Conv3d | nn.Linear
-    handles = [part.register_forward_hook(note) for part in vae.modules() if isinstance(part, kinds)]
-    channels, side = vae.config.get("latent_channels") or vae.config["z_dim"], 8
+    handles = [part.register_forward_hook(note) for part in network.modules() if isinstance(part, kinds)]
     with torch.no_grad(), hooked(handles):
-        pixels = family.decode(SimpleNamespace(vae=vae), torch.empty(1, channels, side, side, device="meta"))
-    return done / (pixels.shape[-1] * pixels.shape[-2]), pixels.shape[-1] // side
+        run()
+    return done
+
+
+def _decoder(family: Family, vae: Any) -> tuple[float, int]:
+    """Multiply-accumulates of the decoder for a pixel of a picture, and pixels for each latent along a side."""
+    channels, side = vae.config.get("latent_channels") or vae.config["z_dim"], 8
+    latents, shape = torch.empty(1, channels, side, side, device="meta"), torch.Size()
+
+    def run() -> None:
+        nonlocal shape
+        shape = family.decode(SimpleNamespace(vae=vae), latents).shape
+
+    done = _macs(vae, run)
+    return done / (shape[-1] * shape[-2]), shape[-1] // side

@@ -43,7 +43,7 @@ JUDGED_PROMPTS = 16
 RECORDED_STEPS = 6
 
 
-# Recorded pictures whose decoding tells of a decoder's layers: a decode of 512 pixels takes as long as a step.
+# Recorded pictures that tell of a VAE's layers: a decode of 512 pixels takes as long as a step.
 DECODED_PICTURES = 32
 
 
@@ -65,7 +65,7 @@ class Options:
         budget: bytes for statistics held at one time.
         overwrite: replace a checkpoint that is there, never anything else.
         resume: go on from an interrupted calibration of the same settings.
-        vae: "int8" quantizes the VAE's decoder too, "float" does not; None does where the method is faster than float
+        vae: "int8" quantizes the VAE too, "float" does not; None does where the method is faster than float
             and the VAE's class is known.
         text_encoder: "int8" quantizes the text encoders too.
     """
@@ -101,7 +101,7 @@ def float_model(model: str | os.PathLike[str] | None) -> Model:
 
 
 def decoder_recipe(model: Model, recipe: Recipe, options: Options) -> Recipe | None:
-    """How the VAE's decoder of a float model is quantized; None where it stays float.
+    """How the VAE of a float model is quantized; None where it stays float.
 
     Raises:
         DgqError: it is asked for, and the VAE is of a class that dgq does not know.

@@ -1,7 +1,7 @@
 """The file format of a dgq checkpoint: a diffusers folder whose network holds packed integers.
 
-    DIR/model_index.json, scheduler/, text_encoder/, tokenizer/, vae/   as the base model has them; but a VAE whose
-                                                       decoder is quantized is as COMPONENT
+    DIR/model_index.json, scheduler/, text_encoder/, tokenizer/, vae/   as the base model has them; but a VAE that
+                                                       is quantized is as COMPONENT
     DIR/COMPONENT/config.json                          the float config plus "quantization_config" (see `Header`)
     DIR/COMPONENT/diffusion_pytorch_model.safetensors  per integer layer the tensors of `stored.stored_shapes`,
                                                        under the layer's name; everything else as in the float model

@@ -226,7 +226,7 @@ def model_card(
         f"| calibration | {', '.join(told) or 'none'} |",
     ]
     for component, (about, size) in (beside or {}).items():
-        what = "VAE's decoder" if component == "vae" else component
+        what = "VAE" if component == "vae" else component
         made = f"{about.recipe.label}, {len(about.method.layers(about))} layers; file {size / 2**20:.1f} MiB"
         lines.append(f"| {what} | {made} |")
     names = {"steps": "num_inference_steps", "guidance": family.guidance_argument}

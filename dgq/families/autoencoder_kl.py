@@ -126,17 +126,16 @@ def _is_plain_end(decoder: Any) -> bool:
 
 
 class AutoencoderKL(Family):
-    """`AutoencoderKL`, called to decode latents."""
+    """`AutoencoderKL`, called to decode latents and to encode the picture."""
 
     network = "AutoencoderKL"
     title = "VAE"
     component = "vae"
     arguments = ("z",)
     float_layers = {  # noqa: RUF012 (read only)
-        "encoder.*": "pictures are drawn by the decoder alone",
         "*quant_conv": "a few channels, from which pipelines tell the dtype",
-        "decoder.*.conv_shortcut": "a fifth of the error for a hundredth of the time",
-        **{f"decoder.{name}": why for name, why in FIRST_AND_LAST.items()},
+        "*.conv_shortcut": "a fifth of the error for a hundredth of the time",
+        **{f"{half}.{name}": why for half in ("encoder", "decoder") for name, why in FIRST_AND_LAST.items()},
     }
     fused = {  # noqa: RUF012 (read only)
         ResnetBlock2D: FUSED[ResnetBlock2D],
@@ -150,7 +149,10 @@ class AutoencoderKL(Family):
         return upsampled(network)
 
     def run(self, network: Any, call: dict[str, Any]) -> Any:
-        return network.decode(**call)
+        """The picture, which the encoder, where the network is calibrated whole, reads again."""
+        picture = network.decode(**call)
+        network.encode(picture.sample)
+        return picture
 
     def call(
         self,

@@ -66,7 +66,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PartReport:
-    """Another component of a checkpoint that is quantized beside the network: the VAE, of which the decoder is, or a
+    """Another component of a checkpoint that is quantized beside the network: the VAE, or a
     text encoder.
 
     Attributes:

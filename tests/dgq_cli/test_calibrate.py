@@ -107,7 +107,7 @@ def test_dry_run_writes_nothing(dgq_command, tiny_pipeline, tmp_path):
     run = dgq_command("calibrate", tiny_pipeline, "--out", tmp_path / "out", "--dry-run", "--json")
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["layers"] == 85
-    assert json.loads(run.stdout)["decoder_layers"] == 17
+    assert json.loads(run.stdout)["decoder_layers"] == 30
     options = ("--vae", "float", "--text-encoder", "int8")
     run = dgq_command("calibrate", tiny_pipeline, "--out", tmp_path / "out", "--dry-run", *options)
     assert "VAE                 float" in run.stdout

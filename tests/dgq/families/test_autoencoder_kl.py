@@ -1,4 +1,4 @@
-"""The VAE's decoder, quantized beside the network: calibrated, stored, loaded by every route, and refused where it is
+"""The VAE, quantized beside the network: calibrated, stored, loaded by every route, and refused where it is
 damaged."""
 
 import copy
@@ -69,18 +69,20 @@ def test_every_route_loads_the_decoder_that_was_calibrated(tiny_checkpoint, tiny
     for load in ROUTES.values():
         vae = load(tiny_checkpoint)
         assert layers(vae)
-        assert not any(name.startswith("encoder") or "quant_conv" in name for name in layers(vae))
+        assert not any("quant_conv" in name for name in layers(vae))
         assert {"decoder.mid_block.attentions.0.to_q", "decoder.up_blocks.1.resnets.0.conv1"} <= {*layers(vae)}
+        assert {"encoder.mid_block.attentions.0.to_q", "encoder.down_blocks.0.downsamplers.0.conv"} <= {*layers(vae)}
         assert not any("shortcut" in name for name in layers(vae))
         assert vae.get_submodule(UPSAMPLER).plan.upsampled
-        assert type(vae.decoder.conv_in) is type(vae.decoder.conv_out) is torch.nn.Conv2d
+        ends = (half.get_submodule(name) for half in (vae.encoder, vae.decoder) for name in ("conv_in", "conv_out"))
+        assert {type(end) for end in ends} == {torch.nn.Conv2d}
         results.append(decoded(vae, latents()))
     assert all(torch.equal(results[0], other) for other in results)
     assert 25 < sqnr_db(decoded(plain, latents()), results[0]) < 60
     picture = torch.rand(1, 3, 16, 16)
     with torch.no_grad():
         encoded, own = vae.encode(picture).latent_dist.mean, plain.encode(picture).latent_dist.mean
-    assert sqnr_db(own, encoded) > 50  # stored in half precision
+    assert 25 < sqnr_db(own, encoded) < 60
 
 
 def test_its_header_and_report(tiny_checkpoint, tiny_pipeline):
@@ -106,15 +108,18 @@ def test_its_header_and_report(tiny_checkpoint, tiny_pipeline):
 
 def test_blocks_leave_norm_and_residual_to_their_layers(tiny_checkpoint):
     vae = ROUTES["dgq.load"](tiny_checkpoint)
-    blocks = [module for module in vae.decoder.modules() if isinstance(module, ResnetBlock2D)]
+    blocks = [module for module in vae.modules() if isinstance(module, ResnetBlock2D)]
     assert {type(block) for block in blocks} == {FusedResnetBlock}
-    assert not any(isinstance(module, FusedResnetBlock) for module in vae.encoder.modules())
     plain = copy.deepcopy(vae)
     for module in plain.modules():
         if type(module) is FusedResnetBlock:
             module.__class__ = ResnetBlock2D
     # codes may fall to the other side where the norms round otherwise
-    assert sqnr_db(decoded(plain, latents()), decoded(vae, latents())) > 45
+    assert sqnr_db(decoded(plain, latents()), decoded(vae, latents())) > 33
+    pictures = torch.rand(2, 3, 18, 15)
+    with torch.no_grad():
+        own, encoded = (one.encode(pictures).latent_dist.mean for one in (plain, vae))
+    assert sqnr_db(own, encoded) > 33
 
 
 def test_an_upsampler_has_inputs_of_16_bits(tiny_checkpoint, tiny_pipeline, monkeypatch):
@@ -202,7 +207,7 @@ def test_interrupted_and_resumed_gives_the_same_file(tiny_pipeline, tmp_path):
     assert "record" not in {stage for stage, _ in told}
     quantized = [rest[2] for stage, rest in told if stage == "quantize"]
     assert quantized
-    assert all("decoder" in detail for detail in quantized)
+    assert all(detail.startswith(("decoder.", "encoder.")) for detail in quantized)
     a, b = (load_file(place / "vae" / WEIGHTS_NAME) for place in (tmp_path / "whole", out))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -430,7 +435,7 @@ def test_what_hooks_keep_of_a_decode_is_not_written_over(tiny_checkpoint):
         result = decoded(vae, latents())
         handle.remove()
         assert kept or not isinstance(module, (ResnetBlock2D, Upsample2D, IntegerLayer))
-        assert sqnr_db(expected, result) > 40  # blocks whose layers have hooks run as diffusers'
+        assert sqnr_db(expected, result) > 33  # blocks whose layers have hooks run as diffusers'
         assert all(torch.equal(value, copy) for value, copy in kept)
     kept.clear()
     with torch.nn.modules.module.register_module_forward_hook(keep):
