@@ -44,7 +44,7 @@ def test_nothing_is_recorded(made, tiny_pipeline):
     assert predicted.layers == len(header.layers)
     assert predicted.seconds > 0
     assert "| calibration | none |" in (out / "README.md").read_text()
-    assert f"| VAE's decoder | convrot W8A8, {predicted.decoder_layers} layers; " in (out / "README.md").read_text()
+    assert f"| VAE | convrot W8A8, {predicted.decoder_layers} layers; " in (out / "README.md").read_text()
 
 
 def test_every_row_is_rounded_by_its_largest_rotated_weight(made, tiny_pipeline):
