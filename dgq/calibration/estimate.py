@@ -158,7 +158,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         decoder_cost = METHODS[decoder.name].cost(vae, decoder, options.budget, latent)
         decoder_rows = _rows_per_call(vae, decoder_cost.layers, latent)
         decoded = min(count, options.calls, DECODED_PICTURES)
-        per_picture = _macs(vae, lambda: family_of(vae).run(vae, latent))
+        per_picture, _ = _macs(vae, lambda: family_of(vae).run(vae, latent))
         seconds += len(decoder_cost.passes) * decoded * per_picture * rates().product
         seconds += sum(layer.seconds(decoded * decoder_rows[name]) for name, layer in decoder_cost.layers.items())
         memory = max(memory, after + 4 * decoding + decoder_cost.statistics_bytes)
@@ -241,8 +241,8 @@ def _is_mapped(place: Path) -> bool:
     return {dtype for file in weight_files(place) for _, dtype in tensor_table(file).values()} == {"F32"}
 
 
-def _macs(network: Any, run: Callable[[], Any]) -> int:
-    """Multiply-accumulates of all layers of a network in what is run."""
+def _macs(network: Any, run: Callable[[], Any]) -> tuple[int, Any]:
+    """Multiply-accumulates of all layers of a network in what is run, and what that returns."""
     done = 0
 
     def note(module: Any, _: Any, output: Tensor) -> None:
@@ -252,18 +252,13 @@ def _macs(network: Any, run: Callable[[], Any]) -> int:
     kinds = nn.Conv2d | nn.Conv3d | nn.Linear
     handles = [part.register_forward_hook(note) for part in network.modules() if isinstance(part, kinds)]
     with torch.no_grad(), hooked(handles):
-        run()
-    return done
+        result = run()
+    return done, result
 
 
 def _decoder(family: Family, vae: Any) -> tuple[float, int]:
     """Multiply-accumulates of the decoder for a pixel of a picture, and pixels for each latent along a side."""
     channels, side = vae.config.get("latent_channels") or vae.config["z_dim"], 8
-    latents, shape = torch.empty(1, channels, side, side, device="meta"), torch.Size()
-
-    def run() -> None:
-        nonlocal shape
-        shape = family.decode(SimpleNamespace(vae=vae), latents).shape
-
-    done = _macs(vae, run)
-    return done / (shape[-1] * shape[-2]), shape[-1] // side
+    latents = torch.empty(1, channels, side, side, device="meta")
+    done, pixels = _macs(vae, lambda: family.decode(SimpleNamespace(vae=vae), latents))
+    return done / (pixels.shape[-1] * pixels.shape[-2]), pixels.shape[-1] // side

@@ -31,7 +31,8 @@ def unfold(folded: Tensor) -> Tensor:
 
 def interleaved(y: Tensor) -> Tensor:
     """The upsampled picture (B, N, 2 H, 2 W) of the four convolutions' results (B, 4 N, H + 1, W + 1), differentiable:
-    of each all but the first or the last row and column."""
+    of each all but the first or the last row and column. (That of the ops is one strided view, whose gradient torch
+    gathers value by value.)"""
     batch, n, height, width = y.shape[0], y.shape[1] // 4, y.shape[2] - 1, y.shape[3] - 1
     places = y.view(batch, 4, n, height + 1, width + 1)
     rows = [
