@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparing import assert_close
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dgq_kernels import log_attention_running
@@ -14,9 +14,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def operands(rows, keys, width, heads=(1, 2), spread=1.0, seed=0, dtype=torch.float32):
+    """q, k, v; the keys are multiples of 2^-10, whose sums float32 holds exactly, so that their mean, and with it each
+    code, is the same in any order of summation: one code of a key can move a whole octave of p where f is 0."""
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(*heads, rows, width, generator=g) * spread
     k = torch.randn(*heads, keys, width, generator=g) + torch.randn(*heads, 1, width, generator=g)
+    k = (k * 1024).round() / 1024
     return q.to(dtype), k.to(dtype), torch.randn(*heads, keys, width, generator=g).to(dtype)
 
 
@@ -48,6 +51,7 @@ def test_one_pass_equals_its_reference(rows, keys, width, bits, fraction, block,
 
 
 @settings(max_examples=6, deadline=None)
+@example(rows=90, keys=178, width=44, fraction=1, bits=5, seed=59, spread=0.3)  # a key's code at a tie
 @given(
     rows=st.integers(1, 140),
     keys=st.integers(1, 200),
