@@ -47,6 +47,8 @@ VARIABLES = (
     "DGQ_BACKEND",
     "DGQ_CPU_ENGINE",
     "DGQ_LOG_ATTENTION",
+    "DGQ_AUTOTUNE",
+    "DGQ_PDL",
     "DGQ_API_KEY",
     "DGQ_DEBUG",
     "DGQ_VERIFY",

@@ -50,7 +50,11 @@ class Driver:
         return object(), object(), registers, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        return lambda x, y, z, stream, function, *rest: self.launched(metadata.name, CURRENT[0], function, rest[4:])
+        def launch(x: int, y: int, z: int, stream: int, function: object, *rest: Any) -> None:
+            assert metadata.launch_pdl == rest[-1], f"{metadata.name} waits where it may start early, and only there"
+            self.launched(metadata.name, CURRENT[0], function, rest[4:])
+
+        return launch
 
     def unload_module(self, module: object) -> None:
         pass

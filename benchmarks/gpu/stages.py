@@ -53,6 +53,7 @@ from dgq.integer.shared_input import prepare_all
 from dgq.pictures import generation
 from dgq.recipe import Recipe
 from dgq.self_test import relative_error
+from dgq_kernels import launch
 from dgq_kernels.conv2d import triton as conv2d
 from dgq_kernels.linear import tiles as table
 from dgq_kernels.linear import triton as linear
@@ -250,17 +251,23 @@ def through_graphs(unet: torch.nn.Module, step: Step) -> Step:
     return run
 
 
-def with_log_attention(step: Step) -> Step:
-    """The step with log attention where it has torch's because that is the faster."""
+def having(module: Any, name: str, value: bool, step: Step) -> Step:
+    """The step with a module's switch set so."""
 
     def run() -> torch.Tensor:
-        log_attention.FORCED, before = True, log_attention.FORCED
+        before = getattr(module, name)
+        setattr(module, name, value)
         try:
             return step()
         finally:
-            log_attention.FORCED = before
+            setattr(module, name, before)
 
     return run
+
+
+def with_log_attention(step: Step) -> Step:
+    """The step with log attention where it has torch's because that is the faster."""
+    return having(log_attention, "FORCED", True, step)
 
 
 def systems(session: Session, which: Architecture) -> dict[str, tuple[torch.nn.Module, Step]]:
@@ -270,11 +277,16 @@ def systems(session: Session, which: Architecture) -> dict[str, tuple[torch.nn.M
         unets[f"dgq {label(*recipe)}"] = quantized(session, which, *recipe)
     found = {name: (unet, step_of(session, unet, which)) for name, unet in unets.items()}
     unet, step = found["dgq W8A8"]
-    return {**found, "dgq W8A8 log attention": (unet, with_log_attention(step))}
+    return {
+        **found,
+        "dgq W8A8 log attention": (unet, with_log_attention(step)),
+        "dgq W8A8 without PDL": (unet, having(launch, "DEPENDENT", False, step)),
+    }
 
 
 def steps(session: Session) -> None:
     """Whole UNet steps, eager and replayed from a graph, in turns; error against float32, memory, the host's time."""
+    plain = {"float16", *(f"dgq {label(*recipe)}" for recipe in RECIPES)}
     for name, which in networks(session).items():
         if not any(session.wants(f"{name} {label(*recipe)}") for recipe in RECIPES):
             continue
@@ -297,7 +309,7 @@ def steps(session: Session) -> None:
                 if system in ("float16", "dgq W8A8"):
                     runs[f"{system} eager"] = step
                 runs[f"{system} graph"] = session.graphed(step)
-                if "attention" not in system:  # which graphs do not know as what they depend on
+                if system in plain:  # graphs do not know that they depend on the others' switches
                     loaded = runs[f"{system} loaded"] = through_graphs(unet, step)
                     for _ in range(3):  # as it is, captured, replayed
                         begun = time.perf_counter()

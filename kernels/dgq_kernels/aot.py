@@ -47,6 +47,7 @@ _ALIGNED = (
 _MMA = re.compile(r"IMMA|IGMMA|UTCIMMA|HMMA|HGMMA|UTCHMMA|QMMA|v_mfma_\w+|v_wmma_\w+")
 _INTEGER_MMA = re.compile(r"IMMA|IGMMA|v_mfma_i32|v_wmma_i32")
 _INSTRUCTION = re.compile(r"^\s+(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b.*;")
+_WAIT_OR_MEMORY = re.compile(r"ACQBULK|U?(?:LD|ST)G|U?(?:LD|ST)\.|RED|ATOM|UBLKCP|UTMA")
 _LABEL = re.compile(r"^(\.L_\w+|\.LBB\w+):")
 _BRANCH = re.compile(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.L_?\w+)")
 
@@ -110,7 +111,8 @@ def compile_case(case: Case, target: str) -> Any:
         for index, name in enumerate(case.kernel.arg_names)
         if case.types[name].startswith("*") or (name in _ALIGNED and case.types[name] == "i32")
     }
-    source = ASTSource(case.kernel, case.types, case.constants, attributes)
+    constants = {**case.constants, "PDL": major_of(target) >= 9}  # as `launch` has it
+    source = ASTSource(case.kernel, case.types, constants, attributes)
     device = GPUTarget("cuda", int(target), 32) if target.isdigit() else GPUTarget("hip", target, 64)
     return triton.compile(source, target=device, options=case.options)
 
@@ -161,8 +163,17 @@ def loop_counts(code: str) -> dict[str, int]:
     return {"loop": len(loop), **counts, "other": len(loop) - sum(counts.values())}
 
 
-def measure(case: Case, target: str) -> Row:
+def waits_first(code: str) -> bool:
+    """Whether NVIDIA machine code waits for the kernel before (`launch.await_previous`) ahead of all its memory."""
+    opcodes = [match[1] for match in map(_INSTRUCTION.match, code.splitlines()) if match]
+    return next((opcode for opcode in opcodes if _WAIT_OR_MEMORY.match(opcode)), "").startswith("ACQBULK")
+
+
+def measure(case: Case, target: str) -> tuple[Row, bool]:
     """Compile one case and read the binary with the disassemblers that the Triton wheel ships.
+
+    Returns:
+        Its row, and whether it may be launched before the kernel before it ends: `waits_first`, from 9.0 on.
 
     Raises:
         RuntimeError: the disassembler's report is not understood.
@@ -185,7 +196,7 @@ def measure(case: Case, target: str) -> Row:
         registers, spills = (int(match[1]) for match in found if match)
     products = collections.Counter(match[0] for match in re.finditer(rf"(?:{_MMA.pattern})[\w.]*", code))
     name = products.most_common(1)[0][0] if products else "-"
-    return Row(
+    row = Row(
         triton.__version__,
         target,
         case.kernel.__name__,
@@ -197,15 +208,17 @@ def measure(case: Case, target: str) -> Row:
         products.total(),
         **loop_counts(code),
     )
+    return row, major_of(target) < 9 or waits_first(code)
 
 
 def _tool(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def faults(row: Row, case: Case) -> list[str]:
-    """What is wrong with a row: a spill, no int8 product, too many byte permutes."""
-    found = []
+def faults(row: Row, case: Case, waits: bool) -> list[str]:
+    """What is wrong with what `measure` found: a spill, no int8 product, too many byte permutes, memory before the
+    wait."""
+    found = [] if waits else ["reads or writes before it waits for the kernel before"]
     limit = case.permutes
     if limit is not None and row.target.isdigit() and row.prmt > limit:
         found.append(f"{row.prmt} byte permutes in the loop, {limit} allowed")
@@ -229,11 +242,11 @@ def _work(job: tuple[str, int, bool]) -> tuple[Row | None, list[str]]:
     target, index, quick = job
     case = _chosen(target, quick)[index]
     try:
-        row = measure(case, target)
+        row, waits = measure(case, target)
     except Exception as error:
         name = f"{target} {case.kernel.__name__} {case.config}"
         return None, [f"{name}: does not compile: {str(error).strip().splitlines()[-1:]}"]
-    return row, [f"{target} {row.kernel} {row.config}: {fault}" for fault in faults(row, case)]
+    return row, [f"{target} {row.kernel} {row.config}: {fault}" for fault in faults(row, case, waits)]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -40,7 +40,7 @@ def case(
     most that a thread may have."""
     types = {}
     for name in kernel.arg_names:
-        if name in constants:
+        if name in constants or name == "PDL":
             types[name] = "constexpr"
         else:
             types[name] = pointers.get(name, "fp32" if name.endswith("_scale") or name == "eps" else "i32")

@@ -1,13 +1,20 @@
-"""Launches of Triton kernels that take little of the host's time.
+"""Launches of Triton kernels that take little of the host's time, and of the device's.
 
 At each launch Triton binds the arguments by name and looks at every one to find the compiled kernel they want: 20 to 40
 microseconds, where the device runs most kernels in less. Here one dictionary finds it, by the arguments themselves.
+
+On devices of 9.0 and newer a kernel's programs are placed while the kernel before it ends (CUDA's programmatic
+dependent launch, which graphs keep), and wait in `await_previous`.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Any
 
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.runtime import JITFunction, driver
@@ -15,6 +22,8 @@ from triton.runtime import JITFunction, driver
 _MOST = 16384  # launches that are remembered: forms of calls are many where sizes vary without end
 # What a launch depends on -> the compiled kernel, its compile-time arguments, the kernel (whose id is in the key).
 _known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], Any]] = {}
+# Whether kernels are launched before the one before them has ended, where the device can; DGQ_PDL=0: they are not.
+DEPENDENT = os.environ.get("DGQ_PDL") != "0"
 
 
 def cdiv(a: int, b: int) -> int:
@@ -22,25 +31,48 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@triton.jit
+def await_previous(PDL: tl.constexpr):
+    """The first statement of every kernel: wait until the kernel before it on the stream has ended and what it wrote is
+    visible, then let the next one be placed. No program may read, write or return before: who waits for this kernel
+    counts on it to have waited for the one before."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@functools.cache
+def _dependent(device: int) -> dict[str, bool]:
+    """Constants and options of launches that wait in `await_previous`; none where the device, the current one, has no
+    such launches."""
+    target = driver.active.get_current_target()
+    can = target.backend == "cuda" and target.arch >= 90
+    return {"PDL": True, "launch_pdl": True} if can else {}
+
+
 def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
     """`kernel[grid](*arguments, **constants)` on the current device and stream.
 
     Args:
-        kernel: decorated by `triton.jit`.
+        kernel: decorated by `triton.jit`; it begins with `await_previous(PDL)`, its last constant.
         grid: programs along each axis.
         arguments: its first ones, those of run time: tensors, numbers and None.
         constants: its other ones, and Triton's options.
     """
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    if type(kernel) is not JITFunction or (enter and enter.calls) or (leave and leave.calls):
-        kernel[grid](*arguments, **constants)  # interpreted, or watched by a profiler
+    if type(kernel) is not JITFunction:
+        kernel[grid](*arguments, **constants)  # interpreted
         return
     active = driver.active
     device = active.get_current_device()
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if (enter and enter.calls) or (leave and leave.calls):  # watched by a profiler
+        kernel[grid](*arguments, **constants, **(_dependent(device) if DEPENDENT else {}))
+        return
     # Triton specializes numbers by less than their values, and pointers by this.
     key = (
         id(kernel),
         device,
+        DEPENDENT,
         *[(x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else x for x in arguments],
         *constants,
         *constants.values(),
@@ -49,7 +81,10 @@ def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants
     if known is None:
         if len(_known) >= _MOST:
             _known.clear()
+        if DEPENDENT:
+            constants |= _dependent(device)
         compiled = kernel[grid](*arguments, **constants)
+        constants.setdefault("PDL", False)
         _known[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :]), kernel
         return
     compiled, rest, _ = known

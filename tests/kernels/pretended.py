@@ -251,6 +251,16 @@ def again():
             say(again=name, launches=len(found), same=found == launches(name, arguments))
 
 
+def apart():
+    """Launches say that they may overlap, and with DGQ_PDL=0 that they may not."""
+    name, arguments = next(calls())
+    for launch.DEPENDENT in (True, False, True):
+        begin = len(LAUNCHES)
+        for _ in range(2):  # by Triton, and as it is known
+            getattr(dgq_kernels, name)(*arguments)
+        say(dependent=launch.DEPENDENT, launched=[given[-1] for *_, given in LAUNCHES[begin:]])
+
+
 def second_device():
     """Every operator launches where its tensors are, and leaves the device that was current."""
     with contextlib.ExitStack() as stack:
@@ -320,7 +330,7 @@ def main(parts):
     torch.cuda.device, torch.cuda.current_device = current, lambda: CURRENT[0]
     with torch.no_grad():
         for part in parts:
-            if part in ("operators", "again", "second_device", "tuning"):
+            if part in ("operators", "again", "apart", "second_device", "tuning"):
                 globals()[part]()
             elif part.endswith(".json"):
                 count(part)

@@ -40,8 +40,10 @@ def test_edges_compile_and_launch_where_their_tensors_are():
     """Arguments of 1, unaligned and absent ones, and the types of every operator; float32 may spill. Each operator then
     launches on its tensors' device while another one is current. What is launched a second time is what Triton would
     launch."""
-    rows = pretend("operators", "again", "second_device")
+    rows = pretend("operators", "again", "apart", "second_device")
     check(rows, spills=True)
+    apart = {row["dependent"]: row["launched"] for row in rows if "dependent" in row}
+    assert apart == {True: [True, True], False: [False, False]}
     repeated = [row for row in rows if "again" in row]
     assert {row["again"] for row in repeated} == OPERATORS
     assert all(row["same"] and row["launches"] for row in repeated), [row for row in repeated if not row["same"]]

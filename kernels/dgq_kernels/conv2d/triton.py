@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import await_previous
 from ..linear.tiles import Tiling
 from ..linear.triton import (
     check,
@@ -108,9 +109,11 @@ def conv2d_int8_kernel(
     CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """codes (B, height, width, CHANNELS), weight (channels, KERNEL_HEIGHT, KERNEL_WIDTH, CHANNELS), out
     (rows = B * out_height * out_width, channels), all contiguous; scale and zero_point (B,); ends (CLASSES,) int32."""
+    await_previous(PDL)
     SEGMENT: tl.constexpr = KERNEL_WIDTH * CHANNELS
     REDUCTION: tl.constexpr = KERNEL_HEIGHT * SEGMENT
     row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
@@ -188,8 +191,10 @@ def conv2d_int4_kernel(
     GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """As `conv2d_int8_kernel`, the weight as `linear_int4_kernel` takes it, over K = (tap row, tap column, channel)."""
+    await_previous(PDL)
     SEGMENT: tl.constexpr = KERNEL_SIZE * CHANNELS
     REDUCTION: tl.constexpr = KERNEL_SIZE * SEGMENT
     GROUPS: tl.constexpr = 2 * HALF // GROUP

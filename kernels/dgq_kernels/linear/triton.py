@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, launch
+from ..launch import await_previous, cdiv, launch
 from .tiles import FLOAT_GROUPS, INTERPRETER, Config, Tiling, pick
 
 SUM_ROWS, SUM_CHANNELS = 16, 128  # tile of `sum_splits_kernel`
@@ -193,12 +193,13 @@ def sum_splits_kernel(
     partial_ptr, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
     splits, rows, channels, pixels,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """What `finish` does, from partial (splits, rows, channels) int32; integers, so any order of adding is exact.
 
     pixels: rows that share a scale, 1 in a linear layer.
     """
+    await_previous(PDL)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     outputs = channels // 2 if GATED else channels
@@ -244,8 +245,10 @@ def linear_int8_kernel(
     CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
     SPLIT: tl.constexpr, ASSEMBLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """codes (rows, reduction), weight (channels, reduction), ends (CLASSES,) int32; all contiguous."""
+    await_previous(PDL)
     row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     place = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -307,12 +310,13 @@ def linear_float_groups_kernel(
     codes_ptr, scale_ptr, zero_point_ptr, weight_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, out_ptr, ends_ptr,
     rows, channels, reduction, groups,
     HAS_BIAS: tl.constexpr, ASSEMBLY: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """As `linear_int8_kernel`, but each group's int32 sum is rescaled into a float accumulator.
 
     scale and zero_point (groups,), column_sum (groups, channels), ends (groups,) int32.
     """
+    await_previous(PDL)
     row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -418,6 +422,7 @@ def linear_int4_kernel(
     GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
     SPLIT: tl.constexpr, ASSEMBLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """codes (rows, reduction); packed (channels, packed_row), subscale (channels, subscale_row); all contiguous.
 
@@ -428,6 +433,7 @@ def linear_int4_kernel(
     WHOLE: one product of codes and weights in their own order, for 9.0. There the right operand lies in shared memory
     in any case, so it is the weights, which must be written anyway, and codes go no further than registers.
     """
+    await_previous(PDL)
     GROUPS: tl.constexpr = 2 * HALF // GROUP
     row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

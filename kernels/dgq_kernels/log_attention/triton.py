@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..launch import cdiv, launch
+from ..launch import await_previous, cdiv, launch
 from . import cpu
 
 
@@ -91,12 +91,14 @@ def row_codes(q_values, key_step, QK_TOP: tl.constexpr):
 def key_statistics_kernel(
     k_ptr, v_ptr, statistics_ptr, keys, chunk, heads, k_batch, k_head, k_row, v_batch, v_head, v_row,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_KEYS: tl.constexpr, START: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Of each channel in a chunk of keys: the sum, the least and the largest k, and the largest |v|.
 
     k and v (B, H, START + keys, d) with the strides given; the start key is left out. statistics float32
     (4, BH, chunks, WIDTH), 0 past d.
     """
+    await_previous(PDL)
     part, head = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, WIDTH)
     in_head = channel < HEAD_DIM
@@ -130,10 +132,11 @@ def key_codes_kernel(
     start_k_ptr, start_v_ptr, keys, chunk, padded_keys, heads, k_batch, k_head, k_row, v_batch, v_head, v_row,
     step_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_KEYS: tl.constexpr, QK_TOP: tl.constexpr, V_TOP: tl.constexpr,
-    START: tl.constexpr,
+    START: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """`reference.quantize_operands` of k and v, as `log_attention_kernel` takes them, from `key_statistics_kernel`'s
     results; k and v as there. The first chunk of a head writes what belongs to the head."""
+    await_previous(PDL)
     part, head = tl.program_id(0), tl.program_id(1)
     chunks = tl.num_programs(0)
     channel = tl.arange(0, WIDTH)
@@ -185,7 +188,7 @@ def log_attention_kernel(
     rows, keys, padded_keys, chunks, heads, q_batch, q_head, q_row, out_batch, out_head, out_row, logit_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     FRACTION_BITS: tl.constexpr, TOP: tl.constexpr, QK_TOP: tl.constexpr,
-    START: tl.constexpr,
+    START: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of rows of one head.
 
@@ -193,6 +196,7 @@ def log_attention_kernel(
     zero-padded; v_scale, start_k, start_v (BH, WIDTH); v_sum (BH, chunks, WIDTH) int32, sums of v's codes;
     key_step (BH,).
     """
+    await_previous(PDL)
     head = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.arange(0, WIDTH)
@@ -254,10 +258,11 @@ def running_kernel(
     q_ptr, k_ptr, v_ptr, v_scale_ptr, v_prefix_ptr, key_step_ptr, out_ptr,
     rows, keys, padded_keys, heads, q_batch, q_head, q_row, out_batch, out_head, out_row,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    FRACTION_BITS: tl.constexpr, TOP: tl.constexpr, QK_TOP: tl.constexpr,
+    FRACTION_BITS: tl.constexpr, TOP: tl.constexpr, QK_TOP: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of rows of one head; operands as in `log_attention_kernel`, v_prefix (BH, blocks + 1, WIDTH) int32, the
     sums of v's codes before each block of keys."""
+    await_previous(PDL)
     head = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.arange(0, WIDTH)
@@ -327,9 +332,10 @@ def _logits(q, k_ptr, head, first, keys, logit_scale, HEAD_DIM: tl.constexpr, WI
 def base2_rows_kernel(
     q_ptr, k_ptr, normaliser_ptr, peak_ptr, rows, keys, logit_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    START: tl.constexpr,
+    START: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """First pass: each row's log2 of the sum of exponentials, and its largest quantized logit; both (BH, rows)."""
+    await_previous(PDL)
     head = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     q, _, _ = _base2_tile(q_ptr, head, row, rows, tl.arange(0, WIDTH), HEAD_DIM)
@@ -353,10 +359,11 @@ def base2_rows_kernel(
 def base2_kernel(
     q_ptr, k_ptr, v_ptr, normaliser_ptr, peak_ptr, reference_ptr, out_ptr, rows, keys, heads, logit_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    TOP: tl.constexpr, START: tl.constexpr,
+    TOP: tl.constexpr, START: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Second pass: codes below the sample's largest log2 probability, reference (B,); a power of two is built from its
     exponent's bits, so only the start column takes an exponential."""
+    await_previous(PDL)
     head = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.arange(0, WIDTH)

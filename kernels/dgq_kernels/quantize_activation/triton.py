@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, launch
+from ..launch import await_previous, cdiv, launch
 from .groups import PROGRAMS, groups_for
 from .reference import SMALLEST_SCALE
 
@@ -96,11 +96,12 @@ def quantize_rows_kernel(
     zero_point_ptr, rows, channels, pixels, x_row, eps,
     INPUT: tl.constexpr, GAIN: tl.constexpr, OFFSET: tl.constexpr, DIVIDE: tl.constexpr, PLACE: tl.constexpr,
     ROTATION: tl.constexpr, SMALLEST: tl.constexpr, TOP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """x (rows, channels) with row stride x_row, for GEGLU (rows, 2 channels); codes (rows, channels) contiguous; norm
     weight and bias, inv_divisor and position (channels,); scale and zero_point (rows,). BLOCK_CHANNELS >= channels.
     Group norm: centre and norm weight are `group_statistics_kernel`'s (B, channels), each sample has `pixels` rows."""
+    await_previous(PDL)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.arange(0, BLOCK_CHANNELS)
     in_channels = channel < channels
@@ -162,9 +163,10 @@ def _load_long(
 def quantize_long_rows_kernel(
     x_ptr, inv_divisor_ptr, position_ptr, codes_ptr, scale_ptr, zero_point_ptr, rows, channels, x_row,
     DIVIDE: tl.constexpr, PLACE: tl.constexpr, ROTATION: tl.constexpr, SMALLEST: tl.constexpr, TOP: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """As `quantize_rows_kernel` on plain rows of any length, one row per program, read twice."""
+    await_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_CHANNELS)
     base = x_ptr + row * x_row
@@ -193,7 +195,7 @@ def group_statistics_kernel(
     pixels, channels, shift_row, share, eps,
     GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr, RANGE: tl.constexpr,
     OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Of one group in the `share` pixels of one part of a sample: x (B, pixels, channels) plus shift (B, channels),
     whose rows lie shift_row apart.
@@ -204,6 +206,7 @@ def group_statistics_kernel(
     RANGE, of one part: that of what the norm, and what follows it, make of the group too, as `sample_range_kernel` has
     that of a block of pixels: below and above (B, groups).
     """
+    await_previous(PDL)
     group, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lane = tl.arange(0, BLOCK_CHANNELS)
     channel = group * GROUP + lane
@@ -322,11 +325,12 @@ def sample_range_kernel(
     below_ptr, above_ptr, pixels, channels, shift_row, share, eps,
     GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr, NORM: tl.constexpr,
     OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, ROTATION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The range of each block of pixels over all channels: below and above (B, blocks) int32, as `reach` has them.
 
     With a norm of more than one part, centre and gain are made here, and written by a sample's first program."""
+    await_previous(PDL)
     block, sample = tl.program_id(0), tl.program_id(1)
     pixel = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     base = x_ptr + sample.to(tl.int64) * pixels * channels
@@ -368,10 +372,11 @@ def quantize_samples_kernel(
     scale_ptr, zero_point_ptr, height, width, channels, padding, blocks,
     NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, PLACE: tl.constexpr,
     ROTATION: tl.constexpr, SMALLEST: tl.constexpr, TOP: tl.constexpr, BLOCK_RANGES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Codes (B, height + 2 padding, width + 2 padding, channels) from x (B, height, width, channels): the zero point
     on the border; below and above (B, blocks) from `sample_range_kernel`."""
+    await_previous(PDL)
     sample = tl.program_id(2)
     below = 0
     above = 0

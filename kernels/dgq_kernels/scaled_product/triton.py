@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, launch
+from ..launch import await_previous, cdiv, launch
 from ..linear.tiles import multiprocessors
 from ..linear.triton import in_order, store, subscales, tile_of, unpack_two_level
 from ..packing import expand_two_level
@@ -71,12 +71,14 @@ def unscaled_product_kernel(
     out_height, out_width, height, width,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BACK: tl.constexpr, GROUP: tl.constexpr,
     ASSEMBLY: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, STEP: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """x (B, height, width, reduction) -> out (rows = B * out_height * out_width, channels); contiguous.
 
     weight (N, weight_row), rows of K = (tap row, tap column, in_channels). Forward, channels are N and the reduction
     is in_channels, of each tap; BACK, x is the gradient of the output, channels are in_channels and the reduction is N.
     """
+    await_previous(PDL)
     row_block, channel_block = tile_of(tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(channels, BLOCK_CHANNELS))
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     pixel = tl.minimum(row, rows - 1)
