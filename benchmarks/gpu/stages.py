@@ -54,6 +54,7 @@ from dgq.pictures import generation
 from dgq.recipe import Recipe
 from dgq.self_test import relative_error
 from dgq_kernels import launch
+from dgq_kernels.codes import unsigned
 from dgq_kernels.conv2d import triton as conv2d
 from dgq_kernels.linear import tiles as table
 from dgq_kernels.linear import triton as linear
@@ -168,7 +169,7 @@ def check(session: Session) -> None:
                 results.append(outputs if isinstance(outputs, tuple | list) else (outputs,))
             got, again, expected = results
             pairs = list(zip(got, expected, strict=True))
-            codes = [(a.int() - b.int()).abs() for a, b in pairs if not a.is_floating_point()]
+            codes = [(unsigned(a).int() - unsigned(b).int()).abs() for a, b in pairs if not a.is_floating_point()]
             error = max(relative_error(a, b) for a, b in pairs if a.is_floating_point())
             most = max((int(c.max()) for c in codes), default=0)
             differ = max((float((c > 0).float().mean()) for c in codes), default=0.0)

@@ -47,7 +47,7 @@ _ALIGNED = (
 _MMA = re.compile(r"IMMA|IGMMA|UTCIMMA|HMMA|HGMMA|UTCHMMA|QMMA|v_mfma_\w+|v_wmma_\w+")
 _INTEGER_MMA = re.compile(r"IMMA|IGMMA|v_mfma_i32|v_wmma_i32")
 _INSTRUCTION = re.compile(r"^\s+(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b.*;")
-_WAIT_OR_MEMORY = re.compile(r"ACQBULK|U?(?:LD|ST)G|U?(?:LD|ST)\.|RED|ATOM|UBLKCP|UTMA")
+_WAIT_OR_MEMORY = re.compile(r"ACQBULK|U?(?:LD|ST)G|U?(?:LD|ST)\.|RED|ATOM(?!S)|UBLKCP|UTMA")  # ATOMS: shared
 _LABEL = re.compile(r"^(\.L_\w+|\.LBB\w+):")
 _BRANCH = re.compile(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.L_?\w+)")
 

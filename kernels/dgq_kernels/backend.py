@@ -40,6 +40,7 @@ class Backend:
         refusal: (device) -> why it cannot run there, None where it can.
         fuses: its ops quantize together with what comes before, and add residuals and gate: layers leave that to them.
         unpacks: its product ops unpack int4 weights themselves; others get int8 ones.
+        codes: the dtype, and so the form, of the codes that its quantizing ops return (`codes`).
         kernels: implementations that lie elsewhere, by the op's name.
     """
 
@@ -49,6 +50,7 @@ class Backend:
     refusal: Callable[[torch.device], str | None] = lambda device: None
     fuses: bool = False
     unpacks: bool = False
+    codes: torch.dtype = torch.uint8
     kernels: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
@@ -263,4 +265,4 @@ def _why_cpu(device: torch.device) -> str:
 
 register(Backend("reference", ("meta",), _why_reference))
 register(Backend("cpu", ("cpu",), _why_cpu))
-register(Backend("triton", ("cuda",), _why_triton, _why_not_triton, fuses=True, unpacks=True))
+register(Backend("triton", ("cuda",), _why_triton, _why_not_triton, fuses=True, unpacks=True, codes=torch.int8))

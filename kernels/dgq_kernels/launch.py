@@ -42,12 +42,15 @@ def await_previous(PDL: tl.constexpr):
 
 
 @functools.cache
-def _dependent(device: int) -> dict[str, bool]:
-    """Constants and options of launches that wait in `await_previous`; none where the device, the current one, has no
-    such launches."""
+def _has_dependent(device: int) -> bool:
+    """Whether the device, the current one, has launches that wait in `await_previous`."""
     target = driver.active.get_current_target()
-    can = target.backend == "cuda" and target.arch >= 90
-    return {"PDL": True, "launch_pdl": True} if can else {}
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def _dependent(device: int) -> dict[str, bool]:
+    """What makes a launch one that waits in `await_previous`; nothing where that cannot be, or is not wanted."""
+    return {"PDL": True, "launch_pdl": True} if DEPENDENT and _has_dependent(device) else {}
 
 
 def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
@@ -66,7 +69,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants
     device = active.get_current_device()
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     if (enter and enter.calls) or (leave and leave.calls):  # watched by a profiler
-        kernel[grid](*arguments, **constants, **(_dependent(device) if DEPENDENT else {}))
+        kernel[grid](*arguments, **constants, **_dependent(device))
         return
     # Triton specializes numbers by less than their values, and pointers by this.
     key = (
@@ -81,12 +84,11 @@ def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants
     if known is None:
         if len(_known) >= _MOST:
             _known.clear()
-        if DEPENDENT:
-            constants |= _dependent(device)
-        compiled = kernel[grid](*arguments, **constants)
-        constants.setdefault("PDL", False)
-        _known[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :]), kernel
-        return
+        constants |= _dependent(device)
+        compiled = kernel.warmup(*arguments, grid=grid, **constants)
+        every = {"PDL": False, **constants}
+        known = compiled, tuple(every[name] for name in kernel.arg_names[len(arguments) :]), kernel
+        _known[key] = known
     compiled, rest, _ = known
     stream = active.get_current_stream(device)
     # as Triton's own launch ends, without what hooks take

@@ -136,7 +136,7 @@ def calls():
 
     # one row, one channel in, one channel out; SD v1.4's time embedding and a feed-forward layer
     for m, k, n in ((1, 1, 2), (5, 1, 1), (1, 320, 1280), (8192, 320, 2560)):
-        codes, weight = torch.zeros(m, k, dtype=torch.uint8), torch.zeros(n, k, dtype=torch.int8)
+        codes, weight = torch.zeros(m, k, dtype=torch.int8), torch.zeros(n, k, dtype=torch.int8)
         rows, channels = epilogue(m, weight)
         for dtype, bias, residual, gated, ends in (
             (half, None, None, n > 1, [k]),
@@ -145,7 +145,7 @@ def calls():
             group, more = 64 if gated else 32, (residual, gated)
             yield "linear_int8", (codes, *rows, weight, *channels, bias, dtype, ends, *more)
             yield "linear_int4", (codes, *rows, *int4(weight, group), *channels, bias, dtype, group, *more)
-    codes, weight = torch.zeros(1, 40, dtype=torch.uint8), torch.zeros(6, 40, dtype=torch.int8)
+    codes, weight = torch.zeros(1, 40, dtype=torch.int8), torch.zeros(6, 40, dtype=torch.int8)
     for ends in ([40], [10, 40]):
         rows, channels = epilogue(len(ends), weight)
         sums = channels[1].expand(len(ends), 6).contiguous()
@@ -159,7 +159,7 @@ def calls():
         (2, 1280, 1280, 8, 3, 1),
     ):
         edge = size + 2 * (kernel // 2)
-        codes = torch.zeros(b, c, edge, edge, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        codes = torch.zeros(b, c, edge, edge, dtype=torch.int8).contiguous(memory_format=torch.channels_last)
         weight = torch.zeros(n, kernel**2 * c, dtype=torch.int8)
         rows, channels = epilogue(b, weight)
         image = weight.view(n, kernel, kernel, c).permute(0, 3, 1, 2)
@@ -186,7 +186,7 @@ def calls():
 
     # an upsampler of one channel and pixel, an odd one, a decoder's
     for b, c, n, height, width, dtype in ((1, 1, 1, 1, 1, half), (2, 40, 6, 3, 5, single), (1, 512, 512, 64, 64, half)):
-        codes = torch.zeros(2 * b, height + 2, width + 2, c, dtype=torch.uint8).permute(0, 3, 1, 2)
+        codes = torch.zeros(2 * b, height + 2, width + 2, c, dtype=torch.int8).permute(0, 3, 1, 2)
         weight = torch.zeros(4 * n, 4 * c, dtype=torch.int8)
         rows, channels = epilogue(2 * b, weight)
         image = weight.view(4 * n, 2, 2, c).permute(0, 3, 1, 2)

@@ -109,7 +109,7 @@ def test_quantizers_round_as_the_reference():
 @pytest.mark.parametrize("target", ["80", "86", "89"])
 @pytest.mark.parametrize("kernel", ["linear", "conv2d"])
 def test_the_table_keeps_the_main_loops_short(kernel, target):
-    """aot.csv of the package, by every release: int4 at most 35% above int8 in its tile, shift classes at most 2%."""
+    """aot.csv of the package, by every release: int4 at most 40% above int8 in its tile, shift classes at most 2%."""
     with Path(dgq_kernels.__file__).with_name("aot.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["target"] == target and row["kernel"].startswith(kernel)]
     for release in {row["triton"] for row in rows}:
@@ -118,7 +118,7 @@ def test_the_table_keeps_the_main_loops_short(kernel, target):
         beside = next(config for config in loops if config.endswith(" beside int4"))
         tile = beside.split()[0]
         for group in (32, 64):
-            assert loops[f"{tile} group={group}"] <= 1.35 * loops[beside], (release, group)
+            assert loops[f"{tile} group={group}"] <= 1.4 * loops[beside], (release, group)
         tiles = [config.split()[0] for config in loops if config.endswith("classes=3")]
         shared = [tile for tile in tiles if f"{tile} classes=1" in loops]
         assert len(shared) >= 2

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dgq_kernels import packing
+from dgq_kernels.codes import centred, unsigned
 from dgq_kernels.conv2d import reference as conv_reference
 from dgq_kernels.conv2d import triton as conv_kernels
 from dgq_kernels.linear import reference as linear_reference
@@ -65,10 +66,12 @@ def linear_inputs(m, k, n):
 
 def compare(run, expected, arguments):
     poisoned = Poisoned()
-    got = run(*(poisoned(x) for x in arguments))
+    first, *rest = arguments  # codes or floats; of codes those that the kernel reads
+    first = centred(first) if first.dtype == torch.uint8 else first
+    got = run(*(poisoned(x) for x in (first, *rest)))
     poisoned.check()
     for one, other in zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]:
-        torch.testing.assert_close(one.cpu(), other, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(unsigned(one.cpu()), other, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("ends", [[131], [50, 131]])

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dgq_kernels.codes import unsigned
 from dgq_kernels.quantize_activation import reference
 from dgq_kernels.quantize_activation import triton as kernels
 
@@ -14,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def check(x, bits, inv_divisor):
     """Run the kernel on buffers full of rubbish with guard bytes behind them and compare everything."""
     rows, channels = x.shape
-    guarded = torch.full((rows * channels + 64,), 0xA5, dtype=torch.uint8, device=DEVICE)
+    guarded = torch.full((rows * channels + 64,), -91, dtype=torch.int8, device=DEVICE)
     out = (
         guarded[: rows * channels].view(rows, channels),
         torch.full((rows,), float("nan"), device=DEVICE),
@@ -23,8 +24,8 @@ def check(x, bits, inv_divisor):
     divisor = None if inv_divisor is None else inv_divisor.to(DEVICE)
     kernels.quantize_rows(x.to(DEVICE), bits, divisor, out=out)
     for got, expected in zip(out, reference.quantize_rows(x, bits, inv_divisor), strict=True):
-        assert torch.equal(got.cpu(), expected)
-    assert (guarded[rows * channels :] == 0xA5).all()
+        assert torch.equal(unsigned(got.cpu()), expected)
+    assert (guarded[rows * channels :] == -91).all()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 8])

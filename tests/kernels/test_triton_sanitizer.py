@@ -46,7 +46,7 @@ def outputs():
 
 
 def linear(weight, tiling=TILE):
-    codes = torch.zeros(M, K, dtype=torch.uint8)
+    codes = torch.zeros(M, K, dtype=torch.int8)
     return linear_kernels.linear_int8(
         codes, *epilogue(), weight, *outputs(), torch.float32, [K], torch.zeros(M, N), tiling=tiling
     )
@@ -59,7 +59,7 @@ def test_linear_int8(watch):
 
 def test_the_sanitizer_sees_a_missing_row(watch):
     watch(linear_kernels, "linear_int8_kernel")
-    codes = torch.zeros(M, K, dtype=torch.uint8)
+    codes = torch.zeros(M, K, dtype=torch.int8)
     scale, zero_point = epilogue()
     with pytest.raises(SystemExit):
         linear_kernels.linear_int8(
@@ -77,7 +77,7 @@ def test_the_sanitizer_sees_a_missing_row(watch):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_conv2d(watch, stride):
     watch(conv_kernels, "conv2d_int8_kernel")
-    image = torch.zeros(2, 6, 5, 7, dtype=torch.uint8).permute(0, 3, 1, 2)
+    image = torch.zeros(2, 6, 5, 7, dtype=torch.int8).permute(0, 3, 1, 2)
     weight = torch.zeros(N, 3, 3, 7, dtype=torch.int8).permute(0, 3, 1, 2)
     conv_kernels.conv2d(image, *epilogue(2), weight, *outputs(), stride, torch.float32, [7], tiling=TILE)
 

@@ -27,7 +27,7 @@ def conv2d(
     """Convolution of padded codes with int8 weights.
 
     Args:
-        codes: uint8 (B, C, Hp, Wp), channels-last, from `quantize_samples` (padding already there).
+        codes: (B, C, Hp, Wp), channels-last, from `quantize_samples` (padding already there), in either form (`codes`).
         scale, zero_point: float32 and int32 (B,).
         weight: int8 (N, C, kh, kw).
         weight_scale: float32 (N,); column_sum: int32 (N,), sum over c, kh, kw of 2^class(c) weight.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import shift_classes
 from ..backend import cpu_path
+from ..codes import unsigned
 from ..linear.cpu import needs_split
 from . import reference
 
@@ -76,7 +77,7 @@ def conv2d_prepacked(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """See `dgq_kernels.conv2d_prepacked`."""
-    total = accumulate(codes, packed, class_ends, column_sum.shape[0], stride, split)
+    total = accumulate(unsigned(codes), packed, class_ends, column_sum.shape[0], stride, split)
     factor = weight_scale.view(1, -1, 1, 1) * scale.view(-1, 1, 1, 1)
     shift = -zero_point.view(-1, 1, 1, 1).float() * column_sum.view(1, -1, 1, 1).float()
     total.add_(shift).mul_(factor)

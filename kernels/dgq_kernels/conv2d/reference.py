@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import shift_classes
+from ..codes import unsigned
 from ..packing import expand_two_level
 
 
 def accumulate(codes: Tensor, weight: Tensor, stride: int, class_ends: list[int]) -> Tensor:
-    """Exact integer sums: int64 (B, N, Ho, Wo) of codes uint8 (B, C, Hp, Wp), already padded, and int8 weights."""
+    """Exact integer sums: int64 (B, N, Ho, Wo) of codes (B, C, Hp, Wp), already padded, in either form (`codes`), and
+    int8 weights."""
+    codes = unsigned(codes)
 
     def product(_: int, start: int, end: int) -> Tensor:
         part = torch.nn.functional.conv2d(codes[:, start:end].double(), weight[:, start:end].double(), stride=stride)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..codes import centred
 from ..launch import await_previous
 from ..linear.tiles import Tiling
 from ..linear.triton import (
@@ -23,12 +24,11 @@ from ..linear.triton import (
     in_order,
     load_pairs,
     run_product,
-    signed,
-    signed_within,
     split_range,
     subscales,
     tile_of,
     unpack_two_level,
+    within,
 )
 from . import reference
 
@@ -130,7 +130,7 @@ def conv2d_int8_kernel(
         for first in range(low, high, STEP):
             x = _load_codes(x_tile, first, lane, jump, SEGMENT, REDUCTION, STEP, STEP, CHANNELS)
             w = _load_weight(w_tile, first, lane, REDUCTION, STEP)
-            accumulator = tl.dot(signed(x, ASSEMBLY), w, accumulator, out_dtype=tl.int32)
+            accumulator = tl.dot(x, w, accumulator, out_dtype=tl.int32)
     elif CLASSES == 1:
         # Two products per step, as in the linear kernel.
         low, high = split_range(REDUCTION, STEP, SPLIT)
@@ -139,8 +139,8 @@ def conv2d_int8_kernel(
             w0 = _load_weight(w_tile, first, lane, REDUCTION, STEP)
             x1 = _load_codes(x_tile, first + HALF, lane, jump, SEGMENT, REDUCTION, HALF, STEP, CHANNELS)
             w1 = _load_weight(w_tile, first + HALF, lane, REDUCTION, STEP)
-            accumulator = tl.dot(signed(x0, ASSEMBLY), w0, accumulator, out_dtype=tl.int32)
-            accumulator = tl.dot(signed(x1, ASSEMBLY), w1, accumulator, out_dtype=tl.int32)
+            accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
+            accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
     else:
         TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
         line = width * CHANNELS
@@ -155,8 +155,8 @@ def conv2d_int8_kernel(
                 c0 = edge + part % edges * gap + lane
                 x0, w0 = _load_tap(x_tile, w_tile, part // edges, c0, line, TAPS, KERNEL_WIDTH, CHANNELS, True)
                 x1, w1 = _load_tap(x_tile, w_tile, part // edges, c0 + HALF, line, TAPS, KERNEL_WIDTH, CHANNELS, True)
-                x0 = signed_within(x0, c0[None, :], begin, end, ASSEMBLY)
-                x1 = signed_within(x1, (c0 + HALF)[None, :], begin, end, ASSEMBLY)
+                x0 = within(x0, c0[None, :], begin, end, ASSEMBLY)
+                x1 = within(x1, (c0 + HALF)[None, :], begin, end, ASSEMBLY)
                 accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
                 accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
             # Unmasked steps, those of one tap after those of another; k is where a step begins in K.
@@ -170,8 +170,8 @@ def conv2d_int8_kernel(
                 w0 = tl.load(w_inner)
                 x1 = tl.load(x_inner + HALF)
                 w1 = tl.load(w_inner + HALF)
-                accumulator = tl.dot(signed(x0, ASSEMBLY), w0, accumulator, out_dtype=tl.int32)
-                accumulator = tl.dot(signed(x1, ASSEMBLY), w1, accumulator, out_dtype=tl.int32)
+                accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
+                accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
                 k += STEP
                 left -= STEP
                 k += tl.where(left == 0, CHANNELS - span, 0)
@@ -226,7 +226,7 @@ def conv2d_int4_kernel(
         if WHOLE:
             x = _load_codes(x_tile, 2 * first, lane, jump, SEGMENT, REDUCTION, 2 * HALF, 2 * HALF, CHANNELS)
             w = in_order(low, high, BLOCK_CHANNELS, GROUPS, GROUP)
-            accumulator = tl.dot(signed(x, ASSEMBLY), w.T, accumulator, out_dtype=tl.int32)
+            accumulator = tl.dot(x, w.T, accumulator, out_dtype=tl.int32)
         else:
             low_k = 2 * first + low_lane
             high_k = 2 * first + high_lane
@@ -235,8 +235,8 @@ def conv2d_int4_kernel(
                 high_at = low_at + GROUP // 2
             else:
                 high_at = tap_offsets(high_k, 2 * first, jump, SEGMENT, 2 * HALF, CHANNELS, 16)[:, None]
-            x_low = signed(tl.load(x_tile + low_at, mask=(low_k < REDUCTION)[:, None], other=0), ASSEMBLY)
-            x_high = signed(tl.load(x_tile + high_at, mask=(high_k < REDUCTION)[:, None], other=0), ASSEMBLY)
+            x_low = tl.load(x_tile + low_at, mask=(low_k < REDUCTION)[:, None], other=0)
+            x_high = tl.load(x_tile + high_at, mask=(high_k < REDUCTION)[:, None], other=0)
             accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
             accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
         pair = next_pair
@@ -272,7 +272,7 @@ def conv2d(
     Raises:
         ValueError: the reduction is so long that int32 may overflow, or `out` does not fit.
     """
-    codes = codes.contiguous(memory_format=torch.channels_last)
+    codes = centred(codes).contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
     n, channels, *kernel = weight.shape
     reduction = channels * kernel[0] * kernel[1]
@@ -309,7 +309,7 @@ def conv2d_int4(
         ValueError: the reduction is so long that int32 may overflow, operands are not contiguous, or `out` does not
             fit.
     """
-    codes = codes.contiguous(memory_format=torch.channels_last)
+    codes = centred(codes).contiguous(memory_format=torch.channels_last)
     n, channels = packed.shape[0], codes.shape[1]
     reduction = kernel_size**2 * channels
     check(reduction, packed, subscales)

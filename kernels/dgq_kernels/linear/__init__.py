@@ -30,7 +30,7 @@ def linear_int8(
     """Linear layer on int8 weights, with shift classes.
 
     Args:
-        codes: uint8 (M, K) from `quantize_rows`.
+        codes: (M, K) from `quantize_rows`, in either form (`codes`).
         scale, zero_point: float32 and int32 (M,) from `quantize_rows`.
         weight: int8 (N, K).
         weight_scale: float32 (N,).
@@ -110,7 +110,7 @@ def linear_float_groups(
     y[r, n] = s_w[n] * sum_g s_g * (sum_{k in g} xq[r, k] * W[n, k] - z_g * C[g, n]) + bias[n].
 
     Args:
-        codes: uint8 (M, K), channels sorted by group; weight: int8 (N, K) in the same order.
+        codes: (M, K), channels sorted by group; weight: int8 (N, K) in the same order.
         scale, zero_point: float32 and int32 (G,); a zero point may lie outside the codes' range.
         weight_scale: float32 (N,).
         column_sum: int32 (G, N), C[g, n] = sum_{k in g} weight[n, k].

@@ -11,7 +11,7 @@ from . import tiles
 from . import triton as linear
 
 EPILOGUE = {
-    "codes_ptr": "*u8",
+    "codes_ptr": "*i8",
     "scale_ptr": "*fp32",
     "zero_point_ptr": "*i32",
     "weight_scale_ptr": "*fp32",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import shift_classes
 from ..backend import cpu_path
+from ..codes import unsigned
 from ..packing import expand_two_level
 from . import reference
 
@@ -78,7 +79,7 @@ def linear_prepacked(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """See `dgq_kernels.linear_prepacked`."""
-    total = accumulate(codes, packed, class_ends, column_sum.shape[0], split)
+    total = accumulate(unsigned(codes), packed, class_ends, column_sum.shape[0], split)
     total.addr_(zero_point.float(), column_sum.float(), alpha=-1)
     total.mul_(weight_scale).mul_(scale[:, None])
     if bias is not None:

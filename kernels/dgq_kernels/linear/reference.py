@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from .. import shift_classes
+from ..codes import unsigned
 from ..packing import expand_two_level
 
 
 def accumulate(codes: Tensor, weight: Tensor, class_ends: list[int]) -> Tensor:
-    """Exact integer sums: int64 (M, N) of codes uint8 (M, K) and weight int8 (N, K).
+    """Exact integer sums: int64 (M, N) of codes (M, K), in either form (`codes`), and weight int8 (N, K).
 
     Channels of shift class i count 2^i.
     """
+    codes = unsigned(codes)
 
     def product(_: int, start: int, end: int) -> Tensor:
         # float64 holds every integer below 2^53, far above 255 * 128 * K; integer matmuls have no BLAS

@@ -1,8 +1,8 @@
 """The quantized linear layer on CUDA: int8 tensor-core products, int32 sums, one float epilogue.
 
-Codes are unsigned and weights signed, which `tl.dot` does not mix: bit 7 of a code is flipped, which makes it
-code - 128 in int8, and the epilogue subtracts (zero point - 128) times the column sum. Nothing may overflow on the way
-(sm_80's product saturates): partial sums stay below 128 * sum_k 2^e |W'|, half of what the centred result needs.
+Codes are of int8, code - 128 (`codes`), as `tl.dot` multiplies signed operands, and the epilogue subtracts
+(zero point - 128) times the column sum. Nothing may overflow on the way (sm_80's product saturates): partial sums stay
+below 128 * sum_k 2^e |W'|, half of what the centred result needs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..codes import centred
 from ..launch import await_previous, cdiv, launch
 from .tiles import FLOAT_GROUPS, INTERPRETER, Config, Tiling, pick
 
@@ -23,26 +24,16 @@ _CODE_LIMIT = 255 * 128  # the largest product of a code and an int8 weight
 
 
 @triton.jit
-def signed(codes, ASSEMBLY: tl.constexpr):
-    """Codes 0..255 as int8 -128..127; the assembly flips four at once where the compiler would take them apart."""
+def within(codes, lane, begin, end, ASSEMBLY: tl.constexpr):
+    """Codes, and 0 where a lane (the same shape as codes, or to be broadcast to it) lies outside begin..end - 1; the
+    assembly masks four at once where the compiler would take them apart."""
+    inside = (lane >= begin) & (lane < end)
     if ASSEMBLY:
+        mask = tl.broadcast_to(tl.where(inside, -1, 0).to(tl.int8), codes.shape)  # bytes, the same for every row
         return tl.inline_asm_elementwise(
-            "xor.b32 $0, $1, 0x80808080;", "=r,r", args=[codes], dtype=tl.int8, is_pure=True, pack=4
+            "and.b32 $0, $1, $2;", "=r,r,r", args=[codes, mask], dtype=tl.int8, is_pure=True, pack=4
         )
-    return (codes ^ 0x80).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def signed_within(codes, lane, begin, end, ASSEMBLY: tl.constexpr):
-    """`signed`, and 0 where a lane (the same shape as codes, or to be broadcast to it) lies outside begin..end - 1."""
-    within = (lane >= begin) & (lane < end)
-    if ASSEMBLY:
-        # Bytes of a mask, the same for every row: the flip and the mask are then one instruction for four codes.
-        mask = tl.broadcast_to(tl.where(within, -1, 0).to(tl.int8), codes.shape)
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, 0x80808080, $2, 0x28;", "=r,r,r", args=[codes, mask], dtype=tl.int8, is_pure=True, pack=4
-        )
-    return tl.where(within, signed(codes, ASSEMBLY), 0)
+    return tl.where(inside, codes, 0)
 
 
 @triton.jit
@@ -273,8 +264,8 @@ def linear_int8_kernel(
                 w0 = tl.load(w_tile + first, mask=(first + lane < reduction)[:, None], other=0)
                 x1 = tl.load(x_tile + second, mask=(second + lane < reduction)[None, :], other=0)
                 w1 = tl.load(w_tile + second, mask=(second + lane < reduction)[:, None], other=0)
-                x0 = signed_within(x0, (first + lane)[None, :], class_begin, class_end, ASSEMBLY)
-                x1 = signed_within(x1, (second + lane)[None, :], class_begin, class_end, ASSEMBLY)
+                x0 = within(x0, (first + lane)[None, :], class_begin, class_end, ASSEMBLY)
+                x1 = within(x1, (second + lane)[None, :], class_begin, class_end, ASSEMBLY)
                 accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
                 accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
         for first in range(begin, end, STEP):
@@ -282,7 +273,7 @@ def linear_int8_kernel(
             if WHOLE:
                 x = tl.load(x_tile + first, mask=(first + lane < reduction)[None, :], other=0)
                 w = tl.load(w_tile + first, mask=(first + lane < reduction)[:, None], other=0)
-                accumulator = tl.dot(signed(x, ASSEMBLY), w, accumulator, out_dtype=tl.int32)
+                accumulator = tl.dot(x, w, accumulator, out_dtype=tl.int32)
             else:
                 # Two products per step: on 8.x Triton 3.9 carries int8 operands bytewise through its prefetch of one.
                 if CLASSES == 1:
@@ -296,8 +287,8 @@ def linear_int8_kernel(
                     w0 = tl.load(w_tile + first)
                     x1 = tl.load(x_tile + second)
                     w1 = tl.load(w_tile + second)
-                accumulator = tl.dot(signed(x0, ASSEMBLY), w0, accumulator, out_dtype=tl.int32)
-                accumulator = tl.dot(signed(x1, ASSEMBLY), w1, accumulator, out_dtype=tl.int32)
+                accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
+                accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
     finish(
         accumulator, scale_ptr, zero_point_ptr, weight_scale_ptr, column_sum_ptr, bias_ptr, residual_ptr, out_ptr,
         partial_ptr, row, row, channel_block * BLOCK_CHANNELS, rows, channels, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT,
@@ -335,8 +326,8 @@ def linear_float_groups_kernel(
             w0 = tl.load(w_tile + first, mask=(first + lane < reduction)[:, None], other=0)
             x1 = tl.load(x_tile + second, mask=(second + lane < reduction)[None, :], other=0)
             w1 = tl.load(w_tile + second, mask=(second + lane < reduction)[:, None], other=0)
-            x0 = signed_within(x0, (first + lane)[None, :], begin, end, ASSEMBLY)
-            x1 = signed_within(x1, (second + lane)[None, :], begin, end, ASSEMBLY)
+            x0 = within(x0, (first + lane)[None, :], begin, end, ASSEMBLY)
+            x1 = within(x1, (second + lane)[None, :], begin, end, ASSEMBLY)
             accumulator = tl.dot(x0, w0, accumulator, out_dtype=tl.int32)
             accumulator = tl.dot(x1, w1, accumulator, out_dtype=tl.int32)
         column_sum = tl.load(column_sum_ptr + index * channels + channel, mask=channel < channels, other=0)
@@ -461,14 +452,14 @@ def linear_int4_kernel(
         low, high = unpack_two_level(packed, m, offset, ASSEMBLY)
         if WHOLE:
             k = (2 * first + lane)[None, :]
-            x = signed(tl.load(x_tile + k, mask=k < reduction, other=0), ASSEMBLY)
+            x = tl.load(x_tile + k, mask=k < reduction, other=0)
             w = in_order(low, high, BLOCK_CHANNELS, GROUPS, GROUP)
             accumulator = tl.dot(x, w.T, accumulator, out_dtype=tl.int32)
         else:
             low_k = 2 * first + low_lane[:, None]
             high_k = 2 * first + high_lane[:, None]
-            x_low = signed(tl.load(x_tile + low_k, mask=low_k < reduction, other=0), ASSEMBLY)
-            x_high = signed(tl.load(x_tile + high_k, mask=high_k < reduction, other=0), ASSEMBLY)
+            x_low = tl.load(x_tile + low_k, mask=low_k < reduction, other=0)
+            x_high = tl.load(x_tile + high_k, mask=high_k < reduction, other=0)
             accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
             accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
         pair = next_pair
@@ -556,6 +547,7 @@ def linear_int8(
             shifted classes fit is a property of the weights, which whoever forms the classes proves).
     """
     residual = None if residual is None else residual.contiguous()
+    codes = centred(codes)
     check(codes.shape[1], codes, weight)
     rows, reduction = codes.shape
     channels = weight.shape[0]
@@ -585,6 +577,7 @@ def linear_int4(
         ValueError: operands are not contiguous, or K is so long that int32 may overflow.
     """
     residual = None if residual is None else residual.contiguous()
+    codes = centred(codes)
     check(codes.shape[1], codes, packed, subscales)
     rows, reduction = codes.shape
     channels = packed.shape[0]
@@ -610,6 +603,7 @@ def linear_float_groups(
     Raises:
         ValueError: operands are not contiguous, or K is so long that int32 may overflow.
     """
+    codes = centred(codes)
     check(codes.shape[1], codes, weight, column_sum)
     rows, reduction = codes.shape
     channels = weight.shape[0]

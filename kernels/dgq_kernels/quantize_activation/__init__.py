@@ -1,4 +1,5 @@
-"""Run-time activation quantization: floats to asymmetric codes in bytes, per row or per sample.
+"""Run-time activation quantization: floats to asymmetric codes in bytes, per row or per sample: uint8, or on CUDA int8
+less 128 (`codes`).
 
 Each op also comes fused with what precedes it in a transformer or residual block, so that the normalised or activated
 floats never reach memory. What is not finite stays visible: where a row (or sample), as it is quantized, holds NaN or
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import implementation, operator
+from ..backend import chosen, implementation, operator
 from ..fakes import register_fake
 from ..rotation import check_rotation
 from . import reference
@@ -35,7 +36,7 @@ def quantize_rows(
         rotation: channels of a block that is rotated (`dgq_kernels.rotation`), or 0; without a position.
 
     Returns:
-        codes uint8 (M, K); scale float32 (M,); zero_point int32 (M,).
+        codes (M, K); scale float32 (M,); zero_point int32 (M,).
 
     Raises:
         ValueError: such blocks cannot be rotated.
@@ -63,7 +64,7 @@ def layer_norm_quantize_rows(
         eps: added to the variance. The others as in `quantize_rows`.
 
     Returns:
-        codes uint8 (M, K); scale float32 (M,); zero_point int32 (M,).
+        codes (M, K); scale float32 (M,); zero_point int32 (M,).
     """
     _check(x.shape[1], position, rotation)
     return implementation(reference.layer_norm_quantize_rows, x)(
@@ -81,7 +82,7 @@ def geglu_quantize_rows(
         x: float (M, 2 F), values and gates as diffusers' GEGLU has them. The others as in `quantize_rows`, K = F.
 
     Returns:
-        codes uint8 (M, F); scale float32 (M,); zero_point int32 (M,).
+        codes (M, F); scale float32 (M,); zero_point int32 (M,).
     """
     _check(x.shape[1] // 2, position, rotation)
     return implementation(reference.geglu_quantize_rows, x)(x, bits, inv_divisor, position, rotation)
@@ -97,7 +98,7 @@ def silu_quantize_rows(
         x: float (M, K). The others as in `quantize_rows`.
 
     Returns:
-        codes uint8 (M, K); scale float32 (M,); zero_point int32 (M,).
+        codes (M, K); scale float32 (M,); zero_point int32 (M,).
     """
     _check(x.shape[1], position, rotation)
     return implementation(reference.silu_quantize_rows, x)(x, bits, inv_divisor, position, rotation)
@@ -123,7 +124,7 @@ def group_norm_quantize_rows(
             K = C.
 
     Returns:
-        codes uint8 (B * H * W, C); scale float32 (B * H * W,); zero_point int32 (B * H * W,).
+        codes (B * H * W, C); scale float32 (B * H * W,); zero_point int32 (B * H * W,).
 
     Raises:
         ValueError: groups does not divide C, or such blocks cannot be rotated.
@@ -145,7 +146,7 @@ def _check(channels: int, position: Tensor | None, rotation: int, groups: int = 
 
 def _empty_rows(x: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        x.new_empty((rows, channels), dtype=torch.uint8),
+        x.new_empty((rows, channels), dtype=chosen(x.device).codes),
         x.new_empty(rows, dtype=torch.float32),
         x.new_empty(rows, dtype=torch.int32),
     )
@@ -194,7 +195,7 @@ def quantize_samples(
         rotation: channels of a block that is rotated in each pixel after the division, or 0; without a position.
 
     Returns:
-        codes uint8 (B, C, H + 2 padding, W + 2 padding), channels-last; scale float32 (B,); zero_point int32 (B,).
+        codes (B, C, H + 2 padding, W + 2 padding), channels-last; scale float32 (B,); zero_point int32 (B,).
 
     Raises:
         ValueError: such blocks cannot be rotated.
@@ -215,7 +216,7 @@ def quantize_wide_samples(x: Tensor, padding: int) -> tuple[Tensor, Tensor, Tens
         padding: zero padding on each side, in pixels.
 
     Returns:
-        codes uint8 (2 B, C, H + 2 padding, W + 2 padding), channels-last; scale float32 (2 B,); zero_point int32
+        codes (2 B, C, H + 2 padding, W + 2 padding), channels-last; scale float32 (2 B,); zero_point int32
         (2 B,): the upper halves of all samples, then the lower ones.
     """
     return implementation(reference.quantize_wide_samples, x)(x, padding)
@@ -263,7 +264,7 @@ def _empty_samples(x: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
     codes = torch.empty(
         (batch, channels, height + 2 * padding, width + 2 * padding),
-        dtype=torch.uint8,
+        dtype=chosen(x.device).codes,
         device=x.device,
         memory_format=torch.channels_last,
     )

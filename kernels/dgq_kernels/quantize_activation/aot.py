@@ -17,7 +17,7 @@ def cases(major: int) -> Iterator[aot_case.Case]:
         "norm_bias_ptr": "*fp32",
         "inv_divisor_ptr": "*fp32",
         "position_ptr": "*i32",
-        "codes_ptr": "*u8",
+        "codes_ptr": "*i8",
         "scale_ptr": "*fp32",
         "zero_point_ptr": "*i32",
         **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "shift", "centre", "gain")},

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..codes import centred
 from ..launch import await_previous, cdiv, launch
+from . import reference
 from .groups import PROGRAMS, groups_for
-from .reference import SMALLEST_SCALE
 
 _ROUND_TRICK = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a small float to an integer, half to even
 _SIGN = tl.constexpr(-(1 << 31))
@@ -61,9 +62,9 @@ def quantizer(below, above, SMALLEST: tl.constexpr, TOP: tl.constexpr):
 
 @triton.jit
 def code(x, inverse, zero_point, TOP: tl.constexpr):
-    """The byte of x; NaN becomes 0, for which the maximum takes the other."""
-    rounded = ((x * inverse + _ROUND_TRICK) - _ROUND_TRICK) + zero_point
-    return tl.minimum(tl.maximum(rounded, 0.0), float(TOP)).to(tl.uint8)
+    """The code of x less 128, int8; NaN's is 0, for which the maximum takes the other."""
+    rounded = ((x * inverse + _ROUND_TRICK) - _ROUND_TRICK) + (zero_point - 128.0)
+    return tl.minimum(tl.maximum(rounded, -128.0), TOP - 128.0).to(tl.int8)
 
 
 @triton.jit
@@ -479,7 +480,7 @@ def _rows(
     _check(position, inv_divisor, weight, bias)
     rows = x.shape[0]
     codes, scale, zero_point = out or (
-        torch.empty((rows, channels), dtype=torch.uint8, device=x.device),
+        torch.empty((rows, channels), dtype=torch.int8, device=x.device),
         torch.empty(rows, dtype=torch.float32, device=x.device),
         torch.empty(rows, dtype=torch.int32, device=x.device),
     )
@@ -487,7 +488,7 @@ def _rows(
         return codes, scale, zero_point
     x = x if x.stride(1) == 1 else x.contiguous()
     common: dict[str, Any] = {
-        "SMALLEST": SMALLEST_SCALE, "TOP": 2**bits - 1, "DIVIDE": inv_divisor is not None,
+        "SMALLEST": reference.SMALLEST_SCALE, "TOP": 2**bits - 1, "DIVIDE": inv_divisor is not None,
         "PLACE": position is not None, "ROTATION": rotation,
         "enable_fp_fusion": False,  # x * inverse must be rounded before the integer rounding, as in the reference
     }  # fmt: skip
@@ -589,6 +590,12 @@ def quantize_samples(
     return _samples(x, bits, inv_divisor, padding, position, out, Norm(), None, False, rotation)
 
 
+def quantize_wide_samples(x: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `dgq_kernels.quantize_wide_samples`; by torch's own operations."""
+    codes, scale, zero_point = reference.quantize_wide_samples(x, padding)
+    return centred(codes), scale, zero_point
+
+
 def group_norm_quantize_samples(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, bits: int,
     inv_divisor: Tensor | None, padding: int, position: Tensor | None, offset: Tensor | None = None,
@@ -646,7 +653,7 @@ def _samples(
     batch, channels, height, width = x.shape
     size = (batch, channels, height + 2 * padding, width + 2 * padding)
     codes, scale, zero_point = out or (
-        torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last),
+        torch.empty(size, dtype=torch.int8, device=x.device, memory_format=torch.channels_last),
         torch.empty(batch, dtype=torch.float32, device=x.device),
         torch.empty(batch, dtype=torch.int32, device=x.device),
     )
@@ -671,6 +678,6 @@ def _samples(
         quantize_samples_kernel, grid,
         x, norm.centre, norm.gain, bias, inv_divisor, position, below, above, codes, scale, zero_point,
         height, width, channels, padding, below.shape[1],
-        PLACE=position is not None, SMALLEST=SMALLEST_SCALE, TOP=2**bits - 1, BLOCK_RANGES=256, **flags,
+        PLACE=position is not None, SMALLEST=reference.SMALLEST_SCALE, TOP=2**bits - 1, BLOCK_RANGES=256, **flags,
     )  # fmt: skip
     return codes, scale, zero_point
