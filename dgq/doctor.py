@@ -49,6 +49,7 @@ VARIABLES = (
     "DGQ_LOG_ATTENTION",
     "DGQ_AUTOTUNE",
     "DGQ_PDL",
+    "DGQ_ASYNC_WGMMA",
     "DGQ_API_KEY",
     "DGQ_DEBUG",
     "DGQ_VERIFY",

@@ -19,6 +19,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import JITFunction, driver
 
+from . import async_wgmma
+
 _MOST = 16384  # launches that are remembered: forms of calls are many where sizes vary without end
 # What a launch depends on -> the compiled kernel, its compile-time arguments, the kernel (whose id is in the key).
 _known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], Any]] = {}
@@ -76,6 +78,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants
         id(kernel),
         device,
         DEPENDENT,
+        async_wgmma.ASKED,
         *[(x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else x for x in arguments],
         *constants,
         *constants.values(),
@@ -86,6 +89,8 @@ def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants
             _known.clear()
         constants |= _dependent(device)
         compiled = kernel.warmup(*arguments, grid=grid, **constants)
+        if async_wgmma.ASKED:
+            compiled = async_wgmma.edited(compiled)
         every = {"PDL": False, **constants}
         known = compiled, tuple(every[name] for name in kernel.arg_names[len(arguments) :]), kernel
         _known[key] = known

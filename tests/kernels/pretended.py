@@ -36,7 +36,7 @@ from dgq.integer.shared_input import prepare_all
 from dgq.pictures import embedded
 from dgq.tuning.forward import Experts, differentiable
 from dgq.tuning.layout import Layout
-from dgq_kernels import launch, packing
+from dgq_kernels import async_wgmma, launch, packing
 
 log_attention = importlib.import_module("dgq_kernels.log_attention")  # the package has the operator by that name
 LAUNCHES: list[tuple] = []
@@ -261,6 +261,18 @@ def apart():
         say(dependent=launch.DEPENDENT, launched=[given[-1] for *_, given in LAUNCHES[begin:]])
 
 
+def in_flight():
+    """With DGQ_ASYNC_WGMMA=1 the products of int8 weights are other kernels, of the same arguments."""
+    for name, arguments in calls():
+        classes = [len(x) for x in arguments if isinstance(x, list)]
+        if name in ("linear_int8", "conv2d") and classes == [1]:
+            begin = len(LAUNCHES)
+            for async_wgmma.ASKED in (False, True, False):
+                getattr(dgq_kernels, name)(*arguments)
+            kernels = [(function, len(given)) for _, _, function, given in LAUNCHES[begin:]]
+            say(in_flight=name, kernels=[kernels.index(one) for one in kernels])
+
+
 def second_device():
     """Every operator launches where its tensors are, and leaves the device that was current."""
     with contextlib.ExitStack() as stack:
@@ -330,7 +342,7 @@ def main(parts):
     torch.cuda.device, torch.cuda.current_device = current, lambda: CURRENT[0]
     with torch.no_grad():
         for part in parts:
-            if part in ("operators", "again", "apart", "second_device", "tuning"):
+            if part in ("operators", "again", "apart", "in_flight", "second_device", "tuning"):
                 globals()[part]()
             elif part.endswith(".json"):
                 count(part)

@@ -40,10 +40,13 @@ def test_edges_compile_and_launch_where_their_tensors_are():
     """Arguments of 1, unaligned and absent ones, and the types of every operator; float32 may spill. Each operator then
     launches on its tensors' device while another one is current. What is launched a second time is what Triton would
     launch."""
-    rows = pretend("operators", "again", "apart", "second_device")
+    rows = pretend("operators", "again", "apart", "in_flight", "second_device")
     check(rows, spills=True)
     apart = {row["dependent"]: row["launched"] for row in rows if "dependent" in row}
     assert apart == {True: [True, True], False: [False, False]}
+    flying = [(row["in_flight"], row["kernels"]) for row in rows if "in_flight" in row]
+    assert {name for name, kernels in flying if kernels == [0, 1, 0]} == {"linear_int8", "conv2d"}
+    assert all(kernels in ([0, 0, 0], [0, 1, 0]) for _, kernels in flying)
     repeated = [row for row in rows if "again" in row]
     assert {row["again"] for row in repeated} == OPERATORS
     assert all(row["same"] and row["launches"] for row in repeated), [row for row in repeated if not row["same"]]
