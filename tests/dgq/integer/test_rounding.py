@@ -265,7 +265,7 @@ def test_streaming_equals_one_batch():
     whole.add(x)
     for part in x.split(10):
         parts.add(part)
-    assert torch.allclose(whole.moment, parts.moment, rtol=1e-5)
+    assert torch.allclose(whole.moment, parts.moment, rtol=1e-5, atol=1e-4)  # of sums near 40
     assert parts.samples.shape[1] == 6
 
 
