@@ -26,6 +26,7 @@ from dgq_kernels.quantize_activation.groups import PROGRAMS, groups_for
 from ..architectures import architecture, call, network
 from ..errors import DgqError
 from ..family import family_of
+from ..integer.plan import shared_inputs
 
 SYSTEMS = ("fp16", "W8A8 fp16-attention", "W8A8", "W4A8")
 
@@ -236,16 +237,12 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
     after_norm = family.after_norm(net) - after_silu
     found: list[Work] = []
     of_time: list[Work] = []
+    first_of = {name: names[0] for names in shared_inputs(net) for name in names}
+    of_input: dict[str, list[Work]] = {}
     gated = {f"{path}.proj" for path, module in net.named_modules() if type(module).__name__ == "GEGLU"}
 
     def weighted(path: str) -> Any:
-        joined = {"attn1.to_q": 3, "attn2.to_k": 2} if family.fused else {}
-        parts = next((count for end, count in joined.items() if path.endswith(end)), 1)
-        left_out = bool(joined) and path.endswith(("attn1.to_k", "attn1.to_v", "attn2.to_v"))
-
         def hook(module: Any, arguments: tuple[Any, ...], y: torch.Tensor) -> None:
-            if left_out:
-                return
             x, n, k = arguments[0], module.weight.shape[0], module.weight[0].numel()
             kind = "linear" if isinstance(module, torch.nn.Linear) else "conv2d"
             per_sample = kind == "conv2d" and module.kernel_size != (1, 1)
@@ -258,7 +255,6 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
                 x.numel(),
                 n * k,
                 y.numel(),
-                parts=parts,
                 quantize=0 if path in after_norm else 2 if per_sample else 1,
                 gated=path in gated and bool(family.fused),
                 quantized=not family.kept(path),
@@ -268,6 +264,8 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
                 of_time.append(work)
             elif path in split and work.quantized:
                 found.extend(_halves(work, split[path]))
+            elif path in first_of and work.quantized:
+                of_input.setdefault(first_of[path], []).append(work)
             else:
                 found.append(work)
 
@@ -359,6 +357,9 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
         net(**call(net, known.batch, torch.device("meta"), tokens=known.tokens, pixels=known.pixels))
     for reduction in dict.fromkeys(work.reduction for work in of_time):
         found.append(_one([work for work in of_time if work.reduction == reduction]))
+    for together in of_input.values():
+        alike = len({work.channels for work in together}) == 1
+        found.append(replace(together[0], parts=len(together)) if alike else _one(together))
     return found
 
 

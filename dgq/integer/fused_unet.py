@@ -24,7 +24,6 @@ from .adapters import Adapted, direct
 from .attention import LogAttnProcessor
 from .halves import half, repeated, twice
 from .layer import IntegerLayer, is_direct
-from .shared_input import activated
 
 
 class FusedGEGLU(GEGLU):
@@ -187,7 +186,7 @@ class FusedResnetBlock(ResnetBlock2D):
             known: Any = self.time_emb_proj
             plain: Tensor = known(temb if self.skip_time_act else self.nonlinearity(temb))
             return plain
-        return activated(layer, temb, "silu")
+        return layer(temb, activation="silu")
 
 
 class FoldedUpsample(Upsample2D):

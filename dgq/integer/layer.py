@@ -265,13 +265,24 @@ class IntegerLayer(nn.Module):
         if self.plan.upsampled:
             return self.upsample(x[:, :, ::2, ::2], x.shape[2:])
         if needed(x, residual, sample_bias, norm, offset):
-            y = straight_through(self, apply(x, norm, activation, offset), lambda x: IntegerLayer.forward(self, x))
+            y = straight_through(self, apply(x, norm, activation, offset), self._alone)
             y = y if sample_bias is None else y + sample_bias.to(y.dtype)[:, :, None, None]
             return y if residual is None else y + residual
         if self.plan.kind == "pointwise":
             y = self.over_pixels(x, norm, None if residual is None else residual.permute(0, 2, 3, 1), activation)
             return y.permute(0, 3, 1, 2)
-        return self.prepare(x.device).run(self, x, residual, sample_bias, norm, activation, offset, in_place)
+        ready = self.prepare(x.device)
+        if ready.shared is not None and residual is None and norm is None and sample_bias is None and offset is None:
+            taken = ready.shared.take(self, x, activation)
+            if taken is not None:
+                return taken
+        return ready.run(self, x, residual, sample_bias, norm, activation, offset, in_place)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        """`forward` of x, of which nothing else is known."""
+        if self.plan.kind == "pointwise":
+            return self.over_pixels(x).permute(0, 3, 1, 2)
+        return self.prepare(x.device).run(self, x, None, None, None, "none", None)
 
     def upsample(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Of a layer that upsamples, what `forward` gives for the picture (B, C, *size) that x (B, C, H, W) becomes.

@@ -51,7 +51,7 @@ class Prepared:
         tensors: the forms of the weight kept beside the stored tensors.
         column_sum: int32 (N,).
         source: gives the stored tensor, while that is alive.
-        shared: with the layers all over the network that read the same tensor (`shared_input.share`).
+        shared: with the layers that read the same tensor (`shared_input.share`).
     """
 
     fuses = False
@@ -341,7 +341,9 @@ class ByOps(Prepared):
         if joined is not None and joined.fits(layers):
             return joined.multiply(self.codes_of(layers[0], x, norm, activation), x)
         if all(one.fuses for one in ready):
-            return [layer(x, norm=norm, activation=activation) for layer in layers]
+            return [
+                one.run(layer, x, None, None, norm, activation, None) for layer, one in zip(layers, ready, strict=True)
+            ]
         return None
 
     def codes_of(

@@ -59,10 +59,12 @@ def join(layers: Sequence[nn.Module], device: torch.device) -> None:
 
 
 class Shared:
-    """Linear layers all over a network that read one tensor: the first of them to be called computes for all.
+    """Linear layers that read one tensor, in whose calls the first computes for all: those of a network's own forward,
+    wherever they lie.
 
     A result is given out once, to a call with the very tensor that it was made of: layers that read others, or are
-    called in another order or again, compute as they would alone.
+    called in another order or again, compute as they would alone. Where others are left twice running, as by an
+    attention that calls but some of its layers, all do from then on.
 
     Attributes:
         layers: the layers, whose handling of the input is alike.
@@ -70,31 +72,35 @@ class Shared:
 
     def __init__(self, layers: list[IntegerLayer]) -> None:
         self.layers = layers
-        self._last: tuple[Tensor, int, dict[IntegerLayer, Tensor]] | None = None
+        # the tensor, its version, what was done to it first; what has not been given out
+        self._last: tuple[Tensor, int, Activation, dict[IntegerLayer, Tensor]] | None = None
+        self._left = 0  # times running that a result was not asked for
 
     def take(self, layer: IntegerLayer, x: Tensor, activation: Activation) -> Tensor | None:
         """layer(x, activation=activation), the same bit for bit; None where it is to be computed alone."""
         if torch.compiler.is_compiling() or x.is_inference():  # such a tensor does not tell whether it was changed
             return None
         last = self._last
-        if last is None or last[0] is not x or last[1] != x._version or layer not in last[2]:
+        if last is None or last[0] is not x or last[1:3] != (x._version, activation) or layer not in last[3]:
+            self._last = None
+            self._left += last is not None
             forms = [one.prepared(x.device) for one in self.layers]
             ready = [form for form in forms if form is not None]
-            if len(ready) < len(forms):  # the weights of some are away
+            if self._left > 1 or len(ready) < len(forms):  # or the weights of some are away
                 return None
             results = ready[0].together(self.layers, ready, x, None, activation)
             if results is None:
                 return None
-            last = self._last = x, x._version, dict(zip(self.layers, results, strict=True))
-        result = last[2].pop(layer, None)
-        if not last[2]:
-            self._last = None
+            last = self._last = x, x._version, activation, dict(zip(self.layers, results, strict=True))
+        result = last[3].pop(layer, None)
+        if not last[3]:
+            self._last, self._left = None, 0
         return result
 
 
 def share(layers: Iterable[nn.Module], device: torch.device) -> None:
-    """Let those of these linear layers that handle an input alike compute together where they read the same tensor
-    (`activated`), as one product where ops and formats allow."""
+    """Let those of these linear layers that handle an input alike compute together where they are called with the same
+    tensor, as one product where ops and formats allow."""
     groups: list[list[IntegerLayer]] = []
     for layer in layers:
         if not (isinstance(layer, IntegerLayer) and is_direct(layer, "linear")):
@@ -121,16 +127,6 @@ def _alike(one: IntegerLayer, other: IntegerLayer, device: torch.device) -> bool
         return False
     formats = {(layer.plan.wbits, layer.plan.weight_group, tuple(layer.plan.class_ends)) for layer in (one, other)}
     return len(formats) == 1 and _share_codes([one, other], [first, second])
-
-
-def activated(layer: IntegerLayer | Adapted, x: Tensor, activation: Activation) -> Tensor:
-    """layer(x, activation=activation), computed with those that `share` found to read x too."""
-    if isinstance(layer, IntegerLayer) and layer._prepared is not None and not needed(x):
-        shared = layer._prepared.shared
-        result = None if shared is None else shared.take(layer, x, activation)
-        if result is not None:
-            return result
-    return layer(x, activation=activation)
 
 
 def rescale_joined(layers: Iterable[IntegerLayer]) -> None:
@@ -183,7 +179,7 @@ def prepare_all(model: nn.Module, device: torch.device) -> None:
             # quantized layers then read its result without a copy
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for names in shared_inputs(model):
-        join([model.get_submodule(name) for name in names], device)
+        share([model.get_submodule(name) for name in names], device)
     ends = family_of(model).time_layers
     share([module for name, module in model.named_modules() if name.rpartition(".")[2] in ends], device)
 

@@ -34,6 +34,7 @@ from dgq.integer.channels import no_groups
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.on_the_fly import round_to_nearest
 from dgq.integer.plan import Layer, input_owners, plan_layer
+from dgq.integer.shared_input import Shared
 from dgq.integer.skeleton import SplitLayer, stored_names
 from dgq.pictures.generation import Settings, check_prompts, generate
 from dgq.recipe import LayerPlan, Recipe
@@ -185,6 +186,31 @@ def test_layers_that_read_one_tensor_are_treated_alike(made: Made) -> None:
     assert set(seen) == set(owners)
     for name in together:
         assert seen[name] == seen[owners[name]], name
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.slow)])
+def test_layers_that_read_one_tensor_compute_together(
+    made: Made, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every call of the network all take what the first made, and the picture is the one of layers left alone."""
+    monkeypatch.setenv("DGQ_BACKEND", backend)
+    pipe = dgq.load(made.folder, device="cpu")
+    layers = [layer for layer in network_of(pipe).modules() if isinstance(layer, IntegerLayer)]
+    groups = {ready.shared for layer in layers if (ready := layer._prepared) is not None and ready.shared is not None}
+    assert groups
+    taken, take = [0], Shared.take
+
+    def counted(*arguments: Any) -> Any:
+        found = take(*arguments)
+        taken[0] += found is not None
+        return found
+
+    monkeypatch.setattr(Shared, "take", counted)
+    together = generate(pipe, ["a cat"], made.settings)[0].image
+    assert taken[0] >= STEPS * sum(len(group.layers) for group in groups)
+    assert all(group._last is None and group._left == 0 for group in groups)
+    monkeypatch.setattr(Shared, "take", lambda *_: None)
+    assert np.array_equal(np.asarray(generate(pipe, ["a cat"], made.settings)[0].image), np.asarray(together))
 
 
 def test_a_checkpoint_is_inspected_measured_and_evaluated(made: Made) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +15,7 @@ from dgq.integer.channels import form_groups, no_groups
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.on_the_fly import round_to_nearest
 from dgq.integer.plan import plan_layer
-from dgq.integer.shared_input import activated, prepare_all, rescale_joined, share
+from dgq.integer.shared_input import prepare_all, rescale_joined, share
 from dgq.recipe import Recipe
 from dgq_kernels import native
 from tests.dgq.integer.test_fused_unet import call, quantize, unet
@@ -45,6 +46,13 @@ def layer(n, wbits=8, divide=False):
     return IntegerLayer.from_quantized(plan, weight, groups, module.bias.detach())
 
 
+def shared(*layers):
+    """(layers that share, copies of them that do not)"""
+    apart = copy.deepcopy(layers)
+    share(layers, CPU)
+    return layers, apart
+
+
 @pytest.fixture(params=["cpu", "triton"])
 def backend(request, monkeypatch):
     monkeypatch.setenv("DGQ_BACKEND", request.param)
@@ -55,14 +63,13 @@ def backend(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_each_gets_what_it_gives_alone(backend, dtype):
     torch.manual_seed(0)
-    layers = [layer(32), layer(64), layer(32, divide=True), layer(32), layer(64, 4), layer(32, divide=True)]
-    layers += [layer(64), layer(64, 4)]
-    share(layers, CPU)
+    some = [layer(32), layer(64), layer(32, divide=True), layer(32), layer(64, 4), layer(32, divide=True)]
+    layers, apart = shared(*some, layer(64), layer(64, 4))
     for seed in range(2):
         x = torch.randn(2, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
         with Ran() as ran:
-            together = [activated(one, x, "silu") for one in layers]
-        for one, y in zip(layers, together, strict=True):
+            together = [one(x, activation="silu") for one in layers]
+        for one, y in zip(apart, together, strict=True):
             assert torch.equal(y, one(x, activation="silu"))
     if backend == "triton":  # 8 bits, 8 bits divided, 4 bits
         assert (ran.times["silu_quantize_rows"], ran.times["linear_int8"], ran.times["linear_int4"]) == (3, 2, 1)
@@ -71,58 +78,101 @@ def test_each_gets_what_it_gives_alone(backend, dtype):
 @torch.no_grad()
 def test_results_are_of_the_tensor_that_is_asked_for(backend):
     torch.manual_seed(0)
-    layers = [layer(32) for _ in range(3)]
-    share(layers, CPU)
-    x, other = torch.randn(2, K), torch.randn(2, K)
-    for one, given in ((0, x), (1, other), (0, other), (1, x), (1, x), (2, other), (2, x)):
-        assert torch.equal(activated(layers[one], given, "silu"), layers[one](given, activation="silu"))
-    activated(layers[0], x, "silu")
+    (layers, apart), (x, other) = shared(*[layer(32) for _ in range(3)]), torch.randn(2, 2, K)
+
+    def check(one, given, **done):
+        assert torch.equal(layers[one](given, **done), apart[one](given, **done))
+
+    def take_all():
+        for one in range(3):
+            check(one, x)
+
+    for order in ((0, x), (1, other)), ((0, other), (1, x)), ((1, x), (2, other)), ((2, x),):
+        for one, given in order:
+            check(one, given)
+        take_all()
+    check(0, x)
+    check(1, x, activation="silu")
+    take_all()
+    check(0, x)
+    check(1, x, residual=torch.ones(2, 32))
+    check(2, x, norm=nn.LayerNorm(K))
+    take_all()
+    check(0, x)
     x.mul_(2)
-    assert torch.equal(activated(layers[1], x, "silu"), layers[1](x, activation="silu"))
+    check(1, x)
     with torch.inference_mode():
         y = torch.randn(2, K)
-        activated(layers[0], y, "silu")
+        check(0, y)
         y.mul_(2)
-        assert torch.equal(activated(layers[1], y, "silu"), layers[1](y, activation="silu"))
+        check(1, y)
     rows = torch.randn(2, K, requires_grad=True)
-    with torch.enable_grad():
-        activated(layers[0], rows, "silu").sum().backward()
+    with torch.enable_grad(), Ran() as ran:
+        layers[0](rows).sum().backward()
     assert rows.grad is not None
+    if backend == "triton":
+        assert ran.times["quantize_rows"] == 1
+        assert layers[0]._prepared.joined is not None
+
+
+@torch.no_grad()
+def test_results_that_nobody_asks_for_are_not_made_for_long(backend):
+    """Where an attention calls but its values, or tensors that are made anew for each layer."""
+    (layers, apart), (x, other) = shared(*[layer(32) for _ in range(3)]), torch.randn(2, 2, K)
+    for one, given in ((2, x), (2, other), *[(one, x.clone()) for one in range(3)], (0, x), (1, x), (2, x)):
+        assert torch.equal(layers[one](given), apart[one](given))
+    assert layers[0]._prepared.shared._last is None  # holds nothing
+
+
+@torch.no_grad()
+def test_the_projections_of_a_plain_attention(backend):
+    """As diffusers calls them: the input is quantized once."""
+    attention = Attention(K, heads=2, dim_head=24, bias=True)
+    for name in ("to_q", "to_k", "to_v"):
+        setattr(attention, name, layer(K))
+    apart = copy.deepcopy(attention)
+    prepare_all(attention, CPU)
+    x = torch.randn(1, 5, K)
+    with Ran() as ran:
+        y = attention(x)
+    assert torch.equal(y, apart(x))
+    if backend == "triton":
+        assert (ran.times["quantize_rows"], ran.times["linear_int8"]) == (1, 1)
 
 
 @torch.no_grad()
 def test_tuned_scales_take_them_apart_and_put_them_together(backend):
     torch.manual_seed(0)
-    layers = [layer(32) for _ in range(3)]
-    share(layers, CPU)
+    layers, apart = shared(*[layer(32) for _ in range(3)])
     x = torch.randn(2, K)
-    plain = [one(x, activation="silu") for one in layers]
+    plain = [one(x) for one in apart]
     for divisors in ([torch.rand(K) + 0.5 for _ in layers], [torch.full((K,), 0.5)] * 3):
-        for one, divisor in zip(layers, divisors, strict=True):
-            one.set_scales(one.weight_scale * 3, divisor)
+        for pair in zip(layers, apart, divisors, strict=True):
+            for one in pair[:2]:
+                one.set_scales(one.weight_scale * 3, pair[2])
         rescale_joined(layers)
-        alone = [one(x, activation="silu") for one in layers]
+        alone = [one(x) for one in apart]
         for one, y, before in zip(layers, alone, plain, strict=True):
-            assert torch.equal(activated(one, x, "silu"), y)
+            assert torch.equal(one(x), y)
             assert not torch.equal(y, before)
     for one in layers:
         one.clear_scales()
     rescale_joined(layers)
-    assert all(torch.equal(activated(one, x, "silu"), y) for one, y in zip(layers, plain, strict=True))
+    assert all(torch.equal(one(x), y) for one, y in zip(layers, plain, strict=True))
 
 
 @torch.no_grad()
 def test_a_layer_whose_weight_is_away_or_another(backend):
     """Offloading exchanges the stored tensor, loading a state gives up the form: the others go on alone."""
     torch.manual_seed(0)
-    layers = [layer(32) for _ in range(3)]
-    share(layers, CPU)
+    layers, apart = shared(*[layer(32) for _ in range(3)])
     x = torch.randn(2, K)
     changed = layers[1]
-    changed.load_state_dict({**changed.state_dict(), "weight_scale": 2 * changed.weight_scale})
-    assert all(torch.equal(activated(one, x, "silu"), one(x, activation="silu")) for one in layers)
+    for one in (changed, apart[1]):
+        one.load_state_dict({**one.state_dict(), "weight_scale": 2 * one.weight_scale})
+    assert all(torch.equal(one(x), other(x)) for one, other in zip(layers, apart, strict=True))
     changed.restore()
-    assert torch.equal(activated(layers[0], x, "silu"), layers[0](x, activation="silu"))
+    assert torch.equal(layers[0](x), apart[0](x))
     assert changed._prepared is None  # nobody packed it for another layer's sake
 
 
