@@ -207,13 +207,13 @@ def test_tuning_measures_each_shape_once(monkeypatch):
 
 
 @pytest.mark.parametrize("capturing", [False, True])
-@pytest.mark.parametrize("wanted", ["", "1"])
+@pytest.mark.parametrize("wanted", [False, True])
 def test_the_environment_asks_for_tuning(monkeypatch, wanted, capturing):
     """With a pretended device: measured only where asked for, and not inside a CUDA graph."""
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(tiles, "_measured", {})
     tiles._machine.cache_clear()
-    monkeypatch.setenv("DGQ_AUTOTUNE", wanted)
+    monkeypatch.setattr(tiles, "AUTOTUNE", wanted)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     properties = type(
         "Properties",

@@ -67,6 +67,9 @@ class Machine(NamedTuple):
         return size <= self.cache // 2
 
 
+# Read once: looking into the environment takes the host a microsecond or two.
+AUTOTUNE = os.environ.get("DGQ_AUTOTUNE") == "1"
+
 # Kind of product -> major compute capability -> tiles, the largest first. Chosen by the compile table
 # (../aot.csv): fewest instructions per product, no spill under any release; 8.6, 8.9 and 12.0 have 99 KiB of
 # shared memory. "shifted" has shift classes; "int4" serves both sizes of groups. int8 on 9.0: of fifteen tiles that an
@@ -264,7 +267,7 @@ def pick(
     if triton.knobs.runtime.interpret:
         return Tiling(INTERPRETER)
     machine = _machine(device)
-    if os.environ.get("DGQ_AUTOTUNE") == "1" and not torch.cuda.is_current_stream_capturing():
+    if AUTOTUNE and not torch.cuda.is_current_stream_capturing():
         key = (kernel, kind, rows, channels, reduction, length, device)
         return fastest(key, tilings(kind, machine.capability[0], length), lambda t: _milliseconds(run, t))
     return choose(kind, rows, channels, reduction, length, machine)
