@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dgq_kernels
 from dgq_kernels import backend, native
+from dgq_kernels.codes import unsigned
 from dgq_kernels.conv2d import cpu as conv2d_cpu
 from dgq_kernels.conv2d import reference as conv2d_reference
 from dgq_kernels.linear import cpu as linear_cpu
@@ -73,7 +74,8 @@ def _test(mine: Sequence[Sample], device: torch.device) -> float:
         moved = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
         got, expected = backend.OPERATORS[name](*moved), reference(name)(*arguments)
         measure = relative_error if exact else _beyond_rounding
-        errors += [measure(a, b) for a, b in zip(_results(got), _results(expected), strict=True)]
+        for value, right in zip(_results(got), _results(expected), strict=True):  # codes in either form
+            errors.append(measure(unsigned(value) if right.dtype == torch.uint8 else value, right))
     return max(errors)
 
 

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from dgq import doctor
-from dgq.self_test import relative_error
+from dgq.self_test import relative_error, self_test
 from dgq_cli import doctor_command
 from dgq_kernels import backend, native
 
@@ -37,6 +37,17 @@ def test_json_of_a_healthy_machine(dgq_command: Run, monkeypatch: pytest.MonkeyP
     assert data["machine"]["cpu_path"] in ("full", "split", "reference")
     assert data["embedded"]["status"] in ("ok", "missing", "unverified")
     assert data["disk"]["here"]["free_bytes"] > 0
+
+
+@pytest.mark.parametrize("chosen", ["triton", "reference"])
+def test_every_backend_passes_its_self_test(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where codes have another form than the references'."""
+    if chosen == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("DGQ_BACKEND", chosen)
+    checks = self_test(torch.device("cpu"))
+    assert len(checks) >= 20
+    assert not [check for check in checks if not check.ok]
 
 
 def test_a_wrong_op_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
