@@ -25,16 +25,12 @@ def _share_codes(layers: Sequence[IntegerLayer], ready: Sequence[ByOps]) -> bool
     return len(sizes) == 1 and same(divisors) and same([one.position for one in ready])
 
 
-def join(layers: Sequence[nn.Module], device: torch.device) -> None:
-    """Let linear layers that read the same input run as one product on this device, where its ops and the layers'
-    formats allow; their weights are then slices of one tensor."""
-    own = [layer for layer in layers if isinstance(layer, IntegerLayer) and layer.plan.kind == "linear"]
-    if len(own) < len(layers) or len(own) < 2:
-        return
+def _join(own: list[IntegerLayer], device: torch.device) -> None:
+    """Let linear layers that handle an input alike (`_alike`) run as one product where this device's ops can; their
+    weights are then slices of one tensor."""
     forms = [layer.prepare(device) for layer in own]
-    ready: list[ByOps] = [one for one in forms if isinstance(one, Dense | Packed) and one.fuses]
-    formats = {(layer.plan.wbits, layer.plan.weight_group, tuple(layer.plan.class_ends)) for layer in own}
-    if len(ready) < len(own) or len(formats) > 1 or not _share_codes(own, ready):
+    ready: list[ByOps] = [one for one in forms if isinstance(one, Dense | Packed)]
+    if len(ready) < len(own):
         return
     sizes = [layer.out_features for layer in own]
     subscales = None
@@ -84,9 +80,11 @@ class Shared:
         if last is None or last[0] is not x or last[1:3] != (x._version, activation) or layer not in last[3]:
             self._last = None
             self._left += last is not None
+            if self._left > 1:
+                return None
             forms = [one.prepared(x.device) for one in self.layers]
             ready = [form for form in forms if form is not None]
-            if self._left > 1 or len(ready) < len(forms):  # or the weights of some are away
+            if len(ready) < len(forms):  # the weights of some are away
                 return None
             results = ready[0].together(self.layers, ready, x, None, activation)
             if results is None:
@@ -112,7 +110,7 @@ def share(layers: Iterable[nn.Module], device: torch.device) -> None:
             group.append(layer)
     for group in groups:
         if len(group) > 1:
-            join(group, device)
+            _join(group, device)
             shared = Shared(group)
             for layer in group:
                 layer.prepare(device).shared = shared
@@ -139,7 +137,7 @@ def rescale_joined(layers: Iterable[IntegerLayer]) -> None:
 
 def project(layers: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = None) -> list[Tensor]:
     """The results of several layers on one input (..., C), normalized first; normalized and quantized once where the
-    engine can, or in one product where they were joined (`join`)."""
+    engine can, or in one product where they were joined (`share`)."""
     found = [direct(layer, "linear") for layer in layers]
     own = [one.layer if isinstance(one, Adapted) else one for one in found if one is not None]
     adapted = {i: one for i, one in enumerate(found) if isinstance(one, Adapted)}
