@@ -112,7 +112,8 @@ class Work:
         layers: float layers that the quantized system joins into this product, whose channels it has in all.
         goes_on: in float a part of the product before, whose input is two tensors side by side.
         quantize: launches of a quantization of the input alone, or of what only a SiLU makes of it.
-        rereads: of a norm, how often the quantizing op reads its input once more.
+        rereads: whether the quantizing op reads a norm's input once more.
+        merges: whether it makes the statistics of several programs one, a launch more.
         silu: of a norm: a SiLU follows, a pass of its own in float.
         gated: a product whose epilogue, in the quantized system, makes one value of two; or the pass after it.
         quantized: False for what stays float in every system.
@@ -132,7 +133,8 @@ class Work:
     layers: int = 1
     goes_on: bool = False
     quantize: int = 0
-    rereads: int = 0
+    rereads: bool = False
+    merges: bool = False
     silu: bool = False
     gated: bool = False
     quantized: bool = True
@@ -315,9 +317,7 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
 
         def hook(module: Any, _arguments: Any, y: Any) -> None:
             size = (y if isinstance(y, torch.Tensor) else y[0]).numel()
-            rereads = 0
-            if kind == "group norm":  # statistics and codes read it, and the range of a sample, where it is apart
-                rereads = 1 + (resnet and not _ranges(y, module.num_groups))
+            of_groups = kind == "group norm"  # statistics and codes read it
             found.append(
                 Work(
                     kind,
@@ -327,7 +327,8 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
                     read * size,
                     0,
                     size,
-                    rereads=rereads,
+                    rereads=of_groups,
+                    merges=of_groups and resnet and _merges(y, module.num_groups),
                     silu=resnet,
                     gated=kind == "geglu",
                     quantized=quantized and bool(family.fused),
@@ -381,11 +382,10 @@ def _one(works: list[Work]) -> Work:
     return replace(works[0], channels=channels, weights=weights, outputs=outputs, layers=len(works))
 
 
-def _ranges(x: torch.Tensor, groups: int) -> bool:
-    """Whether the statistics of a norm have its range too."""
-    pixels = x[0, 0].numel()
+def _merges(x: torch.Tensor, groups: int) -> bool:
+    """Whether several programs share the statistics of a norm's group."""
     most = max(1, PROGRAMS // (len(x) * groups))
-    return groups_for(pixels, x.shape[1] // groups, most).ranges(pixels)
+    return groups_for(x[0, 0].numel(), x.shape[1] // groups, most, ranges=True).parts > 1
 
 
 @dataclass(frozen=True)
@@ -447,7 +447,7 @@ def _pass(work: Work, system: str, device: Device) -> Cost:
     read = 2 * (work.outputs if quantized and work.gated else work.inputs)
     again = read if read > device.cache * 1e6 else 0
     if quantized:
-        return Cost(read + work.outputs, work.rereads * again, launches=1 + work.rereads)
+        return Cost(read + work.outputs, work.rereads * again, launches=1 + work.rereads + work.merges)
     # torch: a norm's statistics apart, SiLU after those of residual blocks and GEGLU's product as passes of their own
     launches = {"group norm": 2 + work.silu, "geglu": 2}.get(work.kind, 1)
     more = (again if work.rereads else 0) + (4 * work.outputs if work.silu else 0)

@@ -18,6 +18,7 @@ FLOAT_KERNELS = {
     "quantize_rows_kernel",
     "quantize_long_rows_kernel",
     "group_statistics_kernel",
+    "merge_parts_kernel",
     "sample_range_kernel",
     "quantize_samples_kernel",
     "base2_rows_kernel",

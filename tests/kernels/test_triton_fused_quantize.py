@@ -190,13 +190,13 @@ def test_norms_of_large_means_and_constant_inputs():
     check("group_norm_quantize_samples", torch.full((1, 4, 5, 5), 7.0), 2, None, None, 1e-5, True, 8, None, 1, None)
 
 
-@pytest.mark.parametrize(("batch", "groups", "parts"), [(1, 2, 8), (2, 16, 4)])
+@pytest.mark.parametrize(("batch", "groups", "parts"), [(1, 2, 16), (2, 16, 4)])
 @pytest.mark.parametrize("spread", [0.0, 300.0])
 def test_statistics_of_several_parts(batch, groups, parts, spread):
     """Of images that no program holds at once, of which the last parts are ragged or empty; with means that fall from
     pixel to pixel."""
     channels, height, width = 40 * groups, 33, 37
-    assert kernels.groups_for(height * width, 40, kernels.PROGRAMS // (batch * groups)).parts == parts
+    assert kernels.groups_for(height * width, 40, kernels.PROGRAMS // (batch * groups), True).parts == parts
     x = image(batch, channels, height, width, offset=20.0)
     x += torch.linspace(spread, 0, height * width).view(height, width)
     weight, bias = gains(channels)
@@ -207,21 +207,51 @@ def test_statistics_of_several_parts(batch, groups, parts, spread):
         check("group_norm_quantize_samples", x.half(), 2, None, None, 1e-5, False, 4, weight.abs() + 0.1, 0, None)
 
 
-def test_a_norm_is_one_launch_more(monkeypatch):
-    """The statistics' parts are made one by the kernel that needs them."""
+def test_kernels_of_a_norm(monkeypatch):
+    """The range follows from the statistics; a pass of its own takes it where a rotation mixes groups."""
     launched = []
-    for name in ("group_statistics_kernel", "sample_range_kernel", "quantize_samples_kernel", "quantize_rows_kernel"):
-        kernel = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, Noted(kernel, name, launched))
+    statistics, merge, *rest = (
+        f"{name}_kernel"
+        for name in ("group_statistics", "merge_parts", "sample_range", "quantize_samples", "quantize_rows")
+    )
+    reach, samples, rows = rest
+    for name in (statistics, merge, *rest):
+        monkeypatch.setattr(kernels, name, Noted(getattr(kernels, name), name, launched))
+
+    def of(x: torch.Tensor, rotation: int = 0) -> list[str]:
+        launched.clear()
+        kernels.group_norm_quantize_samples(x, 2, None, None, 1e-5, True, 8, None, 1, None, None, rotation)
+        return list(launched)
+
     x = image(1, 80, 33, 27).to(DEVICE)
-    kernels.group_norm_quantize_samples(x, 2, None, None, 1e-5, True, 8, None, 1, None)
+    assert of(x) == [statistics, merge, samples]
+    assert of(x, 16) == [statistics, merge, reach, samples]
+    assert of(x[:, :, :16]) == [statistics, samples]  # two tiles are one part
+    assert of(x[:, :, :16], 16) == [statistics, reach, samples]
+    launched.clear()
     kernels.group_norm_quantize_rows(x, 2, None, None, 1e-5, 8, None, None)
-    samples = ["group_statistics_kernel", "sample_range_kernel", "quantize_samples_kernel"]
-    assert launched == [*samples, "group_statistics_kernel", "quantize_rows_kernel"]
-    launched.clear()  # of two tiles the statistics' program tells the range too, where no rotation mixes groups
-    for rotation in (0, 16):
-        kernels.group_norm_quantize_samples(x[:, :, :16], 2, None, None, 1e-5, True, 8, None, 1, None, None, rotation)
-    assert launched == [samples[0], samples[2], *samples]
+    assert launched == [statistics, rows]
+
+
+@pytest.mark.parametrize(("size", "parts"), [((3, 7), 1), ((66, 67), 16)])
+def test_the_range_of_silu_is_that_of_its_channels_ends(size, parts):
+    """A channel that lies to both sides of SiLU's turn reaches down to its least value, even where no pixel has it;
+    divisors, negative ones too, scale that."""
+    shape = (1, 32, *size)
+    assert kernels.groups_for(size[0] * size[1], 16, kernels.PROGRAMS // 2, True).parts == parts
+    x = 3.0 * (-1.0) ** torch.arange(32 * size[0] * size[1]).view(shape)
+    for divisor, low, high in (
+        (None, reference.SILU_LEAST, 0.731),
+        (torch.full((32,), 2.0), 2 * reference.SILU_LEAST, 2 * 0.731),
+        (torch.full((32,), -1.0), -0.731, -reference.SILU_LEAST),
+    ):
+        # -1 and 1 become -2 and 1
+        gain, offset = torch.full((32,), 1.5), torch.full((32,), -0.5)
+        arguments = (2, gain, offset, 1e-5, True, 8, divisor, 1, None)
+        check("group_norm_quantize_samples", x, *arguments)
+        _, scale, zero_point = kernels.group_norm_quantize_samples(*move(x, *arguments))
+        assert float(scale) == pytest.approx((high - low) / 255, rel=0.05)
+        assert float(-scale * zero_point) == pytest.approx(low, abs=0.02)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 27), (33, 27)])

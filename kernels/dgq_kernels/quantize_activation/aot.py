@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,11 +21,11 @@ def cases(major: int) -> Iterator[aot_case.Case]:
         "codes_ptr": "*i8",
         "scale_ptr": "*fp32",
         "zero_point_ptr": "*i32",
-        **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "shift", "centre", "gain")},
+        **{f"{name}_ptr": "*fp32" for name in ("mean", "square", "low", "high", "shift", "centre", "gain")},
         "below_ptr": "*i32",
         "above_ptr": "*i32",
     }
-    flags = {
+    usual = {
         "DIVIDE": True,
         "PLACE": True,
         "ROTATION": 0,
@@ -39,7 +40,7 @@ def cases(major: int) -> Iterator[aot_case.Case]:
 
     def case(kernel: Any, config: quantize.Config, note: str, **constants: Any) -> aot_case.Case:
         tile = {"BLOCK_ROWS": config.rows, "BLOCK_CHANNELS": config.channels}
-        every = {**flags, **tile, **constants}
+        every = {**usual, **tile, **constants}
         mine = {name: value for name, value in every.items() if name in kernel.arg_names}
         return aot_case.case(kernel, config, pointers, mine, config.warps, 3, note, integer=False)
 
@@ -68,23 +69,23 @@ def cases(major: int) -> Iterator[aot_case.Case]:
     for pixels, channels in ((4096, 320), (256, 1280)):
         tile = quantize.sample_config_for(2, pixels, channels)
         group = channels // 32
-        for most in (1, 4):
-            groups = quantize.groups_for(pixels, group, most)
-            if most == 1 or groups.parts > 1:
-                note, parts = f"group={group} parts={groups.parts}", {"GROUP": group, "PARTS": groups.parts}
-                whole = quantize.Config(groups.rows, groups.channels, groups.warps)
-                yield case(quantize.group_statistics_kernel, whole, note, SHIFT=True, **parts)
-                if groups.ranges(pixels):
-                    yield case(
-                        quantize.group_statistics_kernel, whole, f"{note} range", SHIFT=True, RANGE=True, **parts
-                    )
+        for most, ranges in itertools.product((1, 4), (False, True)):
+            groups = quantize.groups_for(pixels, group, most, ranges)
+            if most > groups.parts:
+                continue
+            note = f"group={group} parts={groups.parts}" + (" range" if ranges else "")
+            flags = {"GROUP": group, "PARTS": groups.parts, "SHIFT": True, "RANGE": ranges}
+            whole = quantize.Config(groups.rows, groups.channels, groups.warps)
+            yield case(quantize.group_statistics_kernel, whole, note, **flags)
+            if groups.parts > 1:
+                yield case(quantize.merge_parts_kernel, quantize.Config(1, groups.channels, 1), note, **flags)
         for norm, note in ((False, "plain"), (True, "norm silu")):
             fused = {"NORM": norm, "SILU": norm, "OFFSET": norm}
-            merge = {**parts, "SHIFT": True} if norm else {"GROUP": 1, "PARTS": 1}
-            yield case(quantize.sample_range_kernel, tile, note, **fused, **merge)
+            if not norm:
+                yield case(quantize.sample_range_kernel, tile, note, **fused)
             yield case(quantize.quantize_samples_kernel, tile, note, BLOCK_RANGES=256, **fused)
             block = 256 if channels % 256 == 0 else 64
             turned = {"PLACE": False, "ROTATION": block, **fused}
             wide, note = quantize.sample_config_for(2, pixels, channels, block), f"{note} rotated by {block}"
-            yield case(quantize.sample_range_kernel, wide, note, **turned, **merge)
+            yield case(quantize.sample_range_kernel, wide, note, **turned)
             yield case(quantize.quantize_samples_kernel, wide, note, BLOCK_RANGES=256, **turned)

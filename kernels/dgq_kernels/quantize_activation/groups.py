@@ -17,20 +17,18 @@ class Groups(NamedTuple):
     parts: int
     share: int
 
-    def ranges(self, pixels: int) -> bool:
-        """Whether the range of what follows the norm is taken with them, a launch less."""
-        return pixels <= 2 * self.rows
-
 
 @functools.cache
-def groups_for(pixels: int, group: int, most_parts: int) -> Groups:
-    """One program for each group of a part, of up to 16384 values at once; parts of one tile or more. Two tiles are
-    not shared: one program can go on with their range, which is a launch less."""
+def groups_for(pixels: int, group: int, most_parts: int, ranges: bool) -> Groups:
+    """One program for each group of a part, of up to 16384 values at once, or of 8192 where the ranges of channels,
+    which take registers, are wanted too; parts of one tile or more. So many as two large tiles hold are not shared: to
+    make parts one takes a launch."""
     channels = _power_of_2(group)
-    rows = min(max(1, 16384 // channels), _power_of_2(pixels))
+    values = 8192 if ranges else 16384
+    rows = min(max(1, values // channels), _power_of_2(pixels))
     tiles = -(-pixels // rows)
-    parts = min(most_parts, _power_of_2(tiles)) if tiles > 2 else 1
-    warps = min(16, max(4, rows * channels // 1024))
+    parts = min(most_parts, _power_of_2(tiles)) if pixels * channels > 32768 else 1
+    warps = min(16, max(4, rows * channels * 16 // values))
     return Groups(rows, channels, warps, parts, -(-tiles // parts) * rows)
 
 

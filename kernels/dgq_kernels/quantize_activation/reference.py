@@ -10,6 +10,8 @@ from ..rotation import rotate
 
 # Smaller ranges count as zero, so that the reciprocal of a scale is always finite.
 SMALLEST_SCALE = 1e-30
+# x * sigmoid(x) falls down to this place, where it is so much, and rises from there.
+SILU_TURNS, SILU_LEAST = -1.2784645427610738, -0.2784645427610738
 
 
 def _codes(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,10 +116,10 @@ def quantize_samples(
     return _padded(_placed(codes, position, 1), zero_point, padding), scale.flatten(), zero_point.flatten()
 
 
-def sample_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def sample_codes(x: Tensor, bits: int, ends: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of float32 (B, C, H, W), uint8 or of more than 8 bits int32, scale float32 and zero point int32
-    (B, 1, 1, 1)."""
-    low, high = (bound.view(-1, 1, 1, 1) for bound in torch.aminmax(x.flatten(1), dim=1))
+    (B, 1, 1, 1). `ends` are those of the range, (B,)."""
+    low, high = (end.view(-1, 1, 1, 1) for end in ends or torch.aminmax(x.flatten(1), dim=1))
     codes, scale, zero_point = _codes(x, low, high, bits)
     return codes, scale, zero_point.to(torch.int32)
 
@@ -162,4 +164,24 @@ def group_norm_quantize_samples(
     if offset is not None:
         x = x.float() + offset.float()[:, :, None, None]
     y = _group_norm(x, groups, weight, bias, eps)
-    return quantize_samples(functional.silu(y) if silu else y, bits, inv_divisor, padding, position, rotation)
+    if not silu:
+        return quantize_samples(y, bits, inv_divisor, padding, position, rotation)
+    if rotation:
+        return quantize_samples(functional.silu(y), bits, inv_divisor, padding, position, rotation)
+    ends = _silu_ends(y, inv_divisor)
+    y = functional.silu(y)
+    if inv_divisor is not None:
+        y = y * inv_divisor[:, None, None]
+    codes, scale, zero_point = sample_codes(y, bits, ends)
+    return _padded(_placed(codes, position, 1), zero_point, padding), scale.flatten(), zero_point.flatten()
+
+
+def _silu_ends(y: Tensor, inv_divisor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The ends (B,) of a range that holds SiLU(y) * inv_divisor for y (B, C, H, W), from those of each channel of y:
+    one pass over y is enough to know them. SiLU's least value is taken for one of a channel that lies to both sides."""
+    low, high = y.amin((2, 3)), y.amax((2, 3))
+    least = torch.where((low < SILU_TURNS) & (high > SILU_TURNS), SILU_LEAST, functional.silu(low))
+    ends = torch.stack((least, functional.silu(low), functional.silu(high)))
+    if inv_divisor is not None:
+        ends = ends * inv_divisor
+    return ends.amin((0, 2)), ends.amax((0, 2))

@@ -1,9 +1,9 @@
 """Activation quantization on CUDA, alone or fused with the norm or activation that precedes it.
 
 Rows: one program holds whole rows in registers, so the input is read once. Samples: the range of a whole image is
-needed before the first code, so a pass for the range and one for the codes, and with a norm one for its statistics:
-each pass is one kernel. Partial results go through memory, and the next pass makes them one, in a fixed order, never
-through atomics, so results do not vary from run to run.
+needed before the first code, so a pass for the range and one for the codes. With a norm a pass for its statistics, from
+which the range follows too, but where channels are rotated. Each pass is one kernel. Partial results go through memory,
+and the next kernel makes them one, in a fixed order, never through atomics, so results do not vary from run to run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ _ROUND_TRICK = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a small 
 _SIGN = tl.constexpr(-(1 << 31))
 # What a row is before its quantization: itself, normalized, gated, activated, or normalized over a group of pixels.
 _PLAIN, _LAYER_NORM, _GEGLU, _SILU, _GROUP_NORM = (tl.constexpr(i) for i in range(5))
+# Where x * sigmoid(x), which falls down to there, turns to rise, and what it is there.
+_SILU_TURNS, _SILU_LEAST = tl.constexpr(reference.SILU_TURNS), tl.constexpr(reference.SILU_LEAST)
 LONGEST_ROW = 8192  # channels that a program's registers hold
 
 
@@ -191,9 +193,58 @@ def quantize_long_rows_kernel(
 
 
 @triton.jit
+def _load_group(base, pixel, end, channels, inside):
+    """Channels of pixels, float32; the last one's for those beyond it, which changes no range."""
+    x = tl.load(base + tl.minimum(pixel, end - 1)[:, None] * channels, mask=inside[None, :], other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _finish_group(
+    mean, squares, size, low, high, shift, sample, group, channel, in_group, channels, norm_weight_ptr, centre_ptr,
+    gain_ptr, norm_bias_ptr, inv_divisor_ptr, below_ptr, above_ptr, eps,
+    GAIN: tl.constexpr, RANGE: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr,
+):  # fmt: skip
+    """Centre and gain of a group's channels, and the reach of what comes of low and high, the ends of each one's range,
+    as `group_statistics_kernel` has them."""
+    gain = tl.zeros_like(shift) + tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, size) + eps))
+    if GAIN:
+        gain *= tl.load(norm_weight_ptr + channel, mask=in_group, other=0.0).to(tl.float32)
+    centre = mean - shift
+    at = sample * channels + channel
+    tl.store(centre_ptr + at, centre, mask=in_group)
+    tl.store(gain_ptr + at, gain, mask=in_group)
+    if RANGE:
+        # the steps of `_load_sample`, each of which keeps values in order or turns it round
+        low = (low - centre) * gain
+        high = (high - centre) * gain
+        if OFFSET:
+            offset = tl.load(norm_bias_ptr + channel, mask=in_group, other=0.0).to(tl.float32)
+            low += offset
+            high += offset
+        if SILU:
+            turns = (tl.minimum(low, high) < _SILU_TURNS) & (tl.maximum(low, high) > _SILU_TURNS)
+            low = low / (1.0 + tl.exp(-low))
+            high = high / (1.0 + tl.exp(-high))
+        divisor = tl.zeros_like(shift) + 1.0
+        if DIVIDE:
+            divisor = tl.load(inv_divisor_ptr + channel, mask=in_group, other=0.0)
+            low *= divisor
+            high *= divisor
+        below, above = reach(tl.where(in_group, low, 0.0), 0)
+        more_below, more_above = reach(tl.where(in_group, high, 0.0), 0)
+        below, above = tl.maximum(below, more_below), tl.maximum(above, more_above)
+        if SILU:
+            more_below, more_above = reach(tl.where(in_group & turns, _SILU_LEAST * divisor, 0.0), 0)
+            below, above = tl.maximum(below, more_below), tl.maximum(above, more_above)
+        tl.store(below_ptr + sample * tl.num_programs(0) + group, below)
+        tl.store(above_ptr + sample * tl.num_programs(0) + group, above)
+
+
+@triton.jit
 def group_statistics_kernel(
-    x_ptr, shift_ptr, norm_weight_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, below_ptr, above_ptr,
-    pixels, channels, shift_row, share, eps,
+    x_ptr, shift_ptr, norm_weight_ptr, norm_bias_ptr, inv_divisor_ptr, centre_ptr, gain_ptr, low_ptr, high_ptr,
+    below_ptr, above_ptr, pixels, channels, shift_row, share, eps,
     GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr, RANGE: tl.constexpr,
     OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, PDL: tl.constexpr = False,
@@ -201,11 +252,13 @@ def group_statistics_kernel(
     """Of one group in the `share` pixels of one part of a sample: x (B, pixels, channels) plus shift (B, channels),
     whose rows lie shift_row apart.
 
-    One part: centre (its mean, less the shift) and gain (norm weight / deviation), float32 (B, channels). More: its
-    mean, and the sum of squared differences to it, in their places, (B, PARTS, groups); `_merged` makes them one.
+    One part: centre (its mean, less the shift) and gain (norm weight / deviation), float32 (B, channels); with RANGE
+    also how far what the norm, and what follows it, make of the group reaches: below and above (B, groups) int32, as
+    `reach` has them. It is a bound, from the range of each channel: SiLU's least value, where one lies to both sides.
 
-    RANGE, of one part: that of what the norm, and what follows it, make of the group too, as `sample_range_kernel` has
-    that of a block of pixels: below and above (B, groups).
+    More: the part's mean, and the sum of squared differences to it, in the places of centre and gain, (B, PARTS,
+    groups), with RANGE the ends of each channel's range, low and high (B, PARTS, channels). `merge_parts_kernel` makes
+    of them what one part gives.
     """
     await_previous(PDL)
     group, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -219,18 +272,21 @@ def group_statistics_kernel(
     begin = part * share
     end = tl.minimum(begin + share, pixels)
     pixel = begin + tl.arange(0, BLOCK_ROWS)
+    x = _load_group(base, pixel, end, channels, in_group)
     inside = (pixel < end)[:, None] & in_group[None, :]
-    x = tl.load(base + pixel[:, None] * channels, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
     # differences to the mean of the first pixels: it is near enough to that of all to keep the digits of the variance
     known = 1.0 * tl.maximum(GROUP * tl.minimum(end - begin, BLOCK_ROWS), 1)
-    pivot = tl.div_rn(tl.sum(tl.where(inside, x, 0.0)), known)
-    apart = tl.where(inside, x - pivot, 0.0)
+    pivot = tl.div_rn(tl.sum(tl.where(inside, x + shift[None, :], 0.0)), known)
+    apart = tl.where(inside, x + shift[None, :] - pivot, 0.0)
     square = apart * apart
+    low = x
+    high = x
     for first in range(begin + BLOCK_ROWS, end, BLOCK_ROWS):
         pixel = first + tl.arange(0, BLOCK_ROWS)
-        inside = (pixel < end)[:, None] & in_group[None, :]
-        x = tl.load(base + pixel[:, None] * channels, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
-        x = tl.where(inside, x - pivot, 0.0)
+        x = _load_group(base, pixel, end, channels, in_group)
+        low = tl.minimum(low, x)
+        high = tl.maximum(high, x)
+        x = tl.where((pixel < end)[:, None] & in_group[None, :], x + shift[None, :] - pivot, 0.0)
         apart += x
         square += x * x
     size = 1.0 * tl.maximum(GROUP * (end - begin), 1)
@@ -238,61 +294,63 @@ def group_statistics_kernel(
     off = tl.div_rn(total, size)
     mean = pivot + off
     squares = tl.sum(square) - total * off
+    # what is not finite may be missing in the ranges: the gain is NaN then
+    low = tl.min(low, axis=0)
+    high = tl.max(high, axis=0)
     if PARTS == 1:
-        gain = tl.zeros((BLOCK_CHANNELS,), tl.float32) + tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, size) + eps))
-        if GAIN:
-            gain *= tl.load(norm_weight_ptr + channel, mask=in_group, other=0.0).to(tl.float32)
-        out = sample * channels + channel
-        centre = mean - shift
-        tl.store(centre_ptr + out, centre, mask=in_group)
-        tl.store(gain_ptr + out, gain, mask=in_group)
-        if RANGE:
-            below = 0
-            above = 0
-            ROWS: tl.constexpr = (BLOCK_ROWS + 1) // 2  # with whole tiles 8.0 would spill
-            for first in range(0, pixels, ROWS):
-                row = first + tl.arange(0, ROWS)
-                y = _load_sample(
-                    base + row[:, None] * channels, centre, gain, norm_bias_ptr, inv_divisor_ptr, channel, channels,
-                    (row < pixels)[:, None] & in_group[None, :], True, OFFSET, SILU, DIVIDE, 0, ROWS, BLOCK_CHANNELS,
-                )  # fmt: skip
-                tile_below, tile_above = reach(y, None)
-                below = tl.maximum(below, tile_below)
-                above = tl.maximum(above, tile_above)
-            at = sample * tl.num_programs(0) + group
-            tl.store(below_ptr + at, below)
-            tl.store(above_ptr + at, above)
+        _finish_group(
+            mean, squares, size, low, high, shift, sample, group, channel, in_group, channels, norm_weight_ptr,
+            centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, below_ptr, above_ptr, eps,
+            GAIN, RANGE, OFFSET, SILU, DIVIDE,
+        )  # fmt: skip
     else:
-        out = (sample * PARTS + part) * tl.num_programs(0) + group
-        tl.store(centre_ptr + out, mean)
-        tl.store(gain_ptr + out, squares)
+        out = sample * PARTS + part
+        tl.store(centre_ptr + out * tl.num_programs(0) + group, mean)
+        tl.store(gain_ptr + out * tl.num_programs(0) + group, squares)
+        if RANGE:
+            tl.store(low_ptr + out * channels + channel, low, mask=in_group)
+            tl.store(high_ptr + out * channels + channel, high, mask=in_group)
 
 
 @triton.jit
-def _merged(
-    mean_ptr, square_ptr, shift_ptr, norm_weight_ptr, sample, channel, in_channels, pixels, channels, shift_row, share,
-    eps, GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr,
+def merge_parts_kernel(
+    mean_ptr, square_ptr, low_ptr, high_ptr, shift_ptr, norm_weight_ptr, norm_bias_ptr, inv_divisor_ptr, centre_ptr,
+    gain_ptr, below_ptr, above_ptr, pixels, channels, shift_row, share, eps,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr, RANGE: tl.constexpr,
+    OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """(centre, gain) of channels from the parts' statistics, as `group_statistics_kernel` has them."""
-    at = sample * PARTS * (channels // GROUP) + channel // GROUP
+    """Of one group of a sample, what `group_statistics_kernel` writes of one part, from what it writes of PARTS."""
+    await_previous(PDL)
+    group, sample = tl.program_id(0), tl.program_id(1)
+    lane = tl.arange(0, BLOCK_CHANNELS)
+    channel = group * GROUP + lane
+    in_group = lane < GROUP
+    shift = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+    low = shift + float("inf")
+    high = -low
+    if SHIFT:
+        shift = tl.load(shift_ptr + sample * shift_row + channel, mask=in_group, other=0.0).to(tl.float32)
     size = 0.0
-    mean = tl.zeros(channel.shape, tl.float32)
-    squares = tl.zeros(channel.shape, tl.float32)
+    mean = 0.0
+    squares = 0.0
     for part in tl.static_range(PARTS):
+        at = sample * PARTS + part
         more = 1.0 * tl.maximum(tl.minimum(pixels - part * share, share), 0)
         size += more
         fraction = tl.div_rn(more, size)
-        apart = tl.load(mean_ptr + at, mask=in_channels, other=0.0) - mean
-        squares += tl.load(square_ptr + at, mask=in_channels, other=0.0)
+        apart = tl.load(mean_ptr + at * tl.num_programs(0) + group) - mean
+        squares += tl.load(square_ptr + at * tl.num_programs(0) + group)
         squares += apart * ((size - more) * fraction * GROUP) * apart
         mean += apart * fraction
-        at += channels // GROUP
-    gain = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, size * GROUP) + eps))
-    if GAIN:
-        gain *= tl.load(norm_weight_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)
-    if SHIFT:
-        mean -= tl.load(shift_ptr + sample * shift_row + channel, mask=in_channels, other=0.0).to(tl.float32)
-    return mean, gain
+        if RANGE:
+            low = tl.minimum(low, tl.load(low_ptr + at * channels + channel, mask=in_group, other=0.0))
+            high = tl.maximum(high, tl.load(high_ptr + at * channels + channel, mask=in_group, other=0.0))
+    _finish_group(
+        mean, squares, size * GROUP, low, high, shift, sample, group, channel, in_group, channels, norm_weight_ptr,
+        centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, below_ptr, above_ptr, eps,
+        GAIN, RANGE, OFFSET, SILU, DIVIDE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -322,15 +380,12 @@ def _load_sample(
 
 @triton.jit
 def sample_range_kernel(
-    x_ptr, mean_ptr, square_ptr, shift_ptr, norm_weight_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr,
-    below_ptr, above_ptr, pixels, channels, shift_row, share, eps,
-    GROUP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, GAIN: tl.constexpr, NORM: tl.constexpr,
-    OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, ROTATION: tl.constexpr,
+    x_ptr, centre_ptr, gain_ptr, norm_bias_ptr, inv_divisor_ptr, below_ptr, above_ptr, pixels, channels,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr, DIVIDE: tl.constexpr, ROTATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """The range of each block of pixels over all channels: below and above (B, blocks) int32, as `reach` has them.
-
-    With a norm of more than one part, centre and gain are made here, and written by a sample's first program."""
+    """The range of each block of pixels over all channels: below and above (B, blocks) int32, as `reach` has them;
+    centre and gain (B, channels) as `group_statistics_kernel` has them."""
     await_previous(PDL)
     block, sample = tl.program_id(0), tl.program_id(1)
     pixel = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -344,18 +399,8 @@ def sample_range_kernel(
         centre = tl.zeros((BLOCK_CHANNELS,), tl.float32)
         gain = tl.zeros((BLOCK_CHANNELS,), tl.float32)
         if NORM:
-            at = sample * channels + channel
-            if PARTS == 1:
-                centre = tl.load(centre_ptr + at, mask=in_channels, other=0.0)
-                gain = tl.load(gain_ptr + at, mask=in_channels, other=0.0)
-            else:
-                centre, gain = _merged(
-                    mean_ptr, square_ptr, shift_ptr, norm_weight_ptr, sample, channel, in_channels, pixels, channels,
-                    shift_row, share, eps, GROUP, PARTS, SHIFT, GAIN,
-                )  # fmt: skip
-                if block == 0:
-                    tl.store(centre_ptr + at, centre, mask=in_channels)
-                    tl.store(gain_ptr + at, gain, mask=in_channels)
+            centre = tl.load(centre_ptr + sample * channels + channel, mask=in_channels, other=0.0)
+            gain = tl.load(gain_ptr + sample * channels + channel, mask=in_channels, other=0.0)
         x = _load_sample(
             base + pixel[:, None] * channels + channel[None, :], centre, gain, norm_bias_ptr, inv_divisor_ptr,
             channel, channels, inside, NORM, OFFSET, SILU, DIVIDE, ROTATION, BLOCK_ROWS, BLOCK_CHANNELS,
@@ -376,7 +421,7 @@ def quantize_samples_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Codes (B, height + 2 padding, width + 2 padding, channels) from x (B, height, width, channels): the zero point
-    on the border; below and above (B, blocks) from `sample_range_kernel`."""
+    on the border; below and above (B, blocks) from `sample_range_kernel`, or from the norm's statistics."""
     await_previous(PDL)
     sample = tl.program_id(2)
     below = 0
@@ -440,14 +485,11 @@ def sample_config_for(batch: int, pixels: int, channels: int, rotation: int = 0)
 
 
 class Norm(NamedTuple):
-    """What `sample_range_kernel` takes of a norm: centre and gain, which it makes itself of more than one part, of
-    these parts (mean, square, shift, weight) and sizes (shift_row, share, eps, GROUP, PARTS, SHIFT, GAIN). Or the
-    ranges below and above (B, groups) of what follows the norm."""
+    """Of a norm, what the passes behind its statistics take: centre and gain (B, C), and, where these have them, the
+    ranges below and above (B, groups) of what follows it."""
 
     centre: Tensor | None = None
     gain: Tensor | None = None
-    parts: tuple[Tensor | None, ...] = (None,) * 4
-    sizes: tuple[float, ...] = (0, 0, 0.0, 1, 1, False, False)
     ranges: tuple[Tensor, Tensor] | None = None
 
 
@@ -616,31 +658,38 @@ def _group_statistics(
     after: After | None = None,
 ) -> Norm:  # fmt: skip
     """Of x + shift (B, C), by about so many programs, or one for each group: (x - centre) * gain is its norm without
-    the offset. `after`: the ranges are wanted too, where a group is no more than two tiles."""
+    the offset. `after`: the ranges are wanted too."""
     batch, channels, height, width = x.shape
     group, pixels = channels // groups, height * width
-    tile = groups_for(max(1, pixels), group, max(1, programs // max(1, batch * groups)))
-    centre, gain = mean, square = _pair(x, torch.float32, batch, channels)
-    many = tile.parts > 1
-    if many:
+    tile = groups_for(max(1, pixels), group, max(1, programs // max(1, batch * groups)), after is not None)
+    norm = Norm(*_pair(x, torch.float32, batch, channels), _pair(x, torch.int32, batch, groups) if after else None)
+    if not x.numel():
+        return norm
+    mean, square, low, high = norm.centre, norm.gain, None, None
+    if tile.parts > 1:
         mean, square = _pair(x, torch.float32, batch, tile.parts, groups)
-    shift_row = 0 if shift is None else shift.stride(0)
-    sizes = (shift_row, tile.share, eps, group, tile.parts, shift is not None, weight is not None)
-    ranges = None
-    if after is not None and pixels and tile.ranges(pixels):
-        ranges = _pair(x, torch.int32, batch, groups)
-    bias, silu, inv_divisor = (None, False, None) if ranges is None or after is None else after
-    if x.numel():
+        if after:
+            low, high = _pair(x, torch.float32, batch, tile.parts, channels)
+    bias, silu, inv_divisor = after or (None, False, None)
+    ranges = norm.ranges or (None, None)
+    sizes = (pixels, channels, 0 if shift is None else shift.stride(0), tile.share, eps)
+    flags: dict[str, Any] = {
+        "GROUP": group, "PARTS": tile.parts, "SHIFT": shift is not None, "GAIN": weight is not None,
+        "RANGE": after is not None, "OFFSET": bias is not None, "SILU": silu, "DIVIDE": inv_divisor is not None,
+        "BLOCK_CHANNELS": tile.channels, "enable_fp_fusion": False,
+    }  # fmt: skip
+    launch(
+        group_statistics_kernel, (groups, tile.parts, batch),
+        x, shift, weight, bias, inv_divisor, mean, square, low, high, *ranges, *sizes,
+        BLOCK_ROWS=tile.rows, num_warps=tile.warps, **flags,
+    )  # fmt: skip
+    if tile.parts > 1:
         launch(
-            group_statistics_kernel, (groups, tile.parts, batch),
-            x, shift, weight, mean, square, bias, inv_divisor, *(ranges or (None, None)),
-            pixels, channels, *sizes,
-            RANGE=ranges is not None, OFFSET=bias is not None, SILU=silu, DIVIDE=inv_divisor is not None,
-            BLOCK_ROWS=tile.rows, BLOCK_CHANNELS=tile.channels, num_warps=tile.warps, enable_fp_fusion=False,
+            merge_parts_kernel, (groups, batch, 1),
+            mean, square, low, high, shift, weight, bias, inv_divisor, norm.centre, norm.gain, *ranges, *sizes,
+            num_warps=1, **flags,
         )  # fmt: skip
-    if many:
-        return Norm(centre, gain, (mean, square, shift, weight), sizes)
-    return Norm(centre, gain, ranges=ranges)
+    return norm
 
 
 def _samples(
@@ -670,8 +719,7 @@ def _samples(
     if norm.ranges is None:
         launch(
             sample_range_kernel, (blocks, batch, 1),
-            x, *norm.parts, norm.centre, norm.gain, bias, inv_divisor, below, above, height * width, channels,
-            *norm.sizes, **flags,
+            x, norm.centre, norm.gain, bias, inv_divisor, below, above, height * width, channels, **flags,
         )  # fmt: skip
     grid = (cdiv(size[2] * size[3], config.rows), cdiv(channels, config.channels), batch)
     launch(
