@@ -19,8 +19,8 @@ from dgq_kernels.native.library import BLOCK
 from ..family import FIRST_AND_LAST, Family, noise
 from ..integer.folding import fold
 from ..integer.fused_unet import FUSED, FoldedUpsample, FusedResnetBlock, folds, upsampled
-from ..integer.layer import IntegerLayer, is_hooked
-from ..integer.prepared import native_norm
+from ..integer.layer import IntegerLayer
+from ..integer.prepared import is_hooked, native_norm
 
 
 class FoldedFloatUpsample(FoldedUpsample):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer import IntegerLayer, is_direct, is_hooked
-from .prepared import Activation, apply, gate
+from .layer import IntegerLayer, is_direct
+from .prepared import Activation, apply, gate, is_hooked
 
 # peft is not imported for it: where it never was, there is no adapter.
 _LORA = ("Linear", "Conv2d")

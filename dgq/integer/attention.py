@@ -14,6 +14,7 @@ import dgq_kernels
 from ..errors import DgqError
 from .adapters import direct
 from .gradient import needed
+from .prepared import is_hooked
 from .shared_input import project
 
 FRACTION_BITS = {8: 4, 6: 3}
@@ -111,7 +112,7 @@ class LogAttnProcessor:
         out = out.transpose(1, 2).flatten(2)
         plain = len(shape) == 3 and not module.residual_connection and module.rescale_output_factor == 1
         last = direct(module.to_out[0], "linear")
-        if residual is not None and plain and last is not None:
+        if residual is not None and plain and last is not None and not is_hooked(module.to_out[1]):
             fused: Tensor = last(out, residual)
             return fused
         hidden_states = module.to_out[1](module.to_out[0](out))

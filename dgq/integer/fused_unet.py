@@ -24,6 +24,7 @@ from .adapters import Adapted, direct
 from .attention import LogAttnProcessor
 from .halves import half, repeated, twice
 from .layer import IntegerLayer, is_direct
+from .prepared import is_hooked
 
 
 class FusedGEGLU(GEGLU):
@@ -57,7 +58,9 @@ class FusedTransformerBlock(BasicTransformerBlock):
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         special = (attention_mask, encoder_attention_mask, cross_attention_kwargs or None, self._chunk_size)
-        if self.training or any(value is not None for value in special):
+        dropouts = [module for module in self.ff.net if isinstance(module, nn.Dropout)]
+        passed_by = is_hooked(self.attn1, self.attn2, self.ff, *dropouts)
+        if self.training or passed_by or any(value is not None for value in special):
             plain: Any = super()
             result: Tensor = plain.forward(
                 hidden_states,
@@ -75,7 +78,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
             x = attend(self.attn2, self.norm2, x, encoder_hidden_states)
         first, *middle, last = (module for module in self.ff.net if not isinstance(module, nn.Dropout))
         # a hook of offloading around the projection would move the norm too
-        fused = isinstance(first, FusedGEGLU) and direct(first.proj, "linear") is not None
+        fused = isinstance(first, FusedGEGLU) and not is_hooked(first) and direct(first.proj, "linear") is not None
         hidden = first(x, norm=self.norm3) if fused else first(self.norm3(x))
         for module in middle:
             hidden = module(hidden)
@@ -86,8 +89,9 @@ class FusedTransformerBlock(BasicTransformerBlock):
 
 def attend(attention: Any, norm: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
     """x plus the attention of its norm, to the context or to itself."""
-    if isinstance(attention.processor, LogAttnProcessor):
-        if context is None and repeated(x):
+    if isinstance(attention.processor, LogAttnProcessor) and not is_hooked(attention):
+        inner = (norm, attention.to_q, attention.to_k, attention.to_v, *attention.to_out)
+        if context is None and not is_hooked(*inner) and repeated(x):
             return twice(attention.processor(attention, half(x), residual=half(x), norm=norm))
         return attention.processor(attention, x, context, residual=x, norm=norm)
     result: Tensor = attention(norm(x), encoder_hidden_states=context)
@@ -105,7 +109,7 @@ class FusedTransformer(Transformer2DModel):
             plain: Any = super()
             result: tuple[Tensor, int] = plain._operate_on_continuous_inputs(hidden_states)
             return result
-        if repeated(hidden_states):
+        if not is_hooked(self.norm) and repeated(hidden_states):
             projected = twice(layer.over_pixels(half(hidden_states), self.norm))
         else:
             projected = layer.over_pixels(hidden_states, self.norm)
@@ -154,8 +158,10 @@ class FusedResnetBlock(ResnetBlock2D):
 
     def layers(self) -> tuple[IntegerLayer | Adapted, IntegerLayer | Adapted] | None:
         """The two convolutions where the block leaves its work to them."""
+        if self.training or is_hooked(self.norm1, self.norm2, self.nonlinearity, self.dropout, self.conv_shortcut):
+            return None
         first, second = direct(self.conv1, "conv2d"), direct(self.conv2, "conv2d")
-        return None if self.training or first is None or second is None else (first, second)
+        return None if first is None or second is None else (first, second)
 
     def begin(
         self,
@@ -215,7 +221,7 @@ class FusedTimestepEmbedding(TimestepEmbedding):
         first: Any = self.linear_1
         last = direct(self.linear_2, "linear")
         post: Any = self.post_act
-        if self.training or condition is not None or last is None:
+        if self.training or condition is not None or last is None or is_hooked(self.act):
             plain: Any = super()
             result: Tensor = plain.forward(sample, condition)
             return result

@@ -18,7 +18,7 @@ from ..recipe import LayerPlan
 from .channels import ChannelGroups, to_matrix
 from .folding import cut, unfold
 from .gradient import float_rows, input_factor, needed, straight_through
-from .prepared import Activation, Prepared, apply, form_of, gate, shaped
+from .prepared import Activation, Prepared, apply, form_of, gate, is_hooked, shaped
 from .stored import StoredWeight, stored_shapes
 from .weights import IntegerWeight
 
@@ -398,11 +398,6 @@ def is_direct(module: object, kind: str | None = None) -> bool:
     if not isinstance(module, IntegerLayer) or (kind is not None and module.plan.kind != kind):
         return False
     return not is_hooked(module)
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether others may see what goes into a module or comes out of it, or do its work."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 class IntegerLinear(IntegerLayer, nn.Linear):  # type: ignore[misc]

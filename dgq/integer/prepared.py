@@ -223,7 +223,7 @@ class Engine(Prepared):
             if kind == "conv2d"
             else kind == "linear" and type(norm) is nn.LayerNorm and known.bias is not None and not silu
         )
-        if not fits:
+        if not fits or is_hooked(norm):
             return None
         if torch.compiler.is_compiling():
             return native_norm(known, silu)
@@ -303,7 +303,7 @@ class ByOps(Prepared):
     ) -> Tensor:
         known: Any = norm
         size = (x.shape[0], *x.shape[2:], layer.out_features)
-        if self.fuses and activation == "none" and type(norm) is nn.GroupNorm:
+        if self.fuses and activation == "none" and type(norm) is nn.GroupNorm and not is_hooked(norm):
             codes = Codes(
                 *dgq_kernels.group_norm_quantize_rows(
                     x,
@@ -367,6 +367,8 @@ class ByOps(Prepared):
         self, layer: IntegerLayer, x: Tensor, norm: nn.Module | None, activation: Activation, offset: Tensor | None
     ) -> Codes | None:
         """The codes of what norm and activation make of x, by one op; None where there is no op for them."""
+        if norm is not None and is_hooked(norm):
+            return None
         plan, inverse = layer.plan, layer._inv_divisor()
         known: Any = norm
         if plan.kind == "conv2d":
@@ -574,6 +576,15 @@ def gate(y: Tensor) -> Tensor:
     """value * gelu(gate) of the two halves."""
     value, gates = y.chunk(2, dim=-1)
     return value * nn.functional.gelu(gates)
+
+
+def is_hooked(*modules: nn.Module | None) -> bool:
+    """Whether others may see what goes into one of these modules or comes out of it, or do its work: then it has to be
+    called. None stands for what is not there."""
+    for module in modules:
+        if module is not None and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__):
+            return True
+    return False
 
 
 def apply(x: Tensor, norm: nn.Module | None, activation: Activation, offset: Tensor | None) -> Tensor:

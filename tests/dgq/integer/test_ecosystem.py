@@ -121,6 +121,59 @@ def test_a_hook_on_a_layer_is_called_and_changes_nothing_else(unet):
     assert torch.equal(plain_call(unet), plain_call(unet))
 
 
+WORK_DONE_ELSEWHERE = (
+    "time_embedding.act",
+    *(f"down_blocks.0.resnets.0.{name}" for name in ("norm1", "nonlinearity", "norm2", "dropout")),
+    "down_blocks.0.attentions.0.norm",
+    *(
+        f"down_blocks.0.attentions.0.transformer_blocks.0.{name}"
+        for name in ["norm1", "attn1", "attn1.to_out.1", "norm2", "attn2", "norm3", "ff", "ff.net.0", "ff.net.1"]
+    ),
+)
+
+
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_modules_whose_work_layers_do_are_called_where_others_changed_them(unet, how):
+    """Norms, activations and dropouts, and modules around attention: as without anything fused, on the whole batch."""
+    generator = torch.Generator().manual_seed(0)
+    half, text = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(2, 24, 32, generator=generator)
+    sizes = []
+
+    def changed(result):
+        sizes.append(len(result))
+        return result * 3
+
+    @torch.no_grad()
+    def call():  # with equal halves, as guidance has it
+        return unet(half.repeat(2, 1, 1, 1), torch.tensor(500), text).sample
+
+    def call_with(module):
+        if how == "hook":
+            handle = module.register_forward_hook(lambda own, args, result: changed(result))
+        else:
+            own = module.forward
+            module.forward = lambda *args, **kwargs: changed(own(*args, **kwargs))
+        result = call()
+        if how == "hook":
+            handle.remove()
+        else:
+            del module.forward
+        return result
+
+    before = call()
+    for name in WORK_DONE_ELSEWHERE:
+        module = unet.get_submodule(name)
+        result = call_with(module)
+        handles = [layer.register_forward_hook(lambda *_: None) for layer in layers(unet)]
+        expected = call_with(module)
+        for handle in handles:
+            handle.remove()
+        assert (result - expected).norm() < 0.5 * (result - before).norm(), name
+        assert set(sizes) == {2}, name
+        sizes.clear()
+    assert torch.equal(call(), before)
+
+
 def test_lora_of_every_layer_is_what_it_is_around_float_layers(unet):
     """y = layer(x) + B A x: of layers that are fused with their neighbours as of all others."""
     import peft
