@@ -205,7 +205,11 @@ class IntegerLayer(nn.Module):
         ready = self._prepared
         if ready is None or ready.device != device:
             return None
-        return ready if torch.compiler.is_compiling() or ready.source() is self._parameters[self._stored_name] else None
+        if not torch.compiler.is_compiling():
+            if ready.source() is not self._parameters[self._stored_name]:
+                return None
+            ready.follow(self)
+        return ready
 
     def _keep(self, ready: Prepared) -> None:
         """Until whoever holds the stored tensor lets go of it: offloading puts another one in its place."""

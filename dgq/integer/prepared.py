@@ -104,7 +104,10 @@ class Prepared:
         return None
 
     def rescale(self, layer: IntegerLayer) -> None:
-        """Take the layer's scales anew."""
+        """Take the layer's scales and bias anew."""
+
+    def follow(self, layer: IntegerLayer) -> None:
+        """`rescale` where other tensors, or other memory, have taken the place of these since."""
 
     def together(
         self,
@@ -149,6 +152,7 @@ class Engine(Prepared):
         except OverflowError as error:
             raise DgqError(str(error), "quantize this layer to 4 bits") from None
         self.tensors, self.column_sum = [self.engine.packed], self.engine.column_sum
+        self._read = _addresses(layer)  # the engine reads scales and bias where they lie
         self._norm: tuple[Any, native.Norm] | None = None  # its state, the engine's form of it
         layer.leave(_unpacker(layer, self.engine))
 
@@ -212,7 +216,12 @@ class Engine(Prepared):
         return self.engine.rows(start, stop)
 
     def rescale(self, layer: IntegerLayer) -> None:
-        self.engine.set_scales(layer._scale(), layer._inv_divisor())
+        self.engine.read(layer._scale(), layer._inv_divisor(), layer.bias)
+        self._read = _addresses(layer)
+
+    def follow(self, layer: IntegerLayer) -> None:
+        if self._read != _addresses(layer):
+            self.rescale(layer)
 
     def _norm_of(self, kind: str, norm: nn.Module, activation: Activation) -> native.Norm | None:
         """The norm, and SiLU, as the engine takes them; None where it does not."""
@@ -593,6 +602,19 @@ def apply(x: Tensor, norm: nn.Module | None, activation: Activation, offset: Ten
         x = x + offset.to(x.dtype)[:, :, None, None]
     x = x if norm is None else norm(x)
     return nn.functional.silu(x) if activation == "silu" else x
+
+
+def _addresses(layer: IntegerLayer) -> tuple[int | None, ...]:
+    """Of scales and bias, past nn.Module.__getattr__: a step asks hundreds of times."""
+    stored, tuned = layer._parameters, layer._tuned
+    bias: Any = stored["bias"]
+    scale, divisor = (stored["weight_scale"], stored.get("inv_divisor")) if tuned is None else tuned
+    assert scale is not None
+    return (
+        scale.data_ptr(),
+        None if divisor is None else divisor.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+    )
 
 
 def _state_of(tensor: Tensor) -> tuple[int, int]:

@@ -167,17 +167,23 @@ class Layer:
         self.rotation, self.group = rotation, group
         self.packed = checked("packed", packed, torch.int8, engine.library.dgq_packed_bytes(n, k, group))
         self.column_sum = checked("column_sum", column_sum, torch.int32, n)
-        self.bias = None if bias is None else checked("bias", bias, torch.float32, n)
-        self.set_scales(weight_scale, inv_divisor)
+        self.read(weight_scale, inv_divisor, bias)
 
     def set_scales(self, weight_scale: Tensor, inv_divisor: Tensor | None) -> None:
         """Take other scales, as the constructor's; the packed weight stays. Raises ValueError as it."""
+        self.read(weight_scale, inv_divisor, self.bias)
+
+    def read(self, weight_scale: Tensor, inv_divisor: Tensor | None, bias: Tensor | None) -> None:
+        """`set_scales`, and another bias."""
         engine = loaded()
         n, k, channels = self.n, self.k, self.channels
+        bias = None if bias is None else checked("bias", bias, torch.float32, n)
         weight_scale = checked("weight_scale", weight_scale, torch.float32, n)
         if inv_divisor is not None:
             inv_divisor = checked("inv_divisor", inv_divisor, torch.float32, channels)
-        self.weight_scale, self.inv_divisor = weight_scale, inv_divisor
+        # detached, they hold the memory that is read, whatever becomes of a parameter's
+        given = (weight_scale, inv_divisor, bias)
+        self.weight_scale, self.inv_divisor, self.bias = (None if x is None else x.detach() for x in given)
         tensors = (self.packed, self.weight_scale, self.column_sum, self.bias, self.inv_divisor)
         addresses = [None if x is None else x.data_ptr() for x in tensors]
         bits, kernel, stride, padding = self.bits, self.kernel, self.stride, self.padding

@@ -173,6 +173,47 @@ def test_copies_work_after_the_first_call():
     assert torch.equal(copy.deepcopy(layer)(x), expected)
 
 
+def _assigned(layer, x, tensors):
+    for name, tensor in tensors.items():
+        setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+    return layer(x)
+
+
+def _moved(layer, x, tensors):
+    for name, tensor in tensors.items():
+        layer.get_parameter(name).data = tensor
+    return layer(x)
+
+
+def _written(layer, x, tensors):
+    for name, tensor in tensors.items():
+        layer.get_parameter(name).copy_(tensor)
+    return layer(x)
+
+
+def _lent(layer, x, tensors):
+    before = layer(x)
+    result = torch.func.functional_call(layer, tensors, (x,))
+    assert torch.equal(layer(x), before)
+    return result
+
+
+@pytest.mark.parametrize("change", [_assigned, _moved, _written, _lent])
+@torch.no_grad()
+def test_scales_and_biases_in_the_place_of_others_are_read(change):
+    torch.manual_seed(0)
+    x = outliers(torch.randn(10, 64), -1)
+    layer = quantized(nn.Linear(64, 32), x, wbits=8, channels="smooth").layer
+    names = ("bias", "weight_scale", "inv_divisor")
+    others = {name: layer.get_parameter(name) * (1 + torch.rand(len(layer.get_parameter(name)))) for name in names}
+    changed, expected = copy.deepcopy(layer), copy.deepcopy(layer)
+    changed(x)
+    expected.load_state_dict(others, strict=False)
+    result = change(changed, x, others)
+    assert torch.equal(result, expected(x))
+    assert not torch.equal(result, layer(x))
+
+
 @pytest.mark.parametrize("build, data", CASES)
 @pytest.mark.parametrize("wbits", [4, 8])
 @pytest.mark.parametrize("channels", ["none", "smooth", "shift"])
