@@ -268,7 +268,7 @@ class IntegerLayer(nn.Module):
         x = input
         if self.plan.upsampled:
             return self.upsample(x[:, :, ::2, ::2], x.shape[2:])
-        if needed(x, residual, sample_bias, norm, offset):
+        if self.learns(x, residual, sample_bias, norm, offset):
             y = straight_through(self, apply(x, norm, activation, offset), self._alone)
             y = y if sample_bias is None else y + sample_bias.to(y.dtype)[:, :, None, None]
             return y if residual is None else y + residual
@@ -281,6 +281,19 @@ class IntegerLayer(nn.Module):
             if taken is not None:
                 return taken
         return ready.run(self, x, residual, sample_bias, norm, activation, offset, in_place)
+
+    def learns(self, *sources: Tensor | nn.Module | None) -> bool:
+        """Whether any of its inputs, or a norm before it, takes a gradient here. Raises DgqError where what it stores
+        is to take one: it would never learn."""
+        if not torch.is_grad_enabled():
+            return False
+        for name, stored in self._parameters.items():
+            if stored is not None and stored.requires_grad:
+                raise DgqError(
+                    f"the {name} of a packed layer takes no gradient",
+                    'train adapters beside it, of peft with bias="none"; dgq tune learns scales',
+                )
+        return needed(*sources)
 
     def _alone(self, x: Tensor) -> Tensor:
         """`forward` of x, of which nothing else is known."""
@@ -297,7 +310,7 @@ class IntegerLayer(nn.Module):
         """
 
         def run(x: Tensor) -> Tensor:
-            if needed(x):
+            if self.learns(x):
                 return straight_through(self, x, run)
             return self.prepare(x.device).run(self, x, None, None, None, "none", None)
 
@@ -311,7 +324,7 @@ class IntegerLayer(nn.Module):
         activation: Activation = "none",
     ) -> Tensor:
         """A linear layer or 1x1 convolution over pixels: x (B, C, H, W) -> (B, H, W, N), like the residual."""
-        if needed(x, norm, residual):
+        if self.learns(x, norm, residual):
             x = apply(x, norm, activation, None)
             if self.plan.kind == "linear":
                 return self(x.permute(0, 2, 3, 1), residual)
@@ -321,7 +334,7 @@ class IntegerLayer(nn.Module):
 
     def gated(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """value * gelu(gate) (..., N / 2) of the two halves (..., N) that `forward` gives for x (..., C)."""
-        if needed(x, norm):
+        if self.learns(x, norm):
             return gate(self(x, norm=norm))
         return self.prepare(x.device).gated(self, x, norm)
 

@@ -11,7 +11,6 @@ from dgq_kernels import native
 
 from ..family import family_of
 from .adapters import Adapted, add_product, direct
-from .gradient import needed
 from .layer import IntegerLayer, is_direct
 from .plan import shared_inputs
 from .prepared import Activation, ByOps, Dense, Engine, Joined, Packed, same
@@ -145,7 +144,7 @@ def project(layers: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = Non
         x, norm = norm(x), None
     results = None
     if len(own) == len(layers):
-        if not needed(x, norm):
+        if not any(layer.learns(x, norm) for layer in own):
             ready = [layer.prepare(x.device) for layer in own]
             results = ready[0].together(own, ready, x, norm)
         if results is None:

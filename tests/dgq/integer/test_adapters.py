@@ -499,6 +499,14 @@ def test_a_lora_learns_through_the_frozen_layers(tiny_checkpoint, unet):
     assert all(float(gradient.norm()) > 0 for name, gradient in gradients.items() if "lora_B" in name)
 
 
+def test_what_never_learns_says_so(unet):
+    """Biases of quantized layers, which peft trains on request."""
+    unet.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_out.0"], bias="lora_only"), "one")
+    call(unet)
+    with pytest.raises(DgqError, match="the bias of a packed layer takes no gradient"):
+        unet(torch.zeros(1, 4, 8, 8), torch.tensor(500), torch.zeros(1, 24, 32))
+
+
 def test_training_under_autocast(unet):
     """As diffusers' own scripts do with fp16."""
     unet.requires_grad_(False)
