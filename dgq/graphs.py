@@ -167,7 +167,9 @@ class Graphs:
                 return self.plain(*args, **kwargs)
             with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
                 if not isinstance(entry, Entry):
-                    entry = self._captured(entry, inputs, call)
+                    # inputs that were made in inference mode could be written in it alone
+                    with torch.inference_mode(False), torch.no_grad():
+                        entry = self._captured(entry, inputs, call)
                     if entry is None:
                         return self.plain(*args, **kwargs)
                 assert self.read is not None

@@ -216,6 +216,16 @@ def test_the_text_is_projected_when_it_is_another(unet):
     assert any(x and isinstance(x[0], list) for x in kept), "nothing else keeps what was projected"
 
 
+def test_captured_in_inference_mode_and_called_without(unet):
+    with torch.inference_mode():
+        check(unet, 1)
+    check(unet, 0)
+    with torch.no_grad():
+        assert not unet(**call()).sample.is_inference()
+    with torch.inference_mode():
+        check(unet, 0)
+
+
 def test_adapters_come_change_and_go(unet):
     check(unet, 1)
     torch.manual_seed(0)
