@@ -300,20 +300,24 @@ class Read:
         self.network = network
         modules = list(network.modules())
         self.hooks = RemovableHandle.next_id
-        self.links = [(module._modules, name, child) for module in modules for name, child in module._modules.items()]
+        self.children = [module._modules for module in modules]
+        self.links = [(children, name, child) for children in self.children for name, child in children.items()]
         self.attributes = [module.__dict__ for module in modules[1:]]
         self.integer = [module for module in modules if isinstance(module, IntegerLayer)]
-        own = {id(tensor) for layer in self.integer for tensor in layer._parameters.values()}
-        self.tensors = [x for x in itertools.chain(network.parameters(), network.buffers()) if id(x) not in own]
+        # where tensors are held rather than tensors: others may take their places
+        held = [x for m in modules if not isinstance(m, IntegerLayer) for x in (m._parameters, m._buffers)]
+        self.tensors: list[tuple[dict[str, Any], str]] = [(tensors, name) for tensors in held for name in tensors]
         self.attentions = [m for m in modules if "processor" in m.__dict__ or "processor" in m._modules]
         self.adapters = [m for m in modules if hasattr(m, "active_adapters") and m is not network]
         self.blocks = [block.__dict__ for block in getattr(network, "up_blocks", None) or ()]
         self.hooked = next((type(m).__name__ for m in modules[1:] if m._forward_hooks or m._forward_pre_hooks), None)
 
     def changed(self) -> bool:
-        """Whether modules were exchanged or hooks set since."""
-        return RemovableHandle.next_id != self.hooks or any(
-            children.get(name) is not child for children, name, child in self.links
+        """Whether modules were exchanged, added or taken away, or hooks set since."""
+        return (
+            RemovableHandle.next_id != self.hooks
+            or sum(map(len, self.children)) != len(self.links)
+            or any(children.get(name) is not child for children, name, child in self.links)
         )
 
     def state(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -339,7 +343,7 @@ class Read:
                 raise UnsuitableError(f"{processor.__name__} may have a state of its own")
         hard = (
             len(network._modules),
-            tuple([x.data_ptr() for x in self.tensors]),
+            tuple([x.data_ptr() for held, name in self.tensors if (x := held.get(name)) is not None]),
             tuple([_serial(layer._prepared) for layer in self.integer]),
         )
         soft = (

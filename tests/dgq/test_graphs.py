@@ -245,6 +245,10 @@ def test_adapters_come_change_and_go(unet):
         if hasattr(module, "lora_A"):
             torch.nn.init.normal_(module.lora_A["one"].weight)
     check(unet, 0)
+    unet.delete_adapters("two")
+    unet.add_adapter(peft.LoraConfig(**options), "two")  # another one of its name
+    unet.set_adapters(["one", "two"], [0.5, 0.7])
+    check(unet, 1)
     unet.unload_lora()
     check(unet)
 
@@ -297,6 +301,10 @@ def test_processors_freeu_and_modules_that_were_exchanged(unet):
         unet.conv_out.weight.mul_(2)
     check(unet, 1)
     unet.conv_in.weight.data = unet.conv_in.weight.data * 2
+    check(unet, 1)
+    unet.conv_in.weight = torch.nn.Parameter(unet.conv_in.weight.detach() * 2)
+    check(unet, 1)
+    unet.conv_in.bias = None
     check(unet, 1)
     layer = unet.mid_block.resnets[0].conv1
     layer.restore()
