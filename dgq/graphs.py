@@ -45,6 +45,7 @@ Run = Callable[[], Any]
 Capture = Callable[[Run, Any], tuple[Callable[[], None], Any]]
 
 _serials = itertools.count(1)
+_capturing = threading.Lock()  # torch captures one graph at a time in a process
 
 
 class UnsuitableError(Exception):
@@ -66,10 +67,13 @@ class Pool:
 
 
 def capture(run: Run, pool: Pool) -> tuple[Callable[[], None], Any]:
-    """A CUDA graph of a call on the current device."""
+    """A CUDA graph of a call on the current device. Other threads may do meanwhile what a capture cannot hold, as
+    allocating memory."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream):
-        returned = run()
+    # torch's context leaves its own stream the current one where the capture cannot be ended, as after a failed call
+    with _capturing, torch.cuda.stream(torch.cuda.current_stream()):
+        with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
+            returned = run()
     return graph.replay, returned
 
 

@@ -376,7 +376,8 @@ def test_captures_of_a_pool_share_a_stream_of_its_device(monkeypatch):
     current, taken = [0], []
 
     @contextlib.contextmanager
-    def graph(captured, pool, stream=None):
+    def graph(captured, pool, stream=None, capture_error_mode="global"):
+        assert capture_error_mode == "thread_local"  # threads that draw on other devices go on
         taken.append((pool, stream))
         yield
 
@@ -384,11 +385,53 @@ def test_captures_of_a_pool_share_a_stream_of_its_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: (object(), current[0]))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     pools = [graphs.Pool(), graphs.Pool()]
     for current[0] in (0, 0, 1):
         graphs.capture(lambda: None, pools[current[0]])
     assert taken[0] == taken[1] != taken[2]
     assert [stream[1] for _, stream in taken] == [0, 0, 1]
+
+
+def test_a_capture_that_fails_leaves_the_stream_and_the_next_one(monkeypatch):
+    """torch's context does not set the stream back where the capture cannot be ended (torch/cuda/graphs.py)."""
+    now = ["the caller's"]
+
+    class Graph:
+        def __init__(self, captured, pool, stream, **options):
+            self.stream = stream
+
+        def __enter__(self):
+            self.before, now[0] = now[0], self.stream
+
+        def __exit__(self, kind, *_):
+            if kind:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            now[0] = self.before
+
+    @contextlib.contextmanager
+    def stream(wanted):
+        before, now[0] = now[0], wanted
+        try:
+            yield
+        finally:
+            now[0] = before
+
+    for name, stand_in in {
+        "CUDAGraph": lambda: SimpleNamespace(replay=None),
+        "graph": Graph,
+        "Stream": lambda: "its own",
+        "graph_pool_handle": object,
+        "current_stream": lambda: now[0],
+        "stream": stream,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    with pytest.raises(RuntimeError, match="previous error"):
+        graphs.capture(lambda: 1 / 0, graphs.Pool())
+    assert now == ["the caller's"]
+    assert graphs.capture(lambda: now[0], graphs.Pool())[1] == "its own"
+    assert now == ["the caller's"]
 
 
 def test_copies_and_pickles_have_their_own_graphs(unet):
