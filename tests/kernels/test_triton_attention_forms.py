@@ -50,6 +50,33 @@ def test_one_pass_equals_its_reference(rows, keys, width, bits, fraction, block,
     assert_close("output", run("log_attention_running", q, k, v, *arguments), expected, 1e-6)
 
 
+def test_more_heads_than_a_grid_has(monkeypatch):
+    """CUDA takes 65535 programs along the second axis; AnimateDiff's attention over frames has 8192 samples of 8 heads
+    for a video of 512 x 512 pixels with guidance."""
+    grids, launch = [], kernels.launch
+
+    def noted(kernel, grid, *arguments, **constants):
+        grids.append(grid)
+        launch(kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(kernels, "launch", noted)
+    q, k, v = operands(6, 9, 16, (5, 2))
+    calls = {
+        "log_attention": (0.25, 8, 4, True, 8, 8),
+        "log_attention_running": (0.25, 8, 4, 64),
+        "log_attention_base2": (0.25, 8, False),
+    }
+    for name, arguments in calls.items():
+        expected = run(name, q, k, v, *arguments)
+        grids.clear()
+        monkeypatch.setattr(kernels, "MOST_HEADS", 5)
+        assert torch.equal(run(name, q, k, v, *arguments), expected)
+        assert torch.equal(getattr(kernels, name)(*(x.to(DEVICE) for x in (q, k, v)), *arguments).cpu(), expected)
+        assert max(grid[1] for grid in grids) == 4
+        monkeypatch.undo()
+        monkeypatch.setattr(kernels, "launch", noted)
+
+
 @settings(max_examples=6, deadline=None)
 @example(rows=90, keys=178, width=44, fraction=1, bits=5, seed=59, spread=0.3)  # a key's code at a tie
 @given(

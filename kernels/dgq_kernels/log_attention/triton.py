@@ -12,7 +12,9 @@ q is quantized by the kernels that read it; k and v, which every tile of rows re
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +44,7 @@ _SMALLEST = tl.constexpr(1e-30)
 _LOWEST = tl.constexpr(-(1 << 30))  # below every q . k
 # Parts that a head's keys are cut into for quantization: enough programs, and few results for each to gather.
 _CHUNKS = tl.constexpr(16)
+MOST_HEADS = 65535  # of all samples, in one launch: programs along a grid's second axis
 
 
 @triton.jit
@@ -498,6 +501,24 @@ def _empty_output(q: Tensor) -> Tensor:
     return torch.empty((batch, rows, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
+def _in_launches(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operator of q, k, v that runs on as many samples at a time as have `MOST_HEADS` heads: attention over the
+    frames of a video has a sample for each of its pixels."""
+
+    @functools.wraps(run)
+    def in_launches(q: Tensor, k: Tensor, v: Tensor, *args: Any, out: Tensor | None = None) -> Tensor:
+        most = MOST_HEADS // max(1, q.shape[1])
+        if len(q) <= most:
+            return run(q, k, v, *args, out=out)
+        out = q.new_empty(q.shape) if out is None else out
+        for parts in zip(*(x.split(most) for x in (q, k, v)), out.split(most), strict=True):
+            run(*parts[:3], *args, out=parts[3])
+        return out
+
+    return in_launches
+
+
+@_in_launches
 def log_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, start_token: bool,
     qk_bits: int, v_bits: int, *, out: Tensor | None = None,
@@ -531,6 +552,7 @@ def log_attention(
     return out
 
 
+@_in_launches
 def log_attention_running(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, fraction_bits: int, block: int, *,
     out: Tensor | None = None,
@@ -577,6 +599,7 @@ def base2_config_for(width: int, major: int) -> Config:
     )
 
 
+@_in_launches
 def log_attention_base2(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bits: int, start_token: bool, *, out: Tensor | None = None
 ) -> Tensor:
