@@ -236,6 +236,9 @@ def test_the_environment_asks_for_tuning(monkeypatch, wanted, capturing):
     if wanted and not capturing:
         assert launched == list(tiles.tilings("int8", 8, 1280))
         assert got == launched[0]
+        launched.clear()  # sums of 16 parts of a decoder's convolution over 1024 x 1024 pixels would take 16 GiB
+        tiles.pick("int8", 2**20, 256, 2304, 2304, torch.device("cuda"), "a kernel", launched.append)
+        assert launched == [tiling for tiling in tiles.tilings("int8", 8, 2304) if tiling.splits == 1]
     else:
         assert not launched
         assert got == tiles.choose("int8", 4096, 1280, 1280, 1280, DEVICES["RTX 4090"])

@@ -139,6 +139,8 @@ _STORED_BYTES = 13
 _FURTHER_LAUNCH_CLOCKS = 5000
 _SUM_CLOCKS = 0.0113
 _SPLITS = (1, 2, 4, 8, 16)
+# Of a split product, that a measurement makes: 512 MiB. Larger ones have tiles enough for any device.
+_MOST_SUMS = 2**27
 
 
 def tiles_of(kind: str, major: int) -> tuple[Config, ...]:
@@ -269,7 +271,9 @@ def pick(
     machine = _machine(device)
     if AUTOTUNE and not torch.cuda.is_current_stream_capturing():
         key = (kernel, kind, rows, channels, reduction, length, device)
-        return fastest(key, tilings(kind, machine.capability[0], length), lambda t: _milliseconds(run, t))
+        every = tilings(kind, machine.capability[0], length)
+        candidates = (t for t in every if t.splits == 1 or t.splits * rows * channels <= _MOST_SUMS)
+        return fastest(key, candidates, lambda t: _milliseconds(run, t))
     return choose(kind, rows, channels, reduction, length, machine)
 
 
