@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from typing import Any
 
 import triton
@@ -24,6 +25,7 @@ from . import async_wgmma
 _MOST = 16384  # launches that are remembered: forms of calls are many where sizes vary without end
 # What a launch depends on -> the compiled kernel, its compile-time arguments, the kernel (whose id is in the key).
 _known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], Any]] = {}
+_finding = threading.Lock()
 # Whether kernels are launched before the one before them has ended, where the device can; DGQ_PDL=0: they are not.
 DEPENDENT = os.environ.get("DGQ_PDL") != "0"
 
@@ -53,6 +55,23 @@ def _has_dependent(device: int) -> bool:
 def _dependent(device: int) -> dict[str, bool]:
     """What makes a launch one that waits in `await_previous`; nothing where that cannot be, or is not wanted."""
     return {"PDL": True, "launch_pdl": True} if DEPENDENT and _has_dependent(device) else {}
+
+
+def _found(
+    kernel: Any, grid: tuple[int, int, int], device: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], Any]:
+    """What `_known` is to hold of a launch: compiled, and on the device."""
+    constants |= _dependent(device)
+    with _finding:
+        if len(_known) >= _MOST:
+            _known.clear()
+        compiled = kernel.warmup(*arguments, grid=grid, **constants)
+        if async_wgmma.ASKED:
+            compiled = async_wgmma.edited(compiled)
+        # loads it: meanwhile another thread would find it launchable, and launch nothing
+        compiled.run  # noqa: B018
+    every = {"PDL": False, **constants}
+    return compiled, tuple(every[name] for name in kernel.arg_names[len(arguments) :]), kernel
 
 
 def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
@@ -85,15 +104,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants
     )
     known = _known.get(key)
     if known is None:
-        if len(_known) >= _MOST:
-            _known.clear()
-        constants |= _dependent(device)
-        compiled = kernel.warmup(*arguments, grid=grid, **constants)
-        if async_wgmma.ASKED:
-            compiled = async_wgmma.edited(compiled)
-        every = {"PDL": False, **constants}
-        known = compiled, tuple(every[name] for name in kernel.arg_names[len(arguments) :]), kernel
-        _known[key] = known
+        known = _known[key] = _found(kernel, grid, device, arguments, constants)
     compiled, rest, _ = known
     stream = active.get_current_stream(device)
     # as Triton's own launch ends, without what hooks take

@@ -15,6 +15,8 @@ import importlib
 import json
 import os
 import sys
+import threading
+import time
 import unittest.mock
 from pathlib import Path
 
@@ -23,7 +25,7 @@ import torch
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 from pretend import CURRENT, MOST_STACK, pretend
-from triton.runtime import JITFunction
+from triton.runtime import JITFunction, driver
 
 import dgq_kernels
 from dgq import architectures, recipe
@@ -37,6 +39,7 @@ from dgq.pictures import embedded
 from dgq.tuning.forward import Experts, differentiable
 from dgq.tuning.layout import Layout
 from dgq_kernels import async_wgmma, launch, packing
+from dgq_kernels.quantize_activation import triton as quantizers
 
 log_attention = importlib.import_module("dgq_kernels.log_attention")  # the package has the operator by that name
 LAUNCHES: list[tuple] = []
@@ -273,6 +276,30 @@ def in_flight():
             say(in_flight=name, kernels=[kernels.index(one) for one in kernels])
 
 
+def threads():
+    """A thread that comes while another one loads a kernel launches it when it is there."""
+    active, loading = driver.active, threading.Event()
+    load = active.load_binary
+
+    def slowly(*arguments):
+        loading.set()
+        time.sleep(0.3)  # as the driver, without the interpreter's lock
+        return load(*arguments)
+
+    name, arguments = next(calls())
+    begin, run = len(LAUNCHES), functools.partial(getattr(dgq_kernels, name), *arguments)
+    launch._known.clear()
+    for kernel in {kernel for kernel in vars(quantizers).values() if isinstance(kernel, JITFunction)}:
+        kernel.device_caches.clear()
+    with unittest.mock.patch.object(active, "load_binary", slowly):
+        first = threading.Thread(target=run)
+        first.start()
+        loading.wait()
+        run()
+        first.join()
+    say(threads=[function is not None for _, _, function, _ in LAUNCHES[begin:]])
+
+
 def second_device():
     """Every operator launches where its tensors are, and leaves the device that was current."""
     with contextlib.ExitStack() as stack:
@@ -342,7 +369,7 @@ def main(parts):
     torch.cuda.device, torch.cuda.current_device = current, lambda: CURRENT[0]
     with torch.no_grad():
         for part in parts:
-            if part in ("operators", "again", "apart", "in_flight", "second_device", "tuning"):
+            if part in ("operators", "again", "apart", "in_flight", "threads", "second_device", "tuning"):
                 globals()[part]()
             elif part.endswith(".json"):
                 count(part)

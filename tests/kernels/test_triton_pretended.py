@@ -39,8 +39,8 @@ def check(rows, spills=False):
 def test_edges_compile_and_launch_where_their_tensors_are():
     """Arguments of 1, unaligned and absent ones, and the types of every operator; float32 may spill. Each operator then
     launches on its tensors' device while another one is current. What is launched a second time is what Triton would
-    launch."""
-    rows = pretend("operators", "again", "apart", "in_flight", "second_device")
+    launch, and by two threads at once."""
+    rows = pretend("operators", "again", "apart", "in_flight", "second_device", "threads")
     check(rows, spills=True)
     apart = {row["dependent"]: row["launched"] for row in rows if "dependent" in row}
     assert apart == {True: [True, True], False: [False, False]}
@@ -50,6 +50,7 @@ def test_edges_compile_and_launch_where_their_tensors_are():
     repeated = [row for row in rows if "again" in row]
     assert {row["again"] for row in repeated} == OPERATORS
     assert all(row["same"] and row["launches"] for row in repeated), [row for row in repeated if not row["same"]]
+    assert [row["threads"] for row in rows if "threads" in row] == [[True, True]]
     placed = {row["operator"]: row for row in rows if "operator" in row}
     assert set(placed) == OPERATORS
     assert all(row["devices"] == [1] and row["left"] == 0 for row in placed.values()), placed
