@@ -228,7 +228,7 @@ def load(
         dtype = DTYPES[dtype]
     folder = model.folder if isinstance(model, Model) else resolve(model)
     try:
-        backend.select(place)
+        backend.check(place)
         native.available()
     except ValueError as error:
         raise DgqError(str(error)) from None

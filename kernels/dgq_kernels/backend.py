@@ -109,6 +109,25 @@ def select(device: torch.device) -> str:
     return forced
 
 
+def check(device: torch.device) -> None:
+    """Refuse a device that a model cannot be placed on, before it is.
+
+    Raises:
+        ValueError: as `select`; or the kernels do not compile for the CUDA device.
+    """
+    if select(device) == "triton" and device.type == "cuda" and torch.cuda.is_available():
+        check_capability(*torch.cuda.get_device_capability(device))
+
+
+def check_capability(major: int, minor: int) -> None:
+    """Refuse a CUDA device older than 8.0, for which Triton has no int8 product (ValueError)."""
+    if major < 8:
+        raise ValueError(
+            f"there are no kernels for CUDA devices of compute capability {major}.{minor}, only from 8.0 on: "
+            "use the device cpu"
+        )
+
+
 def chosen(device: torch.device) -> Backend:
     """`select`, with all that is known of the backend."""
     return _BACKENDS[select(device)]

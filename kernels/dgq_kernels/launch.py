@@ -21,6 +21,7 @@ from triton import knobs
 from triton.runtime import JITFunction, driver
 
 from . import async_wgmma
+from .backend import check_capability
 
 _MOST = 16384  # launches that are remembered: forms of calls are many where sizes vary without end
 # What a launch depends on -> the compiled kernel, its compile-time arguments, the kernel (whose id is in the key).
@@ -52,6 +53,14 @@ def _has_dependent(device: int) -> bool:
     return target.backend == "cuda" and target.arch >= 90
 
 
+@functools.cache
+def _check(device: int) -> None:
+    """Refuse the device, the current one, where kernels do not compile for it (ValueError)."""
+    target = driver.active.get_current_target()
+    if target.backend == "cuda":
+        check_capability(*divmod(target.arch, 10))
+
+
 def _dependent(device: int) -> dict[str, bool]:
     """What makes a launch one that waits in `await_previous`; nothing where that cannot be, or is not wanted."""
     return {"PDL": True, "launch_pdl": True} if DEPENDENT and _has_dependent(device) else {}
@@ -61,6 +70,7 @@ def _found(
     kernel: Any, grid: tuple[int, int, int], device: int, arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], Any]:
     """What `_known` is to hold of a launch: compiled, and on the device."""
+    _check(device)
     constants |= _dependent(device)
     with _finding:
         if len(_known) >= _MOST:

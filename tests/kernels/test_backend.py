@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,27 @@ def test_devices_without_kernels(kind, monkeypatch):
     monkeypatch.setattr(backend, "launches", lambda device: False)
     with pytest.raises(ValueError, match="cannot run"):
         backend.select(device(kind))
+
+
+def test_cuda_devices_that_are_too_old(monkeypatch):
+    """Triton ends with "PassManager::run failed" at the first product for 7.5, which is a T4."""
+    launch = pytest.importorskip("dgq_kernels.launch")
+    monkeypatch.delenv("DGQ_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability in ((7, 5), (8, 0), (12, 1)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        target = SimpleNamespace(backend="cuda", arch=10 * capability[0] + capability[1])
+        active = SimpleNamespace(get_current_target=lambda target=target: target)
+        monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+        for check in (lambda: backend.check(device("cuda:1")), lambda: launch._check.__wrapped__(1)):
+            if capability >= (8, 0):
+                check()
+                continue
+            with pytest.raises(ValueError, match=r"compute capability 7\.5, only from 8\.0 on: use the device cpu"):
+                check()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setenv("DGQ_BACKEND", "reference")
+    backend.check(device("cuda"))
 
 
 @pytest.mark.parametrize("command", [["doctor"], ["generate", "a cat", "--device", "cpu", "--out", "unused.png"]])
