@@ -1,6 +1,7 @@
 """The choice of tiles, on the shapes of real models; no GPU and no interpreter needed."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,3 +243,15 @@ def test_the_environment_asks_for_tuning(monkeypatch, wanted, capturing):
     else:
         assert not launched
         assert got == tiles.choose("int8", 4096, 1280, 1280, 1280, DEVICES["RTX 4090"])
+
+
+def test_a_driver_may_not_know_its_memory(monkeypatch):
+    """As of devices that share the processor's."""
+    told = {"major": 12, "minor": 1, "multi_processor_count": 48, "L2_cache_size": 24 * MB, "clock_rate": 2_418_000}
+    properties = SimpleNamespace(**told, memory_clock_rate=0, memory_bus_width=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    tiles._machine.cache_clear()
+    machine = tiles._machine(torch.device("cuda"))
+    tiles._machine.cache_clear()
+    assert not machine.holds(4 * 2 * 8192 * 2560)
+    assert tiles.choose("int8", 8192, 2560, 2880, 2880, machine).splits == 1

@@ -287,8 +287,9 @@ def _machine(device: torch.device) -> Machine:
     found = torch.cuda.get_device_properties(device)
     clock = getattr(found, "clock_rate", 0)  # older torch does not tell
     memory: float = _L2_BYTES_SHARED
-    if clock:  # two transfers a clock of the memory
-        memory = found.memory_clock_rate * found.memory_bus_width / 4 / (clock * found.multi_processor_count)
+    told = clock and found.memory_clock_rate * found.memory_bus_width  # 0 where a driver does not know
+    if told:  # two transfers a clock of the memory
+        memory = told / 4 / (clock * found.multi_processor_count)
     return Machine((found.major, found.minor), found.multi_processor_count, found.L2_cache_size, memory)
 
 
