@@ -46,6 +46,20 @@ class Txt2ImgRequest(BaseModel):
     override_settings: dict[str, Any] | None = None
 
 
+def _returned(wanted: Txt2ImgRequest) -> dict[str, Any]:
+    """What an answer repeats of a request, those settings included that have no effect.
+
+    Raises:
+        DgqError: JSON has no place for some of it.
+    """
+    try:
+        data = wanted.model_dump()
+        json.dumps(data, allow_nan=False)
+    except ValueError:  # Python's parser takes NaN, and 1e999 for infinity
+        raise DgqError("a setting holds a number that is not finite") from None
+    return data
+
+
 def router(drawer: Drawer) -> APIRouter:
     """The routes below /sdapi/v1."""
     routes = APIRouter(prefix="/sdapi/v1")
@@ -110,6 +124,7 @@ def router(drawer: Drawer) -> APIRouter:
             if value and not WITHOUT_EFFECT.fullmatch(name):
                 raise DgqError(f"{name} {value!r} is not supported here")
         check_options(wanted.override_settings or {})
+        parameters = _returned(wanted)
         repeats, size = (1 if value is None else value for value in (wanted.n_iter, wanted.batch_size))
         if repeats < 1 or size < 1:
             raise DgqError(f"{repeats} x {size} pictures are none")
@@ -143,6 +158,6 @@ def router(drawer: Drawer) -> APIRouter:
             "index_of_first_image": 0,
         }
         images = [base64.b64encode(picture.png).decode() for picture in pictures]
-        return reply({"images": images, "parameters": wanted.model_dump(), "info": json.dumps(info)})
+        return reply({"images": images, "parameters": parameters, "info": json.dumps(info)})
 
     return routes

@@ -51,4 +51,8 @@ def create_app(drawer: Drawer, *, key: str | None = None, hosts: frozenset[str] 
     async def failed(request: Request, error: Any) -> Response:
         return problem(request.url.path, error.status_code, str(error.detail), headers=error.headers)
 
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Any) -> Response:
+        return problem(request.url.path, 500, "the server failed; its log says why")
+
     return Gate(app, key=key, hosts=hosts, told=metrics.told)

@@ -3,6 +3,7 @@
 import json
 import threading
 
+import httpx
 import pytest
 import webuiapi
 
@@ -66,6 +67,20 @@ def test_what_would_be_another_picture_is_refused(served, wanted, status, messag
     assert answer.status_code == status
     assert answer.json().keys() == {"error", "detail", "body", "errors"}
     assert message in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", '[0, {"x": -Infinity}]'])
+def test_what_no_answer_could_repeat_is_refused_before_it_is_drawn(served, value):
+    body = f'{{"prompt": "a cat", "steps": {LONG}, "script_args": {value}}}'
+    answer = served.post("/sdapi/v1/txt2img", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == "a setting holds a number that is not finite"
+
+
+def test_a_failure_of_the_server_has_the_protocols_shape(served, monkeypatch):
+    monkeypatch.setattr(type(served.drawer), "id", property(lambda self: 1 / 0))
+    answer = httpx.get(served.url + "/health")
+    assert (answer.status_code, answer.json().keys()) == (500, {"error"})
 
 
 def test_options_that_cannot_be(served):
