@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import DgqError
+from ..pictures.files import read_picture
 from .measures import frechet_distance
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -76,14 +77,7 @@ def read_pictures(folder: Path) -> list[Image.Image]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _ENDINGS and file.is_file())
     if len(files) < 2:
         raise DgqError(f"{folder}: holds fewer than two pictures")
-    pictures = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                pictures.append(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DgqError(f"{file}: is not a readable picture ({error})") from None
-    return pictures
+    return [read_picture(file) for file in files]
 
 
 def _inception(weights: Path, feature: str) -> nn.Module:

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import DgqError
+from ..pictures.files import read_picture
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 SMALLEST = 16  # pixels of a side: nothing can be learned from less
@@ -36,20 +37,13 @@ def read_subject(folder: Path) -> list[Image.Image]:
 
 
 def _read(file: Path) -> Image.Image:
-    if not file.is_file():
-        raise DgqError(f"{file}: is not a regular file")
-    try:
-        with Image.open(file) as image:
-            turned = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DgqError(f"{file}: is not a readable picture ({error})", "remove it, or save it anew") from None
-    if min(turned.size) < SMALLEST:
+    image = read_picture(file)
+    if min(image.size) < SMALLEST:
         raise DgqError(
-            f"{file}: is {turned.width} x {turned.height} pixels, too small to learn from",
+            f"{file}: is {image.width} x {image.height} pixels, too small to learn from",
             f"each side has at least {SMALLEST}",
         )
-    white = Image.new("RGBA", turned.size, "white")
-    return Image.alpha_composite(white, turned).convert("RGB")
+    return image
 
 
 def to_tensor(images: Sequence[Image.Image], width: int, height: int) -> Tensor:
