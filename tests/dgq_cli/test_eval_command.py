@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from dgq.calibration.run import Options as Calibration
 from dgq.calibration.run import calibrate
+from dgq.errors import DgqError
 from dgq.evaluation.evaluate import Kept, Options, evaluate
 from dgq.pictures import embedded
 from dgq.pictures.generation import Settings
@@ -191,3 +192,40 @@ def test_bad_input(dgq_command: Run, arguments: tuple[str, ...], code: int, said
     run = dgq_command("eval", *arguments)
     assert run.returncode == code
     assert said in " ".join(run.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((embedded.NAME, "nowhere"), "nowhere: no such folder"),
+        ((embedded.NAME, "--clip", "."), ".: cannot be loaded as a CLIP model"),
+        ((embedded.NAME, "--inception", __file__), "--inception needs pictures to compare with"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_picture_is_made(
+    dgq_command: Run, arguments: tuple[str, ...], said: str
+) -> None:
+    run = dgq_command("eval", *arguments, "--prompts", "1", "--steps", "1")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert said in " ".join(run.stderr.split())
+    assert "checkpoint 1/1" not in run.stderr
+
+
+def test_a_failure_leaves_the_reports_before_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dgq.evaluation.evaluate as module
+    from dgq_cli.eval_command import command
+
+    plain, made = evaluate, []
+
+    def second_fails(*arguments: object) -> object:
+        if made:
+            raise DgqError("planted")
+        made.append(plain(*arguments))  # type: ignore[arg-type]
+        return made[0]
+
+    monkeypatch.setattr(module, "evaluate", second_fails)
+    with pytest.raises(DgqError, match="planted"):
+        command([embedded.NAME, embedded.NAME], prompts="1", steps=1, floor=0, seed=0, json=True)
+    assert json.loads(capsys.readouterr().out)[0]["model"] == embedded.NAME
