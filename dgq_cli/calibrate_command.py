@@ -200,11 +200,13 @@ def command(
         text_encoder=text_encoder,  # type: ignore[arg-type]
     )
     loras = [_lora(text) for text in lora or []]
-    from dgq.calibration.sources import float_folder, is_single_file
+    from dgq.calibration.sources import check_sources, float_folder, is_single_file
     from dgq.checkpoint.writing import check_target
 
     made = out.with_name(f"{out.name}-float") if loras or config or is_single_file(model) else None
     if dry_run:
+        if made is not None:
+            check_sources(model, config, loras)
         shape = str(config) if config and is_single_file(model) else model
         _print_estimate(estimate(shape, wanted, options), wanted.label, json)
         return

@@ -19,6 +19,7 @@ from ..family import TOKENS, family_of
 from ..integer.rates import rates
 from ..method import METHODS, Cost, LayerCost
 from ..pictures.components import empty_encoder, empty_vae
+from ..pictures.prompts import calibration_pool
 from ..recipe import Recipe
 from ..replay import hooked, replay
 from .budget import MEASURED_PICTURES, check_budget
@@ -112,6 +113,8 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     assert settings.steps is not None
     assert settings.guidance is not None
     count = count_prompts(options, recipe)
+    if options.prompts is None or isinstance(options.prompts, int):
+        count = min(count, len(calibration_pool(folder)))
     doubled = family.doubled(network.config, settings.guidance)
     apart = doubled and family.separate_guidance
     method = METHODS[recipe.name]

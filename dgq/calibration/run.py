@@ -145,8 +145,8 @@ def wanted_settings(options: Options, model: Model) -> Settings:
     Raises:
         DgqError: a value out of range.
     """
-    if options.size is not None and (options.size < 64 or options.size % 8):
-        raise DgqError(f"pictures of {options.size} pixels cannot be drawn", "give a multiple of 8, at least 64")
+    if options.size is not None and (not 64 <= options.size <= 4096 or options.size % 8):
+        raise DgqError(f"pictures of {options.size} pixels cannot be drawn", "give a multiple of 8, from 64 to 4096")
     settings = Settings(options.steps, options.guidance, width=options.size, height=options.size, seed=options.seed)
     return settings.resolved(model)
 

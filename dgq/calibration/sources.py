@@ -55,6 +55,30 @@ def is_single_file(model: str | None) -> bool:
     return model is not None and (Path(model).is_file() or model.endswith((".safetensors", ".ckpt")))
 
 
+def check_sources(
+    model: str | None, config: Path | None = None, loras: Sequence[tuple[Path, float]] = ()
+) -> list[Path]:
+    """The files that a folder of `float_folder` is made of, whose names of tensors alone are read.
+
+    Raises:
+        DgqError: as `float_folder`, as far as names tell.
+    """
+    single = is_single_file(model)
+    if single and config is None:
+        raise DgqError(
+            f"{model}: a single file holds no configurations and no tokenizer",
+            "name a diffusers folder of the same kind of model by --config; it needs no weights",
+        )
+    if config is not None and not single:
+        raise DgqError(f"{config}: configurations are taken for a single-file checkpoint alone", "leave out --config")
+    files = [*([Path(str(model))] if single else []), *(file for file, _ in loras)]
+    if single and config is not None:
+        files += _check_single(files[0], config)
+    for file, _ in loras:
+        _check_lora(file)
+    return files
+
+
 @without_bars()
 @quiet("transformers")
 def float_folder(
@@ -82,19 +106,8 @@ def float_folder(
         DgqError: there is no such file, the configurations are not of this model, a LoRA is of another one, or
             `target` holds something else. What the tensors' names tell is told before anything is loaded.
     """
+    files = check_sources(model, config, loras)
     single = is_single_file(model)
-    if single and config is None:
-        raise DgqError(
-            f"{model}: a single file holds no configurations and no tokenizer",
-            "name a diffusers folder of the same kind of model by --config; it needs no weights",
-        )
-    if config is not None and not single:
-        raise DgqError(f"{config}: configurations are taken for a single-file checkpoint alone", "leave out --config")
-    files = [*([Path(str(model))] if single else []), *(file for file, _ in loras)]
-    if single and config is not None:
-        files += _check_single(files[0], config)
-    for file, _ in loras:
-        _check_lora(file)
     made_of = {
         "model": None if single else model,
         "config": None if config is None else str(config.resolve()),

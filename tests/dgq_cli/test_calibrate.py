@@ -346,3 +346,25 @@ def test_killed_fifteen_times_and_resumed(tiny_pipeline, tmp_path, rounding, thr
     process.stderr.close()
     assert contents(out) == expected
     assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--size", "4104"), "from 64 to 4096"),
+        (("--lora", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
+        (("--config", "nowhere"), "taken for a single-file checkpoint alone"),
+    ],
+)
+def test_dry_run_refuses_what_calibrating_refuses(dgq_command, tiny_pipeline, options, said):
+    run = dgq_command("calibrate", tiny_pipeline, "--dry-run", *options)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert said in run.stderr
+
+
+def test_dry_run_counts_the_prompts_there_are(dgq_command, tiny_pipeline):
+    found = [
+        json.loads(dgq_command("calibrate", tiny_pipeline, "--dry-run", "--json", "--prompts", count).stdout)["calls"]
+        for count in ("1", "100000", "200000")
+    ]
+    assert found[0] < found[1] == found[2]
