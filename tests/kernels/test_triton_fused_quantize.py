@@ -254,6 +254,72 @@ def test_the_range_of_silu_is_that_of_its_channels_ends(size, parts):
         assert float(-scale * zero_point) == pytest.approx(low, abs=0.02)
 
 
+def test_ranges_of_a_large_sample_are_few(monkeypatch):
+    """Each program of the codes reads all of them: of every block of a large picture they would be most of its work."""
+    monkeypatch.setattr(kernels, "MOST_RANGES", 2)
+    read, launch = [], kernels.launch
+
+    def noted(kernel, grid, *arguments, **constants):
+        if kernel is kernels.quantize_samples_kernel:
+            read.append(arguments[-1])
+        launch(kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(kernels, "launch", noted)
+    x, norm = image(2, 80, 33, 27), (2, *gains(80), 1e-5, True, 8, None, 1, None)
+    check("quantize_samples", x, 8, None, 1, None)
+    check("group_norm_quantize_samples", x, *norm)
+    check("group_norm_quantize_samples", x, *norm, None, 16)
+    assert read == [1, 2, 1]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="runs single programs, in the interpreter")
+@pytest.mark.parametrize("what", ["statistics", "range", "codes"])
+def test_a_sample_of_more_than_2_to_31_values(what, monkeypatch):
+    """The last program of each kernel, alone; of the memory only what it touches is taken."""
+    from triton.runtime import interpreter
+
+    side, channels, rows = 4096, 256, 64
+    x = torch.empty(side, side, channels, dtype=torch.int8)
+    x[-1, -rows:] = torch.randint(-100, 101, (rows, channels), generator=torch.Generator().manual_seed(0))
+    last = x[-1, -rows:].float()
+    program, size, builder = [0, 0, 0], [1, 1, 1], interpreter.interpreter_builder
+    set_program, set_size = builder.set_grid_idx, builder.set_grid_dim
+    monkeypatch.setattr(builder, "set_grid_idx", lambda *_: set_program(*program))
+    monkeypatch.setattr(builder, "set_grid_dim", lambda *_: set_size(*size))
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)  # it would touch all memory
+    flags = {"OFFSET": False, "SILU": False, "DIVIDE": False, "BLOCK_ROWS": rows}
+    plain = {**flags, "NORM": False, "ROTATION": 0, "BLOCK_CHANNELS": channels}
+    if what == "statistics":
+        parts = side**2 // rows
+        program[:], size[:] = (31, parts - 1, 0), (32, parts, 1)
+        mean, square = torch.zeros(2, 1, parts, 32)
+        low, high = torch.zeros(2, 1, parts, channels)
+        kernels.group_statistics_kernel[(1, 1, 1)](
+            x, *[None] * 4, mean, square, low, high, None, None, side**2, channels, 0, rows, 1e-6, 8, parts, False,
+            False, RANGE=True, BLOCK_CHANNELS=8, **flags,
+        )  # fmt: skip
+        torch.testing.assert_close(mean[0, -1, -1], last[:, -8:].mean())
+        assert torch.equal(high[0, -1, -8:], last[:, -8:].amax(0))
+    elif what == "range":
+        program[0], size[0] = (side**2 // rows - 1, side**2 // rows)
+        below, above = torch.zeros(2, 1, side**2 // rows, dtype=torch.int32)
+        kernels.sample_range_kernel[(1, 1, 1)](x, *[None] * 4, below, above, side**2, channels, **plain)
+        assert (below.view(torch.float32)[0, -1], above.view(torch.float32)[0, -1]) == (-last.min(), last.max())
+    else:
+        pixels = (side + 2) ** 2
+        codes = torch.empty(pixels, channels, dtype=torch.int8)
+        scale, zero_point = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+        reach = torch.tensor([[127.5]]).view(torch.int32)
+        place = side * (side + 2) + side - rows + 1  # of the picture's last pixels
+        program[0], size[0] = place // rows, -(-pixels // rows)
+        kernels.quantize_samples_kernel[(1, 1, 1)](
+            x, *[None] * 5, reach, reach, codes, scale, zero_point, side, side, channels, 1, 1,
+            PLACE=False, SMALLEST=1e-30, TOP=255, BLOCK_RANGES=256, **plain,
+        )  # fmt: skip
+        done = (place // rows + 1) * rows - place
+        torch.testing.assert_close(codes[place : place + done].float(), last[:done], atol=1, rtol=0)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (16, 27), (33, 27)])
 def test_an_offset_that_is_a_part_of_a_wider_tensor(size):
     """As time embeddings are that one product made: read where it lies, whoever reads it."""

@@ -28,6 +28,7 @@ _PLAIN, _LAYER_NORM, _GEGLU, _SILU, _GROUP_NORM = (tl.constexpr(i) for i in rang
 # Where x * sigmoid(x), which falls down to there, turns to rise, and what it is there.
 _SILU_TURNS, _SILU_LEAST = tl.constexpr(reference.SILU_TURNS), tl.constexpr(reference.SILU_LEAST)
 LONGEST_ROW = 8192  # channels that a program's registers hold
+MOST_RANGES = 1024  # of a sample, which each program of its codes reads
 
 
 class Config(NamedTuple):
@@ -193,9 +194,9 @@ def quantize_long_rows_kernel(
 
 
 @triton.jit
-def _load_group(base, pixel, end, channels, inside):
+def _load_group(base, pixel, length, channels, inside):
     """Channels of pixels, float32; the last one's for those beyond it, which changes no range."""
-    x = tl.load(base + tl.minimum(pixel, end - 1)[:, None] * channels, mask=inside[None, :], other=0.0)
+    x = tl.load(base + tl.minimum(pixel, length - 1)[:, None] * channels, mask=inside[None, :], other=0.0)
     return x.to(tl.float32)
 
 
@@ -265,31 +266,31 @@ def group_statistics_kernel(
     lane = tl.arange(0, BLOCK_CHANNELS)
     channel = group * GROUP + lane
     in_group = lane < GROUP
-    base = x_ptr + sample.to(tl.int64) * pixels * channels + channel[None, :]
+    begin = part * share
+    length = tl.minimum(share, pixels - begin)
+    base = x_ptr + (sample.to(tl.int64) * pixels + begin) * channels + channel[None, :]
     shift = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     if SHIFT:
         shift = tl.load(shift_ptr + sample * shift_row + channel, mask=in_group, other=0.0).to(tl.float32)
-    begin = part * share
-    end = tl.minimum(begin + share, pixels)
-    pixel = begin + tl.arange(0, BLOCK_ROWS)
-    x = _load_group(base, pixel, end, channels, in_group)
-    inside = (pixel < end)[:, None] & in_group[None, :]
+    pixel = tl.arange(0, BLOCK_ROWS)
+    x = _load_group(base, pixel, length, channels, in_group)
+    inside = (pixel < length)[:, None] & in_group[None, :]
     # differences to the mean of the first pixels: it is near enough to that of all to keep the digits of the variance
-    known = 1.0 * tl.maximum(GROUP * tl.minimum(end - begin, BLOCK_ROWS), 1)
+    known = 1.0 * tl.maximum(GROUP * tl.minimum(length, BLOCK_ROWS), 1)
     pivot = tl.div_rn(tl.sum(tl.where(inside, x + shift[None, :], 0.0)), known)
     apart = tl.where(inside, x + shift[None, :] - pivot, 0.0)
     square = apart * apart
     low = x
     high = x
-    for first in range(begin + BLOCK_ROWS, end, BLOCK_ROWS):
+    for first in range(BLOCK_ROWS, length, BLOCK_ROWS):
         pixel = first + tl.arange(0, BLOCK_ROWS)
-        x = _load_group(base, pixel, end, channels, in_group)
+        x = _load_group(base, pixel, length, channels, in_group)
         low = tl.minimum(low, x)
         high = tl.maximum(high, x)
-        x = tl.where((pixel < end)[:, None] & in_group[None, :], x + shift[None, :] - pivot, 0.0)
+        x = tl.where((pixel < length)[:, None] & in_group[None, :], x + shift[None, :] - pivot, 0.0)
         apart += x
         square += x * x
-    size = 1.0 * tl.maximum(GROUP * (end - begin), 1)
+    size = 1.0 * tl.maximum(GROUP * length, 1)
     total = tl.sum(apart)
     off = tl.div_rn(total, size)
     mean = pivot + off
@@ -388,8 +389,9 @@ def sample_range_kernel(
     centre and gain (B, channels) as `group_statistics_kernel` has them."""
     await_previous(PDL)
     block, sample = tl.program_id(0), tl.program_id(1)
-    pixel = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    base = x_ptr + sample.to(tl.int64) * pixels * channels
+    row = tl.arange(0, BLOCK_ROWS)
+    pixel = block * BLOCK_ROWS + row
+    base = x_ptr + (sample.to(tl.int64) * pixels + block * BLOCK_ROWS) * channels
     below = 0
     above = 0
     for first in range(0, channels, BLOCK_CHANNELS):
@@ -402,7 +404,7 @@ def sample_range_kernel(
             centre = tl.load(centre_ptr + sample * channels + channel, mask=in_channels, other=0.0)
             gain = tl.load(gain_ptr + sample * channels + channel, mask=in_channels, other=0.0)
         x = _load_sample(
-            base + pixel[:, None] * channels + channel[None, :], centre, gain, norm_bias_ptr, inv_divisor_ptr,
+            base + row[:, None] * channels + channel[None, :], centre, gain, norm_bias_ptr, inv_divisor_ptr,
             channel, channels, inside, NORM, OFFSET, SILU, DIVIDE, ROTATION, BLOCK_ROWS, BLOCK_CHANNELS,
         )  # fmt: skip
         tile_below, tile_above = reach(x, None)
@@ -437,26 +439,31 @@ def quantize_samples_kernel(
 
     padded_width = width + 2 * padding
     padded = (height + 2 * padding) * padded_width
-    pixel = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_pixel = tl.program_id(0) * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
+    pixel = first_pixel + row
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     y = pixel // padded_width - padding
     x_at = pixel % padded_width - padding
     image = (y >= 0) & (y < height) & (x_at >= 0) & (x_at < width) & (pixel < padded)
     inside = image[:, None] & (channel < channels)[None, :]
-    base = x_ptr + sample.to(tl.int64) * height * width * channels
+    # a sample may have 2^31 values or more, a tile's lie near its first one
+    top = first_pixel // padded_width - padding
+    left = first_pixel % padded_width - padding
+    base = x_ptr + (sample.to(tl.int64) * height * width + top * width + left) * channels
     centre = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     gain = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     if NORM:
         centre = tl.load(centre_ptr + sample * channels + channel, mask=channel < channels, other=0.0)
         gain = tl.load(gain_ptr + sample * channels + channel, mask=channel < channels, other=0.0)
     x = _load_sample(
-        base + (y * width + x_at)[:, None] * channels + channel[None, :], centre, gain, norm_bias_ptr,
+        base + ((y - top) * width + x_at - left)[:, None] * channels + channel[None, :], centre, gain, norm_bias_ptr,
         inv_divisor_ptr, channel, channels, inside, NORM, OFFSET, SILU, DIVIDE, ROTATION, BLOCK_ROWS, BLOCK_CHANNELS,
     )  # fmt: skip
     place = channel
     if PLACE:
         place = tl.load(position_ptr + channel, mask=channel < channels, other=0)
-    out = codes_ptr + sample.to(tl.int64) * padded * channels + pixel[:, None] * channels + place[None, :]
+    out = codes_ptr + (sample.to(tl.int64) * padded + first_pixel) * channels + row[:, None] * channels + place[None, :]
     # outside the image x is 0, whose code is the zero point
     stored = (pixel < padded)[:, None] & (channel < channels)[None, :]
     tl.store(out, code(x, inverse, zero_point, TOP), mask=stored)
@@ -661,7 +668,9 @@ def _group_statistics(
     the offset. `after`: the ranges are wanted too."""
     batch, channels, height, width = x.shape
     group, pixels = channels // groups, height * width
-    tile = groups_for(max(1, pixels), group, max(1, programs // max(1, batch * groups)), after is not None)
+    # a part's offsets are of 32 bits; rows, which know no parts, are of pictures that have none as large
+    least = max(1, cdiv(pixels * channels, 2**30)) if programs else 1
+    tile = groups_for(max(1, pixels), group, max(least, programs // max(1, batch * groups)), after is not None)
     norm = Norm(*_pair(x, torch.float32, batch, channels), _pair(x, torch.int32, batch, groups) if after else None)
     if not x.numel():
         return norm
@@ -721,6 +730,8 @@ def _samples(
             sample_range_kernel, (blocks, batch, 1),
             x, norm.centre, norm.gain, bias, inv_divisor, below, above, height * width, channels, **flags,
         )  # fmt: skip
+    if below.shape[1] > MOST_RANGES:
+        below, above = (part.amax(1, keepdim=True) for part in (below, above))
     grid = (cdiv(size[2] * size[3], config.rows), cdiv(channels, config.channels), batch)
     launch(
         quantize_samples_kernel, grid,
