@@ -76,7 +76,7 @@ def command(
         from dgq.devices import check_device
         from dgq.errors import DgqError
         from dgq.outputs import check_output, check_place
-        from dgq.pictures.generation import Settings, file_name, generate, read_size, write_png
+        from dgq.pictures.generation import Picture, Settings, file_name, generate, read_size, write_png
         from dgq.pictures.generation import grid as sheet
         from dgq.pictures.pipelines import find_model, load
         from dgq.tuning.apply import load_tuned
@@ -101,23 +101,31 @@ def command(
         load_tuned(pipe, file, strength, f"{file.stem}-{number}")
         label += f", Tuned: {file.stem}:{strength:g}"
     wanted = [prompt for prompt in prompts for _ in range(count)]
-    with StageProgress({"generate": "generate"}) as progress:
-        pictures = generate(
-            pipe,
-            wanted,
-            settings,
-            label=label,
-            name=found.base,
-            progress=lambda done, total: progress("generate", done, total, f"seed {chosen}"),
-        )
     files = []
-    if not (single and grid):
-        for picture in pictures:
-            file = out if single else out / file_name(picture.prompt, picture.seed)
-            files.append(picture.save(file, metadata, keep=not overwrite))
-    if grid:
-        file = out if single else out / "grid.png"
-        files.append(write_png(sheet([picture.image for picture in pictures]), file, keep=not overwrite))
+
+    def save(picture: Picture) -> None:
+        file = out if single else out / file_name(picture.prompt, picture.seed)
+        files.append(picture.save(file, metadata, keep=not overwrite))
+
+    try:
+        with StageProgress({"generate": "generate"}) as progress:
+            pictures = generate(
+                pipe,
+                wanted,
+                settings,
+                label=label,
+                name=found.base,
+                progress=lambda done, total: progress("generate", done, total, f"seed {chosen}"),
+                made=None if single and grid else save,
+            )
+        if grid:
+            file = out if single else out / "grid.png"
+            files.append(write_png(sheet([picture.image for picture in pictures]), file, keep=not overwrite))
+    finally:  # what ends a later picture takes no earlier one away
+        if files and not json:
+            err.print(f"seed {chosen}, {settings.steps} steps, guidance {settings.guidance:g}")
+            for name in files:
+                typer.echo(name)
     if json:
         print_json(
             {
@@ -128,10 +136,6 @@ def command(
                 "pictures": [{"prompt": p.prompt, "seed": p.seed, "parameters": p.parameters} for p in pictures],
             }
         )
-        return
-    err.print(f"seed {chosen}, {settings.steps} steps, guidance {settings.guidance:g}")
-    for file in files:
-        typer.echo(file)
 
 
 def _hint(prompts: list[str], folder: Path) -> None:

@@ -203,6 +203,7 @@ def generate(
     label: str = "float",
     name: str = "",
     progress: Callable[[int, int], None] | None = None,
+    made: Callable[[Picture], None] | None = None,
 ) -> list[Picture]:
     """Make one picture a prompt.
 
@@ -216,6 +217,7 @@ def generate(
         label: the recipe, for the metadata.
         name: the model's name, for the metadata.
         progress: called after every sampler step with (done, total) steps over all batches.
+        made: called with each picture once its batch is done, whatever becomes of later ones.
 
     Raises:
         DgqError: a bad prompt or size, a pipeline that draws from more than a prompt, or a picture with values that are
@@ -241,6 +243,9 @@ def generate(
         for i, seed, latent, image in zip(batch, seeds, latents, decode(pipe, latents, width, height), strict=True):
             text = _parameters(pipe, prompts[i], settings, seed, width, height, label, name)
             pictures.append(Picture(image, prompts[i], seed, text, latent))
+        if made:
+            for picture in pictures[batch.start :]:
+                made(picture)
     return pictures
 
 

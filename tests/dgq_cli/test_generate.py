@@ -77,3 +77,24 @@ def test_version_and_no_command(dgq_command):
     assert dgq_command("--version").stdout.startswith("dgq ")
     assert dgq_command().returncode in (0, 2)
     assert dgq_command("nosuch").returncode == 2
+
+
+def test_what_is_done_is_written_whatever_ends_the_next_one(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    from dgq.errors import DgqError
+    from dgq.pictures import generation
+    from dgq_cli.generate_command import command
+
+    decode, made = generation.decode, []
+
+    def second_fails(*arguments):
+        if made:
+            raise DgqError("planted")
+        made.append(decode(*arguments))
+        return made[0]
+
+    monkeypatch.setattr(generation, "decode", second_fails)
+    options = {"steps": 1, "seed": 3, "size": "16", "model": str(tiny_checkpoint), "out": tmp_path / "many"}
+    with pytest.raises(DgqError, match="planted"):
+        command(["a cat"], count=3, batch=1, grid=True, **options)
+    (file,) = (tmp_path / "many").iterdir()
+    assert capsys.readouterr().out.split() == [str(file)]
