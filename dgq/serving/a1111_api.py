@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import time
 from typing import Any
 
 from fastapi import APIRouter, Body, Request, Response
@@ -92,7 +91,6 @@ def router(drawer: Drawer) -> APIRouter:
     async def progress() -> Response:
         job = drawer.current
         share = job.share if job else 0.0
-        spent = time.monotonic() - job.started if job else 0.0
         state = {
             "skipped": False,
             "interrupted": bool(job and job.stopped),
@@ -104,7 +102,7 @@ def router(drawer: Drawer) -> APIRouter:
             "sampling_step": job.step if job else 0,
             "sampling_steps": job.steps if job else 0,
         }
-        left = spent / share - spent if share else 0.0
+        left = (job.left if job else None) or 0.0
         return reply({"progress": share, "eta_relative": left, "state": state, "current_image": None, "textinfo": None})
 
     @routes.post("/interrupt")

@@ -108,6 +108,12 @@ class Job:
         """How much of it is done, 0 to 1."""
         return (self.number + self.step / self.steps) / self.order.count
 
+    @property
+    def left(self) -> float | None:
+        """Seconds that the rest of it takes at the pace so far; None before there is one."""
+        share = self.share
+        return (time.monotonic() - self.started) * (1 - share) / share if self.started and share else None
+
 
 class Drawer:
     """A pipeline, the thread that alone draws with it, and the queue before it.
@@ -213,8 +219,8 @@ class Drawer:
                 raise RefusedError(503, "closing", "the server is shutting down")
             if len(self._jobs) > self.waiting:
                 first = self._jobs[0]
-                seconds = math.ceil(self._seconds * first.order.count * (1 - first.share))
-                raise RefusedError(429, "queue_full", f"{self.waiting} orders wait already", max(1, seconds))
+                left = self._seconds * first.order.count if first.left is None else first.left
+                raise RefusedError(429, "queue_full", f"{self.waiting} orders wait already", max(1, math.ceil(left)))
             self._jobs.append(job)
             self._changed.notify()
         return job

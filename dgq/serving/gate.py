@@ -50,13 +50,16 @@ class Gate:
             await self.app(scope, receive, send)
             return
 
+        # an answer to HEAD is GET's, whose body the server leaves out
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.setdefault("Cache-Control", "no-store")
                 headers["X-Content-Type-Options"] = "nosniff"
                 if self.told:
-                    self.told(getattr(scope.get("route"), "path", "other"), message["status"])
+                    self.told(getattr(inner.get("route"), "path", "other"), message["status"])
             await send(message)
 
         wrong = self._wrong(scope)
@@ -71,7 +74,7 @@ class Gate:
         async def again() -> Message:
             return parts.pop() if parts else await receive()
 
-        await self.app(scope, again, answer)
+        await self.app(inner, again, answer)
 
     def _wrong(self, scope: MutableMapping[str, Any]) -> Any:
         """The answer to a request that may not be made, or None."""

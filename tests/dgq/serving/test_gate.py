@@ -144,3 +144,12 @@ def test_nothing_is_kept_or_guessed(served):
         assert headers["Cache-Control"] == "no-store"
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert "server" not in headers
+
+
+def test_head_is_get_without_the_body(served):
+    """As monitors ask."""
+    for path in ("/", "/health", "/v1/models"):
+        head, get = httpx.head(served.url + path), httpx.get(served.url + path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == get.headers["content-length"]
+    assert httpx.head(served.url + "/draw").status_code == 405

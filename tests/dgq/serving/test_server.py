@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 
 import httpx
 import pytest
@@ -34,6 +35,8 @@ def run(tiny_checkpoint, tiny_pipe):
                 stepped.wait(60)
                 stepped.clear()
                 os.kill(os.getpid(), number)
+                while not drawer.closing():  # two signals that come before the first is seen would be one
+                    time.sleep(0.01)
             asking.join()
 
         threads = []
