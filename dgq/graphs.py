@@ -71,9 +71,12 @@ def capture(run: Run, pool: Pool) -> tuple[Callable[[], None], Any]:
     allocating memory."""
     graph = torch.cuda.CUDAGraph()
     # torch's context leaves its own stream the current one where the capture cannot be ended, as after a failed call
-    with _capturing, torch.cuda.stream(torch.cuda.current_stream()):
-        with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
-            returned = run()
+    with (
+        _capturing,
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"),
+    ):
+        returned = run()
     return graph.replay, returned
 
 

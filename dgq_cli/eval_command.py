@@ -104,8 +104,8 @@ def command(
         grid,
     )
     kept, reports = Kept(), []
-    for checkpoint in checkpoints or ():
-        compared(checkpoint, against)  # the last one's name is told as wrong before the first one is judged
+    for named in checkpoints or ():
+        compared(named, against)  # the last one's name is told as wrong before the first one is judged
     try:
         with StageProgress({"against": "float", "floor": "half", "checkpoint": "checkpoint"}) as progress:
             for checkpoint in checkpoints or (None,):

@@ -182,8 +182,8 @@ class Layer:
         if inv_divisor is not None:
             inv_divisor = checked("inv_divisor", inv_divisor, torch.float32, channels)
         # detached, they hold the memory that is read, whatever becomes of a parameter's
-        given = (weight_scale, inv_divisor, bias)
-        self.weight_scale, self.inv_divisor, self.bias = (None if x is None else x.detach() for x in given)
+        self.weight_scale = weight_scale.detach()
+        self.inv_divisor, self.bias = (None if x is None else x.detach() for x in (inv_divisor, bias))
         tensors = (self.packed, self.weight_scale, self.column_sum, self.bias, self.inv_divisor)
         addresses = [None if x is None else x.data_ptr() for x in tensors]
         bits, kernel, stride, padding = self.bits, self.kernel, self.stride, self.padding
