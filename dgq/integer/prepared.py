@@ -600,6 +600,8 @@ def apply(x: Tensor, norm: nn.Module | None, activation: Activation, offset: Ten
     """`IntegerLayer.forward`'s steps before the product, by torch."""
     if offset is not None:
         x = x + offset.to(x.dtype)[:, :, None, None]
+    if isinstance(norm, nn.GroupNorm) and torch.is_grad_enabled() and not x.requires_grad:
+        x = x.contiguous()  # torch's backward of a channels-last one that takes no gradient ends the process
     x = x if norm is None else norm(x)
     return nn.functional.silu(x) if activation == "silu" else x
 

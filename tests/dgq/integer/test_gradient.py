@@ -205,3 +205,17 @@ def test_nothing_of_the_weight_is_kept_for_the_way_back():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x.requires_grad_())
     assert not saved
+
+
+def test_a_norm_learns_of_pixels_that_take_no_gradient(form):
+    """Torch's own GroupNorm of channels-last pixels ends the process there."""
+    layer, module, x = built("conv2d", 8, "none")
+    norm = nn.GroupNorm(8, 24)
+    found = []
+    for run in (layer, lambda x, norm, activation: plainly(module, x, norm=norm, activation=activation)):
+        shape = torch.channels_last if run is layer else torch.contiguous_format
+        norm.zero_grad()
+        run(x.contiguous(memory_format=shape), norm=norm, activation="silu").square().sum().backward()
+        found.append((norm.weight.grad.clone(), norm.bias.grad.clone()))
+    for got, expected in zip(*found, strict=True):
+        assert (got - expected).norm() < 0.02 * expected.norm()
