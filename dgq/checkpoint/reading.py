@@ -28,6 +28,10 @@ from .header import QUANT_METHOD, Header, _of_type
 COPIED_SUFFIXES = {".json", ".txt", ".safetensors", ".model", ".jinja"}
 
 
+_PICKLES = {".bin", ".pt"}
+_NO_PICKLE = "save them as safetensors (safe_serialization); dgq loads no pickle"
+
+
 # The names diffusers and transformers give weights: of either library, of a variant, in shards (the variant before
 # the shard's number as it is written today, or after it).
 _WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors")
@@ -214,6 +218,8 @@ def tensor_table(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         DgqError: the file is missing, truncated or not safetensors.
     """
     check_regular(file)
+    if file.suffix in _PICKLES:
+        raise DgqError(f"{file}: the weights are pickled", _NO_PICKLE)
     try:
         with safe_open(str(file), framework="pt") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
@@ -354,8 +360,8 @@ def _check_component(component: Path) -> None:
             except (OSError, ValueError) as error:
                 raise DgqError(f"{file}: cannot be read ({error})") from None
     weights = weight_files(component)
-    if not weights and (list(component.glob("*.bin")) or list(component.glob("*.pt"))):
-        raise DgqError(f"{component}: the weights are pickled", "convert them to safetensors; dgq loads no pickle")
+    if not weights and any(file.suffix in _PICKLES for file in component.iterdir()):
+        raise DgqError(f"{component}: the weights are pickled", _NO_PICKLE)
     names = [name for file in weights for name in tensor_table(file)]
     for file, config in configs.items():
         if file.name in ("config.json", "scheduler_config.json"):
