@@ -20,6 +20,7 @@ from dgq_kernels.conv2d import reference as conv2d_reference
 from dgq_kernels.linear import reference as linear_reference
 from dgq_kernels.log_attention import cpu as attention_cpu
 from dgq_kernels.log_attention import reference as attention_reference
+from dgq_kernels.native import library
 from dgq_kernels.quantize_activation import reference as quantize_reference
 
 LAST = torch.channels_last
@@ -905,6 +906,28 @@ def test_the_environment_chooses(wish):
         assert done.stdout.strip() == expected[wish]
     else:
         assert "DGQ_CPU_ENGINE=no-such-cpu is not one of off, portable" in done.stderr
+
+
+@pytest.mark.parametrize("folder", ["site-packages/torch/lib", "site-packages/torch.libs"])
+def test_the_threads_are_those_of_torch_wherever_it_lies(tmp_path, monkeypatch, folder):
+    """In a folder with spaces, and beside another package's runtime in an environment called after torch."""
+    mine = tmp_path / "my torch" / folder / "libgomp.so.1"
+    other = tmp_path / "my torch" / "site-packages" / "other.libs" / "libgomp-0.so.1"
+    maps = tmp_path / "maps"
+    line = "7f00-7f10 r-xp 00000000 08:01 1234      {}\n"
+    maps.write_text(line.format(other) + line.format(mine) + "7f20-7f30 rw-p 00000000 00:00 0\n")
+    opened = []
+
+    class Library:
+        def __init__(self, name):
+            opened.append(name)
+            self.GOMP_parallel = torch.abs  # never called
+
+    monkeypatch.setattr(library, "Path", lambda path: maps if path == "/proc/self/maps" else Path(path))
+    monkeypatch.setattr(library.ctypes, "CDLL", Library)
+    monkeypatch.setattr(library.ctypes, "cast", lambda function, kind: kind(7))
+    assert library._parallel_region() == 7
+    assert opened == [str(mine)]
 
 
 def test_other_scales_are_those_of_a_layer_made_with_them():

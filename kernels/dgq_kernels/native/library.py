@@ -112,11 +112,14 @@ def _parallel_region() -> int | None:
     """The address of GOMP_parallel in the OpenMP runtime torch has loaded (GNU's or LLVM's), so that there is one pool
     of threads in the process; None where there is none: one thread then."""
     try:
-        maps = Path("/proc/self/maps").read_text().split()
+        maps = Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    names = sorted({part for part in maps if ".so" in part and "omp" in Path(part).name.lower()})
-    names.sort(key=lambda name: "torch" not in name)
+    # the sixth field of a line is a path, which may have spaces
+    paths = {fields[5] for fields in (line.split(maxsplit=5) for line in maps.splitlines()) if len(fields) > 5}
+    names = sorted(path for path in paths if ".so" in path and "omp" in Path(path).name.lower())
+    # other packages bring a runtime too, into an environment that may be called after torch
+    names.sort(key=lambda name: not any("torch" in part for part in Path(name).parts[-3:]))
     for name in names:
         try:
             function = ctypes.CDLL(name).GOMP_parallel
