@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -944,6 +945,41 @@ def test_other_scales_are_those_of_a_layer_made_with_them():
         with pytest.raises(ValueError, match="expected"):
             layer.set_scales(*wrong)
     assert torch.equal(layer.linear(x), plain)
+
+
+def test_a_call_keeps_what_it_reads(monkeypatch):
+    """Another thread may give a layer other scales while the library multiplies."""
+    g = torch.Generator().manual_seed(0)
+    rest = torch.rand(64, generator=g), None, None, 8
+
+    def layers(count, k, **geometry):
+        return [native.Layer(weights(64, k, g)[0], *rest, **geometry) for _ in range(count)]
+
+    x, picture = torch.randn(3, 16, generator=g), torch.randn(1, 16, 5, 5, generator=g)
+    calls = {
+        "dgq_linear": (layers(1, 16), lambda one: one.linear(x)),
+        "dgq_linear of several": (layers(2, 16), lambda *some: native.linear(some, x)[1]),
+        "dgq_conv2d": (layers(1, 9 * 16, kernel=3, padding=1), lambda one: one.conv2d(picture)),
+        "dgq_upsample": (layers(1, 4 * 16, kernel=2, padding=1), lambda one: one.upsample(picture)),
+    }
+    known = library.loaded().library
+    for name, (some, run) in calls.items():
+        expected = run(*some)
+        function, kept = getattr(known, name.split()[0]), []
+
+        def meanwhile(*arguments, some=some, function=function, kept=kept):
+            before = [weakref.ref(one._struct) for one in some] + [weakref.ref(one.weight_scale) for one in some]
+            for one in some:
+                one.set_scales(torch.full((64,), torch.nan), None)
+            kept += [one() is not None for one in before]
+            return function(*arguments)
+
+        monkeypatch.setattr(known, name.split()[0], meanwhile)
+        result = run(*some)
+        monkeypatch.undo()
+        assert kept == [True] * 2 * len(some), name
+        assert torch.equal(result, expected), name
+        assert run(*some).isnan().all()
 
 
 def test_layers_of_one_divisor_share_an_input():

@@ -276,6 +276,10 @@ LONGS = [-1, 0, 2**40, 2**62, -(2**63), 2**63 - 1]
 INTS = [-1, 0, 2**31 - 1, -(2**31)]
 
 
+def address_of(layer):
+    return ctypes.addressof(layer._struct)
+
+
 def call(function, *arguments):
     library = native.library.loaded().library
     return library.dgq_error(getattr(library, function)(*arguments)).decode()
@@ -339,7 +343,7 @@ def test_the_library_refuses_a_layer(name, values):
     layer, conv = layer_of(32, 32), layer_of(8, 36, kernel=3)
     x, y = torch.zeros(1, 6, 6, 4), torch.zeros(1, 4, 4, 8)
     arguments = (x.data_ptr(), 1, 6, 6, 0, None, None, None, y.data_ptr(), 1)
-    assert call("dgq_conv2d", conv._address, *arguments) == "done"
+    assert call("dgq_conv2d", address_of(conv), *arguments) == "done"
     for value in values:
         if (name, value) == ("n", 2**40):
             continue  # a size that could be: what lies behind the pointers cannot be seen
@@ -392,7 +396,7 @@ def test_the_library_refuses_a_picture(name, values):
     for value in [*values, *LONGS[3:]]:
         changed = {**sizes, name: value}.values()
         arguments = (x.data_ptr(), *changed, 0, None, None, None, y.data_ptr(), 1)
-        assert call("dgq_conv2d", conv._address, *arguments) != "done", value
+        assert call("dgq_conv2d", address_of(conv), *arguments) != "done", value
 
 
 UPSAMPLING = "an upsampling has a kernel of 2"
@@ -426,7 +430,7 @@ def test_the_library_refuses_an_upsampling(bits, changes, message):
     x, y = torch.zeros(1, 3, 5, 16), torch.zeros(1, 6, 10, 16)
     sizes = {"batch": 1, "height": 3, "width": 5}
     arguments = {"x": x.data_ptr(), **sizes, "dtype": 0, "y": y.data_ptr(), "threads": 1}
-    assert call("dgq_upsample", layer._address, *arguments.values()) == "done"
+    assert call("dgq_upsample", address_of(layer), *arguments.values()) == "done"
     struct = type(layer._struct).from_buffer_copy(layer._struct)
     for name, value in changes.items():
         if name in arguments:
@@ -510,10 +514,10 @@ def test_the_library_unpacks_blocks_that_are_there():
     eight = native.Layer(torch.zeros(40, 100, dtype=torch.int8), *rest)
     out = torch.zeros(native.library.loaded().library.dgq_packed_bytes(64, 100, 0), dtype=torch.int8)
     for first, count in ((0, 4), (3, 1), (4, 0)):
-        assert call("dgq_unpack", four._address, first, count, out.data_ptr(), 1) == "done"
+        assert call("dgq_unpack", address_of(four), first, count, out.data_ptr(), 1) == "done"
     for first, count in ((-1, 1), (0, 5), (4, 1), (0, -1), (2**62, 2**62)):
-        assert call("dgq_unpack", four._address, first, count, out.data_ptr(), 1) != "done", (first, count)
-    assert "group" in call("dgq_unpack", eight._address, 0, 1, out.data_ptr(), 1)
+        assert call("dgq_unpack", address_of(four), first, count, out.data_ptr(), 1) != "done", (first, count)
+    assert "group" in call("dgq_unpack", address_of(eight), 0, 1, out.data_ptr(), 1)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in native.library.AttentionStruct._fields_ if name != "logit_scale"])

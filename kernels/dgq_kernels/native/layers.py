@@ -188,11 +188,13 @@ class Layer:
         addresses = [None if x is None else x.data_ptr() for x in tensors]
         bits, kernel, stride, padding = self.bits, self.kernel, self.stride, self.padding
         self.divisor_address = addresses[-1]
-        self._struct = LayerStruct(*addresses, n, k, channels, bits, kernel, stride, padding, self.rotation, self.group)
-        self._address = ctypes.addressof(self._struct)
-        self._addresses = (Pointer * 1)(self._address)
+        struct = LayerStruct(*addresses, n, k, channels, bits, kernel, stride, padding, self.rotation, self.group)
+        # a call holds the structure that it began with, and that its tensors: another thread may come by meanwhile
+        struct.kept = tensors
+        struct.addresses = (Pointer * 1)(ctypes.addressof(struct))
+        self._struct = struct
         self._engine = engine
-        engine.check(engine.library.dgq_check_layer(self._address))
+        engine.check(engine.library.dgq_check_layer(ctypes.addressof(struct)))
 
     def weight(self) -> Tensor:
         """The int8 matrix (N, K) the layer was made of, from its blocks."""
@@ -204,8 +206,9 @@ class Layer:
         block_bytes = self._engine.library.dgq_packed_bytes(2 * BLOCK, self.k, 0) // 2
         if self.group:
             packed = torch.empty(count * block_bytes, dtype=torch.int8)
-            call = self._engine.library.dgq_unpack
-            self._engine.check(call(self._address, first, count, packed.data_ptr(), torch.get_num_threads()))
+            call, struct = self._engine.library.dgq_unpack, self._struct
+            address = ctypes.addressof(struct)
+            self._engine.check(call(address, first, count, packed.data_ptr(), torch.get_num_threads()))
             first = 0
         else:
             packed = self.packed
@@ -278,8 +281,9 @@ class Layer:
         if residual is not None:
             residual = laid_out(residual, y, torch.channels_last)
         if batch:
+            struct = self._struct
             code = self._engine.library.dgq_conv2d(
-                self._address, x.data_ptr(), batch, height, width, dtype,
+                ctypes.addressof(struct), x.data_ptr(), batch, height, width, dtype,
                 None if norm is None else norm._address(self.channels),
                 None if sample_bias is None else sample_bias.data_ptr(),
                 None if residual is None else residual.data_ptr(), y.data_ptr(), torch.get_num_threads(),
@@ -312,9 +316,11 @@ class Layer:
         y = empty_upsampled(x, self.n)
         batch, _, height, width = x.shape
         if batch:
+            struct = self._struct
             code = self._engine.library.dgq_upsample(
-                self._address, x.data_ptr(), batch, height, width, dtype, y.data_ptr(), torch.get_num_threads()
-            )
+                ctypes.addressof(struct), x.data_ptr(), batch, height, width, dtype, y.data_ptr(),
+                torch.get_num_threads(),
+            )  # fmt: skip
             self._engine.check(code)
         return y
 
@@ -359,8 +365,9 @@ def linear(
         residual = laid_out(residual, outputs[0])
     if count:
         several, pointers = len(layers), Pointer * len(layers)
+        structs = [layer._struct for layer in layers]
         code = one._engine.library.dgq_linear(
-            one._addresses if several == 1 else pointers(*[layer._address for layer in layers]), several, x.data_ptr(),
+            structs[0].addresses if several == 1 else pointers(*map(ctypes.addressof, structs)), several, x.data_ptr(),
             stride, count, dtype, None if norm is None else norm._address(channels),
             None if residual is None else residual.data_ptr(), gated, pointers(*[y.data_ptr() for y in outputs]),
             torch.get_num_threads(),
