@@ -5,6 +5,7 @@ A form runs the layer; the layer has plan and stored tensors. `FORMS` lists them
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -619,8 +620,11 @@ def _addresses(layer: IntegerLayer) -> tuple[int | None, ...]:
     )
 
 
-def _state_of(tensor: Tensor) -> tuple[int, int]:
-    """Changes where a tensor's values may have."""
+def _state_of(tensor: Tensor) -> tuple[int | bytes, int]:
+    """Changes where a tensor's values may have. The engine reads float32 where it lies; of others it has a copy, which
+    nothing tells of a change through `.data` or of an inference tensor: that is seen by the values."""
+    if tensor.dtype != torch.float32 and tensor.is_cpu and tensor.is_contiguous():
+        return ctypes.string_at(tensor.data_ptr(), tensor.nbytes), 0
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 

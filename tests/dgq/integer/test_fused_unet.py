@@ -294,3 +294,19 @@ def test_a_residual_block_gives_the_same_bits(dtype: torch.dtype, monkeypatch: p
     monkeypatch.setattr(fused_unet, "repeated", lambda *_: False)
     assert torch.equal(block(x, embedding), got)
     assert seen[-2:] == [4, 4]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_norm_that_was_changed_is_read_anew(dtype: torch.dtype, part: str) -> None:
+    """Also through `.data`, of which the parameter's version does not tell."""
+    model = unet()
+    quantize(model)
+    block = next(module for module in model.modules() if isinstance(module, FusedResnetBlock)).to(dtype)
+    x, time = torch.randn(1, block.in_channels, 8, 8).to(dtype), torch.randn(1, 128).to(dtype)
+    before = block(x, time)
+    getattr(block.norm1, part).data.mul_(-1.5)
+    after = block(x, time)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, copy.deepcopy(block)(x, time))
