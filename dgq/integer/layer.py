@@ -388,8 +388,9 @@ class IntegerLayer(nn.Module):
         stored = self.stored
         made = stored.make() if isinstance(stored, StoredWeight) else stored.detach()
         destination[prefix + self._stored_name] = _unshared(made)
-        if self.plan.wbits == 4:
-            destination[prefix + "subscales"] = _unshared(self.subscales.detach())
+        for name in ("subscales", "weight_scale", "bias"):  # slices where layers are joined
+            if (tensor := self._parameters.get(name)) is not None:
+                destination[prefix + name] = _unshared(tensor.detach())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if any(prefix + name in state_dict for name in self._parameters):  # an adapter's file has nothing of it

@@ -507,32 +507,41 @@ def form_of(plan: LayerPlan, device: torch.device) -> type[Prepared]:
 
 @dataclass
 class Joined:
-    """Layers on one input whose weights lie behind each other: their outputs are slices of one product."""
+    """Layers on one input whose weights lie behind each other: their outputs are slices of one product.
+
+    Of the stored tensors the layers' own are slices, so what is written into one of them counts here, too.
+    """
 
     layers: list[IntegerLayer]
     parts: list[ByOps]
     sizes: list[int]
     weight: Tensor  # int8 (N, K), or packed
     subscales: Tensor | None
-    weight_scale: Tensor
+    stored_scale: Tensor
     column_sum: Tensor
     bias: Tensor | None
-    alike: bool = True  # whether one quantized input serves all of them
+
+    def __post_init__(self) -> None:
+        self._places = [_stored_addresses(layer) for layer in self.layers]
+        self.rescale()
 
     def rescale(self) -> None:
         """Take the layers' scales anew, after `IntegerLayer.set_scales` or `clear_scales` of any of them."""
-        self.weight_scale = torch.cat([layer._scale() for layer in self.layers])
-        self.alike = same([layer._inv_divisor() for layer in self.layers])
+        self._scales = [layer._scale() for layer in self.layers]
+        own = all(layer._tuned is None for layer in self.layers)
+        self.weight_scale = self.stored_scale if own else torch.cat(self._scales)
+        self.alike = same([layer._inv_divisor() for layer in self.layers])  # whether one input's codes serve all
 
     def fits(self, layers: Sequence[IntegerLayer]) -> bool:
-        """Whether these are the layers, of one divisor, and none was loaded or moved since."""
+        """Whether these are the layers, of one divisor, and none was loaded, moved or given other tensors since."""
         return (
             self.alike
             and len(layers) == len(self.layers)
             and all(
-                layer is mine and layer._prepared is part
-                for layer, mine, part in zip(layers, self.layers, self.parts, strict=True)
+                layer is mine and layer._prepared is part and layer._scale() is scale
+                for layer, mine, part, scale in zip(layers, self.layers, self.parts, self._scales, strict=True)
             )
+            and (torch.compiler.is_compiling() or self._places == [_stored_addresses(layer) for layer in layers])
         )
 
     def multiply(self, codes: Codes, x: Tensor) -> list[Tensor]:
@@ -618,6 +627,13 @@ def _addresses(layer: IntegerLayer) -> tuple[int | None, ...]:
         None if divisor is None else divisor.data_ptr(),
         None if bias is None else bias.data_ptr(),
     )
+
+
+def _stored_addresses(layer: IntegerLayer) -> list[int]:
+    """Of what is stored beside the weight: other ones where parameters were exchanged, or given other memory."""
+    stored = layer._parameters
+    found = [stored.get(name) for name in ("weight_scale", "bias", "inv_divisor")]
+    return [0 if one is None else one.data_ptr() for one in found]
 
 
 def _state_of(tensor: Tensor) -> tuple[int | bytes, int]:

@@ -26,7 +26,7 @@ def _share_codes(layers: Sequence[IntegerLayer], ready: Sequence[ByOps]) -> bool
 
 def _join(own: list[IntegerLayer], device: torch.device) -> None:
     """Let linear layers that handle an input alike (`_alike`) run as one product where this device's ops can; their
-    weights are then slices of one tensor."""
+    weights, scales and biases are then slices of one tensor each."""
     forms = [layer.prepare(device) for layer in own]
     ready: list[ByOps] = [one for one in forms if isinstance(one, Dense | Packed)]
     if len(ready) < len(own):
@@ -45,10 +45,15 @@ def _join(own: list[IntegerLayer], device: torch.device) -> None:
         weight, subscales = (torch.cat([getattr(layer, name) for layer in own]) for name in ("packed", "subscales"))
         for layer, packed, subs in zip(own, weight.split(sizes), subscales.split(sizes), strict=True):
             layer.packed.data, layer.subscales.data = packed, subs
-    bias = None
+    scales, bias = torch.cat([layer.weight_scale.detach() for layer in own]), None
+    for layer, part in zip(own, scales.split(sizes), strict=True):
+        layer.weight_scale.data = part
     if any(layer.plan.bias for layer in own):
-        bias = torch.cat([torch.zeros_like(layer.weight_scale) if layer.bias is None else layer.bias for layer in own])
-    scales = torch.cat([layer._scale() for layer in own])
+        biases = [torch.zeros_like(layer.weight_scale) if layer.bias is None else layer.bias for layer in own]
+        bias = torch.cat([one.detach() for one in biases])
+        for layer, part in zip(own, bias.split(sizes), strict=True):
+            if layer.bias is not None:
+                layer.bias.data = part
     sums = torch.cat([one.column_sum for one in ready])
     ready[0].joined = Joined(own, ready, sizes, weight, subscales, scales, sums, bias)
 

@@ -115,6 +115,43 @@ def test_results_are_of_the_tensor_that_is_asked_for(backend):
         assert layers[0]._prepared.joined is not None
 
 
+def exchange_bias(one):
+    one.bias = nn.Parameter(one.bias.detach() + 1, requires_grad=False)
+
+
+def exchange_scale(one):
+    one.weight_scale = nn.Parameter(one.weight_scale * 2, requires_grad=False)
+
+
+def give_memory(one):
+    one.bias.data = one.bias.data + 1
+
+
+def write(one):
+    one.bias.add_(1)
+    one.weight_scale.mul_(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [exchange_bias, exchange_scale, give_memory, write])
+def test_scales_and_biases_that_change_later(backend, change):
+    torch.manual_seed(0)
+    (layers, apart), x = shared(*[layer(32) for _ in range(3)]), torch.randn(2, K)
+    together = [one(x) for one in layers]
+    assert backend == "cpu" or all(one.bias.untyped_storage().nbytes() == 3 * 32 * 4 for one in layers)
+    for some in (layers, apart):
+        change(some[1])
+    for _ in range(2):
+        changed = [one(x + 0) for one in layers]
+        assert all(torch.equal(y, one(x)) for y, one in zip(changed, apart, strict=True))
+        rescale_joined(layers)  # finds nothing tuned
+    assert not torch.equal(changed[1], together[1])
+    for one, same in zip(layers, apart, strict=True):  # files want tensors that share no memory
+        saved, expected = one.state_dict(), same.state_dict()
+        assert all(torch.equal(saved[name], value) for name, value in expected.items())
+        assert all(value.untyped_storage().nbytes() == value.nbytes for value in saved.values())
+
+
 @torch.no_grad()
 def test_results_that_nobody_asks_for_are_not_made_for_long(backend):
     """Where an attention calls but its values, or tensors that are made anew for each layer."""
