@@ -312,7 +312,7 @@ class Read:
         self.attributes = [module.__dict__ for module in modules[1:]]
         self.integer = [module for module in modules if isinstance(module, IntegerLayer)]
         # where tensors are held rather than tensors: others may take their places
-        held = [x for m in modules if not isinstance(m, IntegerLayer) for x in (m._parameters, m._buffers)]
+        held = [x for module in modules for x in (module._parameters, module._buffers)]
         self.tensors: list[tuple[dict[str, Any], str]] = [(tensors, name) for tensors in held for name in tensors]
         self.attentions = [m for m in modules if "processor" in m.__dict__ or "processor" in m._modules]
         self.adapters = [m for m in modules if hasattr(m, "active_adapters") and m is not network]

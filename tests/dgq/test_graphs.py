@@ -307,6 +307,10 @@ def test_processors_freeu_and_modules_that_were_exchanged(unet):
     unet.conv_in.bias = None
     check(unet, 1)
     layer = unet.mid_block.resnets[0].conv1
+    layer.weight_scale = torch.nn.Parameter(layer.weight_scale * 2, requires_grad=False)
+    check(unet, 1)
+    layer.weight_scale.data = layer.weight_scale.data / 2
+    check(unet, 1)
     layer.restore()
     layer.set_stored(layer._stored_name, layer.stored_tensor().clone().flip(0))
     layer.prepare(torch.device("cpu"))
