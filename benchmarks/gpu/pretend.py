@@ -1,4 +1,5 @@
-"""A pretended CUDA device of compute capability 9.0: Triton specialises and compiles each launch for it, nothing runs.
+"""A pretended CUDA device, of compute capability 9.0 unless another is asked for: Triton specialises and compiles each
+launch for it, nothing runs.
 
 Triton must not have been imported for its interpreter before.
 """
@@ -29,13 +30,16 @@ CURRENT = [0]  # the device that is current
 class Driver:
     """What Triton asks of a device, but for running: loading a kernel tells what it needs, launching it is noted."""
 
-    def __init__(self, loaded: Callable[..., None], launched: Callable[..., None]) -> None:
+    def __init__(
+        self, loaded: Callable[..., None], launched: Callable[..., None], machine: tiles.Machine, shared: int
+    ) -> None:
         self.loaded, self.launched = loaded, launched
+        major, minor = machine.capability
         self.utils = self
         self.get_current_device = lambda: CURRENT[0]
         self.get_current_stream = lambda device: 0
-        self.get_current_target = lambda: GPUTarget("cuda", 90, 32)
-        self.get_device_properties = lambda device: {"max_shared_mem": MOST_SHARED}
+        self.get_current_target = lambda: GPUTarget("cuda", 10 * major + minor, 32)
+        self.get_device_properties = lambda device: {"max_shared_mem": shared}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, object, int, int, int]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -60,16 +64,23 @@ class Driver:
         pass
 
 
-def pretend(loaded: Callable[..., None], launched: Callable[..., None] = lambda *_: None) -> None:
+def pretend(
+    loaded: Callable[..., None],
+    launched: Callable[..., None] = lambda *_: None,
+    machine: tiles.Machine = HOPPER,
+    shared: int = MOST_SHARED,
+) -> None:
     """From here on operators launch there whatever device their tensors are on.
 
     Args:
         loaded: told kernel, registers, stack and shared (bytes) of each kernel that was compiled.
         launched: told of each launch: the kernel's name, the device, which compiled kernel, its arguments.
+        machine: the device.
+        shared: bytes of shared memory that a block of it may ask for.
     """
-    triton.runtime.driver.set_active(Driver(loaded, launched))
+    triton.runtime.driver.set_active(Driver(loaded, launched, machine, shared))
     os.environ["DGQ_BACKEND"] = "triton"
     backend.launches = lambda device: True  # type: ignore[assignment]
-    tiles._machine = lambda device: HOPPER  # type: ignore[assignment]
-    attention._major = lambda device: 9  # type: ignore[assignment]
+    tiles._machine = lambda device: machine  # type: ignore[assignment]
+    attention._major = lambda device: machine.capability[0]  # type: ignore[assignment]
     importlib.import_module("dgq_kernels.log_attention").FORCED = False  # as on a real one

@@ -103,13 +103,15 @@ def main() -> None:
     )
     parser.add_argument("--run", choices=[*LIMITS, *PARTS], help=argparse.SUPPRESS)
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
+    parser.add_argument("--card", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := sorted(set(options.stages) - set(LIMITS)):
         parser.error(f"no stage {unknown[0]!r}; stages are {', '.join(LIMITS)}")
     options.out.mkdir(parents=True, exist_ok=True)
     # what runs on a pretended device runs on the CPU
     kind = "pretend" if options.run == "shard" and options.device == "cuda" else options.device
-    session = Session(options.out.resolve(), kind, options.shard, options.only, options.checkpoints, options.cache)
+    more = (options.only, options.checkpoints, options.cache, options.card)
+    session = Session(options.out.resolve(), kind, options.shard, *more)
     if not options.run:
         lead(session, options.stages, options.seconds)
         return

@@ -22,11 +22,13 @@ class Session:
 
     Attributes:
         out: folder of report.jsonl and the other files.
-        kind: "cuda"; "cpu" runs a tiny UNet in Triton's interpreter; "pretend" compiles for sm_90 and launches nothing.
+        kind: "cuda"; "cpu" runs a tiny UNet in Triton's interpreter; "pretend" compiles and launches nothing.
         shard: "i/n", the part of the kernels that a process of the stage `compile` takes.
         only: texts with commas between, one of which the labels of the networks hold that the stages look at.
         checkpoints: folder of checkpoints of the embedded model that the stage `model` draws with; "": it makes some.
         cache: folder of Triton's cache; "": its own choice.
+        card: the device that a process of the stage `compile` compiles for, JSON of `tiles.Machine` and of the shared
+            memory of a block; "": a Hopper GPU.
     """
 
     out: Path
@@ -35,6 +37,7 @@ class Session:
     only: str = ""
     checkpoints: str = ""
     cache: str = ""
+    card: str = ""
 
     def wants(self, label: str) -> bool:
         """Whether `only` names a network."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from networks import (
     RECIPES,
     Step,
@@ -93,21 +94,28 @@ def doctor(session: Session) -> None:
 
 
 def compile(session: Session) -> None:
-    """Every kernel of every step, compiled on all cores into the cache that the later stages read."""
+    """Every kernel of every step, compiled on all cores, for the device that is there, into the cache that the later
+    stages read."""
+    machine, most_shared = HOPPER, MOST_SHARED
+    if session.cuda:  # the children see no device
+        machine = table._machine(session.device)
+        most_shared = triton.runtime.driver.active.utils.get_device_properties(0)["max_shared_mem"]
+    card = json.dumps([machine, most_shared])
     shards = max(1, (os.cpu_count() or 1) - 2)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DGQ_BACKEND": "triton"}
     environment.pop("TRITON_INTERPRET", None)
     children = [
-        subprocess.Popen(session.command("shard", "--shard", f"{i}/{shards}"), env=environment) for i in range(shards)
+        subprocess.Popen(session.command("shard", "--shard", f"{i}/{shards}", "--card", card), env=environment)
+        for i in range(shards)
     ]
     failed = sum(child.wait() != 0 for child in children)
     found = session.said("shard")
     bad = [
         row
         for row in found
-        if row.get("error") or row.get("stack", 0) > MOST_STACK or row.get("shared", 0) > MOST_SHARED
+        if row.get("error") or row.get("stack", 0) > MOST_STACK or row.get("shared", 0) > most_shared
     ]
-    session.say("compile", variants=len(found), shards=shards, failed_shards=failed, bad=bad)
+    session.say("compile", card=machine, variants=len(found), shards=shards, failed_shards=failed, bad=bad)
     if failed or bad:
         sys.exit(1)
 
@@ -137,7 +145,8 @@ def shard(session: Session) -> None:
     prepared.column_sum = lambda matrix, *_: torch.empty(len(matrix), dtype=torch.int32)
     F.scaled_dot_product_attention = lambda query, *_, **__: query
     torch.set_num_threads(1)
-    pretend(functools.partial(session.say, "shard"))
+    (capability, *figures), shared = json.loads(session.card) if session.card else (HOPPER, MOST_SHARED)
+    pretend(functools.partial(session.say, "shard"), machine=table.Machine(tuple(capability), *figures), shared=shared)
     todo = [(name, which, torch.float16) for name, which in networks(session).items()]
     if session.kind != "cpu":  # and what the stage `model` runs
         small = embedded_network()

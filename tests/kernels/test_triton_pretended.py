@@ -56,6 +56,29 @@ def test_edges_compile_and_launch_where_their_tensors_are():
     assert all(row["devices"] == [1] and row["left"] == 0 for row in placed.values()), placed
 
 
+AMPERE = """
+import os, sys
+sys.path.append(sys.argv[1])
+os.environ.pop("TRITON_INTERPRET", None)
+import torch
+from pretend import pretend
+from triton.runtime import driver
+import dgq_kernels
+from dgq_kernels.linear import tiles
+machine, registers = tiles.Machine((8, 0), 108, 40 * 2**20, 9.6), []
+pretend(lambda **kernel: registers.append(kernel["registers"]), machine=machine, shared=163 * 1024)
+dgq_kernels.quantize_rows(torch.randn(4, 64), 8, None)
+assert registers and tiles._machine(torch.device("cuda")) is machine
+assert driver.active.get_current_target().arch == 80
+"""
+
+
+def test_another_card_can_be_pretended():
+    """The report compiles for the one that is there."""
+    folder = Path(__file__).parents[2] / "benchmarks" / "gpu"
+    subprocess.run([sys.executable, "-c", AMPERE, str(folder)], check=True, timeout=300)
+
+
 def test_the_prediction_counts_what_a_step_launches(small_config, small_picture, tmp_path):
     """Of Stable Diffusion's blocks and SDXL's, and where a norm's range is a launch of its own."""
     wide = tmp_path / "wide.json"
