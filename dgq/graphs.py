@@ -19,6 +19,7 @@ import inspect
 import itertools
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -127,8 +128,17 @@ class Graphs:
     """Takes the place of a network's `forward` (`use_graphs`); called as that is."""
 
     def __init__(self, network: nn.Module, capture: Capture = capture, devices: Iterable[str] = ("cuda",)) -> None:
-        self.network, self.capture, self.devices = network, capture, tuple(devices)
+        # which holds this: a cycle would keep both, and the device's memory, until Python looks for cycles
+        self._network = weakref.ref(network)
+        self.capture, self.devices = capture, tuple(devices)
         self._start()
+
+    @property
+    def network(self) -> nn.Module:
+        """Whose calls these are."""
+        network = self._network()
+        assert network is not None
+        return network
 
     def _start(self) -> None:
         functools.update_wrapper(self, type(self.network).forward)
@@ -148,6 +158,7 @@ class Graphs:
         return {"network": self.network, "capture": self.capture, "devices": self.devices}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._network = weakref.ref(state.pop("network"))
         self.__dict__.update(state)
         # the copy of a network is not whole yet: only its class is looked at
         self._start()
@@ -304,7 +315,7 @@ class Read:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = network
+        self.network = weakref.ref(network)
         modules = list(network.modules())
         self.hooks = RemovableHandle.next_id
         self.children = [module._modules for module in modules]
@@ -333,7 +344,8 @@ class Read:
         Raises:
             UnsuitableError: a graph cannot stand for it.
         """
-        network = self.network
+        network = self.network()
+        assert network is not None
         # pipelines that name their calls leave a registry of diffusers without hooks
         if "_hf_hook" in network.__dict__ or getattr(network.__dict__.get("_diffusers_hook"), "hooks", None):
             raise UnsuitableError("its weights are offloaded, or hooks of diffusers are on it")

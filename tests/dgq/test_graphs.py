@@ -3,6 +3,7 @@ it repeats what ran, on the same tensors, and knows nothing of the Python that a
 
 import contextlib
 import copy
+import gc
 import logging
 import pickle
 import weakref
@@ -446,6 +447,20 @@ def test_copies_and_pickles_have_their_own_graphs(unet):
             other.conv_out.weight.mul_(2)
             assert not torch.equal(other(**call()).sample, unet(**call()).sample)
         check(other, 1)
+
+
+def test_a_network_goes_with_its_pipeline(tiny_pipeline):
+    """As without graphs: `del pipe` and `torch.cuda.empty_cache()` give its memory back."""
+    pipe = dgq.load(tiny_pipeline, device="cpu")
+    check(graphed(pipe.unet), 1)
+    gone = weakref.ref(pipe.unet)
+    gc.collect()
+    gc.disable()
+    try:
+        del pipe
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()
