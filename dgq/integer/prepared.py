@@ -6,6 +6,7 @@ A form runs the layer; the layer has plan and stored tensors. `FORMS` lists them
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -349,7 +350,7 @@ class ByOps(Prepared):
     ) -> list[Tensor] | None:
         joined = self.joined
         if joined is not None and joined.fits(layers):
-            return joined.multiply(self.codes_of(layers[0], x, norm, activation), x)
+            return joined.multiply(layers[0].plan, self.codes_of(layers[0], x, norm, activation), x)
         if all(one.fuses for one in ready):
             return [
                 one.run(layer, x, None, None, norm, activation, None) for layer, one in zip(layers, ready, strict=True)
@@ -509,11 +510,12 @@ def form_of(plan: LayerPlan, device: torch.device) -> type[Prepared]:
 class Joined:
     """Layers on one input whose weights lie behind each other: their outputs are slices of one product.
 
-    Of the stored tensors the layers' own are slices, so what is written into one of them counts here, too.
+    Of the stored tensors the layers' own are slices, so what is written into one of them counts here, too. The layers
+    hold this, and it holds none of them.
     """
 
-    layers: list[IntegerLayer]
-    parts: list[ByOps]
+    owners: list[weakref.ref[IntegerLayer]]
+    parts: list[weakref.ref[ByOps]]
     sizes: list[int]
     weight: Tensor  # int8 (N, K), or packed
     subscales: Tensor | None
@@ -525,28 +527,34 @@ class Joined:
         self._places = [_stored_addresses(layer) for layer in self.layers]
         self.rescale()
 
+    @property
+    def layers(self) -> list[IntegerLayer]:
+        """Those that are still there."""
+        return [layer for owner in self.owners if (layer := owner()) is not None]
+
     def rescale(self) -> None:
         """Take the layers' scales anew, after `IntegerLayer.set_scales` or `clear_scales` of any of them."""
-        self._scales = [layer._scale() for layer in self.layers]
-        own = all(layer._tuned is None for layer in self.layers)
+        layers = self.layers
+        self._scales = [layer._scale() for layer in layers]
+        own = all(layer._tuned is None for layer in layers)
         self.weight_scale = self.stored_scale if own else torch.cat(self._scales)
-        self.alike = same([layer._inv_divisor() for layer in self.layers])  # whether one input's codes serve all
+        # whether one input's codes serve all
+        self.alike = len(layers) == len(self.owners) and same([layer._inv_divisor() for layer in layers])
 
     def fits(self, layers: Sequence[IntegerLayer]) -> bool:
         """Whether these are the layers, of one divisor, and none was loaded, moved or given other tensors since."""
         return (
             self.alike
-            and len(layers) == len(self.layers)
+            and len(layers) == len(self.owners)
             and all(
-                layer is mine and layer._prepared is part and layer._scale() is scale
-                for layer, mine, part, scale in zip(layers, self.layers, self.parts, self._scales, strict=True)
+                layer is owner() and layer._prepared is part() and layer._scale() is scale
+                for layer, owner, part, scale in zip(layers, self.owners, self.parts, self._scales, strict=True)
             )
             and (torch.compiler.is_compiling() or self._places == [_stored_addresses(layer) for layer in layers])
         )
 
-    def multiply(self, codes: Codes, x: Tensor) -> list[Tensor]:
-        """The layers' results from the codes of x."""
-        plan = self.layers[0].plan
+    def multiply(self, plan: LayerPlan, codes: Codes, x: Tensor) -> list[Tensor]:
+        """The layers' results from the codes of x; `plan` is of any of them."""
         after = (self.weight_scale, self.column_sum, self.bias, x.dtype)
         if self.subscales is None:
             y = dgq_kernels.linear_int8(*codes, self.weight, *after, plan.class_ends)

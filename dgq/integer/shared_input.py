@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -55,7 +56,8 @@ def _join(own: list[IntegerLayer], device: torch.device) -> None:
             if layer.bias is not None:
                 layer.bias.data = part
     sums = torch.cat([one.column_sum for one in ready])
-    ready[0].joined = Joined(own, ready, sizes, weight, subscales, scales, sums, bias)
+    owners, parts = [weakref.ref(layer) for layer in own], [weakref.ref(one) for one in ready]
+    ready[0].joined = Joined(owners, parts, sizes, weight, subscales, scales, sums, bias)
 
 
 class Shared:
@@ -66,15 +68,19 @@ class Shared:
     called in another order or again, compute as they would alone. Where others are left twice running, as by an
     attention that calls but some of its layers, all do from then on.
 
-    Attributes:
-        layers: the layers, whose handling of the input is alike.
+    The layers hold this, and it holds none of them.
     """
 
     def __init__(self, layers: list[IntegerLayer]) -> None:
-        self.layers = layers
+        self._owners = [weakref.ref(layer) for layer in layers]
         # the tensor, its version, what was done to it first; what has not been given out
         self._last: tuple[Tensor, int, Activation, dict[IntegerLayer, Tensor]] | None = None
         self._left = 0  # times running that a result was not asked for
+
+    @property
+    def layers(self) -> list[IntegerLayer]:
+        """The layers, whose handling of the input is alike; those that are still there."""
+        return [layer for owner in self._owners if (layer := owner()) is not None]
 
     def take(self, layer: IntegerLayer, x: Tensor, activation: Activation) -> Tensor | None:
         """layer(x, activation=activation), the same bit for bit; None where it is to be computed alone."""
@@ -86,14 +92,14 @@ class Shared:
             self._left += last is not None
             if self._left > 1:
                 return None
-            forms = [one.prepared(x.device) for one in self.layers]
-            ready = [form for form in forms if form is not None]
-            if len(ready) < len(forms):  # the weights of some are away
+            layers = self.layers
+            ready = [form for one in layers if (form := one.prepared(x.device)) is not None]
+            if len(ready) < len(self._owners):  # some are gone, or their weights are away
                 return None
-            results = ready[0].together(self.layers, ready, x, None, activation)
+            results = ready[0].together(layers, ready, x, None, activation)
             if results is None:
                 return None
-            last = self._last = x, x._version, activation, dict(zip(self.layers, results, strict=True))
+            last = self._last = x, x._version, activation, dict(zip(layers, results, strict=True))
         result = last[3].pop(layer, None)
         if not last[3]:
             self._last, self._left = None, 0

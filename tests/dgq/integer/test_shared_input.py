@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import gc
+import weakref
 from collections import Counter
 
 import pytest
@@ -150,6 +152,30 @@ def test_scales_and_biases_that_change_later(backend, change):
         saved, expected = one.state_dict(), same.state_dict()
         assert all(torch.equal(saved[name], value) for name, value in expected.items())
         assert all(value.untyped_storage().nbytes() == value.nbytes for value in saved.values())
+
+
+@torch.no_grad()
+def test_layers_go_with_who_holds_them(backend):
+    """Without a search for cycles, which a device's memory does not cause."""
+    layers, x = [layer(32) for _ in range(3)], torch.randn(2, K)
+    share(layers, CPU)
+    for one in layers:
+        one(x)
+    gone = [weakref.ref(one) for one in layers] + [weakref.ref(one._prepared) for one in layers]
+    gc.collect()
+    gc.disable()
+    try:
+        del one
+        lost = layers.pop()
+        expected = copy.deepcopy(lost)(x)
+        assert torch.equal(lost(x), expected)
+        del lost
+        for one in layers:  # compute without the one that is gone
+            assert torch.equal(one(x), copy.deepcopy(one)(x))
+        del layers, one
+        assert not any(ref() for ref in gone)
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()
