@@ -59,6 +59,7 @@ OPERATORS: dict[str, OpOverload] = {}
 FOLDERS: dict[str, str] = {}
 _BACKENDS: dict[str, Backend] = {}
 _OWN: dict[str, str] = {}  # a device's type -> the backend whose own it is
+_NO_TRITON = "it is not installed here (pip has it for Linux; on Windows use WSL 2)"
 _FOUND: dict[tuple[Callable[..., Any], str], Callable[..., Any]] = {}  # (reference, backend) -> implementation
 
 
@@ -113,9 +114,11 @@ def check(device: torch.device) -> None:
     """Refuse a device that a model cannot be placed on, before it is.
 
     Raises:
-        ValueError: as `select`; or the kernels do not compile for the CUDA device.
+        ValueError: as `select`; or the kernels do not compile for the CUDA device, or there is no Triton to do it.
     """
     if select(device) == "triton" and device.type == "cuda" and torch.cuda.is_available():
+        if not _has_triton():
+            raise ValueError(f"kernels for CUDA devices need Triton: {_NO_TRITON}; or use the device cpu")
         check_capability(*torch.cuda.get_device_capability(device))
 
 
@@ -151,8 +154,15 @@ def _find(reference: Callable[..., Any], backend: Backend) -> Callable[..., Any]
     return getattr(importlib.import_module(file), name, reference)
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def launches(device: torch.device) -> bool:
     """Whether Triton kernels can run on the tensors of a device: on CUDA, and anywhere in Triton's interpreter."""
+    if not _has_triton():
+        return False
     if device.type == "cuda":
         return torch.version.hip is None
     from triton import knobs
@@ -267,7 +277,9 @@ def _why_triton(device: torch.device) -> str:
 
 
 def _why_not_triton(device: torch.device) -> str | None:
-    return None if launches(device) else "its kernels need a CUDA device, or TRITON_INTERPRET=1"
+    if launches(device):
+        return None
+    return "its kernels need a CUDA device, or TRITON_INTERPRET=1" if _has_triton() else _NO_TRITON
 
 
 def _why_cpu(device: torch.device) -> str:

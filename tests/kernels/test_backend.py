@@ -58,6 +58,21 @@ def test_cuda_devices_that_are_too_old(monkeypatch):
     backend.check(device("cuda"))
 
 
+def test_without_triton(monkeypatch):
+    """As on Windows, where torch has CUDA and pip no Triton."""
+    monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.delenv("DGQ_BACKEND", raising=False)
+    backend.check(device("cpu"))
+    with pytest.raises(ValueError, match="need Triton: it is not installed here"):
+        backend.check(device("cuda"))
+    monkeypatch.setenv("DGQ_BACKEND", "triton")
+    for kind in ("cpu", "cuda"):
+        with pytest.raises(ValueError, match=f"cannot run on {kind}: it is not installed here"):
+            backend.select(device(kind))
+
+
 @pytest.mark.parametrize("command", [["doctor"], ["generate", "a cat", "--device", "cpu", "--out", "unused.png"]])
 def test_triton_without_a_gpu_is_one_clear_line(command, tmp_path):
     """The command line without the interpreter, where no Triton kernel can run."""
