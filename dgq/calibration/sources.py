@@ -22,7 +22,7 @@ from ..checkpoint.reading import (
     tensor_table,
     weight_files,
 )
-from ..checkpoint.writing import COPIED_NAMES
+from ..checkpoint.writing import COPIED_NAMES, component_files
 from ..errors import DgqError
 from ..export import comfy
 from ..family import network_of
@@ -74,6 +74,9 @@ def check_sources(
     files = [*([Path(str(model))] if single else []), *(file for file, _ in loras)]
     if single and config is not None:
         files += _check_single(files[0], config)
+        lacking = [name for name in components(config) if not (config / name).is_dir()]
+        if lacking:
+            raise DgqError(f"{config / lacking[0]}: the folder is missing", "--config takes a whole diffusers folder")
     for file, _ in loras:
         _check_lora(file)
     return files
@@ -88,7 +91,7 @@ def float_folder(
     loras: Sequence[tuple[Path, float]] = (),
     progress: Progress = silent,
 ) -> Path:
-    """Write the diffusers folder of a float model that is none yet; one that was made of the same files stays.
+    """Write the diffusers folder of a float model that is none yet; one that was made of the same contents stays.
 
     Args:
         model: a single-file checkpoint, a network's file in ComfyUI's int8, or with `loras` what `find_model` takes.
@@ -113,9 +116,12 @@ def float_folder(
         "config": None if config is None else str(config.resolve()),
         "files": [_digest(file) for file in files],
         "weights": [weight for _, weight in loras],
+        "contents": _contents(files[0] if single else None, resolve(model) if config is None else config),
     }
-    if (target / SOURCES).is_file() and read_json(target / SOURCES) == made_of:
-        return target
+    if (target / SOURCES).is_file():
+        if read_json(target / SOURCES) == made_of:
+            return target
+        raise DgqError(f"{target}: already exists, made of other files", "remove it, or choose another --out")
     with atomic_folder(target) as folder:
         progress("prepare", 0, 1, str(target))
         if single:
@@ -188,6 +194,19 @@ def _check_lora(file: Path) -> None:
         raise DgqError(f"{file}: {reason}", "--lora takes diffusers', peft's and kohya's files")
 
 
+def _contents(single: Path | None, folder: Path) -> dict[str, str]:
+    """Digests of the files of a diffusers folder that go into a float model, beside those that are named: of the whole
+    model, or of what is taken for a single file."""
+    network = family_at(folder).component
+    weights = single is None or comfy.is_quantized(tensor_table(single))
+    files = {name: folder / name for name in ("model_index.json", *COPIED_NAMES) if (folder / name).is_file()}
+    for name in components(folder):
+        for part, file in component_files(folder / name).items():
+            if not part.endswith(".safetensors") or (weights and (single is None or name != network)):
+                files[f"{name}/{part}"] = file
+    return {name: _digest(file) for name, file in sorted(files.items())}
+
+
 def _digest(file: Path) -> str:
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -205,9 +224,6 @@ def _from_single_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
     import diffusers
 
     found = components(config)
-    lacking = [name for name in found if not (config / name).is_dir()]
-    if lacking:
-        raise DgqError(f"{config / lacking[0]}: the folder is missing", "--config takes a whole diffusers folder")
     if comfy.is_quantized(tensor_table(file)):
         return _from_comfy(file, config, dtype)
     pipeline: Any = getattr(diffusers, read_json(config / "model_index.json")["_class_name"])

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from dgq.calibration.run import Options, calibrate
 from dgq.calibration.sources import SOURCES, float_folder
 from dgq.errors import DgqError
+from dgq.export import comfy
+from dgq.export.source import open_checkpoint
 from dgq.pictures.generation import Settings, generate
 from dgq.pictures.pipelines import load
 from dgq.recipe import Recipe
@@ -117,6 +119,34 @@ def test_lora_is_fused_by_its_weight(tiny_pipeline, tmp_path):
         expected = tensor + 0.5 * lora["delta"] if name == f"{lora['name']}.weight" else tensor
         assert torch.allclose(fused.state_dict()[name], expected, atol=1e-6), name
     assert json.loads((made / SOURCES).read_text())["weights"] == [0.5]
+
+
+@pytest.mark.parametrize("kind", ["lora", "single", "comfy"])
+def test_a_folder_is_not_taken_again_when_what_it_was_made_of_has_changed(kind, single_file, tiny_pipeline, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_pipeline, base)
+    if kind == "lora":
+        lora_file(tmp_path / "style.safetensors", load(base, device="cpu").unet)
+        given = (str(base), tmp_path / "made", None, [(tmp_path / "style.safetensors", 1.0)])
+        changed = base / "unet" / "diffusion_pytorch_model.safetensors"
+    elif kind == "single":
+        given = (str(single_file), tmp_path / "made", base)
+        changed = base / "scheduler" / "scheduler_config.json"
+    else:
+        calibrate(base, tmp_path / "q", Recipe("convrot", channels="rotate", attention="float"), Options(evaluate=0))
+        comfy.export(open_checkpoint(tmp_path / "q"), tmp_path / "unet.safetensors")
+        given = (str(tmp_path / "unet.safetensors"), tmp_path / "made", base)
+        changed = base / "text_encoder" / "model.safetensors"
+    made = float_folder(*given)
+    before = (made / SOURCES).stat().st_mtime_ns
+    assert float_folder(*given) == made
+    assert (made / SOURCES).stat().st_mtime_ns == before
+    if changed.suffix == ".json":
+        changed.write_text(changed.read_text() + "\n")
+    else:
+        save_file({name: tensor + 1 for name, tensor in load_file(changed).items()}, changed)
+    with pytest.raises(DgqError, match="already exists, made of other files"):
+        float_folder(*given)
 
 
 def test_what_cannot_be_made_into_a_folder(single_file, config, tiny_pipeline, tmp_path):
