@@ -61,6 +61,9 @@ def export(source: Source, out: Path, progress: Progress = silent) -> Exported:
             part.dequantize().save_pretrained(folder / name, safe_serialization=True)
             config = read_json(folder / name / "config.json")
             config.pop("_name_or_path", None)  # a place of this machine
+            if "dtype" in config:  # of a text encoder: transformers loads it so, and diffusers the rest in float32
+                before = read_json(source.folder / name / "config.json")
+                config["dtype"] = before.get("dtype") or before.get("torch_dtype") or "float32"
             (folder / name / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     progress("export", len(quantized), len(quantized), str(out))

@@ -69,7 +69,16 @@ def test_text_encoders_are_made_float_too(tiny_pipeline, tmp_path):
     assert {tensor.dtype for tensor in written.values()} == {torch.float16}
     for name, tensor in written.items():
         assert (tensor.float() - plain[name].float()).norm() <= 0.02 * plain[name].float().norm()
-    assert "quantization_config" not in json.loads((tmp_path / "made" / "text_encoder" / "config.json").read_text())
+    config = json.loads((tmp_path / "made" / "text_encoder" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "float32"  # as of a text encoder that is copied: transformers goes by it
+    drawn = subprocess.run(
+        [sys.executable, "-P", "-c", SCRIPT, str(tmp_path / "made"), str(tmp_path / "picture.npy")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert drawn.returncode == 0, drawn.stderr
 
 
 def test_nothing_is_replaced(tiny_checkpoint, tmp_path):
