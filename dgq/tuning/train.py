@@ -304,6 +304,8 @@ class _Run:
     def _steps(self, done: int) -> None:
         """Optimizer steps done + 1 to the last; validation and checkpoints between them."""
         options = self.options
+        if done and self._validates(done):  # the run that got so far may have ended before it had drawn
+            self._validate(done)
         while done < options.steps:
             boundaries = [options.steps]
             for every in (options.checkpoint_every, options.validate_every if options.validation_prompts else 0):

@@ -1,5 +1,6 @@
 """A whole run: what is learned, what is resumed, and what is refused."""
 
+import dataclasses
 import hashlib
 import os
 import random
@@ -203,6 +204,30 @@ def test_validation_changes_nothing(tiny_checkpoint, subject, tmp_path):
     tune(tiny_checkpoint, [(subject, "a cat")], drawn, options)
     assert sorted(file.name for file in tmp_path.glob("*.png")) == ["drawn-step3-1.png", "drawn-step4-1.png"]
     assert digest(plain) == digest(drawn)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_validation_that_was_interrupted_is_drawn_when_resumed(tiny_checkpoint, subject, tmp_path, step, monkeypatch):
+    whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
+    options = Options(**SHORT, validation_prompts=["a dog"], validate_every=2)
+    tune(tiny_checkpoint, [(subject, "a cat")], whole, options)
+    validate = train._Run._validate
+
+    def interrupted(run, number):
+        if number == step:
+            raise KeyboardInterrupt
+        validate(run, number)
+
+    monkeypatch.setattr(train._Run, "_validate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune(tiny_checkpoint, [(subject, "a cat")], part, options)
+    monkeypatch.undo()
+    tune(tiny_checkpoint, [(subject, "a cat")], part, dataclasses.replace(options, resume=True))
+    assert digest(part) == digest(whole)
+    for number in (2, 4):
+        names = (tmp_path / f"{name}-step{number}-1.png" for name in ("whole", "part"))
+        whole_picture, part_picture = (Image.open(name).tobytes() for name in names)
+        assert whole_picture == part_picture
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample"])
