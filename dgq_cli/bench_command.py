@@ -78,6 +78,9 @@ def command(
 ) -> None:
     """Time quantized layers, steps or whole pictures beside float ones, in turns; says so where quantized is slower."""
     if predict is not None:
+        measured = (model, arch, bits, steps, guidance, repeats, peers, compiled, work, threads, device, csv)
+        if any(value is not None for value in measured) or (what, text_encoder, shapes) != ("all", "float", "model"):
+            raise typer.BadParameter("--predict measures nothing: only --pixels and --json go with it")
         from dgq.bench.predict import predict_step, text, to_dict
 
         predictions = predict_step(predict, pixels=pixels)

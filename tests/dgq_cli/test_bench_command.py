@@ -120,6 +120,16 @@ def test_pictures_that_cannot_be_timed(dgq_command: Run, arguments: list[object]
     assert message in run.stderr
 
 
+@pytest.mark.parametrize(
+    "option", [("--csv", "rows.csv"), ("--what", "step"), ("--bits", 8), ("--arch", "sd-v1.4"), ("--repeats", 1)]
+)
+def test_options_of_measuring_do_not_go_with_predictions(dgq_command: Run, option: tuple[object, ...]) -> None:
+    run = dgq_command("bench", "--predict", "sd-v1.4", *option)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert "--predict measures nothing" in run.stderr
+
+
 def test_bad_bits_are_a_usage_error(dgq_command: Run) -> None:
     run = dgq_command("bench", "--bits", 5)
     assert run.returncode == 2
