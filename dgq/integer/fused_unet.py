@@ -24,7 +24,7 @@ from .adapters import Adapted, direct
 from .attention import LogAttnProcessor
 from .halves import half, repeated, twice
 from .layer import IntegerLayer, is_direct
-from .prepared import is_hooked
+from .prepared import hooks_within, is_hooked
 
 
 class FusedGEGLU(GEGLU):
@@ -58,8 +58,10 @@ class FusedTransformerBlock(BasicTransformerBlock):
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         special = (attention_mask, encoder_attention_mask, cross_attention_kwargs or None, self._chunk_size)
-        dropouts = [module for module in self.ff.net if isinstance(module, nn.Dropout)]
-        passed_by = is_hooked(self.attn1, self.attn2, self.ff, *dropouts)
+        net = list(self.ff.net)
+        passed_by = hooks_within(self, "attn1", "attn2", "ff") or is_hooked(
+            *[module for module in net if isinstance(module, nn.Dropout)]
+        )
         if self.training or passed_by or any(value is not None for value in special):
             plain: Any = super()
             result: Tensor = plain.forward(
@@ -76,7 +78,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
         x = attend(self.attn1, self.norm1, hidden_states, None)
         if self.attn2 is not None:
             x = attend(self.attn2, self.norm2, x, encoder_hidden_states)
-        first, *middle, last = (module for module in self.ff.net if not isinstance(module, nn.Dropout))
+        first, *middle, last = (module for module in net if not isinstance(module, nn.Dropout))
         # a hook of offloading around the projection would move the norm too
         fused = isinstance(first, FusedGEGLU) and not is_hooked(first) and direct(first.proj, "linear") is not None
         hidden = first(x, norm=self.norm3) if fused else first(self.norm3(x))
@@ -90,12 +92,15 @@ class FusedTransformerBlock(BasicTransformerBlock):
 def attend(attention: Any, norm: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
     """x plus the attention of its norm, to the context or to itself."""
     if isinstance(attention.processor, LogAttnProcessor) and not is_hooked(attention):
-        inner = (norm, attention.to_q, attention.to_k, attention.to_v, *attention.to_out)
-        if context is None and not is_hooked(*inner) and repeated(x):
+        if context is None and repeated(x) and not _hooked_inside(attention, norm):
             return twice(attention.processor(attention, half(x), residual=half(x), norm=norm))
         return attention.processor(attention, x, context, residual=x, norm=norm)
     result: Tensor = attention(norm(x), encoder_hidden_states=context)
     return result + x
+
+
+def _hooked_inside(attention: Any, norm: nn.Module) -> bool:
+    return hooks_within(attention, "to_q", "to_k", "to_v") or is_hooked(norm, *attention.to_out)
 
 
 class FusedTransformer(Transformer2DModel):
@@ -109,7 +114,7 @@ class FusedTransformer(Transformer2DModel):
             plain: Any = super()
             result: tuple[Tensor, int] = plain._operate_on_continuous_inputs(hidden_states)
             return result
-        if not is_hooked(self.norm) and repeated(hidden_states):
+        if repeated(hidden_states) and not hooks_within(self, "norm"):
             projected = twice(layer.over_pixels(half(hidden_states), self.norm))
         else:
             projected = layer.over_pixels(hidden_states, self.norm)
@@ -158,7 +163,7 @@ class FusedResnetBlock(ResnetBlock2D):
 
     def layers(self) -> tuple[IntegerLayer | Adapted, IntegerLayer | Adapted] | None:
         """The two convolutions where the block leaves its work to them."""
-        if self.training or is_hooked(self.norm1, self.norm2, self.nonlinearity, self.dropout, self.conv_shortcut):
+        if self.training or hooks_within(self, "norm1", "norm2", "nonlinearity", "dropout", "conv_shortcut"):
             return None
         first, second = direct(self.conv1, "conv2d"), direct(self.conv2, "conv2d")
         return None if first is None or second is None else (first, second)

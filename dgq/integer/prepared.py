@@ -609,9 +609,17 @@ def is_hooked(*modules: nn.Module | None) -> bool:
     """Whether others may see what goes into one of these modules or comes out of it, or do its work: then it has to be
     called. None stands for what is not there."""
     for module in modules:
-        if module is not None and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__):
-            return True
+        if module is not None:
+            own = module.__dict__
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+                return True
     return False
+
+
+def hooks_within(module: nn.Module, *names: str) -> bool:
+    """`is_hooked` of some of a module's own, past nn.Module.__getattr__: a step asks hundreds of times."""
+    held = module._modules
+    return is_hooked(*[held.get(name) for name in names])
 
 
 def apply(x: Tensor, norm: nn.Module | None, activation: Activation, offset: Tensor | None) -> Tensor:
