@@ -272,6 +272,7 @@ def test_ranges_of_a_large_sample_are_few(monkeypatch):
     assert read == [1, 2, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="runs single programs, in the interpreter")
 @pytest.mark.parametrize("what", ["statistics", "range", "codes"])
 def test_a_sample_of_more_than_2_to_31_values(what, monkeypatch):

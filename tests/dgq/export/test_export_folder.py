@@ -31,6 +31,14 @@ assert not any(name.split(".")[0] in ("dgq", "dgq_kernels") for name in sys.modu
 """
 
 
+def drawn(made, file):
+    """A picture of a folder by plain diffusers, in a process that has no dgq."""
+    command = [sys.executable, "-P", "-c", SCRIPT, str(made), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return np.load(file)
+
+
 def test_plain_diffusers_draws_nearly_the_same(tiny_checkpoint, tmp_path):
     made = folder.export(open_checkpoint(tiny_checkpoint), tmp_path / "made")
     assert made.layers.keys() == {"unet", "vae"}
@@ -43,17 +51,11 @@ def test_plain_diffusers_draws_nearly_the_same(tiny_checkpoint, tmp_path):
         assert written.keys() == plain.keys()
         assert {tensor.dtype for tensor in written.values()} == {torch.float16}
         assert all(torch.equal(written[key], plain[key]) for key in plain)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, str(tmp_path / "made"), str(tmp_path / "picture.npy")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    picture = drawn(tmp_path / "made", tmp_path / "picture.npy")
     pipe = dgq.load(tiny_checkpoint, device="cpu")
     generator = torch.Generator().manual_seed(1)
     own = pipe("a cat", num_inference_steps=3, height=16, width=16, output_type="np", generator=generator).images[0]
-    error = float(np.mean((np.load(tmp_path / "picture.npy") - own) ** 2))
+    error = float(np.mean((picture - own) ** 2))
     assert 0 < error < 10**-2.5  # 25 dB
 
 
@@ -72,13 +74,7 @@ def test_text_encoders_are_made_float_too(tiny_pipeline, tmp_path):
     config = json.loads((tmp_path / "made" / "text_encoder" / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "float32"  # as of a text encoder that is copied: transformers goes by it
-    drawn = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, str(tmp_path / "made"), str(tmp_path / "picture.npy")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert drawn.returncode == 0, drawn.stderr
+    drawn(tmp_path / "made", tmp_path / "picture.npy")
 
 
 def test_nothing_is_replaced(tiny_checkpoint, tmp_path):

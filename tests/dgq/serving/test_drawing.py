@@ -40,11 +40,12 @@ def in_hand(drawer):
 def test_a_full_queue_refuses_with_a_time(small):
     with asked(small, steps=LONG, n=10), asked(small, steps=LONG):
         small.wait_for(lambda drawer: in_hand(drawer) and drawer.queued == 1)
+        small.drawer._seconds = 1e6
         for path, shape in (("/v1/images/generations", "error"), ("/sdapi/v1/txt2img", "detail"), ("/draw", "error")):
             answer = small.post(path, json={"prompt": "a cat", "steps": 1})
             assert answer.status_code == 429
-            left = httpx.get(small.url + "/sdapi/v1/progress").json()["eta_relative"]
-            assert int(answer.headers["Retry-After"]) >= left  # of the order in hand, not of what was drawn before
+            # at the pace of the order in hand, not of what was drawn before
+            assert 1 <= int(answer.headers["Retry-After"]) < 10_000
             assert "1 orders wait already" in str(answer.json()[shape])
         # what cannot be drawn is told so at once
         assert small.post("/draw", json={"prompt": ""}).status_code == 400
