@@ -154,7 +154,7 @@ class Engine(Prepared):
         except OverflowError as error:
             raise DgqError(str(error), "quantize this layer to 4 bits") from None
         self.tensors, self.column_sum = [self.engine.packed], self.engine.column_sum
-        self._read = _addresses(layer)  # the engine reads scales and bias where they lie
+        self._read = _addresses(layer, layer._tuned)  # the engine reads scales and bias where they lie
         self._norm: tuple[Any, native.Norm] | None = None  # its state, the engine's form of it
         layer.leave(_unpacker(layer, self.engine))
 
@@ -219,10 +219,10 @@ class Engine(Prepared):
 
     def rescale(self, layer: IntegerLayer) -> None:
         self.engine.read(layer._scale(), layer._inv_divisor(), layer.bias)
-        self._read = _addresses(layer)
+        self._read = _addresses(layer, layer._tuned)
 
     def follow(self, layer: IntegerLayer) -> None:
-        if self._read != _addresses(layer):
+        if self._read != _addresses(layer, layer._tuned):
             self.rescale(layer)
 
     def _norm_of(self, kind: str, norm: nn.Module, activation: Activation) -> native.Norm | None:
@@ -524,7 +524,7 @@ class Joined:
     bias: Tensor | None
 
     def __post_init__(self) -> None:
-        self._places = [_stored_addresses(layer) for layer in self.layers]
+        self._places = [_addresses(layer, None) for layer in self.layers]
         self.rescale()
 
     @property
@@ -550,7 +550,7 @@ class Joined:
                 layer is owner() and layer._prepared is part() and layer._scale() is scale
                 for layer, owner, part, scale in zip(layers, self.owners, self.parts, self._scales, strict=True)
             )
-            and (torch.compiler.is_compiling() or self._places == [_stored_addresses(layer) for layer in layers])
+            and (torch.compiler.is_compiling() or self._places == [_addresses(layer, None) for layer in layers])
         )
 
     def multiply(self, plan: LayerPlan, codes: Codes, x: Tensor) -> list[Tensor]:
@@ -632,9 +632,10 @@ def apply(x: Tensor, norm: nn.Module | None, activation: Activation, offset: Ten
     return nn.functional.silu(x) if activation == "silu" else x
 
 
-def _addresses(layer: IntegerLayer) -> tuple[int | None, ...]:
-    """Of scales and bias, past nn.Module.__getattr__: a step asks hundreds of times."""
-    stored, tuned = layer._parameters, layer._tuned
+def _addresses(layer: IntegerLayer, tuned: tuple[Tensor, Tensor | None] | None) -> tuple[int | None, ...]:
+    """Of scales, the stored ones unless others are given, and bias: other ones where parameters were exchanged, or
+    given other memory. Past nn.Module.__getattr__: a step asks hundreds of times."""
+    stored = layer._parameters
     bias: Any = stored["bias"]
     scale, divisor = (stored["weight_scale"], stored.get("inv_divisor")) if tuned is None else tuned
     assert scale is not None
@@ -643,13 +644,6 @@ def _addresses(layer: IntegerLayer) -> tuple[int | None, ...]:
         None if divisor is None else divisor.data_ptr(),
         None if bias is None else bias.data_ptr(),
     )
-
-
-def _stored_addresses(layer: IntegerLayer) -> list[int]:
-    """Of what is stored beside the weight: other ones where parameters were exchanged, or given other memory."""
-    stored = layer._parameters
-    found = [stored.get(name) for name in ("weight_scale", "bias", "inv_divisor")]
-    return [0 if one is None else one.data_ptr() for one in found]
 
 
 def _state_of(tensor: Tensor) -> tuple[int | bytes, int]:

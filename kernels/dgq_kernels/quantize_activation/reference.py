@@ -164,10 +164,8 @@ def group_norm_quantize_samples(
     if offset is not None:
         x = x.float() + offset.float()[:, :, None, None]
     y = _group_norm(x, groups, weight, bias, eps)
-    if not silu:
-        return quantize_samples(y, bits, inv_divisor, padding, position, rotation)
-    if rotation:
-        return quantize_samples(functional.silu(y), bits, inv_divisor, padding, position, rotation)
+    if rotation or not silu:
+        return quantize_samples(functional.silu(y) if silu else y, bits, inv_divisor, padding, position, rotation)
     ends = _silu_ends(y, inv_divisor)
     y = functional.silu(y)
     if inv_divisor is not None:
