@@ -8,7 +8,7 @@
 
 namespace {
 using dgq::Layer;
-const char* const isas[] = {"portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx", "neon-dot", "neon-i8mm"};
+const char* const isas[] = {"portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "avx512-vbmi", "amx", "neon-dot", "neon-i8mm"};
 static_assert(sizeof isas / sizeof *isas == dgq::ISA_COUNT, "a name for every instruction set");
 
 uint64_t seed = 0;

@@ -326,7 +326,7 @@ def two_level(n, k, group, g):
     return native.TwoLevel(*stored, k, group), packing.expand_two_level(*stored, k, group)
 
 
-def check_four_bits(m, k, n, group, dtype, seed=0):
+def check_four_bits(m, k, n, group, dtype, seed=0, largest=False):
     g = torch.Generator().manual_seed(seed)
     stored, integers = two_level(n, k, group, g)
     rest = torch.rand(n, generator=g), torch.randn(n, generator=g), None, 8
@@ -336,6 +336,9 @@ def check_four_bits(m, k, n, group, dtype, seed=0):
     assert torch.equal(small.weight(), integers)
     assert torch.equal(small.column_sum, large.column_sum)
     x = torch.randn(m, k, generator=g).to(dtype)
+    if largest:  # codes of 255 in all places but one
+        x = torch.ones_like(x)
+        x[:, -1] = 0
     assert torch.equal(small.linear(x), large.linear(x))
     if small.can_gate:
         assert torch.equal(small.linear(x, gated=True), large.linear(x, gated=True))
@@ -346,6 +349,11 @@ def check_four_bits(m, k, n, group, dtype, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_four_bits_give_the_results_of_their_integers(isa, shape, group, dtype):
     check_four_bits(*shape, group, dtype)
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_four_bits_of_the_largest_codes(isa, group):
+    check_four_bits(35, 200, 50, group, torch.float32, largest=True)
 
 
 @settings(max_examples=40, deadline=None)

@@ -199,27 +199,29 @@ DGQ_TARGET_END
 
 static void nothing() {}
 
-#define DGQ_KERNELS(ELEMENTWISE, PROBABILITIES, TILES, BEGIN, END)                                         \
+#define DGQ_KERNELS(ELEMENTWISE, PROBABILITIES, TILES, SCALED, BEGIN, END)                                 \
     {ELEMENTWISE::range, ELEMENTWISE::quantize, ELEMENTWISE::quantize_wide, ELEMENTWISE::narrowed,         \
      ELEMENTWISE::layer_norm, ELEMENTWISE::moments, ELEMENTWISE::quantize_affine, ELEMENTWISE::rotate,     \
      ELEMENTWISE::affine, ELEMENTWISE::epilogue, ELEMENTWISE::gated_epilogue, ELEMENTWISE::largest_of,     \
      ELEMENTWISE::find_live, ELEMENTWISE::PROBABILITIES, ELEMENTWISE::prepare_head,                        \
      ELEMENTWISE::prepare_query, ELEMENTWISE::finish_query, TILES::tile, TILES::tiles, TILES::PAIRS,       \
-     TILES::values, TILES::panel, ELEMENTWISE::unpack, ELEMENTWISE::round_columns, ELEMENTWISE::search_subscales, BEGIN, END}
+     TILES::values, TILES::panel, SCALED, ELEMENTWISE::unpack, ELEMENTWISE::round_columns,                 \
+     ELEMENTWISE::search_subscales, BEGIN, END}
 
 static const Kernels all_kernels[ISA_COUNT] = {
-    DGQ_KERNELS(plain, probabilities, portable, nothing, nothing),
+    DGQ_KERNELS(plain, probabilities, portable, nullptr, nothing, nothing),
 #ifdef DGQ_X86
-    DGQ_KERNELS(vector256, probabilities, avx2, nothing, nothing),
-    DGQ_KERNELS(vector256, probabilities, avx_vnni, nothing, nothing),
-    DGQ_KERNELS(vector512, probabilities, avx512_vnni, nothing, nothing),
-    DGQ_KERNELS(vector512, probabilities_vbmi, avx512_vnni, nothing, nothing),
-    DGQ_KERNELS(vector512, probabilities_vbmi, amx, amx::thread_begin, amx::thread_end),
+    DGQ_KERNELS(vector256, probabilities, avx2, avx2::scaled_panel, nothing, nothing),
+    DGQ_KERNELS(vector256, probabilities, avx_vnni, nullptr, nothing, nothing),
+    DGQ_KERNELS(vector512, probabilities, avx512, avx512::scaled_panel, nothing, nothing),
+    DGQ_KERNELS(vector512, probabilities, avx512_vnni, nullptr, nothing, nothing),
+    DGQ_KERNELS(vector512, probabilities_vbmi, avx512_vnni, nullptr, nothing, nothing),
+    DGQ_KERNELS(vector512, probabilities_vbmi, amx, nullptr, amx::thread_begin, amx::thread_end),
 #endif
 #ifdef DGQ_ARM
-    {}, {}, {}, {}, {},  // those of x86
-    DGQ_KERNELS(plain, probabilities, neon_dot, nothing, nothing),
-    DGQ_KERNELS(plain, probabilities, neon_i8mm, nothing, nothing),
+    {}, {}, {}, {}, {}, {},  // those of x86
+    DGQ_KERNELS(plain, probabilities, neon_dot, nullptr, nothing, nothing),
+    DGQ_KERNELS(plain, probabilities, neon_i8mm, nullptr, nothing, nothing),
 #endif
 };
 
@@ -239,11 +241,12 @@ static bool supported(int isa) {
         return true;
     };
     const bool avx2 = all(kept, {1, 2}) && all(sets, {5});
-    const bool avx512 = avx2 && all(kept, {5, 6, 7}) && all(sets, {16, 17, 30, 31}) && all(more, {11});
-    const bool vbmi = avx512 && all(more, {1});
+    const bool avx512 = avx2 && all(kept, {5, 6, 7}) && all(sets, {16, 17, 30, 31});
+    const bool avx512_vnni = avx512 && all(more, {11}), vbmi = avx512_vnni && all(more, {1});
     if (isa == AVX2) return avx2;
     if (isa == AVX_VNNI) return avx2 && all(vnni, {4});
-    if (isa == AVX512_VNNI) return avx512;
+    if (isa == AVX512) return avx512;
+    if (isa == AVX512_VNNI) return avx512_vnni;
     if (isa == AVX512_VBMI) return vbmi;
 #ifdef __linux__
     constexpr int ask_permission = 0x1023, tile_data = 18;  // Linux grants the tiles' state on request only
@@ -350,6 +353,7 @@ static void multiply_four_bits(
     const Rows& a, const uint8_t* b, ptrdiff_t b_stride, ptrdiff_t next, int64_t k, int64_t group, int64_t rows,
     int cols, int32_t* c) {
     alignas(64) int8_t unpacked[2][UNPACKED_K * BLOCK_COLS];
+    alignas(64) int32_t scales[2][UNPACKED_K / SCALED_K * BLOCK_COLS];
     const int64_t chunks = ceil_div(a.part_k, UNPACKED_K), chunk = round_up(ceil_div(a.part_k, chunks), K_BLOCK);
     for (int64_t part = 0; part < a.parts; ++part)
         for (int64_t done = 0; done < a.part_k; done += chunk) {
@@ -358,12 +362,16 @@ static void multiply_four_bits(
                 const uint8_t* from = b + block * b_stride;
                 kernels->unpack(
                     from + nibble_bytes(first), from + nibble_bytes(k) + first / group * (BLOCK_COLS / 2),
-                    round_up(some, K_BLOCK) / group, group, unpacked[block]);
+                    round_up(some, K_BLOCK) / group, group, unpacked[block], kernels->scaled_panel ? scales[block] : nullptr);
                 const uint8_t* later = first + some < k ? from + nibble_bytes(first + some) : from + next;
                 for (int64_t line = 0; line < nibble_bytes(chunk); line += 64) __builtin_prefetch(later + line, 0, 2);
             }
             const Rows own{a.groups, a.stride, 1, some, 0, a.at + part * a.part_stride + done};
-            kernels->panel(own, unpacked[0], sizeof unpacked[0], rows, cols, first > 0, c);
+            if (kernels->scaled_panel)
+                kernels->scaled_panel(
+                    own, unpacked[0], sizeof unpacked[0], scales[0], scales[1] - scales[0], rows, cols, first > 0, c);
+            else
+                kernels->panel(own, unpacked[0], sizeof unpacked[0], rows, cols, first > 0, c);
         }
 }
 
@@ -1079,7 +1087,7 @@ template <class Body> static int32_t guarded(const Body& body) {
 extern "C" {
 
 // Changes with every change of the structures or functions below.
-int32_t dgq_abi() { return 13; }
+int32_t dgq_abi() { return 14; }
 
 // The sizes of Layer, Stored, Norm and Attention, for callers that describe them once more.
 int64_t dgq_struct_bytes(int32_t which) {
@@ -1131,7 +1139,7 @@ int32_t dgq_pack(
                 auto* to = reinterpret_cast<uint8_t*>(packed + block * four_bit_bytes(k, group));
                 pack_nibbles(*stored, block, to);
                 auto* values = panel_scratch().get<int8_t>(block_bytes(k));
-                kernels->unpack(to, to + nibble_bytes(k), round_up(k, K_BLOCK) / group, group, values);
+                kernels->unpack(to, to + nibble_bytes(k), round_up(k, K_BLOCK) / group, group, values, nullptr);
                 const auto sum_to = [&](auto* out) {
                     int32_t sums[GROUP_ROWS * TILE_COLS];
                     kernels->tile(ones.data(), 0, values, 0, k, 1, BLOCK_COLS, ZEROS, 0, sums, TILE_COLS);
@@ -1174,7 +1182,8 @@ int32_t dgq_unpack(const dgq::Layer* layer, int64_t first, int64_t count, int8_t
         parallel(threads, count, [&](int64_t block) {
             const auto* from = reinterpret_cast<const uint8_t*>(layer->packed) + (first + block) * four_bit_bytes(k, group);
             kernels->unpack(
-                from, from + nibble_bytes(k), round_up(k, K_BLOCK) / group, group, out + block * block_bytes(k));
+                from, from + nibble_bytes(k), round_up(k, K_BLOCK) / group, group, out + block * block_bytes(k),
+                nullptr);
         });
     });
 }

@@ -17,11 +17,12 @@ constexpr int TILE_COLS = 2 * BLOCK_COLS;
 constexpr int MOST_COLUMNS = 64, SUBSCALES = 15;
 constexpr int WIDE_BITS = 16;  // of codes that are multiplied in two halves
 constexpr int K_BLOCK = 64;  // bytes of K in a cache line, and in an AMX tile row
+constexpr int SCALED_K = 32;  // of K whose products of codes and four-bit weights add up in a word
 constexpr int UNPACKED_K = 512;  // of K whose four-bit weights are unpacked together: two blocks of columns are 16 KiB
 constexpr int KEY_BLOCK = 128;  // keys that attention passes over together
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
-enum Isa : int32_t { PORTABLE, AVX2, AVX_VNNI, AVX512_VNNI, AVX512_VBMI, AMX, NEON_DOT, NEON_I8MM, ISA_COUNT };
+enum Isa : int32_t { PORTABLE, AVX2, AVX_VNNI, AVX512, AVX512_VNNI, AVX512_VBMI, AMX, NEON_DOT, NEON_I8MM, ISA_COUNT };
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
@@ -190,8 +191,15 @@ struct Kernels {
     // The sums of a panel of rows and 16 or 32 columns, in rows of 32, on top of what is there where `more` says so; room
     // for whole groups of rows.
     void (*panel)(const Rows& a, const int8_t* b, ptrdiff_t b_stride, int64_t rows, int cols, bool more, int32_t* c);
-    // Some groups of K of a block of four-bit weights (see four_bit_bytes), as tile takes them.
-    void (*unpack)(const uint8_t* nibbles, const uint8_t* subscales, int64_t groups, int64_t group, int8_t* out);
+    // The same of one part, of four-bit weights and their sub-scales as `unpack` leaves them, of which the second block's
+    // come scale_stride after the first's. Null where weights of eight bits are as fast.
+    void (*scaled_panel)(
+        const Rows& a, const int8_t* b, ptrdiff_t b_stride, const int32_t* scales, ptrdiff_t scale_stride, int64_t rows,
+        int cols, bool more, int32_t* c);
+    // Some groups of K of a block of four-bit weights (see four_bit_bytes), as tile takes them; or the codes alone, and
+    // in `scales` [K / SCALED_K][16] the sub-scales, each twice in two words, where that is not null.
+    void (*unpack)(
+        const uint8_t* nibbles, const uint8_t* subscales, int64_t groups, int64_t group, int8_t* out, int32_t* scales);
     // Rows [first, first + 16), as far as there are some, of at most MOST_COLUMNS columns.
     void (*round_columns)(const Columns& columns, int64_t first);
     void (*search_subscales)(const Groups& groups, int64_t row);

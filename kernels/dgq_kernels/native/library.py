@@ -13,8 +13,8 @@ import torch
 
 from .build import LIBRARY
 
-ABI = 13
-ISAS = ("portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi", "amx", "neon-dot", "neon-i8mm")
+ABI = 14
+ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "avx512-vbmi", "amx", "neon-dot", "neon-i8mm")
 BLOCK = 16  # output channels in a block of the packed weight
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 Pointer = ctypes.c_void_p
@@ -174,8 +174,8 @@ def supported() -> list[str]:
 
 
 def attention_pays() -> bool:
-    """Whether `attention` is faster than float attention here: with AVX512 only. Without VNNI its products are 16-bit
-    ones at the rate of float32's, and codes and probabilities come on top (docs/cpu.md)."""
+    """Whether `attention` is faster than float attention here: with AVX512 only. With AVX2 its products are 16-bit ones
+    at little more than the rate of float32's, and codes and probabilities come on top (docs/cpu.md)."""
     engine = load()[0]
     return engine is not None and engine.isa.startswith(("avx512", "amx"))
 
