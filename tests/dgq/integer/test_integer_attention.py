@@ -9,6 +9,7 @@ import dgq_kernels
 from dgq.errors import DgqError
 from dgq.integer.attention import AttentionPlan, LogAttnProcessor
 from dgq_kernels import native
+from dgq_kernels.log_attention import reference
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +81,19 @@ def test_masks_are_refused():
     module.set_processor(LogAttnProcessor(AttentionPlan(8, 4)))
     with pytest.raises(DgqError, match="mask"):
         module(torch.randn(1, 4, 32), attention_mask=torch.zeros(1, 4, 4))
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@torch.no_grad()
+def test_of_too_few_or_too_many_keys_attention_is_float(cross, monkeypatch):
+    """A text of one token is its start token alone; sums of very large pictures' keys would overflow."""
+    module, x = attention(cross_attention_dim=24 if cross else None), torch.randn(2, 50, 32)
+    context = torch.randn(2, 1, 24) if cross else None
+    module.set_processor(AttnProcessor2_0())
+    expected = module(x, context)
+    module.set_processor(LogAttnProcessor())
+    if not cross:
+        monkeypatch.setattr(reference, "MAX_KEYS", 49)
+    for backend in ("cpu", "reference", "triton") if cross else ("cpu", "reference"):
+        monkeypatch.setenv("DGQ_BACKEND", backend)
+        assert torch.equal(module(x, context), expected), backend
