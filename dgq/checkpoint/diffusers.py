@@ -38,7 +38,7 @@ from dgq_kernels import native
 
 from ..errors import DgqError
 from ..family import family_of
-from ..integer.attention import AttentionPlan, LogAttnProcessor, use_log_attention
+from ..integer.attention import AttentionPlan, LogAttnProcessor, is_plain, use_log_attention
 from ..integer.dequantize import dequantize
 from ..integer.layer import IntegerLayer
 from ..integer.on_the_fly import Arrivals, plan_without_data
@@ -299,7 +299,7 @@ class DgqQuantizer(DiffusersQuantizer):
         """What was made of a float model: its blocks and attention as a checkpoint's are, and the header."""
         config = self.quantization_config
         header = made_header(model, config, self._layers, self._files[0].parent)
-        if config.recipe.attention == "log" and family_of(model).start_token:
+        if config.recipe.attention == "log" and family_of(model).start_token and is_plain(model):
             header.attention = AttentionPlan.for_activations(config.recipe.abits)
             use_log_attention(model, header.attention)
         fuse(model)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import DgqError
-from ..family import DISTILLED, Architecture, Family, check_fit, check_scale, noise
+from ..family import DISTILLED, FIRST_AND_LAST, Architecture, Family, check_fit, check_scale, noise
 from ..integer.fused_unet import FUSED, upsampled
 
 NETWORK = "UNet2DConditionModel"
@@ -72,6 +72,10 @@ class UNet(Family):
     needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     arguments = ("sample", "timestep", "encoder_hidden_states")
     time_layers = ("time_emb_proj",)
+    float_layers = {  # noqa: RUF012 (read only)
+        **FIRST_AND_LAST,
+        "encoder_hid_proj.image_embeds": "diffusers casts a picture's embedding to its weight's dtype",
+    }
     start_token = True
     tuned = True
     fused = FUSED

@@ -157,6 +157,12 @@ def given(readers: Sequence[Any], context: Tensor, projected: Sequence[Sequence[
             module.processor.given.clear()
 
 
+def is_plain(network: nn.Module) -> bool:
+    """Whether log attention computes what a network's attentions do: not of one that reads the text by layers of its
+    own beside the pixels (DeepFloyd IF, Kandinsky), without a start token."""
+    return not any(getattr(module, "added_kv_proj_dim", None) is not None for module in network.modules())
+
+
 def use_log_attention(network: Any, plan: AttentionPlan) -> None:
     """Set the log attention processor on every attention layer of a network of diffusers."""
     network.set_attn_processor(LogAttnProcessor(plan))

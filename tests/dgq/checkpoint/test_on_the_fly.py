@@ -165,6 +165,38 @@ def test_a_pipeline_by_its_mapping(tiny_pipeline, tmp_path):
     assert torch.equal(generate(again, ["a cat"], settings)[0].latents, expected)
 
 
+SIMPLE_CROSS = {  # attention to pixels and text at once, the text by layers of its own
+    "attention_head_dim": 16,
+    "resnet_time_scale_shift": "scale_shift",
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "encoder_hid_dim": 16,
+}
+IF = {"encoder_hid_dim_type": "text_proj", "addition_embed_type": "text", "addition_embed_type_num_heads": 2}
+KANDINSKY = {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"}
+
+
+@pytest.mark.parametrize("kind", [IF, KANDINSKY], ids=["deepfloyd-if", "kandinsky"])
+def test_unets_whose_text_has_no_start_token(tmp_path, kind):
+    """Their attention is float, and a picture's embedding is not cast to integers."""
+    unet(**SIMPLE_CROSS, **kind).save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, 4, 8, 8, generator=generator)
+    text, picture = torch.randn(2, 7, 16, generator=generator), torch.randn(2, 16, generator=generator)
+    given = {"image_embeds": picture} if kind is KANDINSKY else None
+
+    def drawn(network):
+        with torch.no_grad():
+            return network(sample, torch.tensor(500), text, added_cond_kwargs=given).sample
+
+    quantized = load(tmp_path, quantization_config=DgqConfig(wbits=8))
+    expected = drawn(quantized)
+    assert_close("output", expected, drawn(load(tmp_path)), 0.05)
+    quantized.save_pretrained(tmp_path / "again")
+    assert torch.equal(drawn(load(tmp_path / "again")), expected)
+
+
 def flux(**options):
     from diffusers import FluxTransformer2DModel
 
