@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import CustomDtype
+from diffusers.hooks import _helpers as layer_skip
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.controlnets.controlnet_sparsectrl import SparseControlNetModel
 from diffusers.models.controlnets.controlnet_union import ControlNetUnionModel
@@ -40,6 +41,7 @@ from ..errors import DgqError
 from ..family import family_of
 from ..integer.attention import AttentionPlan, LogAttnProcessor, is_plain, use_log_attention
 from ..integer.dequantize import dequantize
+from ..integer.fused_unet import FusedTransformerBlock
 from ..integer.layer import IntegerLayer
 from ..integer.on_the_fly import Arrivals, plan_without_data
 from ..integer.plan import Layer
@@ -502,9 +504,20 @@ def _refuse_to_copy(kind: Any, name: str) -> None:
     setattr(kind, name, classmethod(copied))
 
 
+def _let_layers_be_skipped() -> None:
+    """Tell `apply_layer_skip`, and the guiders that use it, of a fused block and of the attention what they know of
+    diffusers' own. Past the tables' methods, which would import every transformer of diffusers."""
+    block = layer_skip.TransformerBlockMetadata(return_hidden_states_index=0, _cls=FusedTransformerBlock)
+    layer_skip.TransformerBlockRegistry._registry[FusedTransformerBlock] = block
+    skipped = layer_skip._skip_proc_output_fn_Attention_AttnProcessor2_0
+    attention = layer_skip.AttentionProcessorMetadata(skip_processor_output_fn=skipped)
+    layer_skip.AttentionProcessorRegistry._registry[LogAttnProcessor] = attention
+
+
 def register() -> None:
-    """Teach diffusers the method "dgq", that `set_default_attn_processor` may replace its attention, and what cannot be
-    made of a quantized UNet."""
+    """Teach diffusers the method "dgq", that `set_default_attn_processor` may replace its attention, that layers may be
+    skipped, and what cannot be made of a quantized UNet."""
+    _let_layers_be_skipped()
     for kind, name in _COPIES:
         _refuse_to_copy(kind, name)
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = DgqQuantizer

@@ -42,7 +42,7 @@ class AttentionPlan:
 
 class LogAttnProcessor:
     """A diffusers attention processor that runs `dgq_kernels.log_attention_eager`, or float attention on CPUs where
-    that is the faster of the two, where gradients are wanted, and where the keys are too few or too many for it.
+    that is the faster of the two, where gradients are wanted, and where it does not do (`_takes`).
 
     Cross-attention keeps column 0, the start token, apart in float: it takes most of the probability and would
     otherwise set the scale for all others. A `residual` shaped like the result is added by the last layer;
@@ -105,7 +105,7 @@ class LogAttnProcessor:
             q = module.norm_q(q)
         if module.norm_k is not None:
             k = module.norm_k(k)
-        if dgq_kernels.log_attention_pays(q.device) and _takes(k.shape[2], cross) and not needed(q, k, v):
+        if dgq_kernels.log_attention_pays(q.device) and _takes(module, k.shape[2], cross) and not needed(q, k, v):
             out = dgq_kernels.log_attention_eager(q, k, v, module.scale, self.plan.bits, self.plan.fraction_bits, cross)
         else:
             k, v = k.to(q.dtype), v.to(q.dtype)
@@ -127,9 +127,12 @@ class LogAttnProcessor:
         return hidden_states if residual is None else hidden_states + residual
 
 
-def _takes(keys: int, start_token: bool) -> bool:
-    """Whether log attention is defined: beside the start token there is a key, and no more than its sums hold."""
-    return 0 < keys - int(start_token) <= reference.MAX_KEYS
+def _takes(attention: nn.Module, keys: int, start_token: bool) -> bool:
+    """Whether log attention is what is asked for: beside the start token there is a key, and no more than its sums
+    hold; and no hook of diffusers is there to put the values in the place of what torch's attention gives."""
+    hooks = getattr(attention.__dict__.get("_diffusers_hook"), "hooks", {})
+    perturbed = any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())
+    return 0 < keys - int(start_token) <= reference.MAX_KEYS and not perturbed
 
 
 def text_readers(network: nn.Module, context: Tensor) -> list[Any]:

@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from diffusers import AnimateDiffPipeline, ControlNetModel, MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from comparing import assert_close
+from diffusers import (
+    AnimateDiffPipeline,
+    ControlNetModel,
+    LayerSkipConfig,
+    MotionAdapter,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
+from diffusers.hooks import apply_layer_skip
 from torch import nn
 
 import dgq
@@ -12,6 +21,7 @@ from dgq.errors import DgqError
 from dgq.integer.layer import IntegerConv2d, IntegerLayer, IntegerLinear, is_direct
 from dgq.integer.stored import StoredWeight
 from dgq.recipe import LayerPlan
+from dgq_kernels import native
 
 PLANS = [
     LayerPlan(
@@ -374,6 +384,28 @@ def test_an_ip_adapter(unet):
         others = {"image_embeds": [-pictures["image_embeds"][0]]}
         assert not close(unet(sample, torch.tensor(500), text, added_cond_kwargs=others).sample, result)
     assert bool(torch.isfinite(result).all())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["block", "skip_attention", "skip_ff", "skip_attention_scores"])
+def test_layers_that_guiders_skip(tiny_pipeline, tiny_w8_checkpoint, what, backend, monkeypatch):
+    """As in the float model: a block, its attention to itself, its feed-forward part, or the scores alone."""
+    monkeypatch.setenv("DGQ_BACKEND", backend)
+    monkeypatch.setattr(native, "attention_pays", lambda: True)
+    parts = dict.fromkeys(("skip_attention", "skip_ff", "skip_attention_scores"), False) | {what: True}
+    config = LayerSkipConfig(
+        indices=[0], fqn="mid_block.attentions.0.transformer_blocks", **({} if what == "block" else parts)
+    )
+    results = []
+    for folder in (tiny_pipeline, tiny_w8_checkpoint):
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        whole, block = call(unet), unet.mid_block.attentions[0].transformer_blocks[0]
+        x, text = (torch.randn(1, n, w, generator=torch.Generator().manual_seed(n)) for n, w in ((16, 64), (24, 32)))
+        apply_layer_skip(unet, config)
+        with torch.no_grad():
+            results.append(block(x, encoder_hidden_states=text))
+        assert not close(call(unet), whole)
+    assert_close(what, results[1], results[0], 0.03)
 
 
 def motion_adapter():
