@@ -14,6 +14,7 @@ from .common import JsonOption, StageProgress, duration, err, finite, mib, print
 STAGES = {
     "prepare": "prepare",
     "resume": "resume",
+    "prompts": "prompts",
     "record": "record",
     "statistics": "statistics",
     "quantize": "quantize",
@@ -26,6 +27,7 @@ STAGES = {
 
 
 DEFAULT_MEMORY = 4.0  # GiB
+DEFAULT_CALLS = 160
 
 
 def _override(text: str) -> tuple[str, int]:
@@ -114,7 +116,8 @@ def command(
         str | None,
         typer.Option(
             metavar="N|FILE",
-            help="How many built-in calibration prompts, or a file with one a line; default 96, paper recipe 64.",
+            help="How many built-in calibration prompts, or a file: lines, COCO .json or PartiPrompts .tsv; default 96, "
+            "paper recipe 64.",
         ),
     ] = None,
     steps: Annotated[
@@ -128,7 +131,9 @@ def command(
     size: Annotated[
         int | None, typer.Option(min=64, help="Height and width of the calibration pictures in pixels.")
     ] = None,
-    calls: Annotated[int, typer.Option(min=1, max=1_000_000, help="Calls replayed for the statistics.")] = 160,
+    calls: Annotated[int, typer.Option(min=1, max=1_000_000, help="Calls replayed for the statistics.")] = (
+        DEFAULT_CALLS
+    ),
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the calibration pictures.")] = 0,
     evaluate: Annotated[
         int, typer.Option(min=0, max=100_000, help="Prompts for the comparison with the float model.")
@@ -177,6 +182,16 @@ def command(
             raise typer.BadParameter(why)
     if record_steps is not None and METHODS[recipe].by_step:
         raise typer.BadParameter(f"--record-steps: the {recipe} recipe records the steps of --steps")
+    unread = {
+        "--prompts": prompts is not None,
+        "--record-steps": record_steps is not None,
+        "--calls": calls != DEFAULT_CALLS,
+        "--seed": seed != 0,
+        "--memory": memory != DEFAULT_MEMORY,
+    }
+    if not METHODS[recipe].reads_calls and any(unread.values()):
+        told = next(option for option, asked in unread.items() if asked)
+        raise typer.BadParameter(f"{told}: the {recipe} recipe draws no calibration pictures")
     from dgq.pictures.prompts import read_prompts
 
     chosen = None if prompts is None else prompt_count(prompts) or read_prompts(Path(prompts))

@@ -189,8 +189,8 @@ def calibrate(
         recipe: what to quantize and how.
         options: prompts, seeds, limits.
         progress: told of the stages "record", "statistics", "quantize" (or "calibrate"), "measure" where there is a
-            budget of bits, "compare" and "save"; and of "resume" for each file of an interrupted run that cannot be
-            used.
+            budget of bits, "compare" and "save"; of "prompts" where the built-in ones are fewer than were asked for;
+            and of "resume" for each file of an interrupted run that cannot be used.
 
     Returns:
         The header of the written checkpoint.
@@ -208,7 +208,10 @@ def calibrate(
     settings = wanted_settings(options, found)
     recording = recording_settings(options, found, recipe)
     if options.prompts is None or isinstance(options.prompts, int):
-        prompts = calibration_prompts(folder, count_prompts(options, recipe), options.seed)
+        wanted = count_prompts(options, recipe)
+        prompts = calibration_prompts(folder, wanted, options.seed)
+        if options.prompts is not None and len(prompts) < wanted:
+            progress("prompts", len(prompts), len(prompts), f"{wanted} asked for: there are no more built-in ones")
     else:
         prompts = list(options.prompts)
     if not prompts:

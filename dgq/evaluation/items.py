@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DgqError
-from ..pictures.prompts import calibration_pool, evaluation_prompts, read_prompts, read_text
+from ..pictures.prompts import calibration_pool, evaluation_prompts, read_prompts
 
 EVERYDAY = "everyday"
 
@@ -59,7 +56,7 @@ def items(folder: Path, wanted: str, seed: int = 0) -> list[Item]:
         if not known.is_file():
             return [Item(prompt) for prompt in evaluation_prompts(folder, count, seed)]
         return labelled(folder, count, seed)
-    return [Item(prompt) for prompt in read_file(Path(wanted))]
+    return [Item(prompt) for prompt in read_prompts(Path(wanted))]
 
 
 def labelled(folder: Path, count: int, seed: int = 0) -> list[Item]:
@@ -90,39 +87,3 @@ def labelled(folder: Path, count: int, seed: int = 0) -> list[Item]:
             if pool and len(chosen) < count:
                 chosen.append(pool.pop())
     return chosen
-
-
-def read_file(file: Path) -> list[str]:
-    """Prompts of a file: COCO captions (.json: "annotations" with a "caption", or a list of strings), PartiPrompts
-    (.tsv: a column "Prompt"), anything else one a line.
-
-    Raises:
-        DgqError: it cannot be read, or holds no prompt.
-    """
-    kind = file.suffix.lower()
-    if kind not in (".json", ".tsv"):
-        return read_prompts(file)
-    text = read_text(file)
-    try:
-        found = _coco(json.loads(text)) if kind == ".json" else _parti(io.StringIO(text, newline="").readlines())
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise DgqError(f"{file}: cannot be read ({error})") from None
-    except (KeyError, TypeError):
-        wanted = 'a list of strings, or "annotations" with captions' if kind == ".json" else 'a column "Prompt"'
-        raise DgqError(f"{file}: holds no prompts where they are looked for", f"it needs {wanted}") from None
-    prompts = list(dict.fromkeys(text.strip() for text in found if text.strip()))
-    if not prompts:
-        raise DgqError(f"{file}: holds no prompt")
-    return prompts
-
-
-def _coco(data: object) -> list[str]:
-    if isinstance(data, dict):
-        data = [annotation["caption"] for annotation in data["annotations"]]
-    if not isinstance(data, list) or not all(isinstance(text, str) for text in data):
-        raise TypeError
-    return data
-
-
-def _parti(lines: Sequence[str]) -> list[str]:
-    return [row["Prompt"] for row in csv.DictReader(lines, delimiter="\t")]

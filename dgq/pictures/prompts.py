@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DgqError
@@ -91,16 +94,41 @@ def read_text(file: Path) -> str:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """One prompt a line; blank lines and lines that start with # are left out.
+    """Prompts of a file: COCO captions (.json: "annotations" with a "caption", or a list of strings), PartiPrompts
+    (.tsv: a column "Prompt"), each once; anything else one a line, without blank lines and those that start with #.
 
     Raises:
         DgqError: the file cannot be read or holds no prompt.
     """
-    lines = [line.strip() for line in read_text(file).splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
+    text, kind = read_text(file), file.suffix.lower()
+    try:
+        if kind == ".json":
+            found = list(dict.fromkeys(_coco(json.loads(text))))
+        elif kind == ".tsv":
+            found = list(dict.fromkeys(_parti(io.StringIO(text, newline="").readlines())))
+        else:
+            found = [line for line in map(str.strip, text.splitlines()) if not line.startswith("#")]
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise DgqError(f"{file}: cannot be read ({error})") from None
+    except (KeyError, TypeError, AttributeError):
+        wanted = 'a list of strings, or "annotations" with captions' if kind == ".json" else 'a column "Prompt"'
+        raise DgqError(f"{file}: holds no prompts where they are looked for", f"it needs {wanted}") from None
+    prompts = [prompt for prompt in found if prompt]
     if not prompts:
         raise DgqError(f"{file}: holds no prompt")
     return prompts
+
+
+def _coco(data: object) -> list[str]:
+    if isinstance(data, dict):
+        data = [annotation["caption"] for annotation in data["annotations"]]
+    if not isinstance(data, list) or not all(isinstance(text, str) for text in data):
+        raise TypeError
+    return [text.strip() for text in data]
+
+
+def _parti(lines: Sequence[str]) -> list[str]:
+    return [row["Prompt"].strip() for row in csv.DictReader(lines, delimiter="\t")]
 
 
 def _pool(folder: Path) -> list[str]:

@@ -164,6 +164,11 @@ def test_a_budget_of_bits(dgq_command, tiny_pipeline, tmp_path):
         (("--groups", "16"), 2, "the integer recipe has no groups"),
         (("--recipe", "convrot", "--channels", "smooth"), 2, "the convrot recipe has channels 'rotate', not 'smooth'"),
         (("--recipe", "convrot", "--budget", "5"), 2, "--recipe integer --wbits 4"),
+        (("--recipe", "convrot", "--prompts", "5"), 2, "--prompts: the convrot recipe draws no calibration pictures"),
+        (("--recipe", "convrot", "--record-steps", "5"), 2, "--record-steps: the convrot recipe"),
+        (("--recipe", "convrot", "--calls", "5"), 2, "--calls: the convrot recipe"),
+        (("--recipe", "convrot", "--seed", "5"), 2, "--seed: the convrot recipe"),
+        (("--recipe", "convrot", "--memory", "5"), 2, "--memory: the convrot recipe"),
         (("--vae", "int4"), 2, "neither int8 nor float"),
         (("--text-encoder", "int4"), 2, "neither int8 nor float"),
         (("--override", "mid_block"), 2, "PATTERN=BITS"),
@@ -179,6 +184,26 @@ def test_wrong_options_end_in_one_line(dgq_command, tiny_pipeline, tmp_path, arg
     assert "Traceback" not in run.stderr
     assert run.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_of_captions_files(dgq_command, tiny_pipeline, tmp_path):
+    """As `dgq eval` reads them, not their lines."""
+    (tmp_path / "captions.json").write_text('{"annotations": [{"caption": "a cat"},\n{"caption": "a dog"}]}')
+    (tmp_path / "parti.tsv").write_text("Prompt\tCategory\na cat\tAnimals\na dog\tAnimals\n")
+    options = ("--steps", 1, "--evaluate", 0, "--rounding", "nearest", "--channels", "none", "--vae", "float")
+    for file in ("captions.json", "parti.tsv"):
+        out = tmp_path / f"of-{file}"
+        run = dgq_command("calibrate", tiny_pipeline, "--out", out, "--prompts", tmp_path / file, *options)
+        assert run.returncode == 0, run.stderr
+        assert "record 1/2  a cat" in run.stderr
+        assert "record 2/2, about 0 s left  a dog\n" in run.stderr
+
+
+def test_fewer_prompts_than_were_asked_for_are_told(dgq_command, tiny_pipeline, tmp_path):
+    options = ("--steps", 1, "--evaluate", 0, "--rounding", "nearest", "--channels", "none", "--vae", "float")
+    run = dgq_command("calibrate", tiny_pipeline, "--out", tmp_path / "out", "--prompts", 500, *options)
+    assert run.returncode == 0, run.stderr
+    assert "prompts 2/2  500 asked for: there are no more built-in ones" in run.stderr
 
 
 def test_unknown_model(dgq_command, tmp_path):

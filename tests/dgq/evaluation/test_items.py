@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from dgq.errors import DgqError
-from dgq.evaluation.items import items, labelled, read_file
+from dgq.evaluation.items import items, labelled
 from dgq.pictures import embedded
-from dgq.pictures.prompts import calibration_pool
+from dgq.pictures.prompts import calibration_pool, read_prompts
 from embedded.captions import STYLES, background_held_out, read_concepts, style_held_out
 
 
@@ -51,9 +51,9 @@ def test_files(tmp_path: Path) -> None:
     parti.write_text('Prompt\tCategory\na bee\tAnimals\na "red" car\tVehicles\n')
     lines = tmp_path / "lines.txt"
     lines.write_text("# a comment\na tree\n\n")
-    assert read_file(coco) == ["a cat", "a dog"]
-    assert read_file(parti) == ["a bee", 'a "red" car']
-    assert read_file(lines) == ["a tree"]
+    assert read_prompts(coco) == ["a cat", "a dog"]
+    assert read_prompts(parti) == ["a bee", 'a "red" car']
+    assert read_prompts(lines) == ["a tree"]
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,13 @@ def test_files(tmp_path: Path) -> None:
         ("a.json", "{", "cannot be read"),
         ("a.json", '{"annotations": []}', "holds no prompt"),
         ("a.tsv", "Text\tKind\nx\ty\n", "holds no prompts where"),
+        ("a.tsv", "Kind\tPrompt\nx\n", "holds no prompts where"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: str, said: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DgqError, match=said):
-        read_file(tmp_path / name)
+        read_prompts(tmp_path / name)
 
 
 def test_bad_wishes(tmp_path: Path) -> None:
