@@ -98,6 +98,8 @@ def command(
     _check("--text-encoder", text_encoder, ("float", "int8"))
     _check("--what", what, ("kernels", "step", "all", "picture"))
     _check("--shapes", shapes, ("model", "large"))
+    if shapes == "large" and (arch is not None or what in ("step", "picture")):
+        raise typer.BadParameter("--shapes is of single layers of a model: it goes with --what kernels and all")
     from dgq.bench import bench, chosen_peers
     from dgq.bench.rows import check_csv
     from dgq.errors import DgqError

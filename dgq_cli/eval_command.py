@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,6 +79,10 @@ def command(
         raise typer.BadParameter(f"--grid {grid} is not a .png file")
     if grid is not None and checkpoints and len(checkpoints) > 1:
         raise typer.BadParameter("--grid shows one checkpoint; --html shows several")
+    written = [os.path.realpath(file) for file in (grid, html, out) if file is not None]
+    places = [file for file in written if os.path.isfile(file) or not os.path.exists(file)]  # but for devices
+    if len(set(places)) < len(places):
+        raise typer.BadParameter("two of --grid, --html and --out are one file")
     if bench is not None and html is None:
         raise typer.BadParameter("--bench is for the page: give --html too")
     prompt_count(prompts)

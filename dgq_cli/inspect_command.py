@@ -70,8 +70,19 @@ def command(
     if png is not None and png.suffix.lower() != ".png":
         raise typer.BadParameter(f"--png {png} is not a .png file")
     measure = measure or png is not None or html is not None
-    if against != "float" and not measure:
-        raise typer.BadParameter("--against needs --measure")
+    if png is not None and png == html:
+        raise typer.BadParameter(f"--png and --html are one file, {png}")
+    measuring = {
+        "--against": against != "float",
+        "--prompts": prompts != 4,
+        "--steps": steps is not None,
+        "--guidance": guidance is not None,
+        "--seed": seed != 50_000,
+        "--device": device is not None,
+    }
+    if not measure and any(measuring.values()):
+        told = next(option for option, asked in measuring.items() if asked)
+        raise typer.BadParameter(f"{told} needs --measure")
     if checkpoint is not None and Path(checkpoint).is_file():
         if measure or verify:
             raise typer.BadParameter(

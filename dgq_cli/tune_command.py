@@ -99,6 +99,12 @@ def command(
         raise typer.BadParameter(
             f"{len(class_prompt or [])} --class-prompt for {len(images)} subjects: one, or one each"
         )
+    if not class_prompt and (class_images, prior_weight) != (20, 1.0):
+        raise typer.BadParameter("--class-images and --prior-weight go with --class-prompt")
+    if lr_scheduler == "constant" and lr_warmup_steps:
+        raise typer.BadParameter("--lr-warmup-steps: --lr-scheduler constant has no warmup, constant_with_warmup does")
+    if not validation_prompt and validate_every != 100:
+        raise typer.BadParameter("--validate-every goes with --validation-prompt")
     from dgq.tuning.train import Options, tune
 
     options = Options(
