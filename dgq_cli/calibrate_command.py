@@ -116,8 +116,8 @@ def command(
         str | None,
         typer.Option(
             metavar="N|FILE",
-            help="How many built-in calibration prompts, or a file: lines, COCO .json or PartiPrompts .tsv; default 96, "
-            "paper recipe 64.",
+            help="How many built-in calibration prompts (default 96, paper recipe 64), or a file: lines, COCO .json or "
+            "PartiPrompts .tsv.",
         ),
     ] = None,
     steps: Annotated[

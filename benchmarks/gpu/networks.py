@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from session import Session
+from session import RECIPES, Session, label
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,9 +23,6 @@ from dgq.pictures import embedded
 from dgq.recipe import Recipe
 
 Step = Callable[[], Tensor]
-
-# Weight bits and handling of channels of the quantized networks.
-RECIPES = ((8, "none"), (4, "none"), (8, "rotate"))
 
 TINY = {
     "sample_size": 8,
@@ -46,7 +43,7 @@ def networks(session: Session) -> dict[str, Architecture]:
     """What a report measures."""
     if session.kind == "cpu":
         return {"tiny": Architecture(TINY, 2, DEFAULT_NETWORK)}
-    return {name: ARCHITECTURES[name] for name in ("sd-v1.4", "sdxl-turbo")}
+    return {name: ARCHITECTURES[name] for name in session.names}
 
 
 def embedded_network() -> Architecture:
@@ -90,14 +87,11 @@ def step_of(session: Session, unet: nn.Module, which: Architecture, dtype: torch
     return lambda: unet(**inputs, return_dict=False)[0]
 
 
-def label(wbits: int, channels: str) -> str:
-    """A row of `RECIPES` as reports call it."""
-    return f"W{wbits}A8" + (" rotated" if channels == "rotate" else "")
-
-
 def quantized_steps(session: Session) -> Iterator[tuple[str, Step]]:
     """(label, step) of every quantized network, one in memory at a time."""
-    for (name, which), recipe in itertools.product(networks(session).items(), RECIPES):
+    known = networks(session)
+    for name, recipe in itertools.product(session.chosen(), RECIPES):
+        which = known[name]
         title = f"{name} {label(*recipe)}"
         if session.wants(title):
             yield title, step_of(session, quantized(session, which, *recipe), which)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -47,12 +48,14 @@ def lead(session: Session, stages: list[str], seconds: float) -> None:
     if session.kind == "cpu":
         environment |= {"TRITON_INTERPRET": "1", "DGQ_BACKEND": "triton"}
     end = time.monotonic() + seconds
+    session = dataclasses.replace(session, since=session.size())
     for stage in stages or (FIRST if session.cuda else ("compile",)):
         begin = time.monotonic()
         ended, tail = "no time left", ""
         if end - begin > 5:
             limit = min(end - begin, LIMITS[stage] if session.cuda else 3600)
-            ended, tail = _run(session, stage, limit, environment)
+            own = dataclasses.replace(session, since=session.size())
+            ended, tail = _run(own, stage, limit, environment)
         session.say("lead", name=stage, ended=ended, seconds=round(time.monotonic() - begin, 1), tail=tail)
     _summarize(session)
 
@@ -104,13 +107,17 @@ def main() -> None:
     parser.add_argument("--run", choices=[*LIMITS, *PARTS], help=argparse.SUPPRESS)
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     parser.add_argument("--card", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--since", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := sorted(set(options.stages) - set(LIMITS)):
         parser.error(f"no stage {unknown[0]!r}; stages are {', '.join(LIMITS)}")
+    asked = Session(options.out, options.device, only=options.only)
+    if not any(map(asked.wants, asked.labels)):
+        parser.error(f"--only {options.only!r} names no network; labels are {', '.join(asked.labels)}")
     options.out.mkdir(parents=True, exist_ok=True)
     # what runs on a pretended device runs on the CPU
     kind = "pretend" if options.run == "shard" and options.device == "cuda" else options.device
-    more = (options.only, options.checkpoints, options.cache, options.card)
+    more = (options.only, options.checkpoints, options.cache, options.card, options.since)
     session = Session(options.out.resolve(), kind, options.shard, *more)
     if not options.run:
         lead(session, options.stages, options.seconds)

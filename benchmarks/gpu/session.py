@@ -15,6 +15,14 @@ from typing import Any
 
 KINDS = ("cuda", "cpu", "pretend")
 
+# Weight bits and handling of channels of the quantized networks.
+RECIPES = ((8, "none"), (4, "none"), (8, "rotate"))
+
+
+def label(wbits: int, channels: str) -> str:
+    """A row of `RECIPES` as reports call it."""
+    return f"W{wbits}A8" + (" rotated" if channels == "rotate" else "")
+
 
 @dataclass
 class Session:
@@ -29,6 +37,7 @@ class Session:
         cache: folder of Triton's cache; "": its own choice.
         card: the device that a process of the stage `compile` compiles for, JSON of `tiles.Machine` and of the shared
             memory of a block; "": a Hopper GPU.
+        since: bytes of report.jsonl that were there before: the results of other runs.
     """
 
     out: Path
@@ -38,6 +47,25 @@ class Session:
     checkpoints: str = ""
     cache: str = ""
     card: str = ""
+    since: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the networks whose steps are measured."""
+        return ("tiny",) if self.kind == "cpu" else ("sd-v1.4", "sdxl-turbo")
+
+    @property
+    def labels(self) -> list[str]:
+        """What `only` may name: these, and the embedded model, of which kernels are compiled."""
+        names = self.names if self.kind == "cpu" else (*self.names, "embedded")
+        return [f"{name} {label(*recipe)}" for name in names for recipe in RECIPES]
+
+    def chosen(self) -> list[str]:
+        """The names of those of which `only` names a recipe at least; ends the process where there are none."""
+        found = [name for name in self.names if any(self.wants(f"{name} {label(*recipe)}") for recipe in RECIPES)]
+        if not found:
+            sys.exit(f"--only {self.only}: names no network whose steps are measured ({', '.join(self.names)})")
+        return found
 
     def wants(self, label: str) -> bool:
         """Whether `only` names a network."""
@@ -67,17 +95,22 @@ class Session:
         with open(self.out / "report.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def said(self, stage: str) -> list[dict[str, Any]]:
-        """The results of a stage so far."""
+    def size(self) -> int:
+        """Bytes of report.jsonl so far."""
         path = self.out / "report.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return path.stat().st_size if path.exists() else 0
+
+    def said(self, stage: str) -> list[dict[str, Any]]:
+        """The results of a stage so far, without those of other runs."""
+        path = self.out / "report.jsonl"
+        lines = path.read_bytes()[self.since :].decode().splitlines() if path.exists() else []
         return [row for row in map(json.loads, lines) if row["stage"] == stage]
 
     def command(self, stage: str, *more: str) -> list[str]:
         """The command line of a process that runs one stage of this report."""
         script = Path(__file__).with_name("report.py").resolve()
         where = ["--out", str(self.out), "--device", self.kind, "--only", self.only]
-        where += ["--checkpoints", self.checkpoints, "--cache", self.cache]
+        where += ["--checkpoints", self.checkpoints, "--cache", self.cache, "--since", str(self.since)]
         return [sys.executable, str(script), "--run", stage, *where, *more]
 
     def timed(self, run: Callable[[], Any]) -> float:

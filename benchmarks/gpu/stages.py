@@ -23,11 +23,9 @@ import torch
 import torch.nn.functional as F
 import triton
 from networks import (
-    RECIPES,
     Step,
     embedded_network,
     float_unet,
-    label,
     networks,
     own_ops,
     plans_of,
@@ -36,7 +34,7 @@ from networks import (
     step_of,
 )
 from pretend import HOPPER, MOST_SHARED, MOST_STACK, pretend
-from session import Session, clocks, reason
+from session import RECIPES, Session, clocks, label, reason
 from torch.profiler import ProfilerActivity
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.jit import JITFunction
@@ -301,9 +299,9 @@ def systems(session: Session, which: Architecture) -> dict[str, tuple[torch.nn.M
 def steps(session: Session) -> None:
     """Whole UNet steps, eager and replayed from a graph, in turns; error against float32, memory, the host's time."""
     plain = {"float16", *(f"dgq {label(*recipe)}" for recipe in RECIPES)}
-    for name, which in networks(session).items():
-        if not any(session.wants(f"{name} {label(*recipe)}") for recipe in RECIPES):
-            continue
+    known = networks(session)
+    for name in session.chosen():
+        which = known[name]
         exact = step_of(session, float_unet(session, which, torch.float32), which, torch.float32)()
         runs: dict[str, Step] = {}
         facts: dict[str, dict[str, Any]] = {}
@@ -496,7 +494,9 @@ def ncu(session: Session) -> None:
 def compiled(session: Session) -> None:
     """torch.compile of float16, as it is best (`max-autotune`) and by default, and of dgq, in turns with the graphs of
     both: takes minutes. What fails says so in its line and stops none of the others."""
-    for name, which in networks(session).items():
+    known = networks(session)
+    for name in session.chosen():
+        which = known[name]
         unets = {
             "float16": float_unet(session, which, session.half),
             "dgq W8A8": quantized(session, which, *RECIPES[0]),
