@@ -35,6 +35,7 @@ _NO_PICKLE = "save them as safetensors (safe_serialization); dgq loads no pickle
 # The names diffusers and transformers give weights: of either library, of a variant, in shards (the variant before
 # the shard's number as it is written today, or after it).
 _WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors")
+_OTHER_VARIANT = re.compile(r"(diffusion_pytorch_)?model(?:\.(\w+))?(-\d+-of-\d+)?(?:\.(\w+))?\.safetensors")
 
 
 # The libraries that components come from ("stable_diffusion" is diffusers' own module of that name: the safety
@@ -244,6 +245,17 @@ def weight_files(component_folder: Path) -> list[Path]:
     found = [match for match in found if not (match[2] or match[4])] or found
     found = [match for match in found if not match[3]] or found
     return [component_folder / match[0] for match in found]
+
+
+def no_weights(component_folder: Path) -> DgqError:
+    """What a component's folder without `weight_files` is told as."""
+    names = sorted(os.listdir(component_folder)) if component_folder.is_dir() else []
+    if other := next(filter(None, map(_OTHER_VARIANT.fullmatch, names)), None):
+        return DgqError(
+            f"{component_folder}: holds weights of the variant {other[2] or other[4]!r} alone",
+            'dgq reads those without a variant and of "fp16": save the pipeline without one',
+        )
+    return DgqError(f"{component_folder}: holds no safetensors weights")
 
 
 def weight_variant(component_folder: Path) -> Literal["fp16"] | None:

@@ -20,6 +20,7 @@ from ..checkpoint.reading import (
     family_at,
     float16_bytes,
     network_bytes,
+    no_weights,
     read_header,
     tensor_table,
     weight_files,
@@ -259,7 +260,7 @@ def _sqnr(layer: LayerReport) -> float:
 def _tensors(place: Path) -> _Tensors:
     files = weight_files(place)
     if not files:
-        raise DgqError(f"{place}: holds no safetensors file")
+        raise no_weights(place)
     return {name: entry for file in files for name, entry in tensor_table(file).items()}
 
 

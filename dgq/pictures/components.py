@@ -22,6 +22,7 @@ from ..checkpoint.reading import (
     encoder_header,
     family_at,
     header_at,
+    no_weights,
     read_json,
     tensor_table,
     verify_tensors,
@@ -126,7 +127,7 @@ def component(folder: Path, name: str, library: str, kind: str, dtype: torch.dty
         return part
     files = weight_files(place)
     if not files:
-        raise DgqError(f"{place}: holds no safetensors weights")
+        raise no_weights(place)
     _check_shapes(place, found, files)
     plain = _PlainMeta() if library == "transformers" else contextlib.nullcontext()
     with one_line(settings), quiet("transformers"), plain:

@@ -17,6 +17,7 @@ from dgq.calibration.run import Options, calibrate
 from dgq.checkpoint.header import Header
 from dgq.devices import check_device, default_device
 from dgq.errors import DgqError
+from dgq.inspection.inspect import inspect
 from dgq.pictures.generation import Settings, generate
 from dgq.pictures.pipelines import described, find_model, resolve
 from dgq.recipe import Recipe
@@ -270,3 +271,17 @@ def test_files_of_packed_weights_leave_memory(tiny_checkpoint, tmp_path):
         assert of  # mapped still
         assert all(re.search(r"^Rss: +0 kB", entry, re.MULTILINE) for entry in of)
     assert pipe("a cat", num_inference_steps=1, output_type="pt").images.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [{}, {"max_shard_size": "50KB"}])
+def test_weights_of_another_variant_are_told_as_such(tiny_checkpoint, tmp_path, size):
+    """diffusers saves, and loads, any variant; dgq reads "fp16" alone."""
+    dgq.load(tiny_checkpoint).save_pretrained(tmp_path / "made", variant="int8", **size)
+    with pytest.raises(DgqError, match="text_encoder: holds weights of the variant 'int8' alone"):
+        dgq.load(tmp_path / "made")
+    with pytest.raises(DgqError, match="unet: holds weights of the variant 'int8' alone"):
+        inspect(tmp_path / "made")
+    for file in (tmp_path / "made" / "unet").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(DgqError, match="unet: holds no safetensors weights"):
+        inspect(tmp_path / "made")
