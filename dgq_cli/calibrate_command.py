@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import JsonOption, StageProgress, duration, err, finite, mib, print_json, prompt_count
+from .common import JsonOption, StageProgress, duration, err, finite, going_on, mib, print_json, prompt_count
 
 STAGES = {
     "prepare": "prepare",
@@ -232,7 +232,7 @@ def command(
                 model = str(float_folder(model, made, config, loras, progress))
             header = calibrate(model, out, wanted, options, progress)
     except KeyboardInterrupt:
-        err.print("interrupted; the same command with --resume goes on from here")
+        going_on.append("the same command with --resume goes on from here")
         raise
     from dgq.checkpoint.reading import family_at, float16_bytes, network_bytes
 

@@ -20,6 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 # Nothing is markup: prompts, paths and names may hold square brackets and colons.
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
+# How an interrupted command can be gone on with, for the line that says so.
+going_on: list[str] = []
+
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", "-m", metavar="MODEL", help="Checkpoint folder or hub id; the embedded model if left out."),

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import err
+from .common import err, going_on
 
 app = typer.Typer(
     name="dgq",
@@ -72,7 +72,6 @@ def main() -> None:
         code = app(standalone_mode=False)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        err.print("interrupted")
         code = INTERRUPTED
     except SystemExit as end:  # typer's own, where a pipe was closed
         code = CLOSED_PIPE if isinstance(end.__context__, BrokenPipeError) else end.code
@@ -80,8 +79,10 @@ def main() -> None:
         code = _report(error)
     if usual:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to put in order
-    if terminated and code == INTERRUPTED:
-        code = 128 + terminated[0]
+    if code == INTERRUPTED:  # raised as it is or as typer's Abort, or, by newer versions of typer, returned
+        err.print("; ".join(["interrupted", *going_on]))
+        going_on.clear()
+        code = 128 + terminated[0] if terminated else code
     try:
         sys.stdout.flush()
     except OSError:  # told already; Python would try and fail again at its end
@@ -141,7 +142,6 @@ def _report(error: Exception) -> int:
         show()
         return int(error.exit_code)
     if type(error).__name__ == "Abort":
-        err.print("interrupted")
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return CLOSED_PIPE

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import DeviceOption, JsonOption, StageProgress, err, finite, mib, print_json
+from .common import DeviceOption, JsonOption, StageProgress, err, finite, going_on, mib, print_json
 
 STAGES = {
     "resume": "resume",
@@ -137,7 +137,7 @@ def command(
         with StageProgress(STAGES) as progress:
             about = tune(checkpoint, list(zip(images, prompt, strict=True)), out, options, progress)
     except KeyboardInterrupt:
-        err.print("interrupted; the same command with --resume goes on from the last checkpoint")
+        going_on.append("the same command with --resume goes on from the last checkpoint")
         raise
     size = out.stat().st_size
     if json:

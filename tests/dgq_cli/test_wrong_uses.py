@@ -325,6 +325,25 @@ def test_pictures_are_numbered_never_replaced(run, place, tiny_checkpoint):
     assert Path("here.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "command, name, told",
+    [
+        ("export", "dgq.export.source.open_checkpoint", "interrupted"),
+        ("calibrate", "dgq.calibration.run.calibrate", "interrupted; the same command with --resume goes on from here"),
+    ],
+)
+def test_an_interruption_is_one_line(run, place, tiny_pipeline, monkeypatch, command, name, told):
+    """Typer gives main an exception or an exit code, by its version."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(name, interrupt)
+    more = ("--to", "diffusers") if command == "export" else ()
+    for _ in range(2):
+        assert run(command, tiny_pipeline, "--out", "x", *more) == (130, "", f"{told}\n")
+
+
 def in_a_process(*arguments, **options):
     environment = {**os.environ, "NO_COLOR": "1"}
     command = [sys.executable, "-P", "-m", "dgq_cli", *arguments]
