@@ -41,7 +41,7 @@ def open_checkpoint(model: str | os.PathLike[str], verify: bool = True) -> Sourc
         raise DgqError(f"{found.folder}: is a float model: there is nothing to export", "dgq calibrate quantizes it")
     if METHODS[found.header.recipe.name].simulated:
         what = f"the {found.header.recipe.name} recipe, whose layers are simulated"
-        raise DgqError(f"{found.folder}: is of {what}", "checkpoints of the integer recipe can be exported")
+        raise DgqError(f"{found.folder}: is of {what}", "those of integer and convrot can be exported")
     if verify and checksums.wanted():
         checksums.verify(component_at(found.folder))
     return Source(found.folder, found.header)

@@ -41,4 +41,5 @@ def test_the_simulated_recipe_is_refused(dgq_command, tiny_paper_checkpoint, tmp
     assert (run.returncode, run.stdout) == (1, "")
     told = " ".join(run.stderr.split())
     assert f"{tiny_paper_checkpoint}: is of the paper recipe, whose layers are simulated" in told
+    assert "those of integer and convrot can be exported" in told
     assert not list(tmp_path.iterdir())
