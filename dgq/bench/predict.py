@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch.overrides import TorchFunctionMode
 
 import dgq_kernels
@@ -26,6 +27,7 @@ from dgq_kernels.quantize_activation.groups import PROGRAMS, groups_for
 from ..architectures import architecture, call, network
 from ..errors import DgqError
 from ..family import family_of
+from ..integer.attention import reads_text
 from ..integer.plan import shared_inputs
 
 SYSTEMS = ("fp16", "W8A8 fp16-attention", "W8A8", "W4A8")
@@ -116,6 +118,8 @@ class Work:
         merges: whether it makes the statistics of several programs one, a launch more.
         silu: of a norm: a SiLU follows, a pass of its own in float.
         gated: a product whose epilogue, in the quantized system, makes one value of two; or the pass after it.
+        of_text: keys and values of the text alone, which the quantized system's graph is given (`Graphs`): it projects
+            a prompt once, before its steps.
         quantized: False for what stays float in every system.
         folded_rows: of a convolution behind an upsampling, the rows of the one that takes the place of both in the
             quantized system (`FoldedUpsample`), else 0.
@@ -137,6 +141,7 @@ class Work:
     merges: bool = False
     silu: bool = False
     gated: bool = False
+    of_text: bool = False
     quantized: bool = True
     folded_rows: int = 0
 
@@ -242,6 +247,8 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
     first_of = {name: names[0] for names in shared_inputs(net) for name in names}
     of_input: dict[str, list[Work]] = {}
     gated = {f"{path}.proj" for path, module in net.named_modules() if type(module).__name__ == "GEGLU"}
+    readers = [path for path, module in net.named_modules() if isinstance(module, Attention) and reads_text(module)]
+    of_text = {f"{path}.{name}" for path in readers for name in ("to_k", "to_v") if family.start_token}
 
     def weighted(path: str) -> Any:
         def hook(module: Any, arguments: tuple[Any, ...], y: torch.Tensor) -> None:
@@ -259,6 +266,7 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
                 y.numel(),
                 quantize=0 if path in after_norm else 2 if per_sample else 1,
                 gated=path in gated and bool(family.fused),
+                of_text=path in of_text,
                 quantized=not family.kept(path),
                 folded_rows=math.prod(sides) * len(x),
             )
@@ -273,7 +281,7 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
 
         return hook
 
-    class Attention(TorchFunctionMode):
+    class Attentions(TorchFunctionMode):
         """Notes every attention, whatever module it is of, and products of two activations (linear attention)."""
 
         def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
@@ -354,7 +362,7 @@ def works(name: str, pixels: int | None = None) -> list[Work]:
         elif kind == "BasicTransformerBlock":
             for _ in range(3):
                 module.register_forward_hook(passes("add", 2))
-    with torch.no_grad(), Attention():
+    with torch.no_grad(), Attentions():
         net(**call(net, known.batch, torch.device("meta"), tokens=known.tokens, pixels=known.pixels))
     for reduction in dict.fromkeys(work.reduction for work in of_time):
         found.append(_one([work for work in of_time if work.reduction == reduction]))
@@ -461,6 +469,8 @@ def cost(work: Work, system: str, device: Device, table: Tiles) -> tuple[Cost, b
         return _pass(work, system, device), False
     attention = work.kind.endswith("attention")
     integer = system != "fp16" and work.quantized and not (attention and system == "W8A8 fp16-attention")
+    if integer and work.of_text:
+        return Cost(), True
     folds, whole = integer and work.folded_rows > 0, work.outputs
     work = work.folded if folds else work
     weight_bytes = {"fp16": 2.0, "W4A8": 0.5 + 4 / 8 / 32}.get(system if integer else "fp16", 1.0)  # 4 bits per 32

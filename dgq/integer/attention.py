@@ -142,10 +142,14 @@ def text_readers(network: nn.Module, context: Tensor) -> list[Any]:
         module
         for module in modules
         if isinstance(getattr(module, "processor", None), LogAttnProcessor)
-        and module.is_cross_attention
-        and not module.norm_cross
+        and reads_text(module)
         and module.to_k.in_features == context.shape[-1]
     ]
+
+
+def reads_text(attention: Any) -> bool:
+    """Whether keys and values are projections of the text as it comes."""
+    return bool(attention.is_cross_attention) and not attention.norm_cross
 
 
 @contextlib.contextmanager

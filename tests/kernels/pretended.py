@@ -34,7 +34,7 @@ from dgq.checkpoint.apply import apply_header
 from dgq.checkpoint.header import Header
 from dgq.integer import attention
 from dgq.integer.plan import plan_layers
-from dgq.integer.shared_input import prepare_all
+from dgq.integer.shared_input import prepare_all, project
 from dgq.pictures import embedded
 from dgq.tuning.forward import Experts, differentiable
 from dgq.tuning.layout import Layout
@@ -340,15 +340,20 @@ def step(name, dtypes=(torch.float16,)):
 
 
 def count(name):
-    """How often a step of a quantized UNet launches a kernel; none is compiled."""
+    """How often a step of a quantized UNet launches a kernel, in a graph, which is given the projections of the text;
+    none is compiled."""
     which = architectures.architecture(name)
     forgetful = unittest.mock.MagicMock(get=lambda key: None)
     with unittest.mock.patch.object(JITFunction, "run") as run, unittest.mock.patch.object(launch, "_known", forgetful):
         for wbits in (8, 4):
             unet, call = quantized(which, wbits, torch.float16)
+            text = call["encoder_hidden_states"]
+            readers = attention.text_readers(unet, text)
+            made = [project([module.to_k, module.to_v], text) for module in readers]
             for log_attention.FORCED in (False, True):
                 run.reset_mock()
-                unet(**call)
+                with attention.given(readers, text, made):
+                    unet(**call)
                 say(name=name, wbits=wbits, log_attention=log_attention.FORCED, counted=run.call_count)
 
 
