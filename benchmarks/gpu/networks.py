@@ -46,6 +46,12 @@ def networks(session: Session) -> dict[str, Architecture]:
     return {name: ARCHITECTURES[name] for name in session.names}
 
 
+def chosen(session: Session) -> dict[str, Architecture]:
+    """Those of which `--only` names a recipe at least; ends the process where there are none."""
+    known = networks(session)
+    return {name: known[name] for name in session.chosen()}
+
+
 def embedded_network() -> Architecture:
     """The embedded model's."""
     return dataclasses.replace(architecture(str(embedded.FOLDER / "unet" / "config.json")), tokens=24)
@@ -89,9 +95,7 @@ def step_of(session: Session, unet: nn.Module, which: Architecture, dtype: torch
 
 def quantized_steps(session: Session) -> Iterator[tuple[str, Step]]:
     """(label, step) of every quantized network, one in memory at a time."""
-    known = networks(session)
-    for name, recipe in itertools.product(session.chosen(), RECIPES):
-        which = known[name]
+    for (name, which), recipe in itertools.product(chosen(session).items(), RECIPES):
         title = f"{name} {label(*recipe)}"
         if session.wants(title):
             yield title, step_of(session, quantized(session, which, *recipe), which)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import triton
 from networks import (
     Step,
+    chosen,
     embedded_network,
     float_unet,
     networks,
@@ -299,9 +300,7 @@ def systems(session: Session, which: Architecture) -> dict[str, tuple[torch.nn.M
 def steps(session: Session) -> None:
     """Whole UNet steps, eager and replayed from a graph, in turns; error against float32, memory, the host's time."""
     plain = {"float16", *(f"dgq {label(*recipe)}" for recipe in RECIPES)}
-    known = networks(session)
-    for name in session.chosen():
-        which = known[name]
+    for name, which in chosen(session).items():
         exact = step_of(session, float_unet(session, which, torch.float32), which, torch.float32)()
         runs: dict[str, Step] = {}
         facts: dict[str, dict[str, Any]] = {}
@@ -494,9 +493,7 @@ def ncu(session: Session) -> None:
 def compiled(session: Session) -> None:
     """torch.compile of float16, as it is best (`max-autotune`) and by default, and of dgq, in turns with the graphs of
     both: takes minutes. What fails says so in its line and stops none of the others."""
-    known = networks(session)
-    for name in session.chosen():
-        which = known[name]
+    for name, which in chosen(session).items():
         unets = {
             "float16": float_unet(session, which, session.half),
             "dgq W8A8": quantized(session, which, *RECIPES[0]),
