@@ -92,7 +92,8 @@ def command(
     check_device(device)
     found = find_model(model)
     chosen = secrets.randbelow(2**32) if seed is None else seed
-    settings = Settings(steps, guidance, negative, width, height, chosen, batch).resolved(found)
+    wanted = [prompt for prompt in prompts for _ in range(count)]
+    settings = Settings(steps, guidance, negative, width, height, chosen, batch).resolved(found, len(wanted))
     if (found.folder / "concepts.json").is_file():
         _hint(prompts, found.folder)
     pipe = load(found, device=device, dtype=dtype, graph=None if graph else False, verify=verify)
@@ -100,7 +101,6 @@ def command(
     for number, (file, strength) in enumerate(map(_tuned, tuned or [])):
         load_tuned(pipe, file, strength, f"{file.stem}-{number}")
         label += f", Tuned: {file.stem}:{strength:g}"
-    wanted = [prompt for prompt in prompts for _ in range(count)]
     files = []
 
     def save(picture: Picture) -> None:

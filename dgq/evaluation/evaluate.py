@@ -155,9 +155,9 @@ def evaluate(
     if options.lpips is not None and base is None:
         raise DgqError("--lpips needs pictures to compare with", "name another model by --against")
     lpips = Lpips(options.lpips) if options.lpips else None
-    settings = options.settings.resolved(folder)
     wanted = items(folder, options.prompts)
     jobs = [item for item in wanted for _ in range(options.seeds)]
+    settings = options.settings.resolved(folder, len(jobs))
     groups = [i for i in range(len(wanted)) for _ in range(options.seeds)]
     labels = any(item.concept for item in wanted)
     scorer = Scorer() if labels else None

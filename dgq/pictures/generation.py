@@ -46,8 +46,9 @@ class Settings:
     seed: int = 0
     batch: int = 1
 
-    def resolved(self, model: Model | Path) -> Settings:
-        """With steps and guidance filled in from the own defaults of a model, or of that in a folder.
+    def resolved(self, model: Model | Path, pictures: int = 1) -> Settings:
+        """With steps and guidance filled in from the own defaults of a model, or of that in a folder; for so many
+        pictures, each of which needs a seed.
 
         Raises:
             DgqError: a value out of range.
@@ -59,11 +60,12 @@ class Settings:
             "steps": (steps, 1, 1000),
             "guidance": (guidance, 0, 100),
             "batch": (self.batch, 1, 256),
-            "seed": (self.seed, 0, MAX_SEED),
+            "seed": (self.seed, 0, MAX_SEED + 1 - pictures),
         }
         for name, (value, low, high) in checks.items():
             if not low <= value <= high:
-                raise DgqError(f"{name} {value} is out of range ({low} to {high})")
+                many = f" for {pictures} pictures" if name == "seed" and pictures > 1 else ""
+                raise DgqError(f"{name} {value} is out of range ({low} to {high}{many})")
         check_text("the negative prompt", self.negative)
         return Settings(steps, guidance, self.negative, self.width, self.height, self.seed, self.batch)
 
@@ -233,7 +235,7 @@ def generate(
     total = settings.steps * len(batches)
     pictures: list[Picture] = []
     for number, batch in enumerate(batches):
-        seeds = [(settings.seed + i) % (MAX_SEED + 1) for i in batch]
+        seeds = [settings.seed + i for i in batch]
 
         def on_step(step: int, first: int = number * settings.steps) -> None:
             if progress:

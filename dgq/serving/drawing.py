@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import DgqError
 from ..family import family_of, network_of
-from ..pictures.generation import MAX_SEED, Settings, check_prompts, check_size, file_name, generate
+from ..pictures.generation import Settings, check_prompts, check_size, file_name, generate
 from ..pictures.pipelines import Model
 from ..progress import Progress, silent
 
@@ -195,9 +195,9 @@ class Drawer:
             DgqError: it cannot be drawn.
         """
         chosen = secrets.randbelow(2**32) if seed is None else seed
-        found = Settings(**settings, seed=chosen).resolved(self.model)
         if not 1 <= count <= MOST:
             raise DgqError(f"{count} pictures are out of range (1 to {MOST})")
+        found = Settings(**settings, seed=chosen).resolved(self.model, count)
         if beside and self.beside is None:
             raise DgqError("there is no float model to draw beside", "start with --against float")
         check_prompts(self._asked, [prompt])
@@ -306,7 +306,7 @@ class Drawer:
                 break
             job.number, job.step = number, 0
             try:
-                drawn.append(self._picture(job, (job.order.settings.seed + number) % (MAX_SEED + 1)))
+                drawn.append(self._picture(job, job.order.settings.seed + number))
             except _StoppedError:
                 break
             job.number, job.step = number + 1, 0

@@ -61,6 +61,7 @@ def test_the_model_is_listed(client, tiny_checkpoint):
         ({"steps": 0}, 400, "steps 0 is out of range"),
         ({"seed": -1}, 400, "seed -1 is out of range"),
         ({"seed": 2**63}, 400, "out of range"),
+        ({"seed": 2**63 - 1, "n": 2}, 400, "seed 9223372036854775807 is out of range"),
         ({"guidance": 101}, 400, "guidance 101.0 is out of range"),
         ({"negative_prompt": "\0"}, 400, "negative prompt"),
         ({"response_format": "url"}, 400, "response_format: "),
