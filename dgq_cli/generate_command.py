@@ -75,6 +75,7 @@ def command(
     with light_imports():
         from dgq.devices import check_device
         from dgq.errors import DgqError
+        from dgq.family import family_of, network_of
         from dgq.outputs import check_output, check_place
         from dgq.pictures.generation import Picture, Settings, file_name, generate, read_size, write_png
         from dgq.pictures.generation import grid as sheet
@@ -118,6 +119,9 @@ def command(
                 progress=lambda done, total: progress("generate", done, total, f"seed {chosen}"),
                 made=None if single and grid else save,
             )
+        network = network_of(pipe)
+        if negative and not family_of(network).doubled(network.config, settings.guidance):
+            err.print(f"note: at guidance {settings.guidance:g} this model does not read the negative prompt")
         if grid:
             file = out if single else out / "grid.png"
             files.append(write_png(sheet([picture.image for picture in pictures]), file, keep=not overwrite))

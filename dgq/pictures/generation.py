@@ -163,8 +163,8 @@ def check_text(what: str, text: str) -> None:
         raise DgqError(f"{what} holds {found[0]!r} at character {found.start() + 1}", "it has to be text in UTF-8")
 
 
-def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
-    """Refuse prompts the text encoder cannot take.
+def check_prompts(pipe: Any, prompts: Sequence[str], negative: str = "") -> None:
+    """Refuse prompts, and a negative one, that the text encoder cannot take.
 
     Raises:
         DgqError: an empty prompt, or one with more tokens than the model reads.
@@ -173,12 +173,12 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
     for prompt in prompts:
         if not prompt.strip():
             raise DgqError("the prompt is empty", "say what to draw")
-        check_text("the prompt", prompt)
-        count, limit = family.prompt_tokens(pipe, prompt)
+    read = [("the prompt", prompt) for prompt in prompts] + [("the negative prompt", negative)] * bool(negative)
+    for what, text in read:
+        check_text(what, text)
+        count, limit = family.prompt_tokens(pipe, text)
         if count > limit:
-            raise DgqError(
-                f"the prompt has {count} tokens, the model reads {limit}: {prompt[:40]!r}...", "shorten the prompt"
-            )
+            raise DgqError(f"{what} has {count} tokens, the model reads {limit}: {text[:40]!r}...", f"shorten {what}")
 
 
 def check_size(pipe: Any, settings: Settings) -> tuple[int, int]:
@@ -227,7 +227,7 @@ def generate(
     """
     network = network_of(pipe)
     family_of(network).check_configs(network.config, pipe.vae.config)
-    check_prompts(pipe, prompts)
+    check_prompts(pipe, prompts, settings.negative)
     width, height = check_size(pipe, settings)
     assert settings.steps is not None
     assert settings.guidance is not None

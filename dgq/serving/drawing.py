@@ -200,7 +200,7 @@ class Drawer:
         found = Settings(**settings, seed=chosen).resolved(self.model, count)
         if beside and self.beside is None:
             raise DgqError("there is no float model to draw beside", "start with --against float")
-        check_prompts(self._asked, [prompt])
+        check_prompts(self._asked, [prompt], found.negative)
         family_of(network_of(self._asked)).pipeline_arguments([prompt], found.negative, found.guidance or 0.0)
         width, height = check_size(self._asked, found)
         if max(width, height) > self.max_side:

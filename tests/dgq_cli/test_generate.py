@@ -57,6 +57,14 @@ def test_wrong_input_ends_in_one_line(dgq_command, tiny_checkpoint, tmp_path, ar
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("guidance, told", [(1, True), (3, False)])
+def test_a_negative_prompt_that_is_not_read_is_told(dgq_command, tiny_checkpoint, tmp_path, guidance, told):
+    options = ("--negative", "a dog", "--guidance", guidance, "--steps", 1, "--model", tiny_checkpoint)
+    run = dgq_command("generate", "a cat", *options, "--out", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert ("note: at guidance 1 this model does not read the negative prompt" in run.stderr) == told
+
+
 def test_a_dtype_is_that_of_the_drawing(dgq_command, tiny_checkpoint, tmp_path):
     pictures = []
     for dtype in ("float32", "bfloat16"):

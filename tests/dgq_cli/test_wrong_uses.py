@@ -82,6 +82,7 @@ CASES = [
     (("generate", "a \ud800 cat"), 1, "at character 3"),
     (("generate", "a \udcff cat"), 1, "at character 3"),
     (("generate", "a cat", "--negative", "\ud800"), 1, "negative prompt"),
+    (("generate", "a cat", "--negative", "cat " * 40), 1, "the negative prompt has 42 tokens"),
     (("generate", ""), 2, "empty"),
     (("generate", "a cat", "--out", "/dev/full"), 1, "cannot be written"),
     (("generate", "a cat", "--out", "/dev/null"), 1, "cannot be written"),

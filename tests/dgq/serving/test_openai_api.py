@@ -64,6 +64,7 @@ def test_the_model_is_listed(client, tiny_checkpoint):
         ({"seed": 2**63 - 1, "n": 2}, 400, "seed 9223372036854775807 is out of range"),
         ({"guidance": 101}, 400, "guidance 101.0 is out of range"),
         ({"negative_prompt": "\0"}, 400, "negative prompt"),
+        ({"negative_prompt": "cat " * 40}, 400, "the negative prompt has 42 tokens"),
         ({"response_format": "url"}, 400, "response_format: "),
         ({"quality": "hd"}, 400, "quality: "),
         ({"stream": True}, 400, "stream: "),
