@@ -41,22 +41,23 @@ def items(folder: Path, wanted: str, seed: int = 0) -> list[Item]:
         seed: of the choice.
 
     Raises:
-        DgqError: neither a number nor a readable file; "everyday" for a model without concepts.
+        DgqError: neither a number nor a readable file; "everyday" for a model without concepts; nothing is left.
     """
     known = folder / "concepts.json"
     if wanted == EVERYDAY:
         if not known.is_file():
             raise DgqError(f"{folder}: lists no concepts", "'--prompts everyday' is for the embedded model")
         concepts = json.loads(known.read_text(encoding="utf-8"))["concepts"]
-        return [Item(concept["name"], concept["name"]) for concept in concepts if concept.get("common")]
-    if wanted.isdecimal():
-        count = int(wanted)
-        if not count:
-            raise DgqError("--prompts 0 leaves nothing to evaluate")
-        if not known.is_file():
-            return [Item(prompt) for prompt in evaluation_prompts(folder, count, seed)]
-        return labelled(folder, count, seed)
-    return [Item(prompt) for prompt in read_prompts(Path(wanted))]
+        found = [Item(concept["name"], concept["name"]) for concept in concepts if concept.get("common")]
+    elif not wanted.isdecimal():
+        found = [Item(prompt) for prompt in read_prompts(Path(wanted))]
+    elif known.is_file():
+        found = labelled(folder, int(wanted), seed)
+    else:
+        found = [Item(prompt) for prompt in evaluation_prompts(folder, int(wanted), seed)]
+    if not found:
+        raise DgqError(f"--prompts {wanted} leaves nothing to evaluate", f"{folder} has no such prompts")
+    return found
 
 
 def labelled(folder: Path, count: int, seed: int = 0) -> list[Item]:

@@ -77,5 +77,8 @@ def test_bad_wishes(tmp_path: Path) -> None:
         items(tmp_path, "everyday")
     with pytest.raises(DgqError, match="nothing to evaluate"):
         items(embedded.FOLDER, "0")
+    (tmp_path / "concepts.json").write_text(json.dumps({"concepts": [{"name": "a cat"}]}))
+    with pytest.raises(DgqError, match="--prompts everyday leaves nothing to evaluate"):
+        items(tmp_path, "everyday")
     with pytest.raises(DgqError, match="cannot be read"):
         items(embedded.FOLDER, str(tmp_path / "none.txt"))
