@@ -103,6 +103,8 @@ def command(
         raise typer.BadParameter("--class-images and --prior-weight go with --class-prompt")
     if lr_scheduler == "constant" and lr_warmup_steps:
         raise typer.BadParameter("--lr-warmup-steps: --lr-scheduler constant has no warmup, constant_with_warmup does")
+    if experts == 1 and high_noise_strength != 0.5:
+        raise typer.BadParameter("--high-noise-strength is of the last of several experts: it goes with --experts 2")
     if not validation_prompt and validate_every != 100:
         raise typer.BadParameter("--validate-every goes with --validation-prompt")
     from dgq.tuning.train import Options, tune

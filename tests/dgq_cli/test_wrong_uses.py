@@ -162,6 +162,7 @@ CASES = [
     (_tune("good", "--lr-scheduler", "[/x]"), 2, "[/x]"),
     (_tune("good", "--learning-rate", "nan"), 2, "--learning-rate"),
     (_tune("good", "--experts", "0"), 2, "--experts"),
+    (_tune("good", "--experts", "1", "--high-noise-strength", "0.3"), 2, "of the last of several experts"),
     (_tune("good", "--class-images", "3"), 2, "go with --class-prompt"),
     (_tune("good", "--prior-weight", "2"), 2, "go with --class-prompt"),
     (_tune("good", "--lr-warmup-steps", "3"), 2, "constant has no warmup"),
