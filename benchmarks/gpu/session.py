@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -92,8 +93,11 @@ class Session:
         """One result: a line of report.jsonl, at once, and of the log."""
         line = json.dumps({"stage": stage, **facts}, default=str)
         print(line, flush=True)
-        with open(self.out / "report.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with open(self.out / "report.jsonl", "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else f"\n{line}"  # a process was ended within its row
+            file.write(f"{line}\n".encode())
 
     def size(self) -> int:
         """Bytes of report.jsonl so far."""
@@ -104,7 +108,11 @@ class Session:
         """The results of a stage so far, without those of other runs."""
         path = self.out / "report.jsonl"
         lines = path.read_bytes()[self.since :].decode().splitlines() if path.exists() else []
-        return [row for row in map(json.loads, lines) if row["stage"] == stage]
+        rows = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # a row that was cut
+                rows.append(json.loads(line))
+        return [row for row in rows if row["stage"] == stage]
 
     def command(self, stage: str, *more: str) -> list[str]:
         """The command line of a process that runs one stage of this report."""

@@ -59,3 +59,14 @@ def test_results_of_another_run_are_not_counted(modules, tmp_path, monkeypatch, 
     assert seen == [[0], [1], [2], [3], [4], [5]]
     assert len(told) == 6  # when it is said, and in the summary
     assert len((tmp_path / "report.jsonl").read_text().splitlines()) == 12
+
+
+def test_a_row_that_was_cut_costs_no_other_one(modules, tmp_path):
+    one = modules[1].Session(tmp_path, "cpu")
+    one.say("check", call=0)
+    with open(tmp_path / "report.jsonl", "a") as file:
+        file.write('{"stage": "check", "ca')
+    one.say("check", call=1)
+    one.say("check", call=2)
+    assert [row["call"] for row in one.said("check")] == [0, 1, 2]
+    assert len((tmp_path / "report.jsonl").read_text().splitlines()) == 4
