@@ -23,6 +23,12 @@ from typing import Any
 import torch
 from accelerate.utils import CustomDtype
 from diffusers.hooks import _helpers as layer_skip
+from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
+)
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.controlnets.controlnet_sparsectrl import SparseControlNetModel
 from diffusers.models.controlnets.controlnet_union import ControlNetUnionModel
@@ -424,6 +430,27 @@ def _fuse_lora(model: Any, *args: Any, **kwargs: Any) -> None:
     type(model).fuse_lora(model, *args, **kwargs)
 
 
+_IP_ADAPTERS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
+
+
+def _set_attn_processor(model: Any, processor: Any) -> None:
+    """As the class does. IP-Adapters that come and go hand over every other processor made anew by its class, and float
+    attention for their own: both are the model's attention again."""
+    made_anew = isinstance(processor, dict) and any(
+        isinstance(one, LogAttnProcessor) and one.plan is None for one in processor.values()
+    )
+    if made_anew:
+        own, before = LogAttnProcessor(model.config["quantization_config"].header.attention), model.attn_processors
+        processor = {
+            name: own
+            if isinstance(one, LogAttnProcessor)
+            or (type(one) is AttnProcessor2_0 and isinstance(before.get(name), _IP_ADAPTERS))
+            else one
+            for name, one in processor.items()
+        }
+    type(model).set_attn_processor(model, processor)
+
+
 class _State(OrderedDict[str, Tensor]):
     """A quantized model's `state_dict`. Asked for a quantized layer's float weight, which it does not hold, it gives
     the layer's integers in that shape: loaders of adapters look there for it.
@@ -474,6 +501,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "save_pretrained": save_pretrained,
     "fuse_qkv_projections": _fuse_qkv_projections,
     "fuse_lora": _fuse_lora,
+    "set_attn_processor": _set_attn_processor,
     "state_dict": _state_dict,
 }
 

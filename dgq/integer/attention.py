@@ -49,15 +49,14 @@ class LogAttnProcessor:
     a `norm` is applied to the hidden states first, by the layers that take them.
 
     Attributes:
-        plan: of the codes.
+        plan: of the codes; None of one made anew by its class: of 8 bits.
         given: attention -> (context, its keys, its values): projected before, where it is called with that context.
     """
 
     quantizes = True  # as measurement asks
 
     def __init__(self, plan: AttentionPlan | None = None) -> None:
-        """Of 8 bits without a plan: whoever makes a processor anew by its class (IP-Adapters do) has none."""
-        self.plan = plan or AttentionPlan.for_activations(8)
+        self.plan = plan
         self.given: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(
@@ -106,7 +105,8 @@ class LogAttnProcessor:
         if module.norm_k is not None:
             k = module.norm_k(k)
         if dgq_kernels.log_attention_pays(q.device) and _takes(module, k.shape[2], cross) and not needed(q, k, v):
-            out = dgq_kernels.log_attention_eager(q, k, v, module.scale, self.plan.bits, self.plan.fraction_bits, cross)
+            plan = self.plan or AttentionPlan.for_activations(8)
+            out = dgq_kernels.log_attention_eager(q, k, v, module.scale, plan.bits, plan.fraction_bits, cross)
         else:
             k, v = k.to(q.dtype), v.to(q.dtype)
             out = nn.functional.scaled_dot_product_attention(q, k, v, scale=module.scale)

@@ -8,8 +8,10 @@ from comparing import assert_close
 from diffusers import (
     AnimateDiffPipeline,
     ControlNetModel,
+    DiffusionPipeline,
     LayerSkipConfig,
     MotionAdapter,
+    PipelineQuantizationConfig,
     UNet2DConditionModel,
     UNetMotionModel,
 )
@@ -18,6 +20,7 @@ from torch import nn
 
 import dgq
 from dgq.errors import DgqError
+from dgq.integer.attention import AttentionPlan, LogAttnProcessor
 from dgq.integer.layer import IntegerConv2d, IntegerLayer, IntegerLinear, is_direct
 from dgq.integer.stored import StoredWeight
 from dgq.recipe import LayerPlan
@@ -357,9 +360,8 @@ def test_projections_are_fused_already(unet):
     assert torch.equal(call(unet), expected)
 
 
-def test_an_ip_adapter(unet):
+def load_ip_adapter(unet, generator):
     weights, place = {}, 1
-    generator = torch.Generator().manual_seed(0)
     for name in unet.attn_processors:
         if name.endswith("attn2.processor"):
             width = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
@@ -373,6 +375,11 @@ def test_an_ip_adapter(unet):
         "norm.bias": torch.zeros(32),
     }
     unet._load_ip_adapter_weights([{"ip_adapter": weights, "image_proj": projection}])
+
+
+def test_an_ip_adapter(unet):
+    generator = torch.Generator().manual_seed(0)
+    load_ip_adapter(unet, generator)
     kinds = {name.split(".")[-2]: type(one).__name__ for name, one in unet.attn_processors.items()}
     assert kinds == {"attn1": "LogAttnProcessor", "attn2": "IPAdapterAttnProcessor2_0"}
     sample, text = (
@@ -384,6 +391,19 @@ def test_an_ip_adapter(unet):
         others = {"image_embeds": [-pictures["image_embeds"][0]]}
         assert not close(unet(sample, torch.tensor(500), text, added_cond_kwargs=others).sample, result)
     assert bool(torch.isfinite(result).all())
+
+
+def test_an_ip_adapter_that_is_unloaded(tiny_pipeline, monkeypatch):
+    """Attention is what it was, of 6 bits here, and to itself meanwhile."""
+    monkeypatch.setattr(native, "attention_pays", lambda: True)
+    config = PipelineQuantizationConfig(quant_mapping={"unet": dgq.DgqConfig(abits=6)})
+    pipe = DiffusionPipeline.from_pretrained(tiny_pipeline, quantization_config=config)
+    expected = call(pipe.unet)
+    load_ip_adapter(pipe.unet, torch.Generator().manual_seed(0))
+    plans = {one.plan for one in pipe.unet.attn_processors.values() if isinstance(one, LogAttnProcessor)}
+    assert plans == {AttentionPlan.for_activations(6)}
+    pipe.unload_ip_adapter()
+    assert torch.equal(call(pipe.unet), expected)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", pytest.param("triton", marks=pytest.mark.slow)])
