@@ -338,7 +338,8 @@ class ByOps(Prepared):
     def gated(self, layer: IntegerLayer, x: Tensor, norm: nn.Module | None) -> Tensor:
         if not self.fuses:
             return super().gated(layer, x, norm)
-        return self.multiply(layer, self.codes_of(layer, x, norm), x.dtype, None, True).view(*x.shape[:-1], -1)
+        y = self.multiply(layer, self.codes_of(layer, x, norm), x.dtype, None, True)
+        return y.view(*x.shape[:-1], layer.out_features // 2)
 
     def together(
         self,
@@ -560,7 +561,7 @@ class Joined:
             y = dgq_kernels.linear_int8(*codes, self.weight, *after, plan.class_ends)
         else:
             y = dgq_kernels.linear_int4(*codes, self.weight, self.subscales, *after, plan.weight_group)
-        return list(y.view(*x.shape[:-1], -1).split(self.sizes, dim=-1))
+        return list(y.view(*x.shape[:-1], sum(self.sizes)).split(self.sizes, dim=-1))
 
 
 def same(tensors: Sequence[Tensor | None]) -> bool:

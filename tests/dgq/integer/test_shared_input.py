@@ -17,7 +17,7 @@ from dgq.integer.channels import form_groups, no_groups
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.on_the_fly import round_to_nearest
 from dgq.integer.plan import plan_layer
-from dgq.integer.shared_input import prepare_all, rescale_joined, share
+from dgq.integer.shared_input import prepare_all, project, rescale_joined, share
 from dgq.recipe import Recipe
 from dgq_kernels import native
 from tests.dgq.integer.test_fused_unet import call, quantize, unet
@@ -185,6 +185,16 @@ def test_results_that_nobody_asks_for_are_not_made_for_long(backend):
     for one, given in ((2, x), (2, other), *[(one, x.clone()) for one in range(3)], (0, x), (1, x), (2, x)):
         assert torch.equal(layers[one](given), apart[one](given))
     assert layers[0]._prepared.shared._last is None  # holds nothing
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wbits", [8, 4])
+def test_a_batch_of_nothing(backend, wbits):
+    """Gives one, as float layers do."""
+    layers, _ = shared(layer(32, wbits), layer(64, wbits))
+    nothing = torch.empty(0, 5, K)
+    assert [one.shape for one in project(layers, nothing)] == [(0, 5, 32), (0, 5, 64)]
+    assert layers[1].gated(nothing).shape == (0, 5, 32)
 
 
 @torch.no_grad()
