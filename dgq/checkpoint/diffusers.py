@@ -25,6 +25,9 @@ from accelerate.utils import CustomDtype
 from diffusers.hooks import _helpers as layer_skip
 from diffusers.models.attention_processor import (
     AttnProcessor2_0,
+    CustomDiffusionAttnProcessor,
+    CustomDiffusionAttnProcessor2_0,
+    CustomDiffusionXFormersAttnProcessor,
     IPAdapterAttnProcessor,
     IPAdapterAttnProcessor2_0,
     IPAdapterXFormersAttnProcessor,
@@ -431,15 +434,30 @@ def _fuse_lora(model: Any, *args: Any, **kwargs: Any) -> None:
 
 
 _IP_ADAPTERS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
+_CUSTOM_DIFFUSION = (
+    CustomDiffusionAttnProcessor,
+    CustomDiffusionAttnProcessor2_0,
+    CustomDiffusionXFormersAttnProcessor,
+)
 
 
 def _set_attn_processor(model: Any, processor: Any) -> None:
     """As the class does. IP-Adapters that come and go hand over every other processor made anew by its class, and float
-    attention for their own: both are the model's attention again."""
-    made_anew = isinstance(processor, dict) and any(
-        isinstance(one, LogAttnProcessor) and one.plan is None for one in processor.values()
-    )
-    if made_anew:
+    attention for their own: both are the model's attention again.
+
+    Raises:
+        DgqError: Custom Diffusion's, which casts to the dtype of weights, where those are packed.
+    """
+    asked = processor.values() if isinstance(processor, dict) else (processor,)
+    if any(isinstance(one, _CUSTOM_DIFFUSION) for one in asked) and any(
+        not module.to_q.weight.is_floating_point() for module in model.modules() if hasattr(module, "to_q")
+    ):
+        raise DgqError(
+            "Custom Diffusion computes in the dtype of the weights of to_q, which are packed integers",
+            'keep them float: DgqConfig(modules_to_not_convert=["to_q"])',
+        )
+    made_anew = any(isinstance(one, LogAttnProcessor) and one.plan is None for one in asked)
+    if made_anew and isinstance(processor, dict):
         own, before = LogAttnProcessor(model.config["quantization_config"].header.attention), model.attn_processors
         processor = {
             name: own

@@ -16,6 +16,7 @@ from diffusers import (
     UNetMotionModel,
 )
 from diffusers.hooks import apply_layer_skip
+from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 from torch import nn
 
 import dgq
@@ -404,6 +405,18 @@ def test_an_ip_adapter_that_is_unloaded(tiny_pipeline, monkeypatch):
     assert plans == {AttentionPlan.for_activations(6)}
     pipe.unload_ip_adapter()
     assert torch.equal(call(pipe.unet), expected)
+
+
+def test_custom_diffusion_computes_in_the_dtype_of_float_weights(unet, tiny_pipeline):
+    expected = call(unet)
+    with pytest.raises(DgqError, match="packed integers"):
+        unet.set_attn_processor(CustomDiffusionAttnProcessor(train_kv=False, train_q_out=False))
+    assert torch.equal(call(unet), expected)
+    config = dgq.DgqConfig(wbits=8, modules_to_not_convert=["to_q"])
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet", quantization_config=config)
+    expected = call(unet)
+    unet.set_attn_processor(CustomDiffusionAttnProcessor(train_kv=False, train_q_out=False))
+    assert close(call(unet), expected)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", pytest.param("triton", marks=pytest.mark.slow)])
