@@ -31,6 +31,7 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor,
     IPAdapterAttnProcessor2_0,
     IPAdapterXFormersAttnProcessor,
+    SlicedAttnProcessor,
 )
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.controlnets.controlnet_sparsectrl import SparseControlNetModel
@@ -469,6 +470,19 @@ def _set_attn_processor(model: Any, processor: Any) -> None:
     type(model).set_attn_processor(model, processor)
 
 
+def _set_attention_slice(model: Any, slice_size: Any = "auto") -> None:
+    """As the class does; attention that is not sliced any more is the model's again."""
+    sliced: list[Any] = [
+        module for module in model.modules() if isinstance(getattr(module, "processor", None), SlicedAttnProcessor)
+    ]
+    type(model).set_attention_slice(model, slice_size)
+    plan = model.config["quantization_config"].header.attention
+    if slice_size is None and plan is not None:
+        own = LogAttnProcessor(plan)
+        for module in sliced:
+            module.set_processor(own)
+
+
 class _State(OrderedDict[str, Tensor]):
     """A quantized model's `state_dict`. Asked for a quantized layer's float weight, which it does not hold, it gives
     the layer's integers in that shape: loaders of adapters look there for it.
@@ -520,6 +534,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "fuse_qkv_projections": _fuse_qkv_projections,
     "fuse_lora": _fuse_lora,
     "set_attn_processor": _set_attn_processor,
+    "set_attention_slice": _set_attention_slice,
     "state_dict": _state_dict,
 }
 

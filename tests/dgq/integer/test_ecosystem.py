@@ -407,6 +407,18 @@ def test_an_ip_adapter_that_is_unloaded(tiny_pipeline, monkeypatch):
     assert torch.equal(call(pipe.unet), expected)
 
 
+def test_attention_that_was_sliced(tiny_pipeline, monkeypatch):
+    """It is float while it is sliced, and then what it was."""
+    monkeypatch.setattr(native, "attention_pays", lambda: True)
+    config = PipelineQuantizationConfig(quant_mapping={"unet": dgq.DgqConfig(abits=6)})
+    pipe = DiffusionPipeline.from_pretrained(tiny_pipeline, quantization_config=config)
+    expected = call(pipe.unet)
+    pipe.enable_attention_slicing()
+    assert not torch.equal(call(pipe.unet), expected)
+    pipe.disable_attention_slicing()
+    assert torch.equal(call(pipe.unet), expected)
+
+
 def test_custom_diffusion_computes_in_the_dtype_of_float_weights(unet, tiny_pipeline):
     expected = call(unet)
     with pytest.raises(DgqError, match="packed integers"):
