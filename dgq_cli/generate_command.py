@@ -120,7 +120,7 @@ def command(
                 made=None if single and grid else save,
             )
         network = network_of(pipe)
-        if negative and not family_of(network).doubled(network.config, settings.guidance):
+        if negative and not family_of(network).doubled(network.config, settings.guidance or 0):
             err.print(f"note: at guidance {settings.guidance:g} this model does not read the negative prompt")
         if grid:
             file = out if single else out / "grid.png"
