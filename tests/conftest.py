@@ -3,11 +3,12 @@
 import json
 import os
 from collections import Counter
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import interpreter
 import pytest
 import tiny_pipelines
 import torch
@@ -15,6 +16,8 @@ import torch
 # Triton decides at its import, which diffusers causes, whether kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if util.find_spec("triton"):
+        interpreter.patch_once()
 # What is compared with the CPU must not be rounded to ten bits on the way.
 torch.backends.cudnn.allow_tf32 = False
 # Memory that nobody wrote shows: torch.empty is NaN, or the largest integer.
