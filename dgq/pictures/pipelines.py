@@ -15,7 +15,16 @@ from dgq_kernels import backend, native
 
 from ..checkpoint import checksums
 from ..checkpoint.header import Header
-from ..checkpoint.reading import check_folder, component_at, family_at, network_config, read_header, read_json
+from ..checkpoint.reading import (
+    check_folder,
+    component_at,
+    family_at,
+    network_config,
+    read_header,
+    read_json,
+    tensor_table,
+    weight_files,
+)
 from ..devices import check_device
 from ..errors import DgqError
 from ..family import FAMILIES, family_of
@@ -104,7 +113,13 @@ def verify(model: str | os.PathLike[str]) -> int:
     Raises:
         DgqError: there is no such model, or it is damaged: the message names the file.
     """
-    return checksums.verify(component_at(resolve(model)), whole=True)
+    component = component_at(resolve(model))
+    file = component / checksums.CONFIG
+    if "quantization_config" not in read_json(file):  # which has the checksums
+        for weights in weight_files(component):
+            if any(dtype in ("I8", "U8") for _, dtype in tensor_table(weights).values()):
+                raise DgqError(f"{file}: has no quantization_config, and the weights are packed", "copy it again")
+    return checksums.verify(component, whole=True)
 
 
 def _model(folder: Path, header: Header | None, said: object) -> Model:

@@ -189,6 +189,15 @@ def test_what_diffusers_reads_before_it_asks_dgq_is_verified(tiny_checkpoint, tm
     assert "\n" not in told.value.message
 
 
+def test_a_configuration_of_something_else_is_told(tiny_checkpoint, tiny_pipeline, tmp_path):
+    """The checksums went with the checkpoint's own; a float model never had any."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    shutil.copy(folder / "model_index.json", folder / "unet" / "config.json")
+    with pytest.raises(DgqError, match="has no quantization_config, and the weights are packed"):
+        dgq.verify(folder)
+    assert dgq.verify(tiny_pipeline) == 0
+
+
 SD, XL = {"sample_size": 64}, {"sample_size": 128, "addition_embed_type": "text_time"}
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 
