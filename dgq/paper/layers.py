@@ -435,6 +435,9 @@ class PaperAttnProcessor(PlainAttnProcessor):
         name: of the attention layer, for error messages.
         state: the model's step.
         device: of the empty buffers.
+
+    Raises:
+        DgqError: made without a plan, as diffusers does by the class of a layer's processor.
     """
 
     quantizes = True  # as measurement asks
@@ -443,7 +446,14 @@ class PaperAttnProcessor(PlainAttnProcessor):
     value: PaperActivation
     probabilities: PaperActivation | None
 
-    def __init__(self, plan: Plan, name: str, state: StepState, device: Device = None) -> None:
+    def __init__(
+        self, plan: Plan | None = None, name: str = "", state: StepState | None = None, device: Device = None
+    ) -> None:
+        if plan is None or state is None:
+            raise DgqError(
+                "attention of the paper recipe is rounded by calibrated ranges, which no other attention has",
+                "IP-Adapters and others that exchange it work with checkpoints of the integer recipe",
+            )
         super().__init__(name, plan["cross"])
         self.bits: int = plan["abits"]
         for part in ATTENTION_PARTS:

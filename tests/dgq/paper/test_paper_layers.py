@@ -307,6 +307,16 @@ def test_unsupported_attention_is_named() -> None:
         cross(randn(1, 3, 16))
 
 
+def test_attention_made_anew_by_its_class_is_refused() -> None:
+    """As diffusers does for an IP-Adapter."""
+    attn = attention(False)
+    attn.set_processor(processor_for(attn, 8, 0.1))
+    with pytest.raises(DgqError, match="calibrated ranges") as refused:
+        type(attn.processor)()
+    assert refused.value.hint is not None
+    assert "IP-Adapters" in refused.value.hint
+
+
 # A whole UNet.
 
 
