@@ -251,11 +251,15 @@ def passes(layers: Sequence[Layer], recipe: Recipe, budget: int, order: Sequence
     order in which a call reads their inputs (`reading_order`), so that the calls of early runs can end early."""
     first = {name: i for i, name in reversed(list(enumerate(order)))}
     groups: list[list[Layer]] = []
+    gathered, largest = 0, 0  # of the last one, as `pass_bytes` has them
     for together in sorted(by_input(layers), key=lambda together: first.get(together[0].input, len(order))):
-        if groups and pass_bytes([*groups[-1], *together], recipe) <= budget:
+        own, rounding = input_bytes(together[0], recipe), max(rounding_bytes(layer, recipe) for layer in together)
+        if groups and gathered + own + max(largest, rounding) <= budget:
             groups[-1].extend(together)
+            gathered, largest = gathered + own, max(largest, rounding)
         else:
             groups.append(together)
+            gathered, largest = own, rounding
     return groups
 
 

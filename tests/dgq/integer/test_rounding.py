@@ -288,6 +288,7 @@ def test_passes_keep_to_the_budget(net):
         groups = passes(layers, Recipe(), budget, order)
         assert [layer for group in groups for layer in group] == layers
         assert all(len(group) == 1 or pass_bytes(group, Recipe()) <= budget for group in groups)
+        assert all(pass_bytes([*one, after[0]], Recipe()) > budget for one, after in itertools.pairwise(groups))
     assert [pass_bytes(group, Recipe()) > sum(input_bytes(layer, Recipe()) for layer in group) for group in groups] == [
         True
     ] * len(groups)
