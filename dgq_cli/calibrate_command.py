@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .common import JsonOption, StageProgress, duration, err, finite, going_on, mib, print_json, prompt_count
+from .light_imports import light_imports
 
 STAGES = {
     "prepare": "prepare",
@@ -148,9 +150,17 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Quantize a text-to-image model and write a diffusers checkpoint with packed weights."""
-    from dgq.errors import DgqError
-    from dgq.method import METHODS
-    from dgq.recipe import Recipe
+    # peft, which fuses LoRA, is left out by light imports
+    with contextlib.nullcontext() if lora else light_imports():
+        from dgq.calibration.estimate import estimate
+        from dgq.calibration.run import Options, calibrate
+        from dgq.calibration.sources import check_sources, float_folder, is_single_file
+        from dgq.checkpoint.reading import family_at, float16_bytes, network_bytes
+        from dgq.checkpoint.writing import check_target
+        from dgq.errors import DgqError
+        from dgq.method import METHODS
+        from dgq.pictures.prompts import read_prompts
+        from dgq.recipe import Recipe
 
     if vae not in (None, "int8", "float"):
         raise typer.BadParameter(f"--vae {vae!r} is neither int8 nor float")
@@ -192,12 +202,7 @@ def command(
     if not METHODS[recipe].reads_calls and any(unread.values()):
         told = next(option for option, asked in unread.items() if asked)
         raise typer.BadParameter(f"{told}: the {recipe} recipe draws no calibration pictures")
-    from dgq.pictures.prompts import read_prompts
-
     chosen = None if prompts is None else prompt_count(prompts) or read_prompts(Path(prompts))
-    from dgq.calibration.estimate import estimate
-    from dgq.calibration.run import Options, calibrate
-
     options = Options(
         prompts=chosen,
         steps=steps,
@@ -215,9 +220,6 @@ def command(
         text_encoder=text_encoder,  # type: ignore[arg-type]
     )
     loras = [_lora(text) for text in lora or []]
-    from dgq.calibration.sources import check_sources, float_folder, is_single_file
-    from dgq.checkpoint.writing import check_target
-
     made = out.with_name(f"{out.name}-float") if loras or config or is_single_file(model) else None
     if dry_run:
         if made is not None:
@@ -234,8 +236,6 @@ def command(
     except KeyboardInterrupt:
         going_on.append("the same command with --resume goes on from here")
         raise
-    from dgq.checkpoint.reading import family_at, float16_bytes, network_bytes
-
     fidelity = header.calibration.get("fidelity", {})
     before, after = float16_bytes(out), network_bytes(out)
     if json:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from . import heat_map
 from .common import DeviceOption, JsonOption, StageProgress, err, finite, mib, print_json
+from .light_imports import light_imports
 
 if TYPE_CHECKING:
     from dgq.inspection.inspect import Inspection, LayerReport, PartReport
@@ -90,8 +91,9 @@ def command(
             )
         _tuned(Path(checkpoint), json)
         return
-    from dgq.devices import check_device
-    from dgq.inspection.inspect import inspect
+    with light_imports():
+        from dgq.devices import check_device
+        from dgq.inspection.inspect import inspect
 
     check_device(device)
     measurement = None
@@ -137,7 +139,8 @@ def _tuned(file: Path, json: bool) -> None:
     """What is in a file of `dgq tune`."""
     import dataclasses
 
-    from dgq.tuning.file import describe
+    with light_imports():
+        from dgq.tuning.file import describe
 
     about, shapes = describe(file)
     size = file.stat().st_size

@@ -1,4 +1,5 @@
-"""What other libraries import and a process that only draws never uses, left for when something asks for it.
+"""What other libraries import and a process that draws, calibrates or inspects never uses, left for when something
+asks for it.
 
 Half of the time of importing diffusers and transformers goes into torch's compiler (its decorators alone are used),
 peft, torch's distributed tensors and a list of every model's files. Here that is told to wait, in processes of
@@ -264,7 +265,7 @@ def absent(name: str) -> Iterator[None]:
 
 @contextmanager
 def light_imports() -> Iterator[None]:
-    """Import, within it, what draws pictures. Nothing changes where diffusers is imported already.
+    """Import, within it, what a command needs. Nothing changes where diffusers is imported already.
 
     For the whole process: no adapters (peft) and no distributed tensors are known to diffusers and transformers. What
     lives at the end of it the garbage collector leaves alone from then on.

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .common import DeviceOption, DtypeOption, ModelOption, StageProgress, err
+from .light_imports import light_imports
 
 
 def command(
@@ -45,9 +46,10 @@ def command(
     key = os.environ.get("DGQ_API_KEY") if api_key is None else api_key
     if key is not None and not re.fullmatch("[!-~]+", key):
         raise typer.BadParameter("the API key has to be of visible ASCII characters, one at least")
-    from dgq.devices import check_device
-    from dgq.errors import DgqError
-    from dgq.pictures.pipelines import find_model, float_base, load
+    with light_imports():
+        from dgq.devices import check_device
+        from dgq.errors import DgqError
+        from dgq.pictures.pipelines import find_model, float_base, load
 
     try:
         from dgq.serving.drawing import Drawer

@@ -71,6 +71,27 @@ def test_generate_imports_little_and_draws_the_same(dgq_command, tiny_checkpoint
     assert (tmp_path / "light.png").read_bytes() == (tmp_path / "full.png").read_bytes()
 
 
+@pytest.mark.parametrize("command", ["calibrate", "inspect", "serve"])
+def test_other_commands_import_little(command, tiny_pipeline, tiny_checkpoint, tmp_path):
+    code = """
+    import json, sys
+    from dgq_cli.main import main
+    try:
+        main()
+    except SystemExit as end:
+        print(json.dumps([end.code, sorted(sys.modules)]))
+    """
+    arguments, expected = {
+        "calibrate": ([tiny_pipeline, "--dry-run"], 0),
+        "inspect": ([tiny_checkpoint], 0),
+        "serve": (["--model", tmp_path / "none"], 1),
+    }[command]
+    code, modules = fresh(code, command, *arguments)
+    assert code == expected
+    assert "dgq.pictures.pipelines" in modules
+    assert set(LEFT) & set(modules) <= {"sympy"}  # which shapes without values ask for
+
+
 def test_compiler_comes_when_something_compiles():
     """With all marks that were made before; and diffusers knows a compiled module."""
     code = """
