@@ -517,6 +517,6 @@ def compiled(session: Session) -> None:
                 session.say("compiled", p50_ms=middle["compiled"], clocks=clocks(), **graphs, **told)
             except Exception as failure:
                 session.say("compiled", error=reason(failure), **told)
-            del unet.forward
+            unet.__dict__.pop("forward", None)  # torch.compile itself may have failed
         del unets, runs, unet
         session.forget()
