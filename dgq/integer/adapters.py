@@ -81,6 +81,7 @@ def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
 
 def add_product(y: Tensor, h: Tensor, up: Tensor) -> Tensor:
     """y (..., N), which is changed, plus h (..., R) times up (N, R) transposed."""
+    h = h.to(y.dtype)  # autocast made it its own dtype, and leaves products in place alone
     y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), up.to(y.dtype).t())
     return y
 

@@ -516,6 +516,16 @@ def test_training_under_autocast(unet):
     assert all(float(p.grad.norm()) > 0 for n, p in unet.named_parameters() if "lora_B" in n)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("targets", TARGETS)
+def test_drawing_under_autocast(unet, targets, dtype):
+    """As diffusers' own scripts do between steps of training, to look at what was learned."""
+    add(unet, TARGETS[targets])
+    plain = call(unet)
+    with torch.autocast("cpu", dtype):
+        assert distance(call(unet), plain) < 0.1
+
+
 @pytest.mark.parametrize("upcast", [False, True])
 def test_a_trained_lora_is_saved_and_serves_the_float_model(tiny_pipeline, tiny_checkpoint, unet, tmp_path, upcast):
     from diffusers import UNet2DConditionModel
