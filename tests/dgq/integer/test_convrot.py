@@ -1,6 +1,7 @@
 """ConvRot: every layer rotated, rows rounded by their largest weight, no call of the network."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -45,6 +46,16 @@ def test_nothing_is_recorded(made, tiny_pipeline):
     assert predicted.seconds > 0
     assert "| calibration | none |" in (out / "README.md").read_text()
     assert f"| VAE | convrot W8A8, {predicted.decoder_layers} layers; " in (out / "README.md").read_text()
+
+
+def test_built_in_prompts_may_be_too_long_for_the_model(tiny_pipeline, tmp_path):
+    """None is drawn, and there is no option that names others."""
+    float_model = shutil.copytree(tiny_pipeline, tmp_path / "float")
+    (float_model / "concepts.json").unlink()
+    with pytest.raises(DgqError, match=r"tokens, the model reads 24"):
+        calibrate(float_model, tmp_path / "out", Recipe(rounding="nearest"), Options(steps=1, evaluate=0))
+    header = calibrate(float_model, tmp_path / "out", Recipe("convrot", wbits=8), Options(evaluate=0))
+    assert header.layers
 
 
 def test_every_row_is_rounded_by_its_largest_rotated_weight(made, tiny_pipeline):
