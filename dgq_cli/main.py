@@ -101,7 +101,8 @@ def run() -> None:
     try:
         main()
     except SystemExit as end:
-        if threading.active_count() > 1:
+        # tqdm's monitor is a daemon that stays once a picture was drawn
+        if sum(not thread.daemon for thread in threading.enumerate()) > 1:
             raise
         atexit._run_exitfuncs()
         with contextlib.suppress(OSError):

@@ -402,6 +402,24 @@ main.run()
         assert not any(folder.iterdir())
 
 
+def test_a_daemon_thread_keeps_no_program_from_its_short_end():
+    """tqdm leaves one behind wherever a picture was drawn; Python would not wait for it either."""
+    program = """
+import sys, threading, time
+from dgq_cli import main
+
+class Kept:
+    def __del__(self): print("taken apart", flush=True)
+
+kept = Kept()
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+main.main = sys.exit
+main.run()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
 def test_sigterm_while_a_text_is_executed(tmp_path):
     """Python notes an interruption that leaves exec of a text, and run by -m ends by it, whatever became of it."""
     (tmp_path / "stopped.py").write_text(
