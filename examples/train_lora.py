@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 import dgq
@@ -42,7 +42,8 @@ for step in range(steps):
         print(f"step {step}: loss {float(loss.detach()):.4f}")
 unet.eval()
 
-unet.save_lora_adapter("lora", adapter_name="subject")  # serves the float model too
+learned = get_peft_model_state_dict(unet, adapter_name="subject")
+pipe.save_lora_weights("lora", unet_lora_layers=learned)  # load_lora_weights reads it, into the float model too
 pipe(prompt, num_inference_steps=20, generator=torch.Generator().manual_seed(1)).images[0].save("with.png")
 pipe.unload_lora_weights()
 pipe(prompt, num_inference_steps=20, generator=torch.Generator().manual_seed(1)).images[0].save("without.png")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import dgq
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -69,7 +71,9 @@ def test_train_lora(example, tiny_checkpoint, tmp_path):
     *losses, files = example("train_lora.py", tiny_checkpoint, "red.png", "a cat", 11).splitlines()
     assert len(losses) == 2
     assert files == "lora/pytorch_lora_weights.safetensors, with.png, without.png"
-    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    pipe = dgq.load(tiny_checkpoint, device="cpu")
+    pipe.load_lora_weights(tmp_path / "lora" / "pytorch_lora_weights.safetensors", adapter_name="again")
+    assert pipe.get_active_adapters() == ["again"]
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
 
 
