@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .. import architectures, doctor
+from .. import architectures
 from ..checkpoint.reading import family_at, network_config, read_header
 from ..errors import DgqError
 from ..family import family_of, network_of
@@ -29,15 +28,13 @@ from ..version import __version__
 from .drawing import Subject
 from .files import Call, save_calls, write
 from .rows import Row, dtype_name, half_dtype, verdicts
-from .systems import PEERS, Size, System, measure
+from .systems import PEERS, Free, Size, System, free_memory, measure
 from .worker import Spec
 
 # Sampler steps run to get real inputs; the calls of all of them measure the error.
 RECORDED_STEPS = 4
 # Random calls, and their timesteps, that int8 ranges are calibrated on; others than the one measured.
 CALIBRATION_TIMESTEPS = (100, 300, 600, 900)
-# Part of the free memory that systems may take.
-USABLE = 0.95
 DGQ_BYTES = {8: 2.75, 4: 2.25}  # peak, per parameter
 
 
@@ -167,18 +164,17 @@ class Plan:
             progress("files", i + 1, len(self.tasks), task)
         return notes
 
-    def check(self, size: Size, name: str) -> float:
-        """The usable bytes of memory.
+    def check(self, size: Size, name: str) -> Free:
+        """What tells the memory that is left.
 
         Raises:
             DgqError: not even float32 fits into memory, or the files do not fit on the disk.
         """
-        available = doctor.memory()["available"] if self.device.type == "cpu" else None
-        free = math.inf if available is None else USABLE * available
-        needed = self.systems[0].needed(size)
-        if needed > free:
+        free = free_memory(self.device)
+        needed, room = self.systems[0].needed(size), free([])
+        if needed > room:
             raise DgqError(
-                f"{name} takes {needed / 2**30:.1f} GiB in float32, {free / 2**30:.1f} GiB are free",
+                f"{name} takes {needed / 2**30:.1f} GiB in float32, {room / 2**30:.1f} GiB are free",
                 "run it on a larger machine",
             )
         stored = size.parameters * sum(each for target, each, _, _ in self.tasks if not target.exists())

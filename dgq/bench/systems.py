@@ -15,7 +15,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .. import doctor
 from ..checkpoint.reading import components, network_bytes, weight_files
 from ..errors import DgqError
 from ..progress import Progress, silent
@@ -40,6 +41,8 @@ PEERS = {"openvino": ("openvino", "nncf"), "torchao": ("torchao",), "sdnq": ("sd
 # Peak bytes of a process before any weights, and per parameter by kind and dtype. Generous: a system that does not fit
 # beside others costs one more turn of float32, one that was let in too early ends them all.
 OVERHEAD = 2**30
+# Part of the free memory that systems may take.
+USABLE = 0.95
 BYTES = {
     ("torch", "float32"): 4.0,
     ("torch", "float16"): 2.0,
@@ -230,12 +233,31 @@ class Worker:
         self.close()
 
 
+# The bytes of memory that are left beside loaded workers.
+Free = Callable[[Sequence[Worker]], float]
+
+
+def free_memory(device: torch.device) -> Free:
+    """Of what systems on a device may take. CUDA is asked each time: contexts and caches of processes take a part that
+    their peaks do not tell."""
+    if device.type == "cuda":
+
+        def left(loaded: Sequence[Worker]) -> float:
+            torch.cuda.empty_cache()  # this process's own
+            return USABLE * torch.cuda.mem_get_info(device)[0]
+
+        return left
+    available = doctor.memory()["available"]
+    free = math.inf if available is None else USABLE * available
+    return lambda loaded: free - sum(worker.peak_rss_bytes for worker in loaded)
+
+
 def measure(
     systems: Sequence[System],
     case: str,
     size: Size,
     repeats: int,
-    free: float = math.inf,
+    free: Free = lambda loaded: math.inf,
     progress: Progress = silent,
     table: Table = "step",
 ) -> tuple[list[Row], list[str]]:
@@ -247,7 +269,7 @@ def measure(
         case: of the rows.
         size: of the network, or of all that draws.
         repeats: steps or pictures of each system that count.
-        free: bytes of memory.
+        free: of memory.
         progress: told of "load" and of the table.
         table: "step" or "picture"; a picture's rows are followed by those of its parts.
 
@@ -299,8 +321,7 @@ def measure(
                 for pending in list(waiting):
                     system = pending.chosen(min(warm, key=lambda dtype: warm[dtype]))
                     order.setdefault(system.name, order[pending.name])
-                    room = free - sum(worker.peak_rss_bytes for _, worker in group.values())
-                    if system.needed(size) > room:
+                    if system.needed(size) > free([worker for _, worker in group.values()]):
                         if len(group) == 1:
                             waiting.remove(pending)
                             alone.append(system)
@@ -322,10 +343,10 @@ def measure(
                 groups.append([name for name in found if name != base.name])
     late: list[str] = []
     for system in alone:
-        if system.needed(size) > free:
+        if system.needed(size) > (room := free([])):
             notes.append(
                 f"{system.name} was left out: it may take {system.needed(size) / 2**30:.1f} GiB, "
-                f"{free / 2**30:.1f} GiB are free"
+                f"{room / 2**30:.1f} GiB are free"
             )
             continue
         with contextlib.ExitStack() as others:

@@ -92,8 +92,9 @@ def test_every_system_in_its_place(small_config: Path, planned: dict[str, list[A
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_on_cuda_float16_is_graphed_and_compiled_at_its_best(
-    compiled: bool, small_config: Path, planned: dict[str, list[Any]]
+    compiled: bool, small_config: Path, planned: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**34))
     bench_architecture(str(small_config), (8,), Options(1, torch.device("cuda"), compiled=compiled))
     wanted = ["torch.compile", "torch.compile max-autotune (float16)"] if compiled else []
     names = [system.name for system in planned["systems"]]
@@ -161,6 +162,9 @@ def test_what_an_architecture_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(doctor, "memory", lambda: {"total": gib, "available": gib})
     with pytest.raises(DgqError, match=r"sd-v1\.4 takes 6\.\d GiB in float32, 0\.9 GiB are free"):
         bench(arch="sd-v1.4", device="cpu")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * gib, 24 * gib))
+    with pytest.raises(DgqError, match=r"sd-v1\.4 takes 6\.\d GiB in float32, 1\.9 GiB are free"):
+        bench_architecture("sd-v1.4", (8,), Options(1, torch.device("cuda")))
     monkeypatch.setattr(doctor, "memory", lambda: {"total": 64 * gib, "available": 64 * gib})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=gib))
     with pytest.raises(DgqError, match=r"the models take \d\.\d GiB on disk, 1\.0 GiB are free"):

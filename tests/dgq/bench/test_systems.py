@@ -11,7 +11,7 @@ import torch
 
 from dgq.bench import systems
 from dgq.bench.drawing import PARTS
-from dgq.bench.systems import OVERHEAD, Size, System, Worker, chosen_peers, measure
+from dgq.bench.systems import OVERHEAD, USABLE, Free, Size, System, Worker, chosen_peers, free_memory, measure
 from dgq.bench.worker import Spec
 from dgq.checkpoint.writing import WEIGHTS_NAME
 from dgq.errors import DgqError
@@ -66,8 +66,13 @@ def system(name: str, ms: float, peak: float = 2, fault: str = "", kind: str = "
     return System(name, (Spec(kind, f"{ms}-{peak}-{fault}", dtype, name),), bytes_per_parameter=1.0)
 
 
+def gib(free: float) -> Free:
+    """So many GiB, of which workers take their peaks."""
+    return lambda loaded: free * GIB - sum(worker.peak_rss_bytes for worker in loaded)
+
+
 def test_systems_that_fit_run_in_turns(log: list[str]) -> None:
-    rows, notes = measure([system("float32", 8), system("b", 4), system("c", 2)], "case", SIZE, 2, 6 * GIB)
+    rows, notes = measure([system("float32", 8), system("b", 4), system("c", 2)], "case", SIZE, 2, gib(6))
     assert log == ["+float32", "+b", "+c", *["float32", "b", "c"] * 2, "-c", "-b", "-float32"]
     assert [(row.system, row.p50_ms, row.ratio_to_float32) for row in rows] == [
         ("float32", 8, 1),
@@ -83,7 +88,7 @@ def test_systems_that_fit_run_in_turns(log: list[str]) -> None:
 
 def test_systems_that_do_not_fit_run_in_groups_each_with_float32(log: list[str]) -> None:
     found = [system("float32", 8), system("b", 4, 1), system("c", 2), system("d", 1)]
-    rows, notes = measure(found, "case", SIZE, 1, 5.5 * GIB)
+    rows, notes = measure(found, "case", SIZE, 1, gib(5.5))
     # beside float32 (2 GiB) b's turns out to take 1, so that c's 2 still fit, and d's no more
     assert log == ["+float32", "+b", "+c", "float32", "b", "c", "-c", "-b", "+d", "float32", "d", "-d", "-float32"]
     assert [row.system for row in rows] == ["float32", "b", "c", "d"]
@@ -93,7 +98,7 @@ def test_systems_that_do_not_fit_run_in_groups_each_with_float32(log: list[str])
 def test_a_later_system_may_fill_the_room_that_an_earlier_one_did_not_fit_into(log: list[str]) -> None:
     large = System("large", (Spec("torch", "4-3-", "bfloat16", "large"),), bytes_per_parameter=3.0)
     found = [system("float32", 8), system("b", 4), large, system("c", 2)]
-    rows, _ = measure(found, "case", SIZE, 1, 6 * GIB)
+    rows, _ = measure(found, "case", SIZE, 1, gib(6))
     assert [entry for entry in log if entry.startswith("+")] == ["+float32", "+b", "+c", "+large"]
     assert [row.system for row in rows] == ["float32", "b", "large", "c"]
 
@@ -101,7 +106,7 @@ def test_a_later_system_may_fill_the_room_that_an_earlier_one_did_not_fit_into(l
 def test_a_pictures_rows_are_followed_by_those_of_its_parts(log: list[str]) -> None:
     # float32 runs in both groups: its row is that of the first
     found = [system("float32", 8), system("b", 4), system("c", 2)]
-    rows, _ = measure(found, "case", SIZE, 3, 4.5 * GIB, table="picture")
+    rows, _ = measure(found, "case", SIZE, 3, gib(4.5), table="picture")
     assert log.count("float32") == 6
     cases = ["case", *(f"case: {part}" for part in (*PARTS, "load"))]
     assert [(row.system, row.case) for row in rows] == [
@@ -118,9 +123,26 @@ def test_a_pictures_rows_are_followed_by_those_of_its_parts(log: list[str]) -> N
 
 def test_a_system_that_never_fits_is_left_out() -> None:
     large = System("large", (Spec("torch", "4-9-", "bfloat16", "large"),), bytes_per_parameter=8.0)
-    rows, notes = measure([system("float32", 8), large, system("c", 2)], "case", SIZE, 1, 6 * GIB)
+    rows, notes = measure([system("float32", 8), large, system("c", 2)], "case", SIZE, 1, gib(6))
     assert [row.system for row in rows] == ["float32", "c"]
     assert notes == ["large was left out: it may take 9.0 GiB, 6.0 GiB are free"]
+
+
+def test_a_device_is_asked_for_its_memory_each_time(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes there take half a GiB more than they tell."""
+    device = torch.device("cuda:1")
+
+    def info(asked: torch.device) -> tuple[float, int]:
+        assert asked == device
+        loaded = sum((entry[0] == "+") - (entry[0] == "-") for entry in log)
+        return 8 * GIB / USABLE - 2.5 * GIB * loaded, 24 * GIB
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", info)
+    found = [system("float32", 8), system("b", 4), system("c", 2), system("d", 1)]
+    rows, notes = measure(found, "case", SIZE, 1, free_memory(device))
+    assert [entry for entry in log if entry[0] in "+-"] == ["+float32", "+b", "+c", "-c", "-b", "+d", "-d", "-float32"]
+    assert [row.system for row in rows] == ["float32", "b", "c", "d"]
+    assert notes == ["memory did not suffice for all systems at once: b, c; d ran in turns, each group with float32"]
 
 
 def test_systems_that_do_not_fit_beside_float32_run_after_it(log: list[str]) -> None:
@@ -129,7 +151,7 @@ def test_systems_that_do_not_fit_beside_float32_run_after_it(log: list[str]) -> 
         for name, fault in (("large", ""), ("broken", "load"), ("ended", "run"))
     )
     found = [system("float32", 8), large, broken, system("c", 2), ended]
-    rows, notes = measure(found, "case", SIZE, 2, 6 * GIB, table="picture")
+    rows, notes = measure(found, "case", SIZE, 2, gib(6), table="picture")
     turns = [*["float32", "c"] * 2, "-c", "-float32"]
     assert log == ["+float32", "+c", *turns, "+large", "large", "large", "-large", "+ended", "ended", "ended", "-ended"]
     whole = [row for row in rows if row.table == "picture"]
