@@ -152,6 +152,9 @@ def _report(error: Exception) -> int:
     prefix, hint = "error", getattr(error, "hint", None)
     if _full_output(error):
         message, hint = f"standard output: cannot be written ({error.strerror})", None  # type: ignore[attr-defined]
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, of a device
+        message = message.partition(" Of the allocated memory")[0]
+        hint = "smaller or fewer pictures at a time take less; CUDA_VISIBLE_DEVICES= hides GPUs, and the CPU does it"
     elif type(error).__name__ != "DgqError":
         prefix, hint = f"error: unexpected {type(error).__name__}", "run with DGQ_DEBUG=1 for the traceback"
     err.print(f"{prefix}: ", end="", style="bold red")

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
+from dgq import doctor
 from dgq_cli import common
 from dgq_cli.main import main
 
@@ -259,6 +261,19 @@ def test_wrong_uses_end_in_one_line(run, place, tiny_pipeline, tiny_checkpoint, 
     assert "error: unexpected" not in err
     assert len(err) < 4000
     assert contents(place, tiny_pipeline.parent, tiny_checkpoint.parent) == before
+
+
+def test_a_device_without_enough_memory(run, monkeypatch):
+    told = "CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 8.00 GiB of which 1.00 GiB is free."
+
+    def fails():
+        raise torch.OutOfMemoryError(f"{told} Of the allocated memory 6.00 GiB is allocated by PyTorch, and ...")
+
+    monkeypatch.setattr(doctor, "report", fails)
+    code, out, err = run("doctor")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[0] == f"error: {told}"
+    assert "CUDA_VISIBLE_DEVICES=" in err
 
 
 @pytest.mark.parametrize(
