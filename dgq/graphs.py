@@ -6,9 +6,9 @@ the text is another.
 
 A graph repeats kernels on addresses and knows nothing of the Python that launched them. So before each replay the
 network is asked whether what that Python read is still what it was: adapters and their strengths, tuned scales,
-attention processors, FreeU, weights that moved, modules that were exchanged. What is new is captured anew; what a graph
-cannot hold (hooks, offloading, gradients, attention processors with a state of their own) runs as it is, and one line
-of the log says so.
+attention processors and backends, FreeU, weights that moved, modules that were exchanged. What is new is captured anew;
+what a graph cannot hold (hooks, offloading, gradients, attention processors with a state of their own) runs as it is,
+and one line of the log says so.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
@@ -367,6 +368,8 @@ class Read:
         )
         soft = (
             tuple(map(id, processors)),
+            _AttentionBackendRegistry._active_backend,
+            tuple([getattr(one, "_attention_backend", None) for one in processors]),
             tuple([0 if layer._tuned is None else id(layer._tuned[0]) for layer in self.integer]),
             tuple([_adapter(module) for module in self.adapters]),
             tuple([tuple([block.get(name) for name in FREEU]) for block in self.blocks]),

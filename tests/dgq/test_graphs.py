@@ -14,6 +14,7 @@ import pytest
 import tiny_pipelines
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -159,6 +160,28 @@ def test_sdxl_and_a_transformer_are_captured(tmp_path, tiny_pipeline):
         torch.testing.assert_close(generate(pipe, ["a cat"], settings)[0].latents, expected)
         assert captures(network) == 1
         assert network.forward.capture.replayed
+
+
+def test_another_attention_backend_has_its_graph(tmp_path, monkeypatch):
+    import tiny_transformers
+
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+    pipe = dgq.load(tiny_transformers.flux(tmp_path / "flux"), device="cpu", graph=False)
+    network = graphed(network_of(pipe))
+    settings = Settings(steps=3, guidance=3.0, seed=1)
+    latents = []
+    for backend, captured in ((None, 1), ("_native_math", 2), (None, 3)):
+        if backend is None:
+            network.reset_attention_backend()
+        else:
+            network.set_attention_backend(backend)
+        latents.append(generate(pipe, ["a cat"], settings)[0].latents)
+        assert captures(network) == captured
+    with attention_backend("native"):
+        generate(pipe, ["a cat"], settings)
+    assert captures(network) == 3  # as at first
+    for others in latents[1:]:
+        torch.testing.assert_close(others, latents[0], rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
