@@ -34,7 +34,7 @@ from torch.utils.hooks import RemovableHandle
 from .family import family_of, network_of
 from .integer.attention import given, text_readers
 from .integer.layer import IntegerLayer
-from .integer.shared_input import project
+from .integer.shared_input import prepare_all, project
 
 log = logging.getLogger(__name__)
 
@@ -216,6 +216,11 @@ class Graphs:
             self.read = Read(self.network)
         hard, soft = self.read.state()
         if hard != self.state:
+            if any(layer.prepared(device) is None for layer in self.read.integer):
+                # as `load` does: a network that was moved here would join nothing
+                with torch.inference_mode(False), torch.no_grad():
+                    prepare_all(self.network, device)
+                hard, soft = self.read.state()
             self.known.clear()
             self.refused.clear()
             self.state, self.stream = hard, None

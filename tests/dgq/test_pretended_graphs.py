@@ -9,6 +9,8 @@ import logging
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.quantizers import PipelineQuantizationConfig
 from pretended_devices import Placed, Pretended
 from tiny_transformers import BUILDERS
 
@@ -109,6 +111,24 @@ def eagerly(pipe, settings):
 
 def distance(got, expected):
     return float((got.cpu() - expected).norm() / expected.norm())
+
+
+def test_a_pipeline_that_was_moved_is_joined(tiny_pipeline, current):
+    """As one that `dgq.load` makes there."""
+    config = PipelineQuantizationConfig(quant_mapping={"unet": dgq.DgqConfig(wbits=8)})
+    settings = Settings(steps=3, guidance=3.0, seed=1)
+    with Pretended():
+        pipe = DiffusionPipeline.from_pretrained(tiny_pipeline, quantization_config=config).to(PLACE)
+        dgq.use_graphs(pipe)
+        pipe.unet.forward.capture = did = OnDevice(current)
+        layers = [module for module in pipe.unet.modules() if isinstance(module, IntegerLayer)]
+        for captured in (1, 2):
+            drawn = draw(pipe, settings)
+            assert did.captured == captured
+            assert sum(layer.prepared(PLACE).joined is not None for layer in layers) >= 3
+            assert distance(eagerly(pipe, settings), drawn) < 1e-3
+            pipe.to("cpu")
+            pipe.to(PLACE)
 
 
 @pytest.mark.parametrize(
