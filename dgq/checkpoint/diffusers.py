@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -539,7 +540,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-# Networks that are made of a UNet's float weights, and the class method that copies them.
+# Networks that are made of another's float weights, and the class method that copies them.
 _COPIES: tuple[tuple[Any, str], ...] = (
     (UNetMotionModel, "from_unet2d"),
     (ControlNetModel, "from_unet"),
@@ -547,20 +548,28 @@ _COPIES: tuple[tuple[Any, str], ...] = (
     (SparseControlNetModel, "from_unet"),
     (UNetControlNetXSModel, "from_unet"),
 )
+# Those of transformers, by where they are: a process of the command line imports none.
+_COPIES_OF_TRANSFORMERS = {
+    "diffusers.models.controlnets.controlnet_flux": "FluxControlNetModel",
+    "diffusers.models.controlnets.controlnet_hunyuan": "HunyuanDiT2DControlNetModel",
+    "diffusers.models.controlnets.controlnet_qwenimage": "QwenImageControlNetModel",
+    "diffusers.models.controlnets.controlnet_sd3": "SD3ControlNetModel",
+}
 
 
 def _refuse_to_copy(kind: Any, name: str) -> None:
-    """Let a class method that copies a UNet's weights say so where they are packed."""
+    """Let a class method that copies a network's weights say so where they are packed."""
     copies = getattr(kind, name).__func__
 
     @functools.wraps(copies)
-    def copied(cls: Any, unet: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(module, IntegerLayer) for module in unet.modules()):
+    def copied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        given = [one for one in (*args, *kwargs.values()) if isinstance(one, nn.Module)]
+        if any(isinstance(module, IntegerLayer) for one in given for module in one.modules()):
             raise DgqError(
-                f"{cls.__name__}.{name} copies float weights, and the UNet's are packed",
-                f"give it the float UNet, or unet.dequantize(); {cls.__name__}.from_pretrained takes a DgqConfig too",
+                f"{cls.__name__}.{name} copies float weights, and this network's are packed",
+                f"give it the float one, or dequantize() it; {cls.__name__}.from_pretrained takes a DgqConfig too",
             )
-        return copies(cls, unet, *args, **kwargs)
+        return copies(cls, *args, **kwargs)
 
     setattr(kind, name, classmethod(copied))
 
@@ -577,10 +586,13 @@ def _let_layers_be_skipped() -> None:
 
 def register() -> None:
     """Teach diffusers the method "dgq", that `set_default_attn_processor` may replace its attention, that layers may be
-    skipped, and what cannot be made of a quantized UNet."""
+    skipped, and what cannot be made of a quantized network."""
     _let_layers_be_skipped()
     for kind, name in _COPIES:
         _refuse_to_copy(kind, name)
+    for place, kind in _COPIES_OF_TRANSFORMERS.items():
+        if place in sys.modules:
+            _refuse_to_copy(getattr(sys.modules[place], kind), "from_transformer")
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = DgqQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = DgqConfig
     unets: Any = unet_2d_condition

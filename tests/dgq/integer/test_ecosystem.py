@@ -3,15 +3,18 @@
 import copy
 
 import pytest
+import tiny_transformers
 import torch
 from comparing import assert_close
 from diffusers import (
     AnimateDiffPipeline,
     ControlNetModel,
     DiffusionPipeline,
+    FluxControlNetModel,
     LayerSkipConfig,
     MotionAdapter,
     PipelineQuantizationConfig,
+    SD3ControlNetModel,
     UNet2DConditionModel,
     UNetMotionModel,
 )
@@ -475,6 +478,32 @@ def test_networks_that_copy_a_unets_weights_say_that_they_are_packed(tiny_checkp
     moving = UNetMotionModel.from_unet2d(pipe.unet, motion_adapter())
     assert torch.equal(moving.conv_in.weight, pipe.unet.conv_in.weight)
     ControlNetModel.from_unet(pipe.unet)
+
+
+@pytest.mark.parametrize("wbits", [4, 8])
+@pytest.mark.parametrize(
+    ("builder", "kind", "sizes"),
+    [
+        (tiny_transformers.sd3, SD3ControlNetModel, {}),
+        (
+            tiny_transformers.flux,
+            FluxControlNetModel,
+            {"num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2},
+        ),
+    ],
+    ids=["sd3", "flux"],
+)
+def test_controlnets_that_copy_a_transformers_weights_say_that_they_are_packed(tmp_path, builder, kind, sizes, wbits):
+    pipe = DiffusionPipeline.from_pretrained(
+        builder(tmp_path / "float"),
+        quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": dgq.DgqConfig(wbits=wbits)}),
+    )
+    with pytest.raises(DgqError, match=rf"{kind.__name__}.from_transformer copies float weights"):
+        kind.from_transformer(transformer=pipe.transformer, num_layers=1, **sizes)
+    pipe.transformer.dequantize()
+    made = kind.from_transformer(pipe.transformer, num_layers=1, **sizes)
+    queries = "transformer_blocks.0.attn.to_q"
+    assert torch.equal(made.get_submodule(queries).weight, pipe.transformer.get_submodule(queries).weight)
 
 
 def test_a_motion_unet_is_quantized_itself(tiny_pipeline, tmp_path):
