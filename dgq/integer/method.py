@@ -144,7 +144,7 @@ def _pack(result: QuantizedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _unpack(plan: LayerPlan, tensors: dict[str, Tensor], rest: dict[str, Any]) -> QuantizedLayer:
     made = LayerPlan.from_dict(rest["plan"])
-    chosen = {key: getattr(made, key) for key in ("channels", "class_ends", "reordered")}
+    chosen = {key: getattr(made, key) for key in ("channels", "class_ends", "reordered", "rotation")}
     if dataclasses.replace(plan, **chosen) != made:
         raise DgqError("its layer is another one")
     layer = IntegerLayer(made)

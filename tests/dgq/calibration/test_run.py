@@ -70,6 +70,22 @@ def test_interrupted_and_resumed_gives_the_same_file(undisturbed, tiny_pipeline,
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_rotated_layers_are_gone_on_with(tiny_pipeline, tmp_path):
+    """Which are rotated is chosen while calibrating: no plan before says so."""
+
+    def interrupt(stage, done, total, detail):
+        if stage == "save":
+            raise KeyboardInterrupt
+
+    out, recipe, told = tmp_path / "out", Recipe(rounding="nearest", channels="rotate"), []
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_pipeline, out, recipe, Options(**FAST), interrupt)
+    header = calibrate(tiny_pipeline, out, recipe, Options(**FAST, resume=True), lambda stage, *_: told.append(stage))
+    assert any(plan.rotation for plan in header.layers.values())
+    assert "resume" not in told  # nothing there was of another kind
+    assert "quantize" not in told
+
+
 def bits_of(header):
     """Stored bits of the quantized layers for each of the float ones' weights, as `dgq inspect` reckons them."""
     plans = header.layers.values()
