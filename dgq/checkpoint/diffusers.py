@@ -517,6 +517,17 @@ def _state_dict(model: Any, *args: Any, **kwargs: Any) -> _State:
     return made
 
 
+def _adapter_file(name: str, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """As the class's method of this name, which loads or saves an adapter: of the packed weights in the `state_dict` it
+    reads names and shapes, and asks more than once, so that none are made for it."""
+    before = model.state_dict
+    model.state_dict = functools.partial(_state_dict, model, keep_vars=True)
+    try:
+        return getattr(type(model), name)(model, *args, **kwargs)
+    finally:
+        model.state_dict = before
+
+
 def save_pretrained(model: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
     """As the class does; then the checksums of what was written. One that is pushed as well goes without them."""
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
@@ -537,6 +548,8 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "set_attn_processor": _set_attn_processor,
     "set_attention_slice": _set_attention_slice,
     "state_dict": _state_dict,
+    "load_lora_adapter": functools.partial(_adapter_file, "load_lora_adapter"),
+    "save_lora_adapter": functools.partial(_adapter_file, "save_lora_adapter"),
 }
 
 

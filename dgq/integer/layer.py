@@ -385,6 +385,8 @@ class IntegerLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if keep_vars:  # the parameters as they are
+            return
         stored = self.stored
         made = stored.make() if isinstance(stored, StoredWeight) else stored.detach()
         destination[prefix + self._stored_name] = _unshared(made)

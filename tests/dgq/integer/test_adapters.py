@@ -23,7 +23,9 @@ from dgq.integer.adapters import Adapted, direct
 from dgq.integer.fused_unet import FoldedUpsample
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.shared_input import prepare_all
+from dgq.integer.stored import StoredWeight
 from dgq.recipe import LayerPlan, Recipe
+from dgq_kernels import native
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TARGETS = {
@@ -371,6 +373,18 @@ def test_loras_of_flux(tmp_path):
     assert distance(drawn[0], drawn[1]) < distance(plain, drawn[1]) / 3
     pipe.unload_lora_weights()
     assert torch.equal(draw(pipe), plain)
+
+
+def test_files_of_adapters_are_saved_and_loaded_without_making_a_packed_weight(unet, tmp_path, monkeypatch):
+    add(unet)
+    expected = call(unet)
+    with monkeypatch.context() as patched:
+        patched.setattr(native.Layer, "weight", None)
+        unet.save_lora_adapter(tmp_path, adapter_name="one")
+        unet.unload_lora()
+        unet.load_lora_adapter(load_file(tmp_path / "pytorch_lora_weights.safetensors"), prefix=None)
+    assert torch.equal(call(unet), expected)
+    assert not any(isinstance(value, StoredWeight) for value in unet.state_dict().values())
 
 
 def test_a_state_dict_answers_for_weights_and_is_a_plain_one_in_a_file(unet, tmp_path):
