@@ -497,7 +497,10 @@ class _State(OrderedDict[str, Tensor]):
     def __missing__(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
         model = None if self.model is None or leaf != "weight" else self.model()
-        module = dict(() if model is None else model.named_modules()).get(owner)
+        try:
+            module = None if model is None else model.get_submodule(owner)
+        except AttributeError:
+            module = None
         module = getattr(module, "base_layer", module)
         if not isinstance(module, IntegerLayer | SplitLayer):
             raise KeyError(name)
