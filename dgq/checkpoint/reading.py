@@ -222,7 +222,8 @@ def tensor_table(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     if file.suffix in _PICKLES:
         raise DgqError(f"{file}: the weights are pickled", _NO_PICKLE)
     try:
-        with safe_open(str(file), framework="pt") as handle:
+        # not as torch maps a file: writable, which the system refuses of one larger than memory
+        with safe_open(str(file), framework="numpy") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:

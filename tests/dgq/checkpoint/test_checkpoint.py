@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 import dgq
 from dgq.calibration.run import Options, calibrate
 from dgq.checkpoint.header import FORMAT_VERSION, Header
-from dgq.checkpoint.reading import check_folder, float16_bytes, network_bytes, read_header, weight_files, weight_variant
+from dgq.checkpoint.reading import (
+    check_folder,
+    float16_bytes,
+    network_bytes,
+    read_header,
+    tensor_table,
+    weight_files,
+    weight_variant,
+)
 from dgq.checkpoint.writing import component_files, copied_files, index_shards
 from dgq.errors import DgqError
 from dgq.outputs import atomic_folder
@@ -37,6 +45,15 @@ def edit_config(folder, change):
 
 def edit_tensors(folder, change):
     damage.edit_tensors(folder / WEIGHTS, change)
+
+
+def test_a_table_of_a_file_that_is_larger_than_memory(tmp_path):
+    file, size = tmp_path / "model.safetensors", 2**40
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [2, size // 4], "data_offsets": [0, size]}}).encode()
+    with file.open("wb") as out:
+        out.write(len(header).to_bytes(8, "little") + header)
+        out.truncate(8 + len(header) + size)  # a hole
+    assert tensor_table(file) == {"a": ((2, size // 4), "BF16")}
 
 
 def test_header_round_trip():
