@@ -38,11 +38,11 @@ from .worker import Spec, as_json
 
 # What `--with` takes, and the packages each needs.
 PEERS = {"openvino": ("openvino", "nncf"), "torchao": ("torchao",), "sdnq": ("sdnq",)}
+# Part of the free memory that systems may take.
+USABLE = 0.95
 # Peak bytes of a process before any weights, and per parameter by kind and dtype. Generous: a system that does not fit
 # beside others costs one more turn of float32, one that was let in too early ends them all.
 OVERHEAD = 2**30
-# Part of the free memory that systems may take.
-USABLE = 0.95
 BYTES = {
     ("torch", "float32"): 4.0,
     ("torch", "float16"): 2.0,
@@ -269,7 +269,7 @@ def measure(
         case: of the rows.
         size: of the network, or of all that draws.
         repeats: steps or pictures of each system that count.
-        free: of memory.
+        free: tells the bytes of memory that are left beside loaded workers.
         progress: told of "load" and of the table.
         table: "step" or "picture"; a picture's rows are followed by those of its parts.
 
