@@ -150,3 +150,40 @@ def test_unscaled_product(size, window, group):
     compare(scaled_kernels.unscaled_product, y, arguments)
     arguments = (torch.randn(y.shape, generator=g), *stored, list(size), *window)
     compare(scaled_kernels.unscaled_product_input, scaled_reference.unscaled_product_input(*arguments), arguments)
+
+
+@pytest.mark.parametrize("kernels", [linear_kernels, conv_kernels, scaled_kernels])
+def test_int4_weights_lie_at_multiples_of_16_bytes(kernels, monkeypatch):
+    """Others are copied: of a compiled kernel their results would be wrong, which the interpreter does not show."""
+    g, group, k = generator(), 32, 64
+    weight = torch.randint(-8, 8, (13, k), dtype=torch.int8, generator=g)
+    subscales = packing.pack_subscales(torch.randint(0, 16, (13, 2), dtype=torch.uint8, generator=g))
+    packed = packing.pack_int4(weight, group)
+    sums = packing.expand_two_level(packed, subscales, k, group).sum(1, dtype=torch.int32)
+    rows = torch.randn(6, k, generator=g)
+    codes, scale, zero_point = quantize_reference.quantize_rows(rows, 8, None)
+    after = (subscales, torch.ones(13), sums, None)
+    if kernels is linear_kernels:
+        run, reference = kernels.linear_int4, linear_reference.linear_int4
+        first, more = (codes, scale, zero_point), (*after, torch.float32, group)
+    elif kernels is conv_kernels:
+        run, reference = kernels.conv2d_int4, conv_reference.conv2d_int4
+        first, more = (codes[:, :, None, None], scale, zero_point), (*after, 1, 1, torch.float32, group)
+    else:
+        run, reference = kernels.unscaled_product, scaled_reference.unscaled_product
+        first, more = (rows[None, None],), (subscales, group, 1, 1, 0)
+    expected = reference(*first, packed, *more)
+    launched = []
+    module = scaled_kernels if kernels is scaled_kernels else linear_kernels
+    launch = module.launch
+
+    def watched(kernel, grid, *arguments, **constants):
+        launched.extend(x.data_ptr() % 16 for x in arguments if isinstance(x, torch.Tensor) and x.shape == packed.shape)
+        launch(kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(module, "launch", watched)
+    anywhere = torch.empty(packed.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(packed.shape).copy_(packed)
+    arguments = (*first, anywhere, *more)
+    y = run(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments))
+    assert launched == [0]
+    torch.testing.assert_close(y.cpu(), expected, rtol=1e-4, atol=1e-3)

@@ -16,6 +16,7 @@ from ..codes import centred
 from ..launch import await_previous
 from ..linear.tiles import Tiling
 from ..linear.triton import (
+    aligned,
     check,
     class_ends_on,
     class_range,
@@ -313,6 +314,7 @@ def conv2d_int4(
     n, channels = packed.shape[0], codes.shape[1]
     reduction = kernel_size**2 * channels
     check(reduction, packed, subscales)
+    packed = aligned(packed)
     out = _output(codes, n, (kernel_size, kernel_size), stride, out_dtype, out)
     batch, _, out_height, out_width = out.shape
     pixels = out_height * out_width

@@ -345,7 +345,8 @@ def unpack_two_level(packed, m, offset, ASSEMBLY: tl.constexpr):
 
     The assembly does four bytes at once, in unsigned arithmetic: with u = w4 + 8, u * m + 128 - 8 m = w4 * m + 128 lies
     in 8..233, so no byte carries into the next, and flipping bit 7 makes it the int8 w4 * m. Four neighbouring bytes
-    must share their m. offset is `word_offset(m)`, computed once for all words that share it.
+    must share their m, and lie in one thread (`aligned`). offset is `word_offset(m)`, computed once for all words that
+    share it.
     """
     if ASSEMBLY:
         low, high = tl.inline_asm_elementwise(
@@ -480,6 +481,12 @@ def check(reduction: int, *tensors: Tensor) -> None:
         raise ValueError(f"reduction of {reduction} channels may overflow int32 (at most {2**31 // _CODE_LIMIT})")
 
 
+def aligned(packed: Tensor) -> Tensor:
+    """A packed weight for `unpack_two_level`, copied where it begins at no multiple of 16 bytes. Triton then lets a
+    thread load single bytes, and the four that the assembly takes at once are of four rows, with an m each."""
+    return packed.clone() if packed.data_ptr() % 16 else packed
+
+
 @functools.cache
 def class_ends_on(ends: tuple[int, ...], device: torch.device) -> Tensor:
     """The class ends on the device, int32; kept, since a copy per call would stall the stream and break CUDA graphs."""
@@ -579,6 +586,7 @@ def linear_int4(
     residual = None if residual is None else residual.contiguous()
     codes = centred(codes)
     check(codes.shape[1], codes, packed, subscales)
+    packed = aligned(packed)
     rows, reduction = codes.shape
     channels = packed.shape[0]
     out = _output(rows, channels, out_dtype, codes, gated, out)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..launch import await_previous, cdiv, launch
 from ..linear.tiles import multiprocessors
-from ..linear.triton import in_order, store, subscales, tile_of, unpack_two_level
+from ..linear.triton import aligned, in_order, store, subscales, tile_of, unpack_two_level
 from ..packing import expand_two_level
 
 
@@ -144,6 +144,7 @@ def _run(
         weight, subscales = expand_two_level(weight, subscales, kernel**2 * in_channels, group), None
     if not (x.is_contiguous() and weight.is_contiguous() and (subscales is None or subscales.is_contiguous())):
         raise ValueError("activations and weights must be contiguous")
+    weight = weight if subscales is None else aligned(weight)
     if not out.numel():
         return out
     rows, channels = out[..., 0].numel(), out.shape[-1]
