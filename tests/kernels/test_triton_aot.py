@@ -45,6 +45,22 @@ for case in (*quantize.cases(9), *attention.cases(9)):
         print(json.dumps([f"{case.kernel.__name__} {case.config}", collections.Counter(found)]))
 """
 
+# Prints the shared memory and the spills of the published form's second pass on float32.
+LIST_FLOAT32 = """
+import dataclasses
+from dgq_kernels import aot
+from dgq_kernels.log_attention import aot as attention, triton as kernels
+for case in attention.cases(8):
+    if case.kernel is kernels.base2_kernel and case.constants["HEAD_DIM"] in (128, 160):
+        tile = kernels.base2_config_for(case.constants["WIDTH"], 8, 4)
+        own = {"BLOCK_ROWS": tile.rows, "BLOCK_KEYS": tile.keys}
+        types = {name: "*fp32" if kind == "*fp16" else kind for name, kind in case.types.items()}
+        options = {**case.options, "num_warps": tile.warps, "num_stages": tile.stages}
+        case = dataclasses.replace(case, types=types, constants=case.constants | own, options=options)
+        row, _ = aot.measure(case, "86")
+        print(row.shared, row.spills)
+"""
+
 
 def uninterpreted(*command):
     """What a Python process without the interpreter prints."""
@@ -105,6 +121,13 @@ def test_quantizers_round_as_the_reference():
         if "base2" not in case:
             allowed = {"div.full.f32"} if "silu" in case else {"fma.rn.ftz.f32"} if "geglu" in case else set()
             assert set(found) <= {"div.rn.f32", "sqrt.rn.f32", *allowed}, case
+
+
+def test_float32_fits_into_small_shared_memories():
+    """The 99 KiB of 8.6, 8.9 and 12.0."""
+    used = [tuple(map(int, line.split())) for line in uninterpreted("-c", LIST_FLOAT32).splitlines()]
+    assert len(used) == 2
+    assert all(shared <= 99 * 1024 and not spills for shared, spills in used), used
 
 
 @pytest.mark.parametrize("target", ["80", "86", "89"])

@@ -89,7 +89,7 @@ def cases(major: int) -> Iterator[aot_case.Case]:
                 note=f"d={head_dim} cross",
                 integer=False,
             )
-        tiles = attention.base2_config_for(width, major)
+        tiles = attention.base2_config_for(width, major, 2)
         halves = {f"{name}_ptr": "*fp16" for name in ("q", "k", "v", "out")}
         floats = {f"{name}_ptr": "*fp32" for name in ("normaliser", "peak", "reference")}
         for kernel in (attention.base2_rows_kernel, attention.base2_kernel):
