@@ -25,7 +25,7 @@ from ..checkpoint.reading import (
 from ..checkpoint.writing import COPIED_NAMES, component_files
 from ..errors import DgqError
 from ..export import comfy
-from ..family import network_of
+from ..family import Family, network_of
 from ..outputs import atomic_folder
 from ..pictures.components import component, one_line, quiet, without_bars
 from ..pictures.pipelines import load, resolve
@@ -34,6 +34,13 @@ from ..progress import Progress, silent
 SOURCES = "sources.json"  # in a folder that was made: what it was made of
 
 OTHER_KIND = "it may be of another kind of model"
+
+# Networks that diffusers loads LoKr for, and those that it loads no LoRA for.
+WITH_LOKR = ("Flux2Transformer2DModel", "ZImageTransformer2DModel")
+WITHOUT_LORA = ("PixArtTransformer2DModel",)
+
+# What diffusers joins where a LoKr is of the joined layer: a Kronecker product of three layers is none of each.
+JOINED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
 
 # What a single file calls its parts, as the original code has them.
 PARTS = {
@@ -77,8 +84,10 @@ def check_sources(
         lacking = [name for name in components(config) if not (config / name).is_dir()]
         if lacking:
             raise DgqError(f"{config / lacking[0]}: the folder is missing", "--config takes a whole diffusers folder")
-    for file, _ in loras:
-        _check_lora(file)
+    if loras:
+        family = family_at(resolve(model) if config is None else config)
+        for file, _ in loras:
+            _check_lora(file, family)
     return files
 
 
@@ -182,16 +191,21 @@ def _check_single(file: Path, config: Path) -> list[Path]:
     return taken
 
 
-def _check_lora(file: Path) -> None:
-    """Refuse, by the names of its tensors, what is no LoRA that diffusers reads."""
+def _check_lora(file: Path, family: Family) -> None:
+    """Refuse, by the names of its tensors, what is no LoRA that diffusers reads for a network."""
     names = _names(file)
-    reason = ""
-    if any(part in name for name in names for part in (".hada_", ".lokr_")):
-        reason = "holds LoHa or LoKr of LyCORIS, which diffusers does not read"
-    elif not any("lora" in name for name in names):
+    lokr = any(".lokr_" in name for name in names)
+    if family.network in WITHOUT_LORA:
+        raise DgqError(f"{file}: diffusers loads no LoRA for the {family.title}", "fuse it into the model by peft")
+    if any(".hada_" in name for name in names):
+        reason = "holds LoHa of LyCORIS, which diffusers does not read"
+    elif lokr and family.network not in WITH_LOKR:
+        reason = "holds LoKr, which diffusers reads for FLUX.2 and Z-Image alone"
+    elif not lokr and not any("lora" in name for name in names):
         reason = "holds no LoRA"
-    if reason:
-        raise DgqError(f"{file}: {reason}", "--lora takes diffusers', peft's and kohya's files")
+    else:
+        return
+    raise DgqError(f"{file}: {reason}", "--lora takes diffusers', peft's and kohya's files")
 
 
 def _contents(single: Path | None, folder: Path) -> dict[str, str]:
@@ -261,17 +275,35 @@ def _fuse(pipe: Any, loras: Sequence[tuple[Path, float]]) -> None:
         DgqError: a file is none of a LoRA, or of another model's.
     """
     network = network_of(pipe)
-    names = []
-    for i, (file, _) in enumerate(loras):
-        name = f"lora{i}"
+    name = "lora"
+    # one by one: of layers that one file has joined, the next would find its own left aside
+    for file, weight in loras:
         with one_line(file, "cannot be loaded as LoRA of this model", OTHER_KIND), quiet("diffusers"):
             pipe.load_lora_weights(str(file), adapter_name=name, local_files_only=True)
         if name not in getattr(network, "peft_config", {}):
             raise DgqError(f"{file}: holds no LoRA of the {type(network).__name__}")
-        names.append(name)
-    if names:
-        pipe.set_adapters(names, [weight for _, weight in loras])
+        # FLUX's: a wider input, and norms that unloading would put back
+        if any(getattr(network, kept, None) for kept in ("_overwritten_params", "_transformer_norm_layers")):
+            raise DgqError(
+                f"{file}: is a control LoRA, which draws from pictures", "dgq works with what draws from a text alone"
+            )
+        pipe.set_adapters(name, weight)
         # all that can have one: FLUX's own choice leaves its text encoder out
         parts = [part for part in pipe._lora_loadable_modules if getattr(pipe, part, None) is not None]
-        pipe.fuse_lora(components=parts, adapter_names=names)
+        pipe.fuse_lora(components=parts, adapter_names=[name])
         pipe.unload_lora_weights()
+        _take_apart(network)
+
+
+def _take_apart(network: Any) -> None:
+    """Let queries, keys and values be layers of their own again, with what was fused into the joined one: diffusers'
+    own way back forgets it."""
+    joined = [module for module in network.modules() if getattr(module, "fused_projections", False)]
+    for module in joined:
+        for whole, parts in JOINED.items():
+            if hasattr(module, whole):
+                weights = getattr(module, whole).weight.detach().chunk(len(parts))
+                for part, weight in zip(parts, weights, strict=True):
+                    getattr(module, part).weight.data.copy_(weight)
+    if joined:
+        network.unfuse_qkv_projections()

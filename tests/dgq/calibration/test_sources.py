@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
 from dgq.calibration.run import Options, calibrate
-from dgq.calibration.sources import SOURCES, float_folder
+from dgq.calibration.sources import SOURCES, check_sources, float_folder
 from dgq.errors import DgqError
 from dgq.export import comfy
 from dgq.export.source import open_checkpoint
@@ -202,8 +202,15 @@ def test_what_a_single_file_is_not_is_told_by_its_names(single_file, config, tin
     for name, message in cases.items():
         with pytest.raises(DgqError, match=f"{name}.safetensors: {message}"):
             float_folder(str(tmp_path / f"{name}.safetensors"), tmp_path / "made", config)
-    with pytest.raises(DgqError, match=r"loha\.safetensors: holds LoHa or LoKr"):
-        float_folder(str(tiny_pipeline), tmp_path / "made", None, [(tmp_path / "loha.safetensors", 1.0)])
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.lokr_w1": torch.zeros(1)}, tmp_path / "lokr.safetensors")
+    pixart = tiny_transformers.pixart(tmp_path / "pixart")
+    for base, name, message in (
+        (tiny_pipeline, "loha", "holds LoHa of LyCORIS"),
+        (tiny_pipeline, "lokr", "holds LoKr, which diffusers reads for FLUX.2 and Z-Image alone"),
+        (pixart, "lora", "diffusers loads no LoRA for the PixArt transformer"),
+    ):
+        with pytest.raises(DgqError, match=f"{name}.safetensors: {message}"):
+            check_sources(str(base), None, [(tmp_path / f"{name}.safetensors", 1.0)])
     index = json.loads((config / "model_index.json").read_text())
     for pipeline in ("StableDiffusionXLPipeline", "StableDiffusionInpaintPipeline"):
         (config / "model_index.json").write_text(json.dumps({**index, "_class_name": pipeline}))
@@ -227,3 +234,39 @@ def test_a_lora_of_a_text_encoder_is_fused_too(tmp_path):
     after = load_file(next((made / "text_encoder").glob("*.safetensors")))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.endswith("self_attn.q_proj.weight")}
+
+
+def test_lokr_is_fused_and_joined_projections_are_taken_apart(tmp_path):
+    """FLUX.2's in the original names, whose queries, keys and values are one layer; a LoRA of one of them besides."""
+    folder = tiny_transformers.flux2_klein(tmp_path / "flux2")
+    before = load_file(next((folder / "transformer").glob("*.safetensors")))
+    g = torch.Generator().manual_seed(0)
+    first, second, up, down = (torch.randn(*shape, generator=g) for shape in ((4, 4), (24, 8), (32, 2), (2, 32)))
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    save_file({f"{name}.lokr_w1": first, f"{name}.lokr_w2": second}, tmp_path / "lokr.safetensors")
+    attention = "transformer_blocks.0.attn"
+    halves = {"A": down, "B": up}
+    save_file(
+        {f"transformer.{attention}.to_q.lora_{half}.weight": value for half, value in halves.items()},
+        tmp_path / "lora.safetensors",
+    )
+    loras = [(tmp_path / "lokr.safetensors", 0.5), (tmp_path / "lora.safetensors", 2.0)]
+    made = float_folder(str(folder), tmp_path / "made", None, loras)
+    after = load_file(next((made / "transformer").glob("*.safetensors")))
+    assert after.keys() == before.keys()
+    changes = dict(zip(("to_q", "to_k", "to_v"), torch.kron(first / 2, second).chunk(3), strict=True))
+    changes["to_q"] = changes["to_q"] + 2 * up @ down
+    for layer, change in changes.items():
+        torch.testing.assert_close(after[f"{attention}.{layer}.weight"], before[f"{attention}.{layer}.weight"] + change)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{attention}.{layer}.weight" for layer in changes}
+
+
+def test_a_control_lora_is_refused(tmp_path):
+    """It widens the network's input for a second picture: nothing could load what it would make."""
+    folder = tiny_transformers.flux(tmp_path / "flux")
+    factors = {"transformer.x_embedder.lora_A.weight": (1, 32), "transformer.x_embedder.lora_B.weight": (32, 1)}
+    save_file({name: torch.ones(shape) for name, shape in factors.items()}, tmp_path / "control.safetensors")
+    with pytest.raises(DgqError, match=r"control\.safetensors: is a control LoRA, which draws from pictures"):
+        float_folder(str(folder), tmp_path / "made", None, [(tmp_path / "control.safetensors", 1.0)])
+    assert not (tmp_path / "made").exists()
