@@ -12,10 +12,10 @@ import re
 from typing import Any
 
 from fastapi import APIRouter, Body, Request, Response
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import BaseModel, ConfigDict
 
 from ..errors import DgqError
-from .answers import draw, problem, reply
+from .answers import Integer, Real, draw, problem, reply
 from .drawing import Drawer
 
 # What has no effect while the features are off that it belongs to, or tells samplers that no model here has.
@@ -32,13 +32,13 @@ class Txt2ImgRequest(BaseModel):
 
     prompt: str = ""
     negative_prompt: str | None = None
-    seed: int | None = -1
-    steps: int | None = None
-    cfg_scale: FiniteFloat | None = None
-    width: int | None = None
-    height: int | None = None
-    batch_size: int | None = 1
-    n_iter: int | None = 1
+    seed: Integer | None = -1
+    steps: Integer | None = None
+    cfg_scale: Real | None = None
+    width: Integer | None = None
+    height: Integer | None = None
+    batch_size: Integer | None = 1
+    n_iter: Integer | None = 1
     sampler_name: str | None = None
     sampler_index: str | None = None
     scheduler: str | None = None

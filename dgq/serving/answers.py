@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Request, Response
+from pydantic import BeforeValidator, FiniteFloat
+from pydantic_core import PydanticCustomError
 
 from ..errors import DgqError
 from .drawing import Drawer, Drawn, Order, RefusedError
@@ -19,6 +21,18 @@ KINDS = {
     429: "rate_limit_error",
 }
 LONGEST = 500  # characters of a message, which may repeat what was sent
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("boolean", "true and false are no numbers")
+    return value
+
+
+# Numbers of a request. "20" and 20.0 are integers, as to the web UI's own server: clients that fill in templates send
+# such.
+Integer = Annotated[int, BeforeValidator(_no_boolean)]
+Real = Annotated[FiniteFloat, BeforeValidator(_no_boolean)]
 
 
 def reply(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -7,10 +7,10 @@ import time
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import BaseModel, ConfigDict
 
 from ..pictures.generation import read_size
-from .answers import draw, problem, reply
+from .answers import Integer, Real, draw, problem, reply
 from .drawing import Drawer
 
 
@@ -21,7 +21,7 @@ class ImagesRequest(BaseModel):
 
     prompt: str
     model: str | None = None
-    n: int | None = 1
+    n: Integer | None = 1
     size: str | None = "auto"
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png"] | None = None
@@ -31,9 +31,9 @@ class ImagesRequest(BaseModel):
     stream: Literal[False] | None = None
     partial_images: Literal[0] | None = None
     user: str | None = None
-    steps: int | None = None
-    seed: int | None = None
-    guidance: FiniteFloat | None = None
+    steps: Integer | None = None
+    seed: Integer | None = None
+    guidance: Real | None = None
     negative_prompt: str | None = None
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import BaseModel, ConfigDict
 from starlette.types import Receive, Scope, Send
 
 from .. import outputs
 from ..family import family_of, network_of
 from ..pictures.embedded import unknown_words
+from .answers import Integer, Real
 from .drawing import Drawer, Drawn, Job, RefusedError
 
 POLICY = (
@@ -33,12 +34,12 @@ class DrawRequest(BaseModel):
 
     prompt: str
     negative_prompt: str = ""
-    width: int | None = None
-    height: int | None = None
-    steps: int | None = None
-    guidance: FiniteFloat | None = None
-    seed: int | None = None
-    count: int = 1
+    width: Integer | None = None
+    height: Integer | None = None
+    steps: Integer | None = None
+    guidance: Real | None = None
+    seed: Integer | None = None
+    count: Integer = 1
     beside: bool = False
 
 

@@ -57,6 +57,8 @@ def test_what_there_is(client, tiny_checkpoint):
         ({"batch_size": 4, "n_iter": 4}, 422, "16 pictures are out of range"),
         ({"prompt": "cat " * 40}, 422, "tokens"),
         ({"steps": "many"}, 422, "steps: "),
+        ({"steps": True}, 422, "steps: true and false are no numbers"),
+        ({"steps": 2.5}, 422, "steps: "),
         ({"seed": -2}, 422, "seed"),
     ],
     ids=repr,
@@ -67,6 +69,13 @@ def test_what_would_be_another_picture_is_refused(served, wanted, status, messag
     assert answer.status_code == status
     assert answer.json().keys() == {"error", "detail", "body", "errors"}
     assert message in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("steps", [2, "2", 2.0])
+def test_numbers_are_read_as_the_web_ui_reads_them(served, steps):
+    answer = served.post("/sdapi/v1/txt2img", json={"prompt": "a cat", "steps": steps, "width": "16", "height": 24.0})
+    info = json.loads(answer.json()["info"])
+    assert (info["steps"], info["width"], info["height"]) == (2, 16, 24)
 
 
 @pytest.mark.parametrize("value", ["NaN", "1e999", '[0, {"x": -Infinity}]'])

@@ -54,6 +54,8 @@ def test_the_model_is_listed(client, tiny_checkpoint):
         ({"n": 0}, 400, "0 pictures are out of range"),
         ({"n": 11}, 400, "11 pictures are out of range"),
         ({"n": "many"}, 400, "n: "),
+        ({"n": True}, 400, "n: true and false are no numbers"),
+        ({"guidance": False}, 400, "guidance: true and false are no numbers"),
         ({"size": "17x16"}, 400, "multiple of"),
         ({"size": "2048x2048"}, 400, "over 1024 pixels"),
         ({"size": "large"}, 400, "neither N nor WIDTHxHEIGHT"),
