@@ -135,11 +135,17 @@ def command(
         resume=resume,
         overwrite=overwrite,
     )
+    there = out.exists()
     try:
         with StageProgress(STAGES) as progress:
             about = tune(checkpoint, list(zip(images, prompt, strict=True)), out, options, progress)
     except KeyboardInterrupt:
-        going_on.append("the same command with --resume goes on from the last checkpoint")
+        if there or not out.exists():
+            going_on.append("the same command with --resume goes on from the last checkpoint")
+        else:  # --resume alone would refuse to replace it
+            going_on.append(f"{out} is whole")
+            if checkpoint_every:
+                going_on.append("the same command with --resume --overwrite draws the last validation pictures")
         raise
     size = out.stat().st_size
     if json:

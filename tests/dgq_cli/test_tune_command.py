@@ -5,6 +5,8 @@ import json
 import pytest
 from PIL import Image
 
+from dgq.tuning import train
+from dgq_cli import tune_command
 from dgq_cli.generate_command import _tuned
 
 
@@ -23,6 +25,24 @@ from dgq_cli.generate_command import _tuned
 def test_file_and_strength(text, name, strength):
     found = _tuned(text)
     assert (str(found[0]), found[1]) == (name, strength)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_an_interrupted_run_says_what_goes_on_from_it(monkeypatch, tmp_path, written):
+    """A file that is there already, before its last validation pictures, is not replaced by --resume alone."""
+    file = tmp_path / "cat.safetensors"
+
+    def interrupted(*_):
+        if written:
+            file.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "tune", interrupted)
+    monkeypatch.setattr(tune_command, "going_on", told := [])
+    with pytest.raises(KeyboardInterrupt):
+        tune_command.command("x", [tmp_path], ["a cat"], file)
+    assert (told[0] == f"{file} is whole") == written
+    assert ("--resume --overwrite" in told[-1]) == written
 
 
 def test_tune_draw_and_inspect(dgq_command, tiny_checkpoint, tmp_path):
