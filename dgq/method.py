@@ -72,6 +72,8 @@ class Cost:
         passes: names of the layers that each replay of the calls is for, of at most as many as the user says; it ends
             where the last of them is reached.
         whole: the same of replays of every recorded call.
+        rows: {layer: rows (tokens or pixels, of all samples) that it computes in the call}, in the order in which it
+            does, of a method that has run the call; empty of others.
     """
 
     layers: Mapping[str, LayerCost]
@@ -80,6 +82,7 @@ class Cost:
     gathered_bytes: int | None = None
     passes: Sequence[Sequence[str]] = ()
     whole: Sequence[Sequence[str]] = ()
+    rows: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,23 @@ def replay(
             told(done, len(calls))
 
 
+def rows_per_call(
+    network: nn.Module, layers: Mapping[str, tuple[nn.Module, int]], call: dict[str, Any]
+) -> dict[str, int]:
+    """Rows (tokens or pixels, of all samples) that layers of a network, given with the values of a row of their output,
+    compute in a call, in the order in which they do."""
+    rows: dict[str, int] = {}
+
+    def hook(name: str, module: nn.Module, values: int) -> Any:
+        def note(_: nn.Module, __: Any, output: Tensor) -> None:
+            rows[name] = output.numel() // values
+
+        return module.register_forward_hook(note)
+
+    replay(network, [call], (hook(name, *layer) for name, layer in layers.items()), lambda done, total: None)
+    return rows
+
+
 def predicted(network: nn.Module, call: dict[str, Any]) -> Tensor:
     """What a network makes of a call: (B, ...), stacked where it makes a list of samples."""
     output: Any = network(**call, return_dict=False)[0]

@@ -21,7 +21,7 @@ from ..method import METHODS, Cost, LayerCost
 from ..pictures.components import empty_encoder, empty_vae
 from ..pictures.prompts import calibration_pool
 from ..recipe import Recipe
-from ..replay import hooked, replay
+from ..replay import hooked, rows_per_call
 from .budget import MEASURED_PICTURES, check_budget
 from .run import (
     DECODED_PICTURES,
@@ -129,7 +129,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     parameters = sum(tensor.numel() for tensor in network.state_dict().values())
     quantized = sum(layer.parameters for layer in cost.layers.values())
     packed = sum(layer.stored_bytes for layer in cost.layers.values()) + (added or 0)
-    rows = _rows_per_call(network, cost.layers, call)
+    rows = _rows(network, cost, call)
     macs = sum(rows[name] * layer.macs for name, layer in cost.layers.items())
     per_pixel, factor = _decoder(family, vae)
     drawn = 2 * options.evaluate
@@ -159,7 +159,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
         with meta:
             latent = architectures.call(vae, 1, meta, pixels=math.isqrt(width * height))
         decoder_cost = METHODS[decoder.name].cost(vae, decoder, options.budget, latent)
-        decoder_rows = _rows_per_call(vae, decoder_cost.layers, latent)
+        decoder_rows = _rows(vae, decoder_cost, latent)
         decoded = min(count, options.calls, DECODED_PICTURES)
         per_picture, _ = _macs(vae, lambda: family_of(vae).run(vae, latent))
         seconds += len(decoder_cost.passes) * decoded * per_picture * rates().product
@@ -215,21 +215,13 @@ def _stored(cost: Cost) -> int:
     return sum(layer.stored_bytes - 2 * layer.parameters for layer in cost.layers.values())
 
 
-def _rows_per_call(network: nn.Module, layers: Mapping[str, LayerCost], call: dict[str, Any]) -> dict[str, int]:
-    """Rows (tokens or pixels, of all samples) each layer computes in a call on the meta device, in the order in which
-    it does."""
-    rows: dict[str, int] = {}
-
-    def hook(name: str, layer: LayerCost) -> Any:
-        def note(_: nn.Module, __: Any, output: Tensor) -> None:
-            rows[name] = output.numel() // layer.outputs
-
-        return note
-
-    handles = [layer.module.register_forward_hook(hook(name, layer)) for name, layer in layers.items()]
+def _rows(network: nn.Module, cost: Cost, call: dict[str, Any]) -> Mapping[str, int]:
+    """`Cost.rows`, of every method; a call on the meta device."""
+    if cost.rows:
+        return cost.rows
+    layers = {name: (layer.module, layer.outputs) for name, layer in cost.layers.items()}
     with torch.device("meta"):
-        replay(network, [call], handles, lambda done, total: None)
-    return rows
+        return rows_per_call(network, layers, call)
 
 
 def _others(folder: Path) -> int:

@@ -13,6 +13,7 @@ from ..errors import DgqError
 from ..family import family_of
 from ..method import Cost, LayerCost, LayerFacts, Made, Method, Work
 from ..recipe import LayerPlan, Recipe
+from ..replay import rows_per_call
 from .attention import AttentionPlan, use_log_attention
 from .channels import fake_quantize_input
 from .layer import IntegerLayer
@@ -20,7 +21,7 @@ from .plan import Layer, geometry, packed_bytes, plan_layers, quantizable
 from .rates import rounding_seconds
 from .rounding import QuantizedLayer, gathered_bytes, pass_bytes, passes, quantize_network
 from .skeleton import build_skeleton, fuse
-from .statistics import reading_order
+from .statistics import readers
 
 
 def _calibrate(work: Work) -> Made:
@@ -105,14 +106,16 @@ def _rounded_input(layer: IntegerLayer, x: Tensor) -> Tensor:
 
 def _cost(network: nn.Module, recipe: Recipe, budget: int, call: dict[str, Any] | None) -> Cost:
     layers, kept = plan_layers(network, recipe)
-    order = [layer.input for layer in layers]
+    inputs, rows = {layer.name: layer.input for layer in readers(layers)}, dict[str, int]()
     if call is not None:
+        outputs = {layer.name: (layer.module, layer.plan.float_shape[0]) for layer in layers}
         with next(network.parameters()).device:  # on the meta device nothing may come from another one
-            order = reading_order(network, layers, call)
+            rows = rows_per_call(network, outputs, call)
+    order = [inputs[name] for name in rows or inputs if name in inputs]  # of a call, its `reading_order`
     groups = passes(layers, recipe, budget, order)
     peak, gathered = (max(count(group, recipe) for group in groups) for count in (pass_bytes, gathered_bytes))
     replayed = [[layer.name for layer in group] for group in groups]
-    return Cost({layer.name: _layer_cost(layer, recipe) for layer in layers}, kept, peak, gathered, replayed)
+    return Cost({layer.name: _layer_cost(layer, recipe) for layer in layers}, kept, peak, gathered, replayed, rows=rows)
 
 
 def _layer_cost(layer: Layer, recipe: Recipe) -> LayerCost:

@@ -158,8 +158,11 @@ class Statistics:
 
 
 def readers(layers: Iterable[Layer]) -> list[Layer]:
-    """The first of the layers that read one input, for each input."""
-    return list({layer.input: layer for layer in reversed(list(layers))}.values())
+    """The first of the layers that read one input, for each input, in the order of the layers."""
+    first: dict[str, Layer] = {}
+    for layer in layers:
+        first.setdefault(layer.input, layer)
+    return list(first.values())
 
 
 def reading_order(network: nn.Module, layers: Iterable[Layer], call: dict[str, Any]) -> list[str]:

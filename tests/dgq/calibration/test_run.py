@@ -9,24 +9,28 @@ import weakref
 from pathlib import Path
 
 import pytest
-from diffusers import AutoencoderKL
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dgq
+from dgq import architectures
 from dgq.calibration import run as quantize
 from dgq.calibration.estimate import estimate
 from dgq.calibration.run import Options, calibrate
-from dgq.checkpoint.reading import network_bytes, read_header
+from dgq.checkpoint.reading import family_at, network_bytes, network_config, read_header
 from dgq.checkpoint.writing import WEIGHTS_NAME
 from dgq.errors import DgqError
 from dgq.inspection.inspect import inspect
-from dgq.integer.plan import packed_bytes
+from dgq.integer.plan import packed_bytes, plan_layers
+from dgq.integer.rounding import passes
+from dgq.integer.statistics import reading_order
+from dgq.method import METHODS
 from dgq.outputs import workplace
 from dgq.pictures.pipelines import described, find_model
 from dgq.pictures.prompts import calibration_prompts, evaluation_prompts, read_prompts
 from dgq.recipe import Recipe
-
 QUICK = Recipe(rounding="nearest", channels="none")
 FAST = {"prompts": ["a cat", "a dog"], "steps": 2, "evaluate": 0}
 
@@ -209,6 +213,18 @@ def test_damaged_files_are_made_again(interrupted, tmp_path):
     assert not partial.exists()
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_in_the_place_of_a_finished_layer_is_refused(interrupted, tmp_path, resume):
+    source, out = interrupted
+    (file, *_) = sorted((tmp_path / ".out.partial").glob("layer-*"))
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(DgqError, match=rf"{file.name}: cannot be removed \(Is a directory\)"):
+        calibrate(source, out, QUICK, Options(**FAST, resume=resume))
+    file.rmdir()
+    calibrate(source, out, QUICK, Options(**FAST, resume=True))
+
+
 def test_a_layer_of_another_calibration_is_made_again(interrupted, tmp_path):
     source, out = interrupted
     (file, *_) = sorted((tmp_path / ".out.partial").glob("layer-*"))
@@ -297,6 +313,30 @@ def test_estimate_counts_the_passes_that_are_run(tiny_pipeline, tmp_path):
     predicted = estimate(tiny_pipeline, Recipe(), options)
     assert predicted.passes == len(started) > 2
     assert predicted.calls == 4 + sum(started)
+
+
+def test_the_estimate_calls_the_network_once(tiny_pipeline, monkeypatch):
+    """A call takes most of a dry run's time, even on the meta device."""
+    forward, calls = UNet2DConditionModel.forward, []
+    monkeypatch.setattr(
+        UNet2DConditionModel, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    )
+    estimate(tiny_pipeline, Recipe(), Options(**FAST))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("budget", [1, 2**20, 2**40])
+def test_the_cost_has_the_passes_of_the_reading_order(tiny_pipeline, budget):
+    unet = family_at(tiny_pipeline).skeleton(dict(network_config(tiny_pipeline)))
+    meta = torch.device("meta")
+    with meta:
+        call = architectures.call(unet, 1, meta)
+    cost, (layers, _) = METHODS["integer"].cost(unet, Recipe(), budget, call), plan_layers(unet, Recipe())
+    with meta:
+        order = reading_order(unet, layers, call)
+    groups = passes(layers, Recipe(), budget, order)
+    assert cost.passes == [[layer.name for layer in group] for group in groups]
+    assert cost.rows.keys() == cost.layers.keys()
 
 
 def test_recorded_pictures_take_steps_of_their_own(tiny_pipeline, tmp_path):
