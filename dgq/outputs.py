@@ -92,6 +92,19 @@ def leftovers(folder: Path) -> list[Path]:
     return [*folder.glob(".dgq-*.tmp"), *folder.glob(".tmp*")]
 
 
+def discard(file: Path) -> None:
+    """Remove a file where there is one.
+
+    Raises:
+        DgqError: it is a folder, which no writer of files put there, or cannot be removed.
+    """
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        reason = os.strerror(errno.EISDIR) if file.is_dir() else error.strerror or error
+        raise DgqError(f"{file}: cannot be removed ({reason})", "move it elsewhere") from None
+
+
 def _descriptor(path: Path) -> int | None:
     """Which of standard output and error a path such as /dev/stdout stands for."""
     for number in (1, 2):

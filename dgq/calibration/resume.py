@@ -17,7 +17,7 @@ from ..checkpoint.reading import component_at, weight_files
 from ..checkpoint.writing import copied_files
 from ..errors import DgqError
 from ..method import Method
-from ..outputs import atomic_file, leftovers, save_tensors
+from ..outputs import atomic_file, discard, leftovers, save_tensors
 from ..pictures.generation import Settings
 from ..progress import Progress, silent
 from ..recipe import Recipe
@@ -59,7 +59,7 @@ class Partial:
 
     def _drop(self, file: Path, error: Exception) -> None:
         """Remove a file that cannot be used, and say so."""
-        file.unlink()
+        discard(file)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         self.progress("resume", 1, 1, f"{file.name} cannot be used and is made again: {reason}")
 
@@ -110,7 +110,7 @@ class Partial:
         """Forget everything."""
         results = (*self.folder.glob("layer-*"), *self.folder.glob("calls*"), self.folder / "fingerprint")
         for file in (*results, *leftovers(self.folder)):
-            file.unlink(missing_ok=True)
+            discard(file)
 
 
 # What reading a file of `Partial` that was cut, or is another's, may raise.

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import DgqError
-from ..outputs import atomic_file, leftovers, save_tensors
+from ..outputs import atomic_file, discard, leftovers, save_tensors
 from ..pictures.generation import write_png
 from ..progress import Progress
 
@@ -95,4 +95,4 @@ class State:
     def remove(self) -> None:
         """Forget everything."""
         for file in (self.file, self.mark, *self.folder.glob("class-*.png"), *leftovers(self.folder)):
-            file.unlink(missing_ok=True)
+            discard(file)
