@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgq_kernels import backend
+from dgq_kernels import backend, native
 
 from .errors import DgqError
 
@@ -43,6 +43,19 @@ def default_device() -> torch.device:
     """CUDA, or another kind of device with kernels, where there is one, else the CPU."""
     there = (kind for kind in _kinds() if torch.get_device_module(kind).is_available())
     return torch.device(next(there, "cpu"))
+
+
+def check_kernels(device: torch.device) -> None:
+    """Refuse a device that a model cannot run on, and what the environment asks for and is not there.
+
+    Raises:
+        DgqError: which.
+    """
+    try:
+        backend.check(device)
+        native.available()
+    except ValueError as error:
+        raise DgqError(str(error)) from None
 
 
 def check_device(device: str | torch.device | None) -> torch.device:

@@ -46,6 +46,7 @@ VARIABLES = (
     "HF_TOKEN",
     "DGQ_BACKEND",
     "DGQ_CPU_ENGINE",
+    "DGQ_CPU_LIBRARY",
     "DGQ_LOG_ATTENTION",
     "DGQ_AUTOTUNE",
     "DGQ_PDL",
@@ -53,8 +54,14 @@ VARIABLES = (
     "DGQ_API_KEY",
     "DGQ_DEBUG",
     "DGQ_VERIFY",
+    "CXX",
+    "WORLD_SIZE",
+    "RANK",
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
+    "TRITON_INTERPRET",
+    "ONEDNN_MAX_CPU_ISA",
+    "THP_MEM_ALLOC_ENABLE",
     "NO_COLOR",
 )
 

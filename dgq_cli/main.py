@@ -46,8 +46,12 @@ def _options(
 ) -> None:
     """Of several processes that `accelerate launch` starts, `dgq eval` shares its work among all; what another command
     makes is made once."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
-    if several and context.invoked_subcommand != "eval":
+    processes, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK") or "0"
+    for name, value in (("WORLD_SIZE", processes), ("RANK", rank)):
+        if not (value.isascii() and value.isdigit()):
+            err.print(f"error: {name}={value} is no number; leave it to accelerate launch", soft_wrap=True)
+            raise typer.Exit(1)
+    if int(processes) > 1 and int(rank) and context.invoked_subcommand != "eval":
         err.print(f"dgq {context.invoked_subcommand} is the work of one process; the first one does it")
         raise typer.Exit
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import architectures
 from ..checkpoint.reading import components, family_at, held, network_config, tensor_table, weight_files
+from ..devices import check_kernels
 from ..family import TOKENS, family_of
 from ..integer.rates import rates
 from ..method import METHODS, Cost, LayerCost
@@ -101,6 +102,7 @@ def estimate(model: str | os.PathLike[str] | None, recipe: Recipe, options: Opti
     Raises:
         DgqError: as `calibrate` would.
     """
+    check_kernels(torch.device("cpu"))  # they are timed
     found = float_model(model)
     folder = found.folder
     family = family_at(folder)

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dgq_kernels import backend, native
-
 from ..checkpoint import checksums
 from ..checkpoint.header import Header
 from ..checkpoint.reading import (
@@ -25,7 +23,7 @@ from ..checkpoint.reading import (
     tensor_table,
     weight_files,
 )
-from ..devices import check_device
+from ..devices import check_device, check_kernels
 from ..errors import DgqError
 from ..family import FAMILIES, family_of
 from ..graphs import use_graphs
@@ -242,11 +240,7 @@ def load(
             raise DgqError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
     folder = model.folder if isinstance(model, Model) else resolve(model)
-    try:
-        backend.check(place)
-        native.available()
-    except ValueError as error:
-        raise DgqError(str(error)) from None
+    check_kernels(place)
     if verify and checksums.wanted():
         checksums.verify(component_at(folder))
     with checksums.left_out():

@@ -83,6 +83,10 @@ def folders() -> list[str]:
     return list(dict.fromkeys(FOLDERS.values()))
 
 
+# Where they are read anything else would mean nothing, in silence.
+_SWITCHES = ("DGQ_LOG_ATTENTION", "DGQ_AUTOTUNE", "DGQ_PDL", "DGQ_ASYNC_WGMMA")
+
+
 def device_types() -> list[str]:
     """The types of device that a model can be placed on: those with a backend of their own, but for mere shapes."""
     return [kind for kind in _OWN if kind != "meta"]
@@ -114,8 +118,12 @@ def check(device: torch.device) -> None:
     """Refuse a device that a model cannot be placed on, before it is.
 
     Raises:
-        ValueError: as `select`; or the kernels do not compile for the CUDA device, or there is no Triton to do it.
+        ValueError: as `select`; a switch in the environment is neither 0 nor 1; or the kernels do not compile for the
+            CUDA device, or there is no Triton to do it.
     """
+    for name in _SWITCHES:
+        if os.environ.get(name, "") not in ("", "0", "1"):
+            raise ValueError(f"{name}={os.environ[name]} is neither 0 nor 1")
     if select(device) == "triton" and device.type == "cuda" and torch.cuda.is_available():
         if not _has_triton():
             raise ValueError(f"kernels for CUDA devices need Triton: {_NO_TRITON}; or use the device cpu")

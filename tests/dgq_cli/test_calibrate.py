@@ -313,6 +313,22 @@ def test_one_of_several_processes_calibrates_and_draws(dgq_command, tiny_pipelin
     assert [file.name for file in drawn.iterdir()] == ["a-cat-7.png"]
 
 
+@pytest.mark.parametrize("name, value", [("WORLD_SIZE", "two"), ("RANK", "first")])
+def test_processes_that_are_no_number_are_told(dgq_command, monkeypatch, name, value):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, value)
+    run = dgq_command("generate", "a cat")
+    assert run.returncode == 1
+    assert run.stderr == f"error: {name}={value} is no number; leave it to accelerate launch\n"
+
+
+def test_processes_that_are_empty_are_one(dgq_command, tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "")
+    monkeypatch.setenv("RANK", "")
+    run = dgq_command("generate", "a cat", "--model", tiny_pipeline, "--steps", 1, "--out", tmp_path / "a.png")
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("rounding", ["gptq", "nearest"])

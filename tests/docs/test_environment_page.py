@@ -56,6 +56,11 @@ def test_no_variable_of_ours_is_on_the_page_alone():
     assert set(re.findall(r"\bDGQ_\w+", PAGE)) == ours
 
 
+def test_doctor_prints_every_variable_of_the_page():
+    rows = re.findall(r"^\| (`[^|]+) \|", PAGE, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(VARIABLES)
+
+
 def test_each_way_of_reading_is_seen():
     code = 'os.environ["A"]; os.environ.get("B", ""); os.getenv("C"); "D" in os.environ; os.environ[other]'
     assert reads(ast.parse(code)) == {"A", "B", "C", "D"}

@@ -917,6 +917,16 @@ def test_the_environment_chooses(wish):
         assert "DGQ_CPU_ENGINE=no-such-cpu is not one of off, portable" in done.stderr
 
 
+def test_a_named_library_that_is_none_is_told(tmp_path):
+    code = "from dgq_kernels import native; native.available()"
+    for file in (Path(__file__), tmp_path / "missing.so"):
+        environment = {**os.environ, "DGQ_CPU_LIBRARY": str(file)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        (message,) = [line for line in done.stderr.splitlines() if line.startswith("ValueError")]
+        assert message.startswith(f"ValueError: DGQ_CPU_LIBRARY={file} is no CPU engine: ")
+        assert ("cannot be loaded (" if file.exists() else "not built") in message
+
+
 @pytest.mark.parametrize("folder", ["site-packages/torch/lib", "site-packages/torch.libs"])
 def test_the_threads_are_those_of_torch_wherever_it_lies(tmp_path, monkeypatch, folder):
     """In a folder with spaces, and beside another package's runtime in an environment called after torch."""

@@ -14,8 +14,9 @@ import sysconfig
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+DEFAULT = FOLDER / "libdgq_cpu.so"
 # DGQ_CPU_LIBRARY names another file to build and load: one with sanitizers, for instance.
-LIBRARY = Path(os.environ.get("DGQ_CPU_LIBRARY") or FOLDER / "libdgq_cpu.so").absolute()
+LIBRARY = Path(os.environ.get("DGQ_CPU_LIBRARY") or DEFAULT).absolute()
 FLAGS = [
     "-O3",
     "-std=c++17",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .build import LIBRARY
+from .build import DEFAULT, LIBRARY
 
 ABI = 14
 ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "avx512-vbmi", "amx", "neon-dot", "neon-i8mm")
@@ -129,6 +129,13 @@ def _parallel_region() -> int | None:
     return None
 
 
+def _without(why: str) -> tuple[None, str]:
+    """No engine; an error where the user named its library."""
+    if LIBRARY != DEFAULT:
+        raise ValueError(f"DGQ_CPU_LIBRARY={LIBRARY} is no CPU engine: {why}")
+    return None, why
+
+
 @functools.cache
 def load() -> tuple[Engine | None, str]:
     """(the engine, "") or (None, why there is none)."""
@@ -142,9 +149,13 @@ def load() -> tuple[Engine | None, str]:
             function.restype, function.argtypes = result, arguments
         sizes = [library.dgq_struct_bytes(i) for i in range(len(STRUCTURES))]
         if library.dgq_abi() != ABI or sizes != [ctypes.sizeof(struct) for struct in STRUCTURES]:
-            return None, f"{LIBRARY.name} belongs to another version: build it again"
-    except (OSError, AttributeError):
-        return None, "not built (a C++ compiler at installation builds it)"
+            return _without(f"{LIBRARY.name} belongs to another version: build it again")
+    except (OSError, AttributeError) as error:
+        if not LIBRARY.exists():
+            why = "not built (a C++ compiler at installation builds it)"
+        else:
+            why = f"{LIBRARY.name} cannot be loaded ({error}): build it again"
+        return _without(why)
     engine = Engine(library, _parallel_region())
     if wish and wish not in engine.isas:
         raise ValueError(f"DGQ_CPU_ENGINE={wish} is not one of off, {', '.join(engine.isas)} on this CPU")
@@ -156,7 +167,7 @@ def available() -> bool:
     """Whether the engine is there.
 
     Raises:
-        ValueError: DGQ_CPU_ENGINE asks for what this CPU has not.
+        ValueError: DGQ_CPU_ENGINE asks for what this CPU has not, or DGQ_CPU_LIBRARY names no engine.
     """
     return load()[0] is not None
 

@@ -31,6 +31,8 @@ from dgq.outputs import workplace
 from dgq.pictures.pipelines import described, find_model
 from dgq.pictures.prompts import calibration_prompts, evaluation_prompts, read_prompts
 from dgq.recipe import Recipe
+from dgq_kernels.native import library
+
 QUICK = Recipe(rounding="nearest", channels="none")
 FAST = {"prompts": ["a cat", "a dog"], "steps": 2, "evaluate": 0}
 
@@ -323,6 +325,22 @@ def test_the_estimate_calls_the_network_once(tiny_pipeline, monkeypatch):
     )
     estimate(tiny_pipeline, Recipe(), Options(**FAST))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("DGQ_BACKEND", "abacus", "is not one of reference"),
+        ("DGQ_CPU_ENGINE", "abacus", "is not one of off"),
+        ("DGQ_LOG_ATTENTION", "on", "is neither 0 nor 1"),
+        ("DGQ_PDL", "off", "is neither 0 nor 1"),
+    ],
+)
+def test_the_estimate_refuses_a_variable_without_meaning(tiny_pipeline, monkeypatch, name, value, message):
+    library.load.cache_clear()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(DgqError, match=f"{name}={value} {message}"):
+        estimate(tiny_pipeline, QUICK, Options(**FAST))
 
 
 @pytest.mark.parametrize("budget", [1, 2**20, 2**40])
