@@ -39,6 +39,9 @@ from .integer.shared_input import prepare_all, project
 log = logging.getLogger(__name__)
 
 KEPT = 4  # graphs of a network; their memory is shared, but for inputs and outputs
+# Other forms of calls after which a graph is captured anew: Python that it never runs again may hold what it reads for
+# the latest calls alone, as Qwen-Image does the RoPE of 128 sizes, of all models together.
+AGE = 32
 FREEU = ("s1", "s2", "b1", "b2")
 TEXT = "encoder_hidden_states"
 
@@ -96,6 +99,7 @@ class Entry:
         replay: runs it.
         returned: what it wrote, overwritten by the next replay.
         kept: what it reads beside, which nothing else may keep alive.
+        born: how many forms of calls there had been.
         text: which of the inputs the keys and values of cross-attention are made of, -1 for none.
         project: makes them anew.
         projected: (the tensor that they were made of, its version).
@@ -105,6 +109,7 @@ class Entry:
     replay: Callable[[], None]
     returned: Any
     kept: list[Any]
+    born: int
     text: int = -1
     project: Callable[[], None] = lambda: None
     projected: tuple[Tensor, int] | None = None
@@ -147,6 +152,7 @@ class Graphs:
         family = family_of(self.network)
         self.timestep, self.places = family.timestep, {name: i for i, name in enumerate(family.arguments)}
         self.known: OrderedDict[tuple[Any, ...], Entry | None] = OrderedDict()  # None: seen once
+        self.forms = 0  # that were not in `known`
         self.refused: set[tuple[Any, ...]] = set()
         self.told: set[str] = set()
         self.read: Read | None = None
@@ -231,12 +237,15 @@ class Graphs:
         key = (soft, form)
         if key in self.refused:
             return None, inputs, (args, kwargs)
-        if key not in self.known:
+        entry = self.known.get(key)
+        aged = entry is not None and self.forms - entry.born > AGE
+        if aged or key not in self.known:
+            self.forms += not aged
             self.known[key] = None
             self._forget()
             return None, inputs, (args, kwargs)
         self.known.move_to_end(key)
-        return self.known[key] or key, inputs, (args, kwargs)
+        return entry or key, inputs, (args, kwargs)
 
     def _captured(self, key: tuple[Any, ...], inputs: list[Tensor], call: tuple[Any, Any]) -> Entry | None:
         statics = [x.clone() for x in inputs]
@@ -244,7 +253,7 @@ class Graphs:
         assert self.read is not None
         if not any(self.known.values()):  # memory that its last graph gave back is not to be had again
             self.pool = Pool()
-        entry = Entry(statics, lambda: None, None, self.read.kept())
+        entry = Entry(statics, lambda: None, None, self.read.kept(), self.forms)
         try:
             # what depends on the text alone is made once for all steps
             with self._projected(entry, args, kwargs):

@@ -3,6 +3,7 @@ it repeats what ran, on the same tensors, and knows nothing of the Python that a
 
 import contextlib
 import copy
+import functools
 import gc
 import logging
 import pickle
@@ -196,6 +197,36 @@ def test_each_form_of_a_call_has_its_graph(unet):
         for _ in range(2):
             unet(**call(0, size=size))
     assert len(unet.forward.known) == graphs.KEPT
+
+
+class Shifted(torch.nn.Module):
+    """Keeps what it made of a width for the latest 6 alone, as Qwen-Image its RoPE of 128 sizes."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.made = inner, []
+
+    @functools.lru_cache(6)
+    def shift(self, width):
+        self.made.append(width)
+        return torch.full((1, 1, 1, width), 0.5)
+
+    def forward(self, x):
+        return self.inner(x) + self.shift(x.shape[-1])
+
+
+@torch.no_grad()
+def test_what_is_kept_for_the_latest_forms_alone_is_not_read_later(unet, monkeypatch):
+    monkeypatch.setattr(graphs, "AGE", 4)
+    unet.conv_in = Shifted(unet.conv_in)
+    often = call()
+    for width in range(12, 44, 4):
+        for _ in range(2):
+            unet(**often)
+        unet(**{**often, "sample": torch.zeros(2, 4, 4, width)})
+    unet.conv_in.shift(8)
+    assert unet.conv_in.made.count(8) == 1  # what the graphs read was there all the time
+    assert captures(unet) == 2
 
 
 @torch.no_grad()
