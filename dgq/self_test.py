@@ -20,6 +20,8 @@ from dgq_kernels.linear import reference as linear_reference
 from dgq_kernels.quantize_activation import reference as quantize_reference
 from dgq_kernels.samples import Sample, codes, epilogue, floats, reference, samples, weights
 
+from .devices import check_kernels
+from .errors import DgqError
 from .machine import engine_name
 
 # Two float32 computations of one sum may round differently; a wrong kernel is off by far more.
@@ -46,7 +48,11 @@ class Check:
 
 def self_test(device: torch.device) -> list[Check]:
     """Run every op on a device and compare it with its reference on the CPU, on small and extreme inputs; on the CPU
-    also the forms of a weight that have no reference of their own."""
+    also the forms of a weight that have no reference of their own. Where nothing can run, why is the only check."""
+    try:
+        check_kernels(device)
+    except DgqError as error:
+        return [Check("kernels", str(device), False, str(error))]
     every: dict[str, list[Sample]] = {}
     for sample in samples():
         every.setdefault(sample.operator, []).append(sample)
