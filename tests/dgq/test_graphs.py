@@ -205,9 +205,9 @@ class Shifted(torch.nn.Module):
     def __init__(self, inner):
         super().__init__()
         self.inner, self.made = inner, []
+        self.shift = functools.lru_cache(6)(self.make)
 
-    @functools.lru_cache(6)
-    def shift(self, width):
+    def make(self, width):
         self.made.append(width)
         return torch.full((1, 1, 1, width), 0.5)
 
