@@ -183,7 +183,7 @@ def measure(case: Case, target: str) -> tuple[Row, bool]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(compiled.asm["cubin"])
             usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-            code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+            code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
         resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         if resources is None:
             raise RuntimeError(f"no resource usage in cuobjdump's report: {usage}")
