@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -67,16 +67,15 @@ class State:
             stored = tensors["vectors"]
             if stored.shape != (len(vectors), len(vectors[0])):
                 raise ValueError("its scales are others")
+            moments = [_moments(tensors, i, vector) for i, vector in enumerate(vectors)]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self.progress("resume", 1, 1, f"{self.file.name} cannot be used, the run begins anew: {reason}")
             return 0
-        for i, vector in enumerate(vectors):
-            vector.data.copy_(stored[i])
-            if f"{i}.step" in tensors:
-                moments = {name: tensors[f"{i}.{name}"].to(vector.device) for name in _MOMENTS}
-                moments["step"] = tensors[f"{i}.step"].reshape(())  # AdamW keeps it on the CPU
-                optimizer.state[vector] = moments
+        for vector, value, own in zip(vectors, stored, moments, strict=True):
+            vector.data.copy_(value)
+            if own:
+                optimizer.state[vector] = own
         return step
 
     def class_picture(self, number: int) -> Image.Image | None:
@@ -96,3 +95,19 @@ class State:
         """Forget everything."""
         for file in (self.file, self.mark, *self.folder.glob("class-*.png"), *leftovers(self.folder)):
             discard(file)
+
+
+def _moments(tensors: Mapping[str, Tensor], i: int, vector: Tensor) -> dict[str, Tensor]:
+    """AdamW's stored state of scales number i; empty where no step has changed them yet.
+
+    Raises:
+        ValueError: it is not whole.
+    """
+    found = {name: tensors[key] for name in _MOMENTS if (key := f"{i}.{name}") in tensors}
+    if not found:
+        return {}
+    sizes = [value.numel() for value in found.values()]
+    if len(found) < len(_MOMENTS) or sizes != [len(vector), len(vector), 1]:
+        raise ValueError("its momentum is not whole")
+    step = found.pop("step").reshape(())  # AdamW keeps it on the CPU
+    return {name: value.to(vector.device) for name, value in found.items()} | {"step": step}

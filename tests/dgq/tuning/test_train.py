@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 
 import dgq
 from dgq.errors import DgqError
@@ -176,6 +177,36 @@ def test_another_run_is_not_resumed(tiny_checkpoint, subject, tmp_path):
     assert any(stage == "resume" and "begins anew" in detail for stage, detail in told)
     assert out.is_file()
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("name", ["vectors", "0.exp_avg", "0.exp_avg_sq", "0.step"])
+@pytest.mark.parametrize("short", [False, True])
+def test_a_state_that_is_not_whole_is_not_used(tmp_path, name, short):
+    vectors = [torch.nn.Parameter(torch.full((3,), float(i))) for i in range(2)]
+    optimizer = torch.optim.AdamW(vectors)
+    vectors[0].grad = torch.ones(3)  # of the other there is no momentum yet
+    optimizer.step()
+    told = []
+    state = State(tmp_path, lambda *arguments: told.append(arguments[3]))
+    state.store(7, vectors, optimizer)
+
+    def load():
+        fresh = [torch.nn.Parameter(torch.zeros(3)) for _ in vectors]
+        other = torch.optim.AdamW(fresh)
+        return state.load(fresh, other), torch.stack(list(fresh)), [other.state[one] for one in fresh]
+
+    step, found, momentum = load()
+    assert (step, told, list(momentum[1])) == (7, [], [])
+    assert torch.equal(found, torch.stack(vectors))
+    assert all(torch.equal(momentum[0][key], value) for key, value in optimizer.state[vectors[0]].items())
+    tensors = load_file(state.file)
+    whole = tensors.pop(name)
+    if short:
+        tensors[name] = whole[:0]
+    save_file(tensors, state.file, {"step": "7"})
+    step, found, momentum = load()
+    assert (step, len(told), int(found.count_nonzero()), any(momentum)) == (0, 1, 0, False)
+    assert told[0].startswith("state.safetensors cannot be used, the run begins anew: ")
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_state(tiny_checkpoint, subject, tmp_path, monkeypatch):
