@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .common import DeviceOption, JsonOption, ModelOption, StageProgress, err, finite, print_json
+from .light_imports import light_imports
 
 if TYPE_CHECKING:
     from dgq.bench import Report, Row
@@ -81,7 +82,8 @@ def command(
         measured = (model, arch, bits, steps, guidance, repeats, peers, compiled, work, threads, device, csv)
         if any(value is not None for value in measured) or (what, text_encoder, shapes) != ("all", "float", "model"):
             raise typer.BadParameter("--predict measures nothing: only --pixels and --json go with it")
-        from dgq.bench.predict import predict_step, text, to_dict
+        with light_imports():
+            from dgq.bench.predict import predict_step, text, to_dict
 
         predictions = predict_step(predict, pixels=pixels)
         if json:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .common import JsonOption, StageProgress, err, mib, print_json
+from .light_imports import light_imports
 
 
 def command(
@@ -35,8 +36,9 @@ def command(
         raise typer.BadParameter(f"--out {out} is not a .safetensors file")
     if to == "diffusers" and overwrite:
         raise typer.BadParameter("--overwrite replaces files: no folder is replaced")
-    from dgq.export import comfy, folder
-    from dgq.export.source import open_checkpoint
+    with light_imports():
+        from dgq.export import comfy, folder
+        from dgq.export.source import open_checkpoint
 
     source = open_checkpoint(checkpoint, verify)
     found: comfy.Exported | folder.Exported

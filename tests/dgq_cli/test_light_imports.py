@@ -71,7 +71,7 @@ def test_generate_imports_little_and_draws_the_same(dgq_command, tiny_checkpoint
     assert (tmp_path / "light.png").read_bytes() == (tmp_path / "full.png").read_bytes()
 
 
-@pytest.mark.parametrize("command", ["calibrate", "inspect", "serve"])
+@pytest.mark.parametrize("command", ["bench", "calibrate", "export", "inspect", "serve"])
 def test_other_commands_import_little(command, tiny_pipeline, tiny_checkpoint, tmp_path):
     code = """
     import json, sys
@@ -82,7 +82,9 @@ def test_other_commands_import_little(command, tiny_pipeline, tiny_checkpoint, t
         print(json.dumps([end.code, sorted(sys.modules)]))
     """
     arguments, expected = {
+        "bench": (["--predict", "none"], 1),
         "calibrate": ([tiny_pipeline, "--dry-run"], 0),
+        "export": ([tiny_checkpoint, "--to", "comfy", "--out", tmp_path / "comfy.safetensors"], 0),
         "inspect": ([tiny_checkpoint], 0),
         "serve": (["--model", tmp_path / "none"], 1),
     }[command]
