@@ -1,5 +1,5 @@
-"""What other libraries import and a process that draws, calibrates or inspects never uses, left for when something
-asks for it.
+"""What other libraries import and a process that draws, calibrates, inspects, exports or predicts never uses, left for
+when something asks for it.
 
 Half of the time of importing diffusers and transformers goes into torch's compiler (its decorators alone are used),
 peft, torch's distributed tensors and a list of every model's files. Here that is told to wait, in processes of
