@@ -238,9 +238,10 @@ class Graphs:
         if key in self.refused:
             return None, inputs, (args, kwargs)
         entry = self.known.get(key)
-        aged = entry is not None and self.forms - entry.born > AGE
-        if aged or key not in self.known:
-            self.forms += not aged
+        if entry is not None and self.forms - entry.born > AGE:
+            del self.known[key]
+        if key not in self.known:
+            self.forms += 1
             self.known[key] = None
             self._forget()
             return None, inputs, (args, kwargs)

@@ -194,18 +194,18 @@ def _check_single(file: Path, config: Path) -> list[Path]:
 def _check_lora(file: Path, family: Family) -> None:
     """Refuse, by the names of its tensors, what is no LoRA that diffusers reads for a network."""
     names = _names(file)
-    lokr = any(".lokr_" in name for name in names)
     if family.network in WITHOUT_LORA:
         raise DgqError(f"{file}: diffusers loads no LoRA for the {family.title}", "fuse it into the model by peft")
+    lokr = any(".lokr_" in name for name in names)
+    reason = ""
     if any(".hada_" in name for name in names):
         reason = "holds LoHa of LyCORIS, which diffusers does not read"
     elif lokr and family.network not in WITH_LOKR:
         reason = "holds LoKr, which diffusers reads for FLUX.2 and Z-Image alone"
     elif not lokr and not any("lora" in name for name in names):
         reason = "holds no LoRA"
-    else:
-        return
-    raise DgqError(f"{file}: {reason}", "--lora takes diffusers', peft's and kohya's files")
+    if reason:
+        raise DgqError(f"{file}: {reason}", "--lora takes diffusers', peft's and kohya's files")
 
 
 def _contents(single: Path | None, folder: Path) -> dict[str, str]:
