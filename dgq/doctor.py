@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from . import devices
@@ -77,12 +76,10 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def memory() -> dict[str, int | None]:
-    """Bytes of memory: total and available; None where the system does not tell."""
-    with contextlib.suppress(OSError):
-        fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
-        return {"total": int(fields["MemTotal"]) * 1024, "available": int(fields["MemAvailable"]) * 1024}
-    return {"total": None, "available": None}
+def memory() -> dict[str, int]:
+    """Bytes of memory: total, and available without swapping."""
+    found = psutil.virtual_memory()
+    return {"total": found.total, "available": found.available}
 
 
 def hub_cache() -> Path:

@@ -1,15 +1,14 @@
 """Writing files and folders: whole or not at all, and over nothing that was not meant.
 
-Whatever dgq writes for its user goes through `atomic_file` or `atomic_folder`. A file appears under its name when it is
-whole. A folder is made in a hidden one beside its place, `.NAME.partial`, that one process holds at a time; what a
-killed process left there is cleared by the next one.
+Whatever dgq writes for its user goes through `atomic_file`, `atomic_path` or `atomic_folder`. A file appears under its
+name when it is whole. A folder is made in a hidden one beside its place, `.NAME.partial`, that one process holds at a
+time; what a killed process left there is cleared by the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import json
 import os
@@ -116,10 +115,9 @@ def _descriptor(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """An open file that becomes `path` when the block ends well; its `name` is that of a temporary file.
+    """An open file that becomes `path` when the block ends well.
 
-    The file has the mode that open() would give it. A link stays one: what it leads to is replaced. Devices, pipes and
-    this process's own output are no files to replace: they are written to.
+    Devices, pipes and this process's own output are no files to replace: they are written to. Else as `atomic_path`.
 
     Raises:
         DgqError: it cannot be written; then `path` is what it was.
@@ -130,28 +128,49 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             (sys.stdout if descriptor == 1 else sys.stderr).flush()
             with open(os.dup(descriptor), "wb") as stream:
                 yield stream
-            return
-        if os.path.exists(path) and not os.path.isfile(path):
+        elif os.path.exists(path) and not os.path.isfile(path):
             with open(path, "wb") as stream:
                 yield stream
-            return
+        else:
+            with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+                yield stream
+    except OSError as error:
+        raise refusal(path, error) from None
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """An empty temporary file that becomes `path` when the block ends well: for a library that opens files itself, or
+    puts others in their place, which Windows refuses for files that are open.
+
+    The file has the mode that open() would give it. A link stays one: what it leads to is replaced.
+
+    Raises:
+        DgqError: it cannot be written; then `path` is what it was.
+    """
+    try:
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(target)
         try:
             with open(temporary, "xb") as stream:
                 mode = os.fstat(stream.fileno()).st_mode
-                yield stream
+            yield temporary
             with contextlib.suppress(FileNotFoundError):
                 mode = target.stat().st_mode
-            with open(temporary, "rb") as stream:  # opened anew, as a library may have put another file there
-                os.fsync(stream.fileno())
+            flush(temporary)
             temporary.chmod(stat.S_IMODE(mode))
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise refusal(path, error) from None
+
+
+def flush(file: Path) -> None:
+    """Have a file's bytes on the disk."""
+    with open(file, "r+b") as stream:  # for writing, which Windows asks for
+        os.fsync(stream.fileno())
 
 
 def page(template: Path, data: Any) -> str:
@@ -221,10 +240,13 @@ def workplace(target: Path) -> Iterator[Path]:
         yield folder
     finally:
         _settle(place, folder)
-        with contextlib.suppress(FileNotFoundError):
-            if os.listdir(folder) == [_LOCK]:
-                shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        try:
+            _remove(folder)
+            os.close(lock)
+        except PermissionError:  # Windows removes no file that is open; who opens it from here on keeps it
+            os.close(lock)
+            with contextlib.suppress(PermissionError):
+                _remove(folder)
 
 
 def _locked(folder: Path) -> int:
@@ -236,15 +258,46 @@ def _locked(folder: Path) -> int:
         except FileNotFoundError:  # its last holder has just removed the folder
             continue
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(lock)
-                raise
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), os.stat(folder / _LOCK)):
+            if _hold(lock, folder / _LOCK):
                 return lock
+        except OSError:
+            os.close(lock)
+            raise
         os.close(lock)
+
+
+def _hold(lock: int, file: Path) -> bool:
+    """Lock an open file until it is closed; False where its name leads elsewhere by now.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows, where no open file loses its name
+        import msvcrt
+
+        try:
+            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except PermissionError:
+            raise BlockingIOError from None
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(lock), os.stat(file))
+    return False
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder in which nothing is left but its lock."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.listdir(folder) == [_LOCK]:
+            (folder / _LOCK).unlink()
+            folder.rmdir()
 
 
 def _settle(target: Path, folder: Path) -> None:
@@ -280,21 +333,17 @@ def atomic_folder(target: Path, overwrite: bool = False, work: Path | None = Non
             new.mkdir()
             yield new
             if filled:
-                _flush(new)
+                for file in new.rglob("*"):  # before what they replace is gone
+                    if file.is_file():
+                        flush(file)
                 try:
                     place.rename(folder / "old")
                     new.rename(place)
                 finally:
                     _settle(place, folder)
             else:
+                with contextlib.suppress(FileNotFoundError):
+                    place.rmdir()  # over which Windows renames nothing
                 new.rename(place)
         except (OSError, SafetensorError) as error:
             raise refusal(target, error) from None
-
-
-def _flush(folder: Path) -> None:
-    """Have the files of a folder on the disk before what they replace is gone."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())

@@ -43,8 +43,7 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         size = mib(entry["memory_bytes"]) if entry["memory_bytes"] else "unknown memory"
         rows.append((f"device {entry['device']}", f"{entry['name']}, {size}"))
         rows.append(("  kernels", f"{entry['backend']}: {entry['reason']}"))
-    if data["memory"]["available"] is not None:
-        rows.append(("memory available", mib(data["memory"]["available"])))
+    rows.append(("memory available", mib(data["memory"]["available"])))
     rows += [
         (f"disk free, {name.replace('_', ' ')}", f"{mib(place['free_bytes'])} ({place['path']})")
         for name, place in data["disk"].items()

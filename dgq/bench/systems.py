@@ -247,8 +247,7 @@ def free_memory(device: torch.device) -> Free:
             return USABLE * torch.cuda.mem_get_info(device)[0]
 
         return left
-    available = doctor.memory()["available"]
-    free = math.inf if available is None else USABLE * available
+    free = USABLE * doctor.memory()["available"]
     return lambda loaded: free - sum(worker.peak_rss_bytes for worker in loaded)
 
 

@@ -17,7 +17,7 @@ from ..checkpoint.reading import component_at, weight_files
 from ..checkpoint.writing import copied_files
 from ..errors import DgqError
 from ..method import Method
-from ..outputs import atomic_file, discard, leftovers, save_tensors
+from ..outputs import atomic_file, atomic_path, discard, leftovers, save_tensors
 from ..pictures.generation import Settings
 from ..progress import Progress, silent
 from ..recipe import Recipe
@@ -54,8 +54,8 @@ class Partial:
         if not mark.exists():
             with atomic_file(mark) as handle:
                 handle.write(self.fingerprint.encode())
-        with atomic_file(self.folder / f"{name}.safetensors") as handle:
-            save_tensors({key: value.contiguous() for key, value in tensors.items()}, Path(handle.name), metadata)
+        with atomic_path(self.folder / f"{name}.safetensors") as temporary:
+            save_tensors({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
 
     def _drop(self, file: Path, error: Exception) -> None:
         """Remove a file that cannot be used, and say so."""

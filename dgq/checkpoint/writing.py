@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import DgqError
 from ..family import ENCODERS, family_of
 from ..integer.skeleton import stored_names
-from ..outputs import atomic_folder, save_tensors
+from ..outputs import atomic_folder, flush, save_tensors
 from . import checksums
 from .header import QUANT_METHOD
 from .reading import COPIED_SUFFIXES, component_at, family_at, held, read_json, tensor_table, weight_files
@@ -170,8 +170,7 @@ def write_checkpoint(
         (folder / "README.md").write_text(card, encoding="utf-8")
         for name, file in written.items():
             checksums.record(file.parent, pipeline=name == own)
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+            flush(file)
 
 
 def _write_part(base: Path, place: Path, part: nn.Module, header: Header) -> Path:

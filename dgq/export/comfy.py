@@ -30,7 +30,7 @@ from ..integer.channels import rotate_channels
 from ..integer.dequantize import dequantize
 from ..integer.layer import IntegerLayer
 from ..integer.skeleton import SplitLayer
-from ..outputs import atomic_file, check_output, save_tensors
+from ..outputs import atomic_path, check_output, save_tensors
 from ..progress import Progress, silent
 from ..recipe import shortened
 from ..version import __version__
@@ -104,9 +104,9 @@ def export(source: Source, out: Path, overwrite: bool = False, progress: Progres
     for name, slot_tensors in slots.items():
         place = PREFIX + names[f"{name}.weight"].removesuffix(".weight")
         tensors |= {f"{place}.{leaf}": tensor for leaf, tensor in slot_tensors.items()}
-    with atomic_file(out) as handle:
+    with atomic_path(out) as temporary:
         about = {"format": "pt", "dgq_version": __version__, "base_model": source.header.base_model}
-        save_tensors(tensors, Path(handle.name), about)
+        save_tensors(tensors, temporary, about)
     return Exported(str(out), out.stat().st_size, told.exact, told.rounded, told.as_float)
 
 

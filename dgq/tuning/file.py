@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..checkpoint.reading import check_regular
 from ..checkpoint.values import finite
 from ..errors import DgqError
-from ..outputs import atomic_file, save_tensors
+from ..outputs import atomic_path, save_tensors
 from ..recipe import shortened, strict
 from ..version import __version__
 from .layout import Layout, integer_layers
@@ -169,8 +169,9 @@ def write(file: Path, tuned: Tuned, layout: Layout) -> None:
     """
     parts = {name: part.half().contiguous() for name, part in layout.split(tuned.vectors.cpu()).items()}
     text = tuned.about.to_json(checksum=_checksum(tuned.about, parts))
-    with atomic_file(file) as handle:  # one key: safetensors writes several in an order that changes from file to file
-        save_tensors(parts, Path(handle.name), {KEY: text})
+    with atomic_path(file) as temporary:
+        # one key: safetensors writes several in an order that changes from file to file
+        save_tensors(parts, temporary, {KEY: text})
 
 
 def _open(file: Path) -> tuple[Description, dict[str, Tensor], Any]:

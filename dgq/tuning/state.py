@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import DgqError
-from ..outputs import atomic_file, discard, leftovers, save_tensors
+from ..outputs import atomic_file, atomic_path, discard, leftovers, save_tensors
 from ..pictures.generation import write_png
 from ..progress import Progress
 
@@ -53,8 +53,8 @@ class State:
         for i, vector in enumerate(vectors):
             for name, value in optimizer.state.get(vector, {}).items():
                 tensors[f"{i}.{name}"] = value.detach().cpu().reshape(-1).contiguous()
-        with atomic_file(self.file) as handle:
-            save_tensors(tensors, Path(handle.name), {"step": json.dumps(step)})
+        with atomic_path(self.file) as temporary:
+            save_tensors(tensors, temporary, {"step": json.dumps(step)})
 
     def load(self, vectors: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
         """Take over the stored state; the steps it has done, 0 where there is none that can be used."""

@@ -11,10 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import windows
 from safetensors.torch import load_file
 
+import dgq
+import dgq_cli
+import dgq_kernels
 from dgq.errors import DgqError
-from dgq.outputs import atomic_file, atomic_folder, check_output, claim, save_tensors, workplace
+from dgq.outputs import atomic_file, atomic_folder, atomic_path, check_output, claim, save_tensors, workplace
+
+
+@pytest.fixture(params=["here", "windows"])
+def system(request, monkeypatch):
+    if request.param == "windows":
+        windows.pretend(monkeypatch)
+    return request.param
 
 
 @pytest.fixture(params=[0o022, 0o077])
@@ -53,14 +64,16 @@ def test_a_file_that_is_there_keeps_its_mode_and_a_link_stays_one(tmp_path):
     assert mode(tmp_path / "file") == 0o640
 
 
-def test_a_library_may_put_a_file_of_its_own_in_the_temporary_ones_place(tmp_path):
-    with atomic_file(tmp_path / "a.safetensors") as handle:
-        save_tensors({"a": torch.ones(2)}, Path(handle.name), {})
+def test_a_library_may_put_a_file_of_its_own_in_the_temporary_ones_place(tmp_path, system):
+    for _ in "12":
+        with atomic_path(tmp_path / "a.safetensors") as temporary:
+            temporary.unlink()
+            save_tensors({"a": torch.ones(2)}, temporary, {})
     assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_what_was_there_outlives_a_write_that_fails(tmp_path, error):
+def test_what_was_there_outlives_a_write_that_fails(tmp_path, error, system):
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises((DgqError, KeyboardInterrupt)), atomic_file(tmp_path / "file") as handle:  # noqa: PT012
         handle.write(b"half")
@@ -124,7 +137,7 @@ def test_a_claimed_name_is_nobody_elses(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == b"a picture"
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_one_process_at_a_time(tmp_path, system):
     out = tmp_path / "out"
     with workplace(out) as folder:
         with pytest.raises(DgqError, match=r"another process.*\.out\.partial"), workplace(out):
@@ -154,7 +167,7 @@ def test_a_lock_is_not_that_of_a_folder_which_has_gone(tmp_path, monkeypatch):
     assert len(rounds) == 2
 
 
-def test_what_a_killed_process_left_is_put_right(tmp_path):
+def test_what_a_killed_process_left_is_put_right(tmp_path, system):
     out, folder = tmp_path / "out", tmp_path / ".out.partial"
     # killed while it wrote the new folder
     (folder / "new").mkdir(parents=True)
@@ -175,7 +188,7 @@ def test_what_a_killed_process_left_is_put_right(tmp_path):
 
 @pytest.mark.parametrize("failing", [1, 2])
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
-def test_the_old_folder_comes_back_where_replacing_it_fails(tmp_path, monkeypatch, failing, error):
+def test_the_old_folder_comes_back_where_replacing_it_fails(tmp_path, monkeypatch, failing, error, system):
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").touch()
@@ -200,3 +213,21 @@ def test_a_file_is_no_folder_to_replace(tmp_path):
         pass
     assert (tmp_path / "out").read_text() == "a letter"
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_takes_the_place_of_an_empty_or_an_older_one(tmp_path, system):
+    out = tmp_path / "out"
+    out.mkdir()
+    for number in range(3):
+        with atomic_folder(out, overwrite=number > 0) as folder:
+            (folder / f"{number}").write_bytes(b"new")
+        assert [file.name for file in out.iterdir()] == [f"{number}"]
+    write(out / "2", b"newer")
+    assert (out / "2").read_bytes() == b"newer"
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_module_imports_at_its_top_what_windows_lacks():
+    files = [file for package in (dgq, dgq_cli, dgq_kernels) for file in Path(package.__file__).parent.rglob("*.py")]
+    assert len(files) > 200
+    assert {str(file): names for file in files if (names := windows.of_unix(file))} == {}

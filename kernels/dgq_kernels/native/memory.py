@@ -47,8 +47,8 @@ _SWAPPED = re.compile(r"^Swap: +[1-9]", re.MULTILINE)
 def give_back() -> None:
     """Return to the system what was freed of this process's heap, which else may stay as large as its fragments make
     it; does nothing where the C library has no such call."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(ctypes.c_size_t(0))
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # TypeError: Windows, where no name is no library
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
 
 # Below, memory that is freed stays in the heap and costs little to have again.
