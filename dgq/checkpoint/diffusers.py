@@ -435,6 +435,13 @@ def _fuse_lora(model: Any, *args: Any, **kwargs: Any) -> None:
     type(model).fuse_lora(model, *args, **kwargs)
 
 
+def _attention_of(model: Any) -> AttentionPlan | None:
+    """A quantized model's log attention, None where it is float. Its configuration does not tell: saving makes JSON of
+    that in place."""
+    plan: AttentionPlan | None = model.hf_quantizer.quantization_config.header.attention
+    return plan
+
+
 _IP_ADAPTERS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
 _CUSTOM_DIFFUSION = (
     CustomDiffusionAttnProcessor,
@@ -460,7 +467,7 @@ def _set_attn_processor(model: Any, processor: Any) -> None:
         )
     made_anew = any(isinstance(one, LogAttnProcessor) and one.plan is None for one in asked)
     if made_anew and isinstance(processor, dict):
-        own, before = LogAttnProcessor(model.config["quantization_config"].header.attention), model.attn_processors
+        own, before = LogAttnProcessor(_attention_of(model)), model.attn_processors
         processor = {
             name: own
             if isinstance(one, LogAttnProcessor)
@@ -477,7 +484,7 @@ def _set_attention_slice(model: Any, slice_size: Any = "auto") -> None:
         module for module in model.modules() if isinstance(getattr(module, "processor", None), SlicedAttnProcessor)
     ]
     type(model).set_attention_slice(model, slice_size)
-    plan = model.config["quantization_config"].header.attention
+    plan = _attention_of(model)
     if slice_size is None and plan is not None:
         own = LogAttnProcessor(plan)
         for module in sliced:

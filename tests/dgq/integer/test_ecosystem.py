@@ -397,11 +397,20 @@ def test_an_ip_adapter(unet):
     assert bool(torch.isfinite(result).all())
 
 
-def test_an_ip_adapter_that_is_unloaded(tiny_pipeline, monkeypatch):
-    """Attention is what it was, of 6 bits here, and to itself meanwhile."""
+@pytest.fixture(params=[False, True], ids=["loaded", "saved"])
+def attentive(request, tiny_pipeline, tmp_path, monkeypatch):
+    """A pipeline with log attention of 6 bits, as it was loaded and after it was saved too."""
     monkeypatch.setattr(native, "attention_pays", lambda: True)
     config = PipelineQuantizationConfig(quant_mapping={"unet": dgq.DgqConfig(abits=6)})
     pipe = DiffusionPipeline.from_pretrained(tiny_pipeline, quantization_config=config)
+    if request.param:
+        pipe.save_pretrained(tmp_path)
+    return pipe
+
+
+def test_an_ip_adapter_that_is_unloaded(attentive):
+    """Attention is what it was, of 6 bits here, and to itself meanwhile."""
+    pipe = attentive
     expected = call(pipe.unet)
     load_ip_adapter(pipe.unet, torch.Generator().manual_seed(0))
     plans = {one.plan for one in pipe.unet.attn_processors.values() if isinstance(one, LogAttnProcessor)}
@@ -410,11 +419,9 @@ def test_an_ip_adapter_that_is_unloaded(tiny_pipeline, monkeypatch):
     assert torch.equal(call(pipe.unet), expected)
 
 
-def test_attention_that_was_sliced(tiny_pipeline, monkeypatch):
+def test_attention_that_was_sliced(attentive):
     """It is float while it is sliced, and then what it was."""
-    monkeypatch.setattr(native, "attention_pays", lambda: True)
-    config = PipelineQuantizationConfig(quant_mapping={"unet": dgq.DgqConfig(abits=6)})
-    pipe = DiffusionPipeline.from_pretrained(tiny_pipeline, quantization_config=config)
+    pipe = attentive
     expected = call(pipe.unet)
     pipe.enable_attention_slicing()
     assert not torch.equal(call(pipe.unet), expected)
