@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 COMPILER = "torch._dynamo"
+FLEX = "torch.nn.attention.flex_attention"  # since torch 2.15 it imports sympy, which takes a second
 # Where transformers has the classes that all its models' are made of.
 BASES = {
     "FeatureExtractionMixin": "feature_extraction_utils",
@@ -198,7 +199,10 @@ def defer_models() -> None:
         # by which transformers' own modules would run the package's code, once more where it ran
         utils: Any = import_module("transformers.utils")
         utils.direct_transformers_import = lambda *path: sys.modules["transformers"]
+        for module in (utils, utils.import_utils):
+            module.is_torch_flex_attn_available = lambda: False  # where it is, FLEX is imported
     defer("transformers.models")
+    defer(FLEX)  # diffusers imports it, and asks it for something where a user chose it
     with absent("peft"):
         import diffusers.models  # noqa: F401
     for package in ("autoencoders", "controlnets", "transformers", "unets"):
@@ -267,8 +271,8 @@ def absent(name: str) -> Iterator[None]:
 def light_imports() -> Iterator[None]:
     """Import, within it, what a command needs. Nothing changes where diffusers is imported already.
 
-    For the whole process: no adapters (peft) and no distributed tensors are known to diffusers and transformers. What
-    lives at the end of it the garbage collector leaves alone from then on.
+    For the whole process: no adapters (peft) and no distributed tensors are known to diffusers and transformers, nor
+    flex attention to the latter. What lives at the end of it the garbage collector leaves alone from then on.
     """
     if "diffusers" in sys.modules:
         yield

@@ -36,6 +36,7 @@ WAITING = (
     "diffusers.models.transformers",
     "diffusers.models.unets",
     "torch._dynamo",
+    "torch.nn.attention.flex_attention",
     "transformers",
     "transformers.models",
 )
@@ -95,13 +96,14 @@ def test_other_commands_import_little(command, tiny_pipeline, tiny_checkpoint, t
 
 
 def test_compiler_comes_when_something_compiles():
-    """With all marks that were made before; and diffusers knows a compiled module."""
+    """With all marks that were made before; and diffusers knows a compiled module, and has flex attention."""
     code = """
     import json, sys
     from dgq_cli.light_imports import light_imports
     with light_imports():
         import dgq
     import torch
+    from diffusers.models.attention_dispatch import flex_attention
     from diffusers.utils.torch_utils import is_compiled_module
 
     @torch.compiler.disable
@@ -135,10 +137,13 @@ def test_compiler_comes_when_something_compiles():
 
     compiled = torch.compile(net, backend=backend)
     same = torch.equal(compiled(x), plain)
-    print(json.dumps([known, before, is_compiled_module(compiled), same, graphs]))
+    waited = not flex_attention.ran
+    flex = flex_attention.BlockMask.__module__
+    print(json.dumps([known, before, is_compiled_module(compiled), same, graphs, waited, flex]))
     """
-    known, before, compiled, same, graphs = fresh(code)
+    known, before, compiled, same, graphs, waited, flex = fresh(code)
     assert (known, before) == (False, False)
+    assert (waited, flex) == (True, "torch.nn.attention.flex_attention")
     assert (compiled, same) == (True, True)
     assert len(graphs) == 2  # the disabled functions lie between
     assert "whole" in graphs[-1][-1]  # allowed in the graph: not traced
