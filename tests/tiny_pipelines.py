@@ -231,3 +231,18 @@ def small_clip(folder: Path) -> Path:
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(processor, build_tokenizer(["a cat", "a dog on a blue background"], 600)).save_pretrained(folder)
     return folder
+
+
+def lora(file: Path, seed: int = 0, size: float = 1.0, width: int = 64) -> Path:
+    """A LoRA of rank 2 on two layers of the tiny pipelines' UNet, in diffusers' names; its file."""
+    from safetensors.torch import save_file
+
+    g = torch.Generator().manual_seed(seed)
+    block = "unet.mid_block.attentions.0.transformer_blocks.0"
+    shapes = {f"{block}.attn1.to_q": (width, 64), f"{block}.attn2.to_out.0": (width, 64)}
+    tensors = {}
+    for name, (columns, rows) in shapes.items():
+        tensors[f"{name}.lora_A.weight"] = torch.randn(2, columns, generator=g) * size
+        tensors[f"{name}.lora_B.weight"] = torch.randn(rows, 2, generator=g) * size
+    save_file(tensors, file)
+    return file

@@ -14,30 +14,25 @@ import torch
 
 from ..checkpoint.reading import (
     SAFETENSORS_DTYPES,
-    check_regular,
     components,
     family_at,
     read_header,
     read_json,
+    tensor_names,
     tensor_table,
     weight_files,
 )
 from ..checkpoint.writing import COPIED_NAMES, component_files
 from ..errors import DgqError
 from ..export import comfy
-from ..family import Family, network_of
+from ..family import network_of
 from ..outputs import atomic_folder
 from ..pictures.components import component, one_line, quiet, without_bars
+from ..pictures.loras import OTHER_KIND, check_lora, load_lora
 from ..pictures.pipelines import load, resolve
 from ..progress import Progress, silent
 
 SOURCES = "sources.json"  # in a folder that was made: what it was made of
-
-OTHER_KIND = "it may be of another kind of model"
-
-# Networks that diffusers loads LoKr for, and those that it loads no LoRA for.
-WITH_LOKR = ("Flux2Transformer2DModel", "ZImageTransformer2DModel")
-WITHOUT_LORA = ("PixArtTransformer2DModel",)
 
 # What diffusers joins where a LoKr is of the joined layer: a Kronecker product of three layers is none of each.
 JOINED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
@@ -87,7 +82,7 @@ def check_sources(
     if loras:
         family = family_at(resolve(model) if config is None else config)
         for file, _ in loras:
-            _check_lora(file, family)
+            check_lora(file, family)
     return files
 
 
@@ -148,18 +143,10 @@ def float_folder(
     return target
 
 
-def _names(file: Path) -> list[str]:
-    """Names of a file's tensors."""
-    check_regular(file)
-    if file.suffix != ".safetensors":
-        raise DgqError(f"{file}: is no safetensors file", "convert it; dgq loads no pickle")
-    return list(tensor_table(file))
-
-
 def _check_single(file: Path, config: Path) -> list[Path]:
     """Refuse, by the names of its tensors, what is no whole checkpoint of the kind that a folder is of; the VAE's files
     of that folder, where the checkpoint has no VAE."""
-    names = _names(file)
+    names = tensor_names(file)
     taken: list[Path] = []
     if comfy.is_quantized(names):
         return taken
@@ -189,23 +176,6 @@ def _check_single(file: Path, config: Path) -> list[Path]:
     if pipeline not in pipelines:
         raise DgqError(f"{file}: is {kind}, but {config} is a {pipeline}", f"name a folder of {kind} by --config")
     return taken
-
-
-def _check_lora(file: Path, family: Family) -> None:
-    """Refuse, by the names of its tensors, what is no LoRA that diffusers reads for a network."""
-    names = _names(file)
-    if family.network in WITHOUT_LORA:
-        raise DgqError(f"{file}: diffusers loads no LoRA for the {family.title}", "fuse it into the model by peft")
-    lokr = any(".lokr_" in name for name in names)
-    reason = ""
-    if any(".hada_" in name for name in names):
-        reason = "holds LoHa of LyCORIS, which diffusers does not read"
-    elif lokr and family.network not in WITH_LOKR:
-        reason = "holds LoKr, which diffusers reads for FLUX.2 and Z-Image alone"
-    elif not lokr and not any("lora" in name for name in names):
-        reason = "holds no LoRA"
-    if reason:
-        raise DgqError(f"{file}: {reason}", "--lora takes diffusers', peft's and kohya's files")
 
 
 def _contents(single: Path | None, folder: Path) -> dict[str, str]:
@@ -242,7 +212,7 @@ def _from_single_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
         return _from_comfy(file, config, dtype)
     pipeline: Any = getattr(diffusers, read_json(config / "model_index.json")["_class_name"])
     given: dict[str, Any] = dict.fromkeys(name for name in ("safety_checker", "feature_extractor") if name in found)
-    if not any(name.startswith(PARTS["VAE"]) for name in _names(file)):
+    if not any(name.startswith(PARTS["VAE"]) for name in tensor_names(file)):
         given["vae"] = component(config, "vae", *found["vae"], dtype)
     with one_line(file, f"cannot be read as the model of {config}", OTHER_KIND), quiet("diffusers"):
         return pipeline.from_single_file(
@@ -278,15 +248,7 @@ def _fuse(pipe: Any, loras: Sequence[tuple[Path, float]]) -> None:
     name = "lora"
     # one by one: of layers that one file has joined, the next would find its own left aside
     for file, weight in loras:
-        with one_line(file, "cannot be loaded as LoRA of this model", OTHER_KIND), quiet("diffusers"):
-            pipe.load_lora_weights(str(file), adapter_name=name, local_files_only=True)
-        if name not in getattr(network, "peft_config", {}):
-            raise DgqError(f"{file}: holds no LoRA of the {type(network).__name__}")
-        # FLUX's: a wider input, and norms that unloading would put back
-        if any(getattr(network, kept, None) for kept in ("_overwritten_params", "_transformer_norm_layers")):
-            raise DgqError(
-                f"{file}: is a control LoRA, which draws from pictures", "dgq works with what draws from a text alone"
-            )
+        load_lora(pipe, file, name)
         pipe.set_adapters(name, weight)
         # all that can have one: FLUX's own choice leaves its text encoder out
         parts = [part for part in pipe._lora_loadable_modules if getattr(pipe, part, None) is not None]

@@ -231,6 +231,18 @@ def tensor_table(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         raise DgqError(reason, "it may be truncated: copy it again") from None
 
 
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors of a safetensors file that a user named.
+
+    Raises:
+        DgqError: as `tensor_table`, or by its ending it is another kind of file.
+    """
+    check_regular(file)
+    if file.suffix != ".safetensors":
+        raise DgqError(f"{file}: is no safetensors file", "convert it; dgq loads no pickle")
+    return list(tensor_table(file))
+
+
 def weight_files(component_folder: Path) -> list[Path]:
     """The safetensors files that hold the weights of one component (network, vae, text_encoder, ...), sorted by name.
 
