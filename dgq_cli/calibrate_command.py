@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .adapters import imports, with_strength
 from .common import JsonOption, StageProgress, duration, err, finite, going_on, mib, print_json, prompt_count
-from .light_imports import light_imports
 
 STAGES = {
     "prepare": "prepare",
@@ -37,17 +35,6 @@ def _override(text: str) -> tuple[str, int]:
     if not pattern or bits not in ("4", "8", "float"):
         raise typer.BadParameter(f"{text!r} is not PATTERN=BITS, such as '*.ff.net.2=8' or 'mid_block.*=float'")
     return pattern, 0 if bits == "float" else int(bits)
-
-
-def _lora(text: str) -> tuple[Path, float]:
-    file, _, weight = text.rpartition(":")
-    try:
-        scale = float(weight) if file else 1.0
-    except ValueError:  # a colon of the file's name
-        file, scale = "", 1.0
-    if not math.isfinite(scale):
-        raise typer.BadParameter(f"{text!r}: the weight is not finite")
-    return Path(file or text), scale
 
 
 def command(
@@ -112,7 +99,7 @@ def command(
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE[:WEIGHT]", help="LoRA fused before calibrating; repeatable."),
+        typer.Option(metavar="FILE[:STRENGTH]", help="LoRA fused before calibrating; repeatable."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -150,8 +137,7 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Quantize a text-to-image model and write a diffusers checkpoint with packed weights."""
-    # peft, which fuses LoRA, is left out by light imports
-    with contextlib.nullcontext() if lora else light_imports():
+    with imports(lora):
         from dgq.calibration.estimate import estimate
         from dgq.calibration.run import Options, calibrate
         from dgq.calibration.sources import check_sources, float_folder, is_single_file
@@ -219,7 +205,7 @@ def command(
         vae=vae,  # type: ignore[arg-type]
         text_encoder=text_encoder,  # type: ignore[arg-type]
     )
-    loras = [_lora(text) for text in lora or []]
+    loras = [with_strength(text) for text in lora or []]
     made = out.with_name(f"{out.name}-float") if loras or config or is_single_file(model) else None
     if dry_run:
         if made is not None:

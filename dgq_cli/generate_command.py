@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .adapters import Adapters, LoraOption, TunedOption, imports
 from .common import (
     DeviceOption,
     DtypeOption,
@@ -20,15 +20,6 @@ from .common import (
     finite,
     print_json,
 )
-from .light_imports import light_imports
-
-
-def _tuned(text: str) -> tuple[Path, float]:
-    """FILE or FILE:STRENGTH; a file's own name may hold colons."""
-    name, _, strength = text.rpartition(":")
-    if name and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", strength):
-        return Path(name), float(strength)
-    return Path(text), 1.0
 
 
 def command(
@@ -48,10 +39,8 @@ def command(
     seed: SeedOption = None,
     batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures a call of the network.")] = 1,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one sheet, grid.png.")] = False,
-    tuned: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE[:STRENGTH]", help="Draw with scales of dgq tune; repeatable, they add up."),
-    ] = None,
+    lora: LoraOption = None,
+    tuned: TunedOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     graph: Annotated[
@@ -72,7 +61,7 @@ def command(
     if single and len(prompts) * count > 1 and not grid:
         total = len(prompts) * count
         raise typer.BadParameter(f"--out {out} names one file for {total} pictures: give a folder or --grid")
-    with light_imports():
+    with imports(lora):
         from dgq.devices import check_device
         from dgq.errors import DgqError
         from dgq.family import family_of, network_of
@@ -80,7 +69,6 @@ def command(
         from dgq.pictures.generation import Picture, Settings, file_name, generate, read_size, write_png
         from dgq.pictures.generation import grid as sheet
         from dgq.pictures.pipelines import find_model, load
-        from dgq.tuning.apply import load_tuned
 
     try:
         width, height = (None, None) if size is None else read_size(size)
@@ -92,16 +80,14 @@ def command(
         check_place(out / "picture.png")
     check_device(device)
     found = find_model(model)
+    adapters = Adapters(lora, tuned, found)
     chosen = secrets.randbelow(2**32) if seed is None else seed
     wanted = [prompt for prompt in prompts for _ in range(count)]
     settings = Settings(steps, guidance, negative, width, height, chosen, batch).resolved(found, len(wanted))
     if (found.folder / "concepts.json").is_file():
         _hint(prompts, found.folder)
     pipe = load(found, device=device, dtype=dtype, graph=None if graph else False, verify=verify)
-    label = found.label
-    for number, (file, strength) in enumerate(map(_tuned, tuned or [])):
-        load_tuned(pipe, file, strength, f"{file.stem}-{number}")
-        label += f", Tuned: {file.stem}:{strength:g}"
+    adapters.put_on(pipe)
     files = []
 
     def save(picture: Picture) -> None:
@@ -114,8 +100,9 @@ def command(
                 pipe,
                 wanted,
                 settings,
-                label=label,
+                label=found.label,
                 name=found.base,
+                fields=adapters.fields,
                 progress=lambda done, total: progress("generate", done, total, f"seed {chosen}"),
                 made=None if single and grid else save,
             )

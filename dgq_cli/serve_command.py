@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .adapters import Adapters, LoraOption, TunedOption, imports
 from .common import DeviceOption, DtypeOption, ModelOption, StageProgress, err
-from .light_imports import light_imports
 
 
 def command(
@@ -31,6 +31,8 @@ def command(
         int | None,
         typer.Option(min=8, max=4096, help="Largest width and height; 1024, or the model's own where it is larger."),
     ] = None,
+    lora: LoraOption = None,
+    tuned: TunedOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     graph: Annotated[
@@ -46,7 +48,7 @@ def command(
     key = os.environ.get("DGQ_API_KEY") if api_key is None else api_key
     if key is not None and not re.fullmatch("[!-~]+", key):
         raise typer.BadParameter("the API key has to be of visible ASCII characters, one at least")
-    with light_imports():
+    with imports(lora):
         from dgq.devices import check_device
         from dgq.errors import DgqError
         from dgq.pictures.pipelines import find_model, float_base, load
@@ -62,18 +64,29 @@ def command(
     if key is None and not is_loopback(bound):
         raise typer.BadParameter(f"--host {host} is reached from other machines: give --api-key")
     found = find_model(model)
-    base = None if against is None else float_base(found.folder, against)
+    adapters = Adapters(lora, tuned, found)
+    other = None if against is None else find_model(float_base(found.folder, against))
+    others = other and Adapters(lora, None, other)  # tuned scales are of integers
     how: dict[str, Any] = {"device": device, "dtype": dtype, "graph": None if graph else False, "verify": verify}
     pipe = load(found, **how)
+    adapters.put_on(pipe)
     beside = None
-    if base is not None:
-        other = find_model(base)
-        beside = load(other, **how), other.label
+    if other and others:
+        beside = load(other, **how), other.label, others.fields
+        others.put_on(beside[0])
     with StageProgress({"generate": "generate"}) as progress:
-        drawer = Drawer(pipe, found, beside=beside, waiting=waiting, max_side=max_side, progress=progress)
+        drawer = Drawer(
+            pipe,
+            found,
+            fields=adapters.fields,
+            beside=beside,
+            waiting=waiting,
+            max_side=max_side,
+            progress=progress,
+        )
 
         def ready(address: str) -> None:
-            err.print(f"serving {drawer.id} ({found.label}); Ctrl-C ends it after the picture in hand", soft_wrap=True)
+            err.print(f"serving {drawer.id} ({drawer.label}); Ctrl-C ends it after the picture in hand", soft_wrap=True)
             typer.echo(address)
 
         run(drawer, bound, key, ready)

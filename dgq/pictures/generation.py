@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,6 +205,7 @@ def generate(
     *,
     label: str = "float",
     name: str = "",
+    fields: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     made: Callable[[Picture], None] | None = None,
 ) -> list[Picture]:
@@ -218,6 +220,7 @@ def generate(
         settings: resolved settings (`Settings.resolved`).
         label: the recipe, for the metadata.
         name: the model's name, for the metadata.
+        fields: of the metadata, beside its own.
         progress: called after every sampler step with (done, total) steps over all batches.
         made: called with each picture once its batch is done, whatever becomes of later ones.
 
@@ -243,7 +246,7 @@ def generate(
 
         latents = _sample(pipe, [prompts[i] for i in batch], seeds, settings, width, height, on_step)
         for i, seed, latent, image in zip(batch, seeds, latents, decode(pipe, latents, width, height), strict=True):
-            text = _parameters(pipe, prompts[i], settings, seed, width, height, label, name)
+            text = _parameters(pipe, prompts[i], settings, seed, width, height, label, name, fields or {})
             pictures.append(Picture(image, prompts[i], seed, text, latent))
         if made:
             for picture in pictures[batch.start :]:
@@ -345,9 +348,17 @@ def decode(pipe: Any, latents: Tensor, width: int, height: int) -> list[Image.Im
 
 
 def _parameters(
-    pipe: Any, prompt: str, settings: Settings, seed: int, width: int, height: int, label: str, name: str
+    pipe: Any,
+    prompt: str,
+    settings: Settings,
+    seed: int,
+    width: int,
+    height: int,
+    label: str,
+    name: str,
+    more: Mapping[str, str],
 ) -> str:
-    """The A1111 form of the `parameters` text, with the quantization at its end."""
+    """The A1111 form of the `parameters` text, with the quantization at its end, and what is drawn with."""
     sampler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
     fields = {
         "Steps": settings.steps,
@@ -357,9 +368,16 @@ def _parameters(
         "Size": f"{width}x{height}",
         "Model": name,
         "Quantization": label,
+        **more,
     }
     negative = f"Negative prompt: {settings.negative}\n" if settings.negative else ""
-    return f"{prompt}\n{negative}" + ", ".join(f"{key}: {value}" for key, value in fields.items() if value != "")
+    written = {key: _field(str(value)) for key, value in fields.items() if value != ""}
+    return f"{prompt}\n{negative}" + ", ".join(f"{key}: {value}" for key, value in written.items())
+
+
+def _field(value: str) -> str:
+    """In quotation marks where its own commas and colons would be taken for those between fields, as A1111 does."""
+    return json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", value) else value
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, scale: int = 1, gap: int = 4) -> Image.Image:

@@ -8,7 +8,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -121,7 +121,8 @@ class Drawer:
     Args:
         pipe: of `dgq.load`.
         model: what it was loaded from.
-        beside: a pipeline that draws the same picture for comparison, and its label.
+        fields: of the pictures' metadata, beside `generate`'s own.
+        beside: a pipeline that draws the same picture for comparison, its label, and its `fields`.
         waiting: orders that may wait beside the one in hand.
         max_side: pixels of the largest side.
         progress: told of every step as stage "generate".
@@ -138,13 +139,14 @@ class Drawer:
         pipe: Any,
         model: Model,
         *,
-        beside: tuple[Any, str] | None = None,
+        fields: Mapping[str, str] | None = None,
+        beside: tuple[Any, str, Mapping[str, str]] | None = None,
         waiting: int = 16,
         max_side: int | None = None,
         progress: Progress = silent,
     ) -> None:
         self.pipe, self.model, self.beside, self.waiting = pipe, model, beside, waiting
-        self.progress = progress
+        self.fields, self.progress = fields or {}, progress
         self.closing: Callable[[], bool] = lambda: False
         self.on_picture: Callable[[float], None] = lambda seconds: None
         # a tokenizer must not be asked in two threads at once
@@ -167,6 +169,11 @@ class Drawer:
         """What clients call the model."""
         local = not self.model.embedded and os.path.isdir(self.model.name)
         return self.model.folder.resolve().name if local else self.model.name
+
+    @property
+    def label(self) -> str:
+        """Its quantization, and what is drawn with."""
+        return ", ".join([self.model.label, *(f"{key} {files}" for key, files in self.fields.items())])
 
     @property
     def sampler(self) -> str:
@@ -319,9 +326,11 @@ class Drawer:
         order, started = job.order, time.monotonic()
         settings = replace(order.settings, seed=seed)
         assert settings.steps is not None
-        parts = [(self.pipe, self.model.label)] + ([self.beside] if order.beside and self.beside else [])
+        parts = [(self.pipe, self.model.label, self.fields)]
+        if order.beside and self.beside:
+            parts.append(self.beside)
         files, parameters = [], ""
-        for number, (pipe, label) in enumerate(parts):
+        for number, (pipe, label, fields) in enumerate(parts):
 
             def on_step(done: int, total: int, first: int = number) -> None:
                 job.step, job.steps = first * total + done, len(parts) * total
@@ -331,7 +340,15 @@ class Drawer:
                 if job.stopped:
                     raise _StoppedError
 
-            (picture,) = generate(pipe, [order.prompt], settings, label=label, name=self.model.base, progress=on_step)
+            (picture,) = generate(
+                pipe,
+                [order.prompt],
+                settings,
+                label=label,
+                name=self.model.base,
+                fields=fields,
+                progress=on_step,
+            )
             files.append(picture.png())
             parameters = parameters or picture.parameters
         self._seconds = time.monotonic() - started

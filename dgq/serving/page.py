@@ -63,7 +63,7 @@ def router(drawer: Drawer) -> APIRouter:
     width, height = drawer.size
     about = {
         "model": drawer.id,
-        "label": drawer.model.label,
+        "label": drawer.label,
         "beside": drawer.beside[1] if drawer.beside else None,
         "width": width,
         "height": height,

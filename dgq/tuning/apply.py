@@ -93,6 +93,12 @@ class _Applied:
         rescale_joined(self.layers.values())
 
 
+def _applied(pipe: Any) -> _Applied | None:
+    """What is on a pipeline."""
+    found: _Applied | None = getattr(getattr(pipe, "unet", None), _ATTRIBUTE, None)
+    return found
+
+
 def load_tuned(pipe: Any, file: str | os.PathLike[str], strength: float = 1.0, name: str | None = None) -> Description:
     """Draw with tuned scales, in addition to those that are loaded already.
 
@@ -107,11 +113,13 @@ def load_tuned(pipe: Any, file: str | os.PathLike[str], strength: float = 1.0, n
 
     Raises:
         DgqError: it cannot be read or is damaged, or belongs to another checkpoint; the name is taken; the pipeline has
-            no integer layers; the strength is not finite.
+            no UNet, or no integer layers; the strength is not finite.
     """
     path = Path(file)
     name = path.stem if name is None else name
-    applied: _Applied | None = getattr(pipe.unet, _ATTRIBUTE, None)
+    if getattr(pipe, "unet", None) is None:
+        raise DgqError(f"{file}: tuned scales are a UNet's, and this pipeline has none")
+    applied = _applied(pipe)
     if applied is not None and name in applied.files:
         raise DgqError(f"{file}: tuned scales of the name {name!r} are loaded already", "unload them, or give a name")
     _check_strength(name, strength)
@@ -122,7 +130,7 @@ def load_tuned(pipe: Any, file: str | os.PathLike[str], strength: float = 1.0, n
 
 def attach(pipe: Any, name: str, tuned: Tuned, strength: float = 1.0) -> None:
     """`load_tuned` of scales that are no file, under a name that is free."""
-    applied: _Applied | None = getattr(pipe.unet, _ATTRIBUTE, None)
+    applied = _applied(pipe)
     if applied is None:
         applied = _Applied(pipe.unet)
         setattr(pipe.unet, _ATTRIBUTE, applied)
@@ -137,7 +145,7 @@ def set_tuned(pipe: Any, strengths: Mapping[str, float]) -> None:
     Raises:
         DgqError: none of that name is loaded, or a strength is not finite.
     """
-    applied: _Applied | None = getattr(pipe.unet, _ATTRIBUTE, None)
+    applied = _applied(pipe)
     for name, strength in strengths.items():
         if applied is None or name not in applied.files:
             loaded = ", ".join(applied.files) if applied else "none"
@@ -154,7 +162,7 @@ def unload_tuned(pipe: Any, name: str | None = None) -> None:
     Raises:
         DgqError: none of that name is loaded.
     """
-    applied: _Applied | None = getattr(pipe.unet, _ATTRIBUTE, None)
+    applied = _applied(pipe)
     if name is not None and (applied is None or name not in applied.files):
         raise DgqError(f"no tuned scales of the name {name!r} are loaded")
     if applied is None:

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import tiny_pipelines
+from PIL import Image
 
 
 def test_pictures_grid_and_json(dgq_command, tiny_checkpoint, tmp_path):
@@ -63,6 +65,38 @@ def test_a_negative_prompt_that_is_not_read_is_told(dgq_command, tiny_checkpoint
     run = dgq_command("generate", "a cat", *options, "--out", tmp_path)
     assert run.returncode == 0, run.stderr
     assert ("note: at guidance 1 this model does not read the negative prompt" in run.stderr) == told
+
+
+def test_loras_add_up_at_their_strengths(dgq_command, tiny_checkpoint, tmp_path):
+    one, two = (tiny_pipelines.lora(tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate(("a:1", "b")))
+
+    def draw(*more):
+        given = ("--model", tiny_checkpoint, "--seed", 5, "--steps", 1, "--out", tmp_path / "x.png", "--overwrite")
+        run = dgq_command("generate", "a cat", *given, *more)
+        assert run.returncode == 0, run.stderr
+        assert "peft" not in run.stderr
+        with Image.open(tmp_path / "x.png") as image:
+            return image.tobytes(), image.text["parameters"]
+
+    plain, text = draw()
+    assert "Lora" not in text
+    both, text = draw("--lora", f"{one}:0.5", "--lora", two)
+    assert text.endswith(', Quantization: integer W4A8, Lora: "a:1:0.5, b:1"')
+    first, text = draw("--lora", f"{one}:0.5")
+    none, text = draw("--lora", f"{one}:0")
+    assert len({plain, both, first}) == 3
+    assert none == plain
+    (tmp_path / "none.safetensors").write_bytes(b"")
+    for given, code, message in (
+        (f"{one}:inf", 2, "the strength is not finite"),
+        (tmp_path / "nowhere.safetensors", 1, "nowhere.safetensors: no such file"),
+        (tmp_path / "none.safetensors", 1, "not a readable safetensors file"),
+        (tiny_checkpoint / "vae" / "diffusion_pytorch_model.safetensors", 1, "holds no LoRA"),
+    ):
+        run = dgq_command("generate", "a cat", "--model", tiny_checkpoint, "--lora", given)
+        assert run.returncode == code
+        assert message in run.stderr
+        assert "Traceback" not in run.stderr
 
 
 def test_a_dtype_is_that_of_the_drawing(dgq_command, tiny_checkpoint, tmp_path):

@@ -1,6 +1,8 @@
 """dgq serve as a person runs it."""
 
 import base64
+import io
+import json
 import os
 import re
 import signal
@@ -12,14 +14,22 @@ import time
 
 import httpx
 import pytest
+import tiny_pipelines
+from PIL import Image
 
 from dgq_cli.main import main
 
 
 @pytest.fixture
-def server(tiny_checkpoint):
+def lora(tmp_path):
+    return tiny_pipelines.lora(tmp_path / "style.safetensors", size=2)
+
+
+@pytest.fixture
+def server(tiny_checkpoint, lora):
     """(process, client) of `dgq serve`."""
     command = [sys.executable, "-P", "-m", "dgq_cli", "serve", "--model", str(tiny_checkpoint), "--port", "0"]
+    command += ["--lora", f"{lora}:0.5", "--against", "float"]
     environment = {**os.environ, "NO_COLOR": "1", "DGQ_API_KEY": "secret"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
@@ -32,7 +42,9 @@ def server(tiny_checkpoint):
         process.communicate()
 
 
-def test_a_seed_is_the_picture_of_generate_and_sigterm_finishes_it(server, dgq_command, tiny_checkpoint, tmp_path):
+def test_a_seed_is_the_picture_of_generate_and_sigterm_finishes_it(
+    server, lora, dgq_command, tiny_checkpoint, tiny_pipeline, tmp_path
+):
     process, client = server
 
     def ask(**wanted):
@@ -40,9 +52,16 @@ def test_a_seed_is_the_picture_of_generate_and_sigterm_finishes_it(server, dgq_c
 
     assert httpx.get(client.base_url.join("/v1/models")).status_code == 401  # the key is the environment's
     drawn = base64.b64decode(ask(seed=5, steps=2, n=2).json()["data"][1]["b64_json"])
-    run = dgq_command("generate", "a cat", "--model", tiny_checkpoint, "--seed", 6, "--steps", 2, "--out", tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert (tmp_path / "a-cat-6.png").read_bytes() == drawn
+    lines = client.post("/draw", json={"prompt": "a cat", "seed": 6, "steps": 2, "beside": True}).text.splitlines()
+    beside = base64.b64decode(json.loads(lines[-1])["picture"]["beside"])
+    given = ("--seed", 6, "--steps", 2, "--lora", f"{lora}:0.5")
+    for model, file in ((tiny_checkpoint, tmp_path / "x.png"), (tiny_pipeline, tmp_path / "float.png")):
+        run = dgq_command("generate", "a cat", "--model", model, *given, "--out", file)
+        assert run.returncode == 0, run.stderr
+    assert (tmp_path / "x.png").read_bytes() == drawn
+    with Image.open(tmp_path / "float.png") as image, Image.open(io.BytesIO(beside)) as served:
+        assert image.tobytes() == served.tobytes()
+        assert all(one.text["parameters"].endswith(': float, Lora: "style:0.5"') for one in (image, served))
 
     answers = []
     asking = threading.Thread(target=lambda: answers.append(ask(seed=5, steps=60)))
@@ -55,7 +74,9 @@ def test_a_seed_is_the_picture_of_generate_and_sigterm_finishes_it(server, dgq_c
     assert len(answers[0].json()["data"]) == 1
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert err.startswith(f"serving {tiny_checkpoint.name} (integer W4A8); Ctrl-C ends it after the picture in hand\n")
+    assert err.startswith(
+        f"serving {tiny_checkpoint.name} (integer W4A8, Lora style:0.5); Ctrl-C ends it after the picture in hand\n"
+    )
     assert "generate 2/2" in err
     assert "seed 5" in err
     assert "Traceback" not in err
@@ -76,6 +97,7 @@ def test_a_seed_is_the_picture_of_generate_and_sigterm_finishes_it(server, dgq_c
         (("--max-side", "0"), 2, "--max-side"),
         (("--device", "nosuch"), 1, "nosuch"),
         (("--model", "/nowhere"), 1, "no such folder"),
+        (("--lora", "/nowhere.safetensors", "--port", "0"), 1, "no such file"),
         (("--against", "float"), 1, "is a float model already"),
         (("--against", "/nowhere", "--port", "0"), 1, "no such folder"),
     ],

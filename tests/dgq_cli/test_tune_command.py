@@ -3,28 +3,11 @@
 import json
 
 import pytest
+import tiny_pipelines
 from PIL import Image
 
 from dgq.tuning import train
 from dgq_cli import tune_command
-from dgq_cli.generate_command import _tuned
-
-
-@pytest.mark.parametrize(
-    "text, name, strength",
-    [
-        ("x.safetensors", "x.safetensors", 1),
-        ("x.safetensors:0.5", "x.safetensors", 0.5),
-        ("a:b/x:-1", "a:b/x", -1),
-        ("C:x.safetensors", "C:x.safetensors", 1),
-        ("x:nan", "x:nan", 1),
-        (":1", ":1", 1),
-        ("x:.5", "x", 0.5),
-    ],
-)
-def test_file_and_strength(text, name, strength):
-    found = _tuned(text)
-    assert (str(found[0]), found[1]) == (name, strength)
 
 
 @pytest.mark.parametrize("written", [False, True])
@@ -94,8 +77,12 @@ def test_tune_draw_and_inspect(dgq_command, tiny_checkpoint, tmp_path):
 
     plain, tuned = draw("plain.png"), draw("tuned.png", "--tuned", file)
     assert plain[0] != tuned[0]
-    assert "Tuned: pets:1" in tuned[1]
+    assert 'Tuned: "pets:1"' in tuned[1]
     assert draw("zero.png", "--tuned", f"{file}:0")[0] == plain[0]
+    lora = tiny_pipelines.lora(tmp_path / "style.safetensors")
+    styled, both = (draw(f"{len(more)}.png", "--lora", lora, *more) for more in ((), ("--tuned", file)))
+    assert len({plain[0], tuned[0], styled[0], both[0]}) == 4
+    assert both[1].endswith('Lora: "style:1", Tuned: "pets:1"')
 
     run = dgq_command("inspect", file)
     assert run.returncode == 0, run.stderr

@@ -45,7 +45,7 @@ def start(tiny_checkpoint, tiny_pipeline, tiny_pipe):
     running = []
 
     def begin(*, key=None, beside=False, **options):
-        other = (load(tiny_pipeline), "float") if beside else None
+        other = (load(tiny_pipeline), "float", {}) if beside else None
         drawer = Drawer(tiny_pipe, find_model(tiny_checkpoint), beside=other, **options)
         bound = listen("127.0.0.1", 0)
         url = address(bound)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import tiny_transformers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -258,7 +259,7 @@ def test_damaged_files_are_refused_by_name(pipe, file, change, metadata, message
     assert torch.equal(plain, draw(pipe))
 
 
-def test_a_cut_file_and_another_checkpoints_are_refused(pipe, file, tiny_pipeline):
+def test_a_cut_file_and_another_checkpoints_are_refused(pipe, file, tiny_pipeline, tmp_path):
     layer = next(iter(integer_layers(pipe.unet).values()))
     with torch.no_grad():
         layer.weight_scale[0] *= 2
@@ -266,6 +267,11 @@ def test_a_cut_file_and_another_checkpoints_are_refused(pipe, file, tiny_pipelin
         dgq.load_tuned(pipe, file)
     with pytest.raises(DgqError, match="no integer layer"):
         dgq.load_tuned(dgq.load(tiny_pipeline), file)
+    transformer = dgq.load(tiny_transformers.flux(tmp_path / "flux"))
+    with pytest.raises(DgqError, match="tuned scales are a UNet's, and this pipeline has none"):
+        dgq.load_tuned(transformer, file)
+    with pytest.raises(DgqError, match="no tuned scales of the name 'x'"):
+        dgq.unload_tuned(transformer, "x")
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(DgqError, match="not a readable safetensors file"):
         dgq.load_tuned(pipe, file)
