@@ -53,6 +53,25 @@ DtypeOption = Annotated[
 ]
 
 
+GraphOption = Annotated[
+    bool, typer.Option("--graph/--no-graph", help="On CUDA, replay the network's steps from a CUDA graph.")
+]
+OffloadOption = Annotated[
+    bool, typer.Option("--offload", help="On the GPU only what draws at the moment; the rest waits in memory.")
+]
+
+
+def loading(device: str | None, dtype: str | None, graph: bool, offload: bool, verify: bool) -> dict[str, Any]:
+    """What these options are to `dgq.load`."""
+    return {
+        "device": device,
+        "dtype": dtype,
+        "graph": None if graph else False,
+        "offload": offload,
+        "verify": verify,
+    }
+
+
 def print_json(data: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")

@@ -12,12 +12,15 @@ from .adapters import Adapters, LoraOption, TunedOption, imports
 from .common import (
     DeviceOption,
     DtypeOption,
+    GraphOption,
     JsonOption,
     ModelOption,
+    OffloadOption,
     SeedOption,
     StageProgress,
     err,
     finite,
+    loading,
     print_json,
 )
 
@@ -43,9 +46,8 @@ def command(
     tuned: TunedOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    graph: Annotated[
-        bool, typer.Option("--graph/--no-graph", help="On CUDA, replay the network's steps from a CUDA graph.")
-    ] = True,
+    graph: GraphOption = True,
+    offload: OffloadOption = False,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="Write settings into the PNG.")] = True,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the checkpoint's files with their checksums first.")
@@ -86,7 +88,7 @@ def command(
     settings = Settings(steps, guidance, negative, width, height, chosen, batch).resolved(found, len(wanted))
     if (found.folder / "concepts.json").is_file():
         _hint(prompts, found.folder)
-    pipe = load(found, device=device, dtype=dtype, graph=None if graph else False, verify=verify)
+    pipe = load(found, **loading(device, dtype, graph, offload, verify))
     adapters.put_on(pipe)
     files = []
 

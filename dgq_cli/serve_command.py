@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from .adapters import Adapters, LoraOption, TunedOption, imports
-from .common import DeviceOption, DtypeOption, ModelOption, StageProgress, err
+from .common import DeviceOption, DtypeOption, GraphOption, ModelOption, OffloadOption, StageProgress, err, loading
 
 
 def command(
@@ -35,9 +35,8 @@ def command(
     tuned: TunedOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    graph: Annotated[
-        bool, typer.Option("--graph/--no-graph", help="On CUDA, replay the network's steps from a CUDA graph.")
-    ] = True,
+    graph: GraphOption = True,
+    offload: OffloadOption = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the checkpoint's files with their checksums first.")
     ] = True,
@@ -67,7 +66,7 @@ def command(
     adapters = Adapters(lora, tuned, found)
     other = None if against is None else find_model(float_base(found.folder, against))
     others = other and Adapters(lora, None, other)  # tuned scales are of integers
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "graph": None if graph else False, "verify": verify}
+    how = loading(device, dtype, graph, offload, verify)
     pipe = load(found, **how)
     adapters.put_on(pipe)
     beside = None

@@ -212,6 +212,7 @@ def load(
     network: Any = None,
     parts: Mapping[str, Any] | None = None,
     graph: bool | None = None,
+    offload: bool = False,
     verify: bool = True,
 ) -> Any:
     """Load a text-to-image pipeline, quantized or float, strictly.
@@ -221,7 +222,9 @@ def load(
         device: default CUDA where there is one, else CPU.
         dtype: of everything that is not quantized, or its name; default float16 on CUDA, float32 on the CPU.
         network, parts: take the place of the folder's components; `parts` by name.
-        graph: replay the network's calls from CUDA graphs (`dgq.use_graphs`); default on CUDA.
+        graph: replay the network's calls from CUDA graphs (`dgq.use_graphs`); default on CUDA, unless offloaded.
+        offload: keep text encoders, network and VAE in the CPU's memory, but for the one that draws at the moment
+            (diffusers' `enable_model_cpu_offload`).
         verify: hold a checkpoint's files against their checksums first; those of older versions have none. False takes
             files that were changed on purpose.
 
@@ -229,8 +232,8 @@ def load(
         A diffusers pipeline in eval mode. Integer weights and their scales keep their types whatever `dtype` is.
 
     Raises:
-        DgqError: there is no such device or dtype; or the model does not exist or is damaged: the message names the
-            file or tensor.
+        DgqError: there is no such device or dtype; offloading on the CPU, or with graphs; or the model does not exist
+            or is damaged: the message names the file or tensor.
     """
     place = check_device(device)
     if dtype is None:
@@ -239,6 +242,10 @@ def load(
         if dtype not in DTYPES:
             raise DgqError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
+    if offload and place.type == "cpu":
+        raise DgqError("there is no GPU to offload from: all is on the CPU", "leave out --offload (offload=True)")
+    if offload and graph:
+        raise DgqError("CUDA graphs need weights that stay in their place, and offloading moves them")
     folder = model.folder if isinstance(model, Model) else resolve(model)
     check_kernels(place)
     if verify and checksums.wanted():
@@ -247,6 +254,9 @@ def load(
         given = {} if network is None else {family_of(network).component: network}
         pipe = assemble(folder, dtype, {**given, **(parts or {})})
     pipe.set_progress_bar_config(disable=True)
+    if offload:
+        pipe.enable_model_cpu_offload(device=place)
+        return pipe
     pipe = pipe.to(place)
     models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     for one in models:

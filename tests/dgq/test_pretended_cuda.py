@@ -9,20 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny_pipelines
 import torch
 from comparing import assert_close
-from pretended_devices import Pretended
+from pretended_devices import CPU, Pretended
 
 import dgq
 from dgq.bench import files, worker
 from dgq.bench.worker import Spec
 from dgq.calibration.run import Options, calibrate
 from dgq.checkpoint.header import Header
+from dgq.errors import DgqError
 from dgq.evaluation import evaluate
 from dgq.inspection.measure import MeasureOptions, measure_checkpoint
 from dgq.integer.layer import IntegerLayer
 from dgq.integer.shared_input import prepare_all
 from dgq.pictures.generation import Settings, generate
+from dgq.pictures.loras import load_loras
 from dgq.recipe import Recipe
 from dgq_kernels import native
 
@@ -133,6 +136,31 @@ def test_moving_between_devices(made):
             assert again.device == torch.device(place)
             assert_close("output", again.cpu(), first.cpu(), 0.06)
     assert {device for _, device in mode.ran} == {SECOND, torch.device("cuda:0")}
+
+
+def test_offloaded_models_draw_the_same(made, tmp_path, monkeypatch):
+    """With LoRA, for which diffusers takes offloading off and puts it on again."""
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.get_device", lambda: "cuda")
+    loras = [(tiny_pipelines.lora(tmp_path / "style.safetensors"), 0.5)] if made.header.table is None else []
+    with Pretended() as mode:
+        pipe, plain = latents(made.folder, SECOND)
+        load_loras(pipe, loras)
+        expected = draw(pipe)
+        mode.ran.clear()
+        pipe = dgq.load(made.folder, device=SECOND, dtype=torch.float32, offload=True)
+        assert torch.equal(draw(pipe).cpu(), plain.cpu())
+        load_loras(pipe, loras)
+        assert torch.equal(draw(pipe).cpu(), expected.cpu())
+        places = {name: getattr(pipe, name).device for name in ("text_encoder", "unet", "vae")}
+    assert {device for _, device in mode.ran} == {SECOND}
+    assert places == {"text_encoder": CPU, "unet": CPU, "vae": SECOND}  # the last one stays
+
+
+def test_what_cannot_be_offloaded(made):
+    with pytest.raises(DgqError, match="no GPU to offload from"):
+        dgq.load(made.folder, device="cpu", offload=True)
+    with pytest.raises(DgqError, match="offloading moves them"):
+        dgq.load(made.folder, device=SECOND, offload=True, graph=True)
 
 
 def test_measure_and_evaluate(made, monkeypatch):
