@@ -223,8 +223,8 @@ class Family:
             self.guidance_argument: guidance,
         }
 
-    def step_callback(self, on_step: Callable[[int], None]) -> dict[str, Any]:
-        """What the pipeline is called with so that it tells the number of steps done after each."""
+    def step_callback(self, pipe: Any, on_step: Callable[[int], None]) -> dict[str, Any]:
+        """What the pipeline is called with so that it tells after each timestep how many of the scheduler's are done."""
 
         def after(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             on_step(step + 1)

@@ -36,6 +36,7 @@ def command(
     ] = Path("."),
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=10000, help="Pictures a prompt.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampler steps.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Such as 'DPM++ 2M Karras'; the model's own if left out.")] = None,
     guidance: Annotated[float | None, typer.Option(callback=finite, help="Classifier-free guidance scale.")] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     size: Annotated[str | None, typer.Option(metavar="N|WxH", help="Size in pixels.")] = None,
@@ -85,7 +86,7 @@ def command(
     adapters = Adapters(lora, tuned, found)
     chosen = secrets.randbelow(2**32) if seed is None else seed
     wanted = [prompt for prompt in prompts for _ in range(count)]
-    settings = Settings(steps, guidance, negative, width, height, chosen, batch).resolved(found, len(wanted))
+    settings = Settings(steps, guidance, negative, width, height, chosen, batch, sampler).resolved(found, len(wanted))
     if (found.folder / "concepts.json").is_file():
         _hint(prompts, found.folder)
     pipe = load(found, **loading(device, dtype, graph, offload, verify))

@@ -59,8 +59,9 @@ class PixArt(Family):
         plain = super().pipeline_arguments(prompts, negative, guidance)
         return {**plain, "use_resolution_binning": False, "clean_caption": False}
 
-    def step_callback(self, on_step: Callable[[int], None]) -> dict[str, Any]:
-        return {"callback": lambda step, timestep, latents: on_step(step + 1)}
+    def step_callback(self, pipe: Any, on_step: Callable[[int], None]) -> dict[str, Any]:
+        # it counts steps of a scheduler, some of which take two timesteps
+        return {"callback": lambda step, timestep, latents: on_step(step * getattr(pipe.scheduler, "order", 1) + 1)}
 
     def call(
         self,

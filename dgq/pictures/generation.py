@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..checkpoint.reading import read_json
 from ..errors import DgqError
 from ..family import family_of, network_of
 from ..outputs import atomic_file, claim
 from .pipelines import Model, described
+from .samplers import chosen, config_of, drawing_with, own_name
 
 MAX_SEED = 2**63 - 1
 
@@ -37,6 +39,7 @@ class Settings:
         width, height: pixels.
         seed: seed of the first picture; picture i of a call takes seed + i.
         batch: pictures per call of the network.
+        sampler: a name of `samplers.available`.
     """
 
     steps: int | None = None
@@ -46,15 +49,17 @@ class Settings:
     height: int | None = None
     seed: int = 0
     batch: int = 1
+    sampler: str | None = None
 
     def resolved(self, model: Model | Path, pictures: int = 1) -> Settings:
         """With steps and guidance filled in from the own defaults of a model, or of that in a folder; for so many
         pictures, each of which needs a seed.
 
         Raises:
-            DgqError: a value out of range.
+            DgqError: a value out of range, or a sampler that the model does not have.
         """
-        defaults = (model if isinstance(model, Model) else described(model)).generation
+        found = model if isinstance(model, Model) else described(model)
+        defaults = found.generation
         steps = int(defaults["steps"]) if self.steps is None else self.steps
         guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
         checks = {
@@ -68,7 +73,10 @@ class Settings:
                 many = f" for {pictures} pictures" if name == "seed" and pictures > 1 else ""
                 raise DgqError(f"{name} {value} is out of range ({low} to {high}{many})")
         check_text("the negative prompt", self.negative)
-        return Settings(steps, guidance, self.negative, self.width, self.height, self.seed, self.batch)
+        sampler = self.sampler
+        if sampler is not None:
+            sampler = chosen(read_json(found.folder / "scheduler" / "scheduler_config.json"), sampler)
+        return replace(self, steps=steps, guidance=guidance, sampler=sampler)
 
 
 @dataclass
@@ -240,9 +248,9 @@ def generate(
     for number, batch in enumerate(batches):
         seeds = [settings.seed + i for i in batch]
 
-        def on_step(step: int, first: int = number * settings.steps) -> None:
-            if progress:
-                progress(first + step, total)
+        def on_step(step: int, first: int = number * settings.steps, steps: int = settings.steps) -> None:
+            if progress:  # some samplers call the network more often than they have steps
+                progress(first + -(-step * steps // len(pipe.scheduler.timesteps)), total)
 
         latents = _sample(pipe, [prompts[i] for i in batch], seeds, settings, width, height, on_step)
         for i, seed, latent, image in zip(batch, seeds, latents, decode(pipe, latents, width, height), strict=True):
@@ -321,7 +329,7 @@ def _sample(
     """Final latents of one batch, as the pipeline returns them."""
     family = family_of(network_of(pipe))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with _noise_in_float32(pipe.scheduler):
+    with drawing_with(pipe, settings.sampler), _noise_in_float32(pipe.scheduler):
         latents = pipe(
             **family.pipeline_arguments(prompts, settings.negative, settings.guidance or 0.0),
             num_inference_steps=settings.steps,
@@ -330,7 +338,7 @@ def _sample(
             generator=generators,
             latents=start_noise(pipe, generators, width, height),
             output_type="latent",
-            **family.step_callback(on_step),
+            **family.step_callback(pipe, on_step),
         ).images
     if not bool(torch.isfinite(latents).all()):
         raise DgqError("the picture is not finite", "calibrate again, or use the float model")
@@ -359,10 +367,9 @@ def _parameters(
     more: Mapping[str, str],
 ) -> str:
     """The A1111 form of the `parameters` text, with the quantization at its end, and what is drawn with."""
-    sampler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
     fields = {
         "Steps": settings.steps,
-        "Sampler": sampler,
+        "Sampler": settings.sampler or own_name(config_of(pipe)),
         "CFG scale": settings.guidance,
         "Seed": seed,
         "Size": f"{width}x{height}",

@@ -76,7 +76,7 @@ def router(drawer: Drawer) -> APIRouter:
 
     @routes.get("/samplers")
     async def samplers() -> Response:
-        return reply([{"name": drawer.sampler, "aliases": [drawer.sampler.lower()], "options": {}}])
+        return reply([{"name": name, "aliases": [name.lower()], "options": {}} for name in drawer.samplers])
 
     @routes.get("/options")
     async def options() -> Response:
@@ -112,12 +112,16 @@ def router(drawer: Drawer) -> APIRouter:
 
     @routes.post("/txt2img")
     async def txt2img(request: Request, wanted: Txt2ImgRequest) -> Response:
-        for sampler in (wanted.sampler_name, wanted.sampler_index):
-            if sampler and sampler.lower() not in (drawer.sampler.lower(), "automatic"):
-                message = f"the sampler {sampler!r} is not there: this model draws with {drawer.sampler!r}"
-                return problem(request.url.path, 404, message, "Sampler not found")
-        if wanted.scheduler and wanted.scheduler.lower() != "automatic":
-            raise DgqError(f"the scheduler {wanted.scheduler!r} is not there", "leave it automatic")
+        named = [name for name in (wanted.sampler_name, wanted.sampler_index) if name and name.lower() != "automatic"]
+        levels = (wanted.scheduler or "automatic").lower()
+        if levels not in ("automatic", "karras"):
+            raise DgqError(f"the scheduler {wanted.scheduler!r} is not there", "leave it automatic, or Karras")
+        sampler = named[0] if named else None
+        if levels == "karras" and not (sampler or "").lower().endswith(" karras"):
+            sampler = f"{sampler or drawer.sampler} Karras"
+        if sampler is not None and sampler.lower() not in [name.lower() for name in drawer.samplers]:
+            message = f"the sampler {sampler!r} is not there: this model draws with {', '.join(drawer.samplers)}"
+            return problem(request.url.path, 404, message, "Sampler not found")
         for name, value in (wanted.model_extra or {}).items():
             if value and not WITHOUT_EFFECT.fullmatch(name):
                 raise DgqError(f"{name} {value!r} is not supported here")
@@ -132,6 +136,7 @@ def router(drawer: Drawer) -> APIRouter:
             seed=None if wanted.seed == -1 else wanted.seed,
             steps=wanted.steps,
             guidance=wanted.cfg_scale,
+            sampler=sampler,
             negative=wanted.negative_prompt or "",
             width=wanted.width,
             height=wanted.height,
@@ -147,7 +152,7 @@ def router(drawer: Drawer) -> APIRouter:
             "all_seeds": seeds,
             "width": settings.width,
             "height": settings.height,
-            "sampler_name": drawer.sampler,
+            "sampler_name": settings.sampler or drawer.sampler,
             "cfg_scale": settings.guidance,
             "steps": settings.steps,
             "batch_size": size,

@@ -17,6 +17,7 @@ from ..errors import DgqError
 from ..family import family_of, network_of
 from ..pictures.generation import Settings, check_prompts, check_size, file_name, generate
 from ..pictures.pipelines import Model
+from ..pictures.samplers import available, config_of
 from ..progress import Progress, silent
 
 MOST = 10  # pictures of an order
@@ -130,6 +131,7 @@ class Drawer:
     Attributes:
         closing: asked before each picture; where it says so, no further one is begun.
         on_picture: told of each picture's seconds.
+        samplers: names of those that it draws with, the model's own first.
         size: width and height in pixels of the model's own pictures.
         settings: the model's own.
     """
@@ -157,6 +159,7 @@ class Drawer:
         self.size = check_size(pipe, Settings())
         self.max_side = max_side or max(LARGEST, *self.size)
         self.settings = Settings().resolved(model)
+        self.samplers = list(available(config_of(pipe)))
         self._jobs: list[Job] = []  # the first one is in hand, or will be at once
         self._changed = threading.Condition()
         self._ended = False
@@ -177,8 +180,8 @@ class Drawer:
 
     @property
     def sampler(self) -> str:
-        """Its name, as in the pictures' metadata."""
-        return type(self.pipe.scheduler).__name__.removesuffix("Scheduler")
+        """The model's own."""
+        return self.samplers[0]
 
     def order(
         self,

@@ -34,6 +34,7 @@ class ImagesRequest(BaseModel):
     steps: Integer | None = None
     seed: Integer | None = None
     guidance: Real | None = None
+    sampler: str | None = None
     negative_prompt: str | None = None
 
 
@@ -65,6 +66,7 @@ def router(drawer: Drawer) -> APIRouter:
             seed=wanted.seed,
             steps=wanted.steps,
             guidance=wanted.guidance,
+            sampler=wanted.sampler,
             negative=wanted.negative_prompt or "",
             width=width,
             height=height,

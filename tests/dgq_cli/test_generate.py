@@ -48,6 +48,7 @@ def test_pictures_grid_and_json(dgq_command, tiny_checkpoint, tmp_path):
         (("cat " * 40,), 1, "tokens"),
         (("a cat", "--device", "nosuch"), 1, "nosuch"),
         (("a cat", "--device", "cpu", "--offload"), 1, "there is no GPU to offload from"),
+        (("a cat", "--sampler", "Euler b"), 1, "this model's: DDIM, DDPM, PLMS, Euler, Euler Karras"),
         (("a cat", "--dtype", "int8"), 2, "float32, bfloat16 or float16"),
         (("a cat", "a dog", "--out", "x.png"), 2, "folder"),
     ],

@@ -31,10 +31,25 @@ def test_any_seed(client):
     assert len(seeds) == 2
 
 
+def test_samplers_by_the_clients_names(client, served):
+    seed = {"prompt": "a cat", "seed": 3, "width": 16, "height": 16, "steps": 2}
+    drawn = {}
+    for wanted in ({"sampler_name": "DDIM"}, {"sampler_name": "Euler a"}, {"sampler_index": "dpm++ 2m"}):
+        answer = served.post("/sdapi/v1/txt2img", json={**seed, **wanted}).json()
+        info = json.loads(answer["info"])
+        assert f"Sampler: {info['sampler_name']}, " in info["infotexts"][0]
+        drawn[info["sampler_name"]] = answer["images"][0]
+    assert list(drawn) == ["DDIM", "Euler a", "DPM++ 2M"]
+    assert len(set(drawn.values())) == 3
+    wanted = {"sampler_name": "DPM++ 2M", "scheduler": "karras"}
+    info = json.loads(served.post("/sdapi/v1/txt2img", json={**seed, **wanted}).json()["info"])
+    assert info["sampler_name"] == "DPM++ 2M Karras"
+
+
 def test_what_there_is(client, tiny_checkpoint):
     assert client.util_get_model_names() == [tiny_checkpoint.name]
     assert client.util_get_current_model() == tiny_checkpoint.name
-    assert client.util_get_sampler_names() == ["DDIM"]
+    assert {"DDIM", "Euler a", "DPM++ 2M Karras"} < set(client.util_get_sampler_names())
     client.util_set_model(tiny_checkpoint.name)
     assert client.get_progress()["progress"] == 0
     client.util_wait_for_ready()
@@ -43,8 +58,9 @@ def test_what_there_is(client, tiny_checkpoint):
 @pytest.mark.parametrize(
     "wanted, status, message",
     [
-        ({"sampler_name": "Euler a"}, 404, "this model draws with 'DDIM'"),
-        ({"scheduler": "Karras"}, 422, "scheduler"),
+        ({"sampler_name": "Euler b"}, 404, "this model draws with DDIM, "),
+        ({"scheduler": "Karras"}, 404, "the sampler 'DDIM Karras' is not there"),
+        ({"scheduler": "SGM Uniform"}, 422, "scheduler"),
         ({"enable_hr": True}, 422, "enable_hr"),
         ({"subseed_strength": 0.5}, 422, "subseed_strength"),
         ({"styles": ["photo"]}, 422, "styles"),

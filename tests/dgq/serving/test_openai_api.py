@@ -25,6 +25,8 @@ def test_the_pictures_of_a_seed_are_those_of_generate(client, tiny_checkpoint, t
     wanted = generate(tiny_pipe, ["a cat"] * 2, settings, label=found.label, name=found.base)
     assert [base64.b64decode(one.b64_json) for one in answer.data] == [picture.png() for picture in wanted]
     assert [one.seed for one in answer.data] == [5, 6]
+    (other,) = client.images.generate(prompt="a cat", size="16x24", extra_body={**extra, "sampler": "euler a"}).data
+    assert "Sampler: Euler a, " in Image.open(io.BytesIO(base64.b64decode(other.b64_json))).text["parameters"]
     assert answer.size == "16x24"
     assert Image.open(io.BytesIO(wanted[0].png())).text["parameters"].startswith("a cat\nNegative prompt: a dog\nSteps")
 
@@ -51,6 +53,7 @@ def test_the_model_is_listed(client, tiny_checkpoint):
         ({"prompt": "cat " * 40}, 400, "tokens, the model reads"),
         ({"prompt": "a \ud800"}, 400, "at character 3"),
         ({"prompt": None}, 400, "prompt: "),
+        ({"sampler": "Euler b"}, 400, "the sampler 'Euler b' is not there"),
         ({"n": 0}, 400, "0 pictures are out of range"),
         ({"n": 11}, 400, "11 pictures are out of range"),
         ({"n": "many"}, 400, "n: "),
