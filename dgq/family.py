@@ -224,7 +224,7 @@ class Family:
         }
 
     def step_callback(self, pipe: Any, on_step: Callable[[int], None]) -> dict[str, Any]:
-        """What the pipeline is called with so that it tells after each timestep how many of the scheduler's are done."""
+        """What the pipeline is called with so that it tells after each timestep of the scheduler how many are done."""
 
         def after(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             on_step(step + 1)

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoint.reading import read_json
+from ..checkpoint.reading import components, read_json
 from ..errors import DgqError
 from ..family import family_of, network_of
 from ..outputs import atomic_file, claim
@@ -75,7 +75,9 @@ class Settings:
         check_text("the negative prompt", self.negative)
         sampler = self.sampler
         if sampler is not None:
-            sampler = chosen(read_json(found.folder / "scheduler" / "scheduler_config.json"), sampler)
+            config = read_json(found.folder / "scheduler" / "scheduler_config.json")
+            _, own = components(found.folder)["scheduler"]  # which diffusers goes by, whatever the other file says
+            sampler = chosen({**config, "_class_name": own}, sampler)
         return replace(self, steps=steps, guidance=guidance, sampler=sampler)
 
 

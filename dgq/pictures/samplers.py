@@ -54,7 +54,7 @@ def available(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]
     import diffusers
 
     own = config["_class_name"]
-    known = {own, *getattr(diffusers, own)._compatibles}
+    known = {own, *getattr(getattr(diffusers, own, None), "_compatibles", ())}
     found: dict[str, tuple[str, dict[str, Any]]] = {own_name(config): (own, {})}
     for name, (kind, changes) in SAMPLERS.items():
         if kind not in known:

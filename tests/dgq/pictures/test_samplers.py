@@ -1,5 +1,7 @@
 """Samplers by name: each draws what the model was trained for, and who has none of that name is told."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import diffusers
@@ -107,6 +109,19 @@ def test_names_are_found_in_any_case():
     with pytest.raises(DgqError, match="the sampler 'Heun' is not there") as error:
         chosen(ZERO_SNR, "Heun")
     assert "Euler a" in error.value.hint
+
+
+def test_the_class_is_the_one_that_the_index_names(tiny_pipeline, tmp_path):
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "other")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    found = find_model(folder)
+    pipe = load(found)
+    settings = Settings(2, 1.0, sampler="eulerdiscrete").resolved(found)
+    assert settings.sampler == "EulerDiscrete"
+    own, named = (generate(pipe, ["a cat"], one)[0].latents for one in (Settings(2, 1.0), settings))
+    assert torch.equal(own, named)
 
 
 def test_generate_draws_with_it(tiny_checkpoint):
