@@ -58,11 +58,9 @@ class Adapters:
             if files
         }
         if self.loras:
-            from dgq.checkpoint.reading import family_at
-            from dgq.pictures.loras import check_lora
+            from dgq.pictures.loras import check_loras
 
-            for file, _ in self.loras:
-                check_lora(file, family_at(model.folder))
+            check_loras(self.loras, model.folder)
 
     def put_on(self, pipe: Any) -> None:
         """On a loaded pipeline."""

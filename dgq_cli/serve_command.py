@@ -63,22 +63,22 @@ def command(
     if key is None and not is_loopback(bound):
         raise typer.BadParameter(f"--host {host} is reached from other machines: give --api-key")
     found = find_model(model)
-    adapters = Adapters(lora, tuned, found)
-    other = None if against is None else find_model(float_base(found.folder, against))
-    others = other and Adapters(lora, None, other)  # tuned scales are of integers
-    how = loading(device, dtype, graph, offload, verify)
-    pipe = load(found, **how)
-    adapters.put_on(pipe)
-    beside = None
-    if other and others:
-        beside = load(other, **how), other.label, others.fields
-        others.put_on(beside[0])
+    wanted = [(found, Adapters(lora, tuned, found))]
+    if against is not None:
+        other = find_model(float_base(found.folder, against))
+        wanted.append((other, Adapters(lora, None, other)))  # tuned scales are of integers
+    loaded = []
+    for one, adapters in wanted:
+        pipe = load(one, **loading(device, dtype, graph, offload, verify))
+        adapters.put_on(pipe)
+        loaded.append((pipe, one.label, adapters.fields))
+    (pipe, _, fields), *beside = loaded
     with StageProgress({"generate": "generate"}) as progress:
         drawer = Drawer(
             pipe,
             found,
-            fields=adapters.fields,
-            beside=beside,
+            fields=fields,
+            beside=beside[0] if beside else None,
             waiting=waiting,
             max_side=max_side,
             progress=progress,

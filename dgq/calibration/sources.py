@@ -28,7 +28,7 @@ from ..export import comfy
 from ..family import network_of
 from ..outputs import atomic_folder
 from ..pictures.components import component, one_line, quiet, without_bars
-from ..pictures.loras import OTHER_KIND, check_lora, load_lora
+from ..pictures.loras import OTHER_KIND, check_loras, load_lora
 from ..pictures.pipelines import load, resolve
 from ..progress import Progress, silent
 
@@ -80,9 +80,7 @@ def check_sources(
         if lacking:
             raise DgqError(f"{config / lacking[0]}: the folder is missing", "--config takes a whole diffusers folder")
     if loras:
-        family = family_at(resolve(model) if config is None else config)
-        for file, _ in loras:
-            check_lora(file, family)
+        check_loras(loras, resolve(model) if config is None else config)
     return files
 
 

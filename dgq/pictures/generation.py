@@ -244,6 +244,7 @@ def generate(
     width, height = check_size(pipe, settings)
     assert settings.steps is not None
     assert settings.guidance is not None
+    drawn_by = {"Model": name, "Quantization": label, **(fields or {})}
     batches = [range(i, min(i + settings.batch, len(prompts))) for i in range(0, len(prompts), settings.batch)]
     total = settings.steps * len(batches)
     pictures: list[Picture] = []
@@ -256,7 +257,7 @@ def generate(
 
         latents = _sample(pipe, [prompts[i] for i in batch], seeds, settings, width, height, on_step)
         for i, seed, latent, image in zip(batch, seeds, latents, decode(pipe, latents, width, height), strict=True):
-            text = _parameters(pipe, prompts[i], settings, seed, width, height, label, name, fields or {})
+            text = _parameters(pipe, prompts[i], settings, seed, width, height, drawn_by)
             pictures.append(Picture(image, prompts[i], seed, text, latent))
         if made:
             for picture in pictures[batch.start :]:
@@ -358,26 +359,16 @@ def decode(pipe: Any, latents: Tensor, width: int, height: int) -> list[Image.Im
 
 
 def _parameters(
-    pipe: Any,
-    prompt: str,
-    settings: Settings,
-    seed: int,
-    width: int,
-    height: int,
-    label: str,
-    name: str,
-    more: Mapping[str, str],
+    pipe: Any, prompt: str, settings: Settings, seed: int, width: int, height: int, drawn_by: Mapping[str, str]
 ) -> str:
-    """The A1111 form of the `parameters` text, with the quantization at its end, and what is drawn with."""
+    """The A1111 form of the `parameters` text, with the model, its quantization and what is on it at the end."""
     fields = {
         "Steps": settings.steps,
         "Sampler": settings.sampler or own_name(config_of(pipe)),
         "CFG scale": settings.guidance,
         "Seed": seed,
         "Size": f"{width}x{height}",
-        "Model": name,
-        "Quantization": label,
-        **more,
+        **drawn_by,
     }
     negative = f"Negative prompt: {settings.negative}\n" if settings.negative else ""
     written = {key: _field(str(value)) for key, value in fields.items() if value != ""}

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.reading import tensor_names
+from ..checkpoint.reading import family_at, tensor_names
 from ..errors import DgqError
 from ..family import Family, network_of
 from .components import one_line, quiet, without_bars
@@ -41,6 +41,13 @@ def check_lora(file: Path, family: Family) -> None:
         reason = "holds no LoRA"
     if reason:
         raise DgqError(f"{file}: {reason}", "--lora takes diffusers', peft's and kohya's files")
+
+
+def check_loras(loras: Sequence[tuple[Path, float]], folder: Path) -> None:
+    """`check_lora` of files and their strengths, for the model in a folder."""
+    family = family_at(folder)
+    for file, _ in loras:
+        check_lora(file, family)
 
 
 @without_bars()

@@ -87,13 +87,12 @@ def chosen(config: Mapping[str, Any], name: str) -> str:
 @contextmanager
 def drawing_with(pipe: Any, name: str | None) -> Iterator[None]:
     """Within it a pipeline draws with a sampler of `available`; None: with its own."""
-    own = pipe.scheduler
-    if name is None or name == own_name(config_of(pipe)):
+    own, config = pipe.scheduler, config_of(pipe)
+    if name is None or name == own_name(config):
         yield
         return
     import diffusers
 
-    config = config_of(pipe)
     kind, changes = available(config)[chosen(config, name)]
     with quiet("diffusers"):  # of settings that only the own one has
         pipe.scheduler = getattr(diffusers, kind).from_config(own.config, **changes)
